@@ -1,0 +1,1 @@
+"""Problems and demonstrations: where they come from, how they become tokens and batches."""

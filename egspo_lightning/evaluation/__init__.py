@@ -1,0 +1,1 @@
+"""Benchmarks and the metrics that the field reports for them."""

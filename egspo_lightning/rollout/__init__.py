@@ -1,0 +1,1 @@
+"""Prompts to completions to rewards to minibatches. Knows nothing of losses or gates."""

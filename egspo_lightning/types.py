@@ -1,0 +1,107 @@
+"""The records that flow through the project, and the legend of their shapes.
+
+Shapes: B sequences, T tokens, V vocabulary entries, G rollouts a prompt, D hidden size.
+
+A sequence is ``prompt + completion``, padded on the right. All (B, T) tensors are aligned to ``input_ids``: entry
+``[b, t]`` speaks of the token at position t (its log-probability is predicted from position t - 1, its value is that
+of the state before it). ``completion_mask`` is true on the completion and its EOS, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # the grader's workers import this package without torch
+    from torch import Tensor
+
+
+class Stage(StrEnum):
+    """What the next Lightning epoch trains."""
+
+    SFT = "sft"
+    EGSPO = "egspo"
+
+
+class Problem(NamedTuple):
+    """A question with its reference answer, as written by the source ("\\frac{1}{2}", "72")."""
+
+    id: str
+    problem: str
+    answer: str
+    subject: str = ""
+    level: str = ""
+
+
+class Demonstration(NamedTuple):
+    """A question with an expert's solution that ends in ``\\boxed{answer}``."""
+
+    id: str
+    problem: str
+    solution: str
+
+
+class Completion(NamedTuple):
+    """One sampled answer to a problem, with its verdict."""
+
+    problem: Problem
+    token_ids: list[int]
+    """The sampled tokens, with the EOS where one was sampled."""
+    text: str
+    """The decoded tokens, without special tokens."""
+    is_truncated: bool
+    """The length limit was reached before an EOS."""
+    reward: float
+    correct: bool
+    extracted: str | None
+    """The answer that was found in the text."""
+    status: str
+    """How the grader got to its verdict: graded, no_answer, timeout or crashed."""
+
+
+class ExpertBatch(NamedTuple):
+    """A micro-batch of expert demonstrations."""
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    completion_mask: Tensor
+    """(B, T) bool"""
+    num_update_tokens: Tensor
+    """() float32: completion tokens of the whole update, over its micro-batches and ranks"""
+    num_update_sequences: Tensor
+    """() float32: the same in sequences that have a completion token"""
+
+
+class RolloutBatch(NamedTuple):
+    """Rollouts with all that an update needs of them; a whole collection of one rank, or a micro-batch of it."""
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    completion_mask: Tensor
+    """(B, T) bool"""
+    old_logprobs: Tensor
+    """(B, T) float32: log-probability, in nats, under the policy that sampled, at the sampling temperature"""
+    entropies: Tensor
+    """(B, T) float32: entropy, in nats, of the distribution that each token was sampled from"""
+    ref_logprobs: Tensor | None
+    """(B, T) float32 under the reference policy; None where no KL to it is asked for"""
+    advantages: Tensor
+    """(B, T) float32"""
+    rewards: Tensor
+    """(B,) float32"""
+    threshold: Tensor
+    """() float32, nats: entropy from which a token counts as high"""
+    policy_version: Tensor
+    """() int64: the optimiser steps that the sampling policy had taken"""
+    num_update_tokens: Tensor
+    """() float32: completion tokens of the whole update, over its micro-batches and ranks"""
+    num_update_sequences: Tensor
+    """() float32: the same in sequences that have a completion token"""
+
+
+class TrainingBatch(NamedTuple):
+    """What ``training_step`` is given: expert data in stage SFT, rollouts and (where mu > 0) expert data in EGSPO."""
+
+    stage: Stage
+    rollout: RolloutBatch | None
+    expert: ExpertBatch | None
