@@ -59,6 +59,19 @@ class Completion(NamedTuple):
     """How the grader got to its verdict: graded, no_answer, timeout or crashed."""
 
 
+class UpdateSize(NamedTuple):
+    """The size of one optimiser step, over all its micro-batches and ranks: what its losses are divided by."""
+
+    num_tokens: float
+    """completion tokens"""
+    num_sequences: float
+    """sequences that have a completion token"""
+    max_length: float
+    """the length limit of a completion, in tokens"""
+    num_active: float
+    """sequences that carry a gradient: rollouts with an advantage other than 0, expert demonstrations"""
+
+
 class ExpertBatch(NamedTuple):
     """A micro-batch of expert demonstrations."""
 
@@ -66,10 +79,15 @@ class ExpertBatch(NamedTuple):
     """(B, T) int64"""
     completion_mask: Tensor
     """(B, T) bool"""
-    num_update_tokens: Tensor
-    """() float32: completion tokens of the whole update, over its micro-batches and ranks"""
-    num_update_sequences: Tensor
-    """() float32: the same in sequences that have a completion token"""
+    update_size: UpdateSize
+
+
+class Scores(NamedTuple):
+    """What the policy says of given sequences, without gradient; all (B, T) float32."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    ref_logprobs: Tensor | None
 
 
 class RolloutBatch(NamedTuple):
@@ -91,12 +109,9 @@ class RolloutBatch(NamedTuple):
     """(B,) float32"""
     threshold: Tensor
     """() float32, nats: entropy from which a token counts as high"""
-    policy_version: Tensor
-    """() int64: the optimiser steps that the sampling policy had taken"""
-    num_update_tokens: Tensor
-    """() float32: completion tokens of the whole update, over its micro-batches and ranks"""
-    num_update_sequences: Tensor
-    """() float32: the same in sequences that have a completion token"""
+    policy_version: int
+    """the optimiser steps that the sampling policy had taken"""
+    update_size: UpdateSize
 
 
 class TrainingBatch(NamedTuple):

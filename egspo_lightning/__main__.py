@@ -1,0 +1,12 @@
+"""``python -m egspo_lightning {fit,validate,test,predict}``."""
+
+
+def main() -> None:
+    """Entry point of ``egspo`` and ``python -m egspo_lightning``."""
+    from egspo_lightning.cli import main as run  # torch is imported here, not by whoever imports this file
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Observers of training, and the one that decides its stage."""
+
+from egspo_lightning.callbacks.entropy_histogram import EntropyHistogram
+from egspo_lightning.callbacks.hf_export import HFExport
+from egspo_lightning.callbacks.math_benchmark import MathBenchmark
+from egspo_lightning.callbacks.predictions import PredictionWriter
+from egspo_lightning.callbacks.progress import PhaseProgress
+from egspo_lightning.callbacks.rollout_samples import RolloutSamples
+from egspo_lightning.callbacks.stage_transition import StageTransition
+
+__all__ = [
+    "EntropyHistogram",
+    "HFExport",
+    "MathBenchmark",
+    "PhaseProgress",
+    "PredictionWriter",
+    "RolloutSamples",
+    "StageTransition",
+]

@@ -1,0 +1,39 @@
+"""Writes the final policy as a folder that transformers loads."""
+
+import shutil
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+
+class HFExport(Callback):
+    """After training, saves model and tokenizer for ``AutoModelForCausalLM.from_pretrained``.
+
+    Args:
+        folder: Where to; "hf" in the log folder by default. One that is there already is replaced.
+        enabled: Whether to export.
+    """
+
+    def __init__(self, folder: str | None = None, enabled: bool = True) -> None:
+        super().__init__()
+        self.folder, self.enabled = folder, enabled
+        self.exported: Path | None = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the weights, on all ranks, and write them, on the first."""
+        log_dir = trainer.log_dir
+        if not self.enabled or (self.folder is None and log_dir is None):
+            return
+        target = Path(self.folder) if self.folder is not None else Path(log_dir or ".") / "hf"
+        lm = pl_module.policy.lm
+        weights = get_model_state_dict(lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.is_global_zero:
+            partial = target.with_name(target.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            lm.save_pretrained(partial, state_dict=weights)
+            pl_module.tokenizer.save_pretrained(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        trainer.strategy.barrier("hf_export")
+        self.exported = target

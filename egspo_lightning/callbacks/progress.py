@@ -1,0 +1,106 @@
+"""One progress bar for the whole run, in phases, with stage, reward and entropy."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Where the output is no terminal, a plain line is printed this often instead of a bar."""
+
+SHOWN = {
+    "loss/sft": "sft loss",
+    "rollout/reward_mean": "reward",
+    "policy/entropy": "entropy",
+    "rollout/length_mean": "length",
+}
+
+
+class PhaseProgress(ProgressBar):
+    """Shows the phase, the stage, and the metrics that tell whether training is well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether anything is printed."""
+        return self._enabled
+
+    def disable(self) -> None:
+        """Print nothing; Lightning asks for this on ranks other than the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Print again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar."""
+        if not self._enabled or not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("phase {task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("starting", total=self._total(trainer), completed=trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move it on by a phase."""
+        if not self._enabled:
+            return
+        text = self._describe(trainer, pl_module)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=trainer.current_epoch + 1, description=text)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._console.print(f"phase {trainer.current_epoch + 1}/{self._total(trainer) or '?'} {text}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close it."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._close()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self._enabled:
+            self._console.print(*args, highlight=False, markup=False)
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    @staticmethod
+    def _total(trainer: Trainer) -> int | None:
+        return trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
+
+    @staticmethod
+    def _describe(trainer: Trainer, pl_module: LightningModule) -> str:
+        metrics = trainer.callback_metrics
+        shown = [f"{label} {float(metrics[name]):.3g}" for name, label in SHOWN.items() if name in metrics]
+        return " · ".join([f"[{pl_module.stage}]", *shown])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Consoles hold locks, which cannot be pickled for spawned ranks."""
+        return self.__dict__ | {"_console": None, "_progress": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._console = Console(stderr=True)

@@ -1,0 +1,120 @@
+"""The command line, and the only place where module, data and callbacks meet.
+
+Built on LightningCLI: every constructor argument is a flag and a config key, and every Lightning flag works.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+
+from egspo_lightning.callbacks import (
+    EntropyHistogram,
+    HFExport,
+    MathBenchmark,
+    PhaseProgress,
+    PredictionWriter,
+    RolloutSamples,
+    StageTransition,
+)
+from egspo_lightning.datamodule import HybridDataModule
+from egspo_lightning.errors import UserError
+from egspo_lightning.module import EGSPOModule
+
+CALLBACKS: dict[str, type] = {
+    # MathBenchmark stands before StageTransition: what it logs at the end of an epoch can decide the stage
+    "math_benchmark": MathBenchmark,
+    "stage_transition": StageTransition,
+    "entropy_histogram": EntropyHistogram,
+    "rollout_samples": RolloutSamples,
+    "checkpoint": ModelCheckpoint,
+    "hf_export": HFExport,
+    "predictions": PredictionWriter,
+    "progress": PhaseProgress,
+}
+"""Config key to callback: these are always there, each can be switched off by its own arguments."""
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "logs",
+    "reload_dataloaders_every_n_epochs": 1,  # an epoch is a phase, and each has a loader of its own
+    "num_sanity_val_steps": 0,  # MathBenchmark measures before training
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+}
+
+
+class EgspoCLI(LightningCLI):
+    """LightningCLI with this project's module, data and callbacks."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            EGSPOModule,
+            HybridDataModule,
+            args=None if args is None else list(args),
+            trainer_defaults=TRAINER_DEFAULTS,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=1,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "egspo"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give each callback a key of its own, so that a config changes one argument without repeating the list."""
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_epochs": 10})
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def after_fit(self) -> None:
+        """Print the run's one table, and where to find what it made."""
+        trainer = self.trainer
+        if not trainer.is_global_zero:
+            return
+        callbacks = {type(callback): callback for callback in trainer.callbacks}
+        benchmark, export = callbacks[MathBenchmark], callbacks[HFExport]
+        console = Console()
+        if benchmark.milestones:
+            console.print(benchmark.summary())
+        console.print(f"Logs:  {trainer.log_dir}", soft_wrap=True, highlight=False)
+        if export.exported is not None:
+            console.print(f"Model: {export.exported}", soft_wrap=True, highlight=False)
+
+    def after_validate(self) -> None:
+        """Print every metric."""
+        self._print_details()
+
+    def after_test(self) -> None:
+        """Print every metric."""
+        self._print_details()
+
+    def after_predict(self) -> None:
+        """Say where the answers are."""
+        writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
+        if self.trainer.is_global_zero:
+            Console().print(f"Answers: {writer.path(self.trainer)}", soft_wrap=True, highlight=False)
+
+    def _print_details(self) -> None:
+        if self.trainer.is_global_zero:
+            Console().print(next(c for c in self.trainer.callbacks if isinstance(c, MathBenchmark)).details())
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one message and exit code 2."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # graders are forked
+    try:
+        EgspoCLI(args)
+    except (UserError, MisconfigurationException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(args: Sequence[str]) -> Any:
+    """The same for Python callers: errors are raised, and the finished CLI with its trainer is returned."""
+    return EgspoCLI(args)

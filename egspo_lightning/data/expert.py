@@ -1,0 +1,103 @@
+"""Expert demonstrations as token ids, in an order that is a pure function of the seed, cut into micro-batches."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.padding import pad_right, split_evenly
+from egspo_lightning.types import Demonstration, ExpertBatch, UpdateSize
+
+
+class Encoded(NamedTuple):
+    """One demonstration as token ids."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    """With the EOS."""
+
+
+@dataclass(frozen=True)
+class ExpertPool:
+    """Encoded demonstrations, and how many were too long to be used."""
+
+    demonstrations: list[Encoded]
+    num_dropped: int
+    max_length: int
+    pad_id: int
+    seed: int
+
+    @classmethod
+    def encode(
+        cls,
+        demonstrations: Sequence[Demonstration],
+        template: PromptTemplate,
+        tokenizer: Any,
+        *,
+        max_prompt_length: int,
+        max_completion_length: int,
+        seed: int,
+    ) -> "ExpertPool":
+        """Tokenise, leaving out and counting those that exceed a limit: a solution cut short teaches not to answer.
+
+        Raises:
+            UserError: none is short enough.
+        """
+        encoded = [
+            Encoded(*template.encode_demonstration(tokenizer, demonstration, tokenizer.eos_token_id))
+            for demonstration in demonstrations
+        ]
+        kept = [
+            item
+            for item in encoded
+            if len(item.prompt_ids) <= max_prompt_length and len(item.completion_ids) <= max_completion_length
+        ]
+        if not kept:
+            prompt, completion = (
+                min((len(item[part]) for item in encoded), default=0) for part in range(len(Encoded._fields))
+            )
+            raise UserError(
+                f"data.demonstrations: none of {len(encoded)} fits data.max_prompt_length = {max_prompt_length} and "
+                f"data.max_completion_length = {max_completion_length}. The shortest prompt has {prompt} tokens, the "
+                f"shortest solution {completion}. Raise the limits."
+            )
+        return cls(kept, len(encoded) - len(kept), max_completion_length, tokenizer.pad_token_id, seed)
+
+    def draw(self, start: int, count: int) -> list[Encoded]:
+        """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once a pass."""
+        drawn: list[Encoded] = []
+        while count > 0:
+            pass_number, place = divmod(start, len(self.demonstrations))
+            order = list(range(len(self.demonstrations)))
+            random.Random(f"{self.seed}/expert/{pass_number}").shuffle(order)
+            part = order[place : place + count]
+            drawn += [self.demonstrations[i] for i in part]
+            start, count = start + len(part), count - len(part)
+        return drawn
+
+    def micro_batches(
+        self, update: Sequence[Encoded], rank: int, world_size: int, parts: int
+    ) -> list[ExpertBatch]:
+        """This rank's share of an update, as ``parts`` micro-batches of like length.
+
+        Every rank is given the same update, and takes every ``world_size``-th of its demonstrations.
+        """
+        size = UpdateSize(
+            num_tokens=float(sum(len(item.completion_ids) for item in update)),
+            num_sequences=float(len(update)),
+            max_length=float(self.max_length),
+            num_active=float(len(update)),
+        )
+        share = sorted(
+            update[rank::world_size], key=lambda item: len(item.prompt_ids) + len(item.completion_ids)
+        )
+        return [self._collate(part, size) for part in split_evenly(share, parts)]
+
+    def _collate(self, items: Sequence[Encoded], size: UpdateSize) -> ExpertBatch:
+        """A micro-batch; without items, a sequence with nothing to train on, so that every rank steps."""
+        input_ids, mask = pad_right(list(items) or self.demonstrations[:1], self.pad_id)
+        return ExpertBatch(input_ids, mask if items else torch.zeros_like(mask), size)

@@ -1,0 +1,115 @@
+r"""From a problem to the token ids that the policy is given, the same in training and in sampling.
+
+Prompt and completion are tokenised apart, so that a demonstration is learned behind exactly the ids that
+sampling starts from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from jinja2 import TemplateError
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.types import Demonstration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBLEM = "{problem}"
+_SYSTEM = "{system}"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    r"""How a problem is put to the model: through the tokenizer's chat template, or as plain text.
+
+    Nothing in a problem's text is interpreted, so braces are safe. Strings that spell a special token are an
+    exception: whether they become that token is up to the tokenizer (``split_special_tokens``).
+
+    Args:
+        system: The instruction: the system message of a chat, and "{system}" in plain text; may be empty.
+        plain: The text for models without a chat template. It has "{problem}" exactly once; "{system}" is put
+            where it stands, and a text without it leaves the instruction out. With an empty instruction, the
+            blank lines that the text then begins with are dropped.
+        use_chat_template: "auto" (where there is one), "always" (an error where there is none) or "never".
+
+    Raises:
+        UserError: plain lacks "{problem}" or has it twice, or use_chat_template is none of the three.
+    """
+
+    system: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    plain: str = "{system}\n\n{problem}\n\n"
+    use_chat_template: Literal["auto", "always", "never"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.plain.count(_PROBLEM) != 1:
+            raise UserError(
+                f'plain must contain "{_PROBLEM}" exactly once, got {self.plain!r}. '
+                f'Put "{_PROBLEM}" where the question belongs.'
+            )
+        if self.use_chat_template not in ("auto", "always", "never"):
+            raise UserError(
+                f'use_chat_template must be "auto", "always" or "never", got {self.use_chat_template!r}.'
+            )
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> str:
+        """The prompt as text.
+
+        Raises:
+            UserError: a chat template is asked for and there is none, or it refuses the messages.
+        """
+        if self._is_chat(tokenizer):
+            return self._render_chat(tokenizer, problem_text)
+        before, _, after = self.plain.partition(_PROBLEM)
+        before, after = before.replace(_SYSTEM, self.system), after.replace(_SYSTEM, self.system)
+        return (before if self.system else before.lstrip("\n")) + problem_text + after
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> list[int]:
+        """The prompt as token ids.
+
+        A chat template writes its special tokens itself. Plain text gets a BOS where the tokenizer gives one
+        to any text, and never an EOS.
+
+        Raises:
+            UserError: as ``render`` does.
+        """
+        text = self.render(tokenizer, problem_text)
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        bos_id = tokenizer.bos_token_id
+        if not self._is_chat(tokenizer) and bos_id is not None and tokenizer.encode("")[:1] == [bos_id]:
+            return [bos_id, *ids]
+        return ids
+
+    def encode_demonstration(
+        self, tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, eos_id: int
+    ) -> tuple[list[int], list[int]]:
+        """The ids of the prompt, and of the solution with ``eos_id`` behind it.
+
+        Raises:
+            UserError: as ``render`` does.
+        """
+        solution: list[int] = tokenizer.encode(demonstration.solution, add_special_tokens=False)
+        return self.encode(tokenizer, demonstration.problem), [*solution, eos_id]
+
+    def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        if self.use_chat_template == "always" and not tokenizer.chat_template:
+            raise UserError(
+                'use_chat_template is "always", but the tokenizer has no chat template. '
+                'Set it to "auto", or use a model that was tuned for chat.'
+            )
+        return self.use_chat_template != "never" and bool(tokenizer.chat_template)
+
+    def _render_chat(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> str:
+        messages = [{"role": "user", "content": problem_text}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        try:
+            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise UserError(
+                f"The tokenizer's chat template refuses the prompt: {error}. "
+                'If it knows no system message, set system to "", or use_chat_template to "never".'
+            ) from error
+        return str(rendered)

@@ -1,0 +1,85 @@
+"""The interface of training data, and the two ways that problems are put in order.
+
+A source of your own is a subclass with ``load``::
+
+    class MyProblems(FiniteProblems):
+        def load(self) -> list[Problem]:
+            return [Problem(id="1", problem="What is 6 times 7?", answer="42")]
+"""
+
+import random
+from abc import ABC, abstractmethod
+
+from egspo_lightning.answers import normalise_problem
+from egspo_lightning.errors import UserError
+from egspo_lightning.types import Demonstration, Problem
+
+
+class DemonstrationSource(ABC):
+    """Where expert solutions for supervised training come from."""
+
+    @abstractmethod
+    def load(self) -> list[Demonstration]:
+        r"""All demonstrations, each solution ending in ``\boxed{}``, in an order that never changes."""
+
+
+class ProblemSource(ABC):
+    """An endless stream of problems for rollouts, in an order that is a pure function of the seed."""
+
+    @abstractmethod
+    def prepare(self, seed: int, excluded: frozenset[str]) -> int:
+        """Fix the order, leave out the excluded problems, and return how many were left out.
+
+        ``excluded`` holds problems that benchmarks ask, as ``normalise_problem`` gives them.
+
+        Raises:
+            UserError: nothing is left.
+        """
+
+    @abstractmethod
+    def draw(self, start: int, count: int) -> list[Problem]:
+        """Problems number ``start`` to ``start + count - 1`` of the stream.
+
+        Raises:
+            RuntimeError: ``prepare`` was not called.
+        """
+
+
+class FiniteProblems(ProblemSource):
+    """Problems read once and given pass after pass, each exactly once a pass, every pass in a new order."""
+
+    _problems: tuple[Problem, ...] = ()
+    _seed = 0
+    _pass = -1
+    _order: tuple[int, ...] = ()
+
+    @abstractmethod
+    def load(self) -> list[Problem]:
+        """All problems, in an order that never changes."""
+
+    def prepare(self, seed: int, excluded: frozenset[str]) -> int:
+        """Load the problems and fix their order; see ``ProblemSource.prepare``."""
+        loaded = self.load()
+        self._problems = tuple(p for p in loaded if normalise_problem(p.problem) not in excluded)
+        self._seed, self._pass = seed, -1
+        num_dropped = len(loaded) - len(self._problems)
+        if not self._problems:
+            raise UserError(
+                f"{type(self).__name__} has no problem to train on: {len(loaded)} were loaded, and "
+                f"{num_dropped} of them are benchmark problems. Give it other data, or remove the benchmark."
+            )
+        return num_dropped
+
+    def draw(self, start: int, count: int) -> list[Problem]:
+        """Problems of the stream; see ``ProblemSource.draw``."""
+        if not self._problems:
+            raise RuntimeError(f"{type(self).__name__}.draw was called before prepare")
+        return [self._at(position) for position in range(start, start + count)]
+
+    def _at(self, position: int) -> Problem:
+        pass_number, place = divmod(position, len(self._problems))
+        if pass_number != self._pass:
+            order = list(range(len(self._problems)))
+            random.Random(f"{self._seed}/{pass_number}").shuffle(order)
+            self._pass, self._order = pass_number, tuple(order)
+        return self._problems[self._order[place]]

@@ -1,0 +1,87 @@
+"""Per-token terms of the objective, unreduced: (B, T) in, (B, T) out. Reduction lives in ``masking.aggregate``."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from egspo_lightning.ops.masking import Values, as_tensor
+
+KLEstimator = Literal["k1", "abs", "k2", "k3", "k3+"]
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to this before exp, so that no ratio overflows."""
+MAX_K3 = 10.0
+
+
+def log_ratio(logprobs: Values, old_logprobs: Values) -> Tensor:
+    """``log(pi / pi_old)`` of each token, nats, clamped to +-20."""
+    return (as_tensor(logprobs) - as_tensor(old_logprobs)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def ppo_clip(
+    logprobs: Values,
+    old_logprobs: Values,
+    advantages: Values,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """PPO's clipped surrogate as a loss: ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``.
+
+    Sources: PPO, arXiv 1707.06347, equation 7; separate bounds ("clip-higher"): DAPO, arXiv 2503.14476; where A < 0
+    the loss is further held below ``-dual_clip A``: arXiv 1912.09729, equation 5.
+    """
+    advantages = as_tensor(advantages)
+    ratio = log_ratio(logprobs, old_logprobs).exp()
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    if dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+
+
+def clipped_tokens(
+    logprobs: Values, old_logprobs: Values, advantages: Values, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """Which tokens have no gradient because their ratio left the trust region, as (below, above), both bool.
+
+    A token counts where the clipped term is the larger: below ``1 - clip_low`` with A < 0, above ``1 + clip_high``
+    with A > 0.
+    """
+    advantages = as_tensor(advantages)
+    ratio = log_ratio(logprobs, old_logprobs).exp()
+    return (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
+
+
+def nll(logprobs: Values) -> Tensor:
+    """Negative log-likelihood of each token, nats: the SFT loss."""
+    return -as_tensor(logprobs)
+
+
+def kl_penalty(logprobs: Values, ref_logprobs: Values, estimator: KLEstimator) -> Tensor:
+    """Single-sample estimate of ``KL(pi || pi_ref)`` at each token, nats (http://joschu.net/blog/kl-approx.html).
+
+    With ``d = log pi - log pi_ref``: k1 = d; abs = |d|; k2 = d^2 / 2; k3 = exp(-d) + d - 1, its exponent clamped to
+    +-20 and its value to +-10. As losses k1 and k3 have the wrong gradient (k1's is 0 in expectation); "k3+" has the
+    value of k3 and the gradient of k2, which is that of the KL where the policy is the one that sampled.
+    """
+    difference = as_tensor(logprobs) - as_tensor(ref_logprobs)
+    if estimator == "k1":
+        return difference
+    if estimator == "abs":
+        return difference.abs()
+    if estimator == "k2":
+        return 0.5 * difference.square()
+    if estimator == "k3":
+        return _k3(difference)
+    if estimator == "k3+":
+        k2 = 0.5 * difference.square()
+        return _k3(difference).detach() + k2 - k2.detach()
+    raise ValueError(f"estimator must be one of {', '.join(get_args(KLEstimator))}, got {estimator!r}")
+
+
+def _k3(difference: Tensor) -> Tensor:
+    exponent = (-difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (exponent.exp() - exponent - 1).clamp(-MAX_K3, MAX_K3)

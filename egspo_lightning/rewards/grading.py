@@ -1,0 +1,166 @@
+"""Whether an answer is right: extraction, a fast path in this process, math-verify in killable workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, after_reasoning, extract_boxed
+from egspo_lightning.rewards.normalize import compare_fast, to_latex
+from egspo_lightning.rewards.workers import Outcome, WorkerPool
+
+EXTRACTIONS = ("boxed", "lenient")
+
+
+class Grade(NamedTuple):
+    """The verdict on one answer, and how it came about."""
+
+    correct: bool
+    status: str
+    """graded, no_answer (none was found), timeout (past the deadline) or crashed (the worker has died)"""
+    extracted: str | None
+    """The answer that was found in the text."""
+    seconds: float
+    """Time in a worker; 0 where none was needed."""
+
+
+class MathGrader:
+    r"""Grades answers against references such as ``72`` or ``\frac{1}{2}``; a context manager.
+
+    Worker processes are started by the first answer that needs algebra, never by plain numbers, and end with
+    `close` or with this process. Usable from any thread; a forked or pickled copy starts workers of its own.
+
+    Args:
+        num_workers: Worker processes that grade at the same time.
+        deadline_s: Seconds after which an answer counts as wrong, with status timeout.
+        memory_limit_mb: Address space of a worker, in MiB; beyond it an answer counts as wrong.
+        extraction: "boxed" reads the last balanced \boxed{} after the reasoning; "lenient" looks for an
+            answer in free text as math-verify does.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_workers: int = 1,
+        deadline_s: float = 10.0,
+        memory_limit_mb: int = 1024,
+        extraction: str = "boxed",
+    ) -> None:
+        _require(num_workers >= 1, "num_workers", num_workers, "at least 1")
+        _require(deadline_s > 0, "deadline_s", deadline_s, "a positive number of seconds")
+        _require(
+            memory_limit_mb >= 256,
+            "memory_limit_mb",
+            memory_limit_mb,
+            "at least 256: math-verify needs as much",
+        )
+        _require(extraction in EXTRACTIONS, "extraction", extraction, f"one of {', '.join(EXTRACTIONS)}")
+        self._is_lenient = extraction == "lenient"
+        self._pool = WorkerPool(num_workers, deadline_s, memory_limit_mb)
+
+    def __enter__(self) -> MathGrader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def grade(self, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
+        """Grade whole completions, in their order; text before the last ``</think>`` is not looked at.
+
+        Raises:
+            ValueError: there are not as many references as completions.
+            RuntimeError: the workers cannot be started.
+        """
+        _require_pairs(completions, golds)
+        if not self._is_lenient:
+            return self._grade([extract_boxed(text) for text in completions], golds)
+        requests = [
+            _request(after_reasoning(text), gold, "lenient")
+            for text, gold in zip(completions, golds, strict=True)
+        ]
+        return [_lenient_grade(outcome) for outcome in self._pool.run(requests)]
+
+    def grade_answers(self, answers: Sequence[str], golds: Sequence[str]) -> list[Grade]:
+        r"""Grade bare answers, in their order; of one that holds a ``\boxed{}`` its content counts.
+
+        Raises:
+            ValueError: there are not as many references as answers.
+            RuntimeError: the workers cannot be started.
+        """
+        _require_pairs(answers, golds)
+        return self._grade([_bare(answer) for answer in answers], golds)
+
+    def close(self) -> None:
+        """End the worker processes; may be called again, and grading after it starts new ones."""
+        self._pool.close()
+
+    def worker_pids(self) -> list[int]:
+        """The live processes of this grader; empty until an answer needs algebra."""
+        return self._pool.pids()
+
+    def _grade(self, answers: Sequence[str | None], golds: Sequence[str]) -> list[Grade]:
+        grades: list[Grade | None] = []
+        requests = []
+        for answer, gold in zip(answers, map(_bare_gold, golds), strict=True):
+            grades.append(_grade_fast(answer, gold))
+            if grades[-1] is None and answer is not None:
+                requests.append(_request(answer, gold, "boxed"))
+        outcomes = iter(self._pool.run(requests) if requests else ())
+        return [
+            _worker_grade(answer, next(outcomes)) if grade is None else grade
+            for answer, grade in zip(answers, grades, strict=True)
+        ]
+
+
+def _grade_fast(answer: str | None, gold: str) -> Grade | None:
+    if answer is None:
+        return Grade(False, "no_answer", None, 0.0)
+    correct = compare_fast(answer, gold)
+    return None if correct is None else Grade(correct, "graded", answer, 0.0)
+
+
+def _worker_grade(answer: str | None, outcome: Outcome) -> Grade:
+    correct = outcome.reply is not None and outcome.reply["correct"]
+    return Grade(correct, outcome.status, answer, outcome.seconds)
+
+
+def _lenient_grade(outcome: Outcome) -> Grade:
+    if outcome.reply is None:
+        return Grade(False, outcome.status, None, outcome.seconds)
+    extracted = outcome.reply["extracted"]
+    status = "no_answer" if extracted is None else "graded"
+    return Grade(outcome.reply["correct"], status, extracted, outcome.seconds)
+
+
+def _bare(answer: str) -> str | None:
+    boxed = extract_boxed(answer)
+    if boxed is None:
+        boxed = answer.strip()
+    return boxed if 0 < len(boxed) <= MAX_ANSWER_LENGTH else None
+
+
+def _bare_gold(gold: str) -> str:
+    return extract_boxed(gold) or gold
+
+
+def _request(answer: str, gold: str, extraction: str) -> dict[str, Any]:
+    if extraction == "boxed":
+        answer, gold = to_latex(answer), to_latex(gold)
+    return {"answer": answer, "gold": gold, "extraction": extraction}
+
+
+def _require(holds: bool, field: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{field} must be {allowed}, got {value!r}.")
+
+
+def _require_pairs(answers: Sequence[str], golds: Sequence[str]) -> None:
+    if len(answers) != len(golds):
+        raise ValueError(f"as many references as answers are needed, got {len(golds)} for {len(answers)}")

@@ -1,0 +1,80 @@
+"""Cutting a collection of rollouts into PPO epochs, updates and micro-batches.
+
+Which completion belongs to which update is a pure function of (seed, epoch, problem), so an update holds the same
+completions on one rank or many. Each update takes an even share of every problem's group, which keeps the mean
+advantage near 0 in each.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from egspo_lightning.ops.padding import row_lengths, split_evenly
+from egspo_lightning.types import RolloutBatch, UpdateSize
+
+
+def assign_to_updates(
+    problem_numbers: Sequence[int], num_generations: int, num_minibatches: int, *, seed: str
+) -> list[list[int]]:
+    """Rows of this rank's collection for each update of one PPO epoch.
+
+    Args:
+        problem_numbers: number of each problem of this rank within the whole collection; its completions are the rows
+            ``i * num_generations`` to ``(i + 1) * num_generations - 1``
+        num_generations: G
+        num_minibatches: updates an epoch
+        seed: names the random order
+    """
+    updates: list[list[int]] = [[] for _ in range(num_minibatches)]
+    for i, number in enumerate(problem_numbers):
+        group = list(range(i * num_generations, (i + 1) * num_generations))
+        random.Random(f"{seed}/{number}").shuffle(group)
+        for k, row in enumerate(group):
+            updates[(k * num_minibatches // num_generations + number) % num_minibatches].append(row)
+    return updates
+
+
+def micro_batches(
+    rollout: RolloutBatch, rows: Sequence[int], parts: int, size: UpdateSize, *, keep_inactive: bool
+) -> list[RolloutBatch]:
+    """An update's rows as micro-batches of like length, each cut to its longest row.
+
+    Rows whose advantage is 0 contribute nothing to the surrogate: unless they are to be kept they are left out, while
+    the normaliser still counts them.
+    """
+    active = set(active_rows(rollout, rows).tolist())
+    kept = [row for row in rows if keep_inactive or row in active]
+    lengths = row_lengths(rollout.completion_mask)
+    kept.sort(key=lambda row: int(lengths[row]))
+    return [_select(rollout, part, lengths, size) for part in split_evenly(kept, parts)]
+
+
+def active_rows(rollout: RolloutBatch, rows: Sequence[int]) -> Tensor:
+    """Those of the rows that have a token with an advantage other than 0."""
+    index = torch.as_tensor(rows, dtype=torch.long, device=rollout.advantages.device)
+    has_any = ((rollout.advantages[index] != 0) & rollout.completion_mask[index]).any(-1)
+    return index[has_any]
+
+
+def _select(rollout: RolloutBatch, rows: list[int], lengths: Tensor, size: UpdateSize) -> RolloutBatch:
+    """Some rows of a collection; without any, its first row with nothing to train on, so that every rank steps."""
+    is_blank = not rows
+    index = torch.as_tensor(rows or [0], dtype=torch.long, device=rollout.input_ids.device)
+    width = max(int(lengths[index].max()), 2)
+
+    def cut(values: Tensor) -> Tensor:
+        return values[index, :width]
+
+    mask = cut(rollout.completion_mask)
+    return rollout._replace(
+        input_ids=cut(rollout.input_ids),
+        completion_mask=torch.zeros_like(mask) if is_blank else mask,
+        old_logprobs=cut(rollout.old_logprobs),
+        entropies=cut(rollout.entropies),
+        ref_logprobs=None if rollout.ref_logprobs is None else cut(rollout.ref_logprobs),
+        advantages=cut(rollout.advantages),
+        rewards=rollout.rewards[index],
+        update_size=size,
+    )

@@ -1,0 +1,62 @@
+"""What rollouts need of the thing that is trained; the LightningModule is one such thing."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from egspo_lightning.types import RolloutBatch, Scores, Stage
+
+Measurements = Mapping[str, tuple[float, float]]
+"""Metric name to (sum, count) on this rank; the metric is the ratio of the two after summing over ranks."""
+
+
+class RolloutPolicy(Protocol):
+    """The policy in training, as the datamodule sees it."""
+
+    @property
+    def stage(self) -> Stage:
+        """What the coming epoch trains."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer; there before its weights are."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """The sampling temperature, which all log-probabilities in training are taken at."""
+        ...
+
+    @property
+    def policy_version(self) -> int:
+        """Optimiser steps taken: what rollouts are stamped with."""
+        ...
+
+    @property
+    def mixes_expert_data(self) -> bool:
+        """Whether updates on rollouts carry expert demonstrations as well."""
+        ...
+
+    @property
+    def needs_every_rollout(self) -> bool:
+        """Whether rollouts with advantage 0 take part in the loss."""
+        ...
+
+    def sampling(self) -> AbstractContextManager[Any]:
+        """Enter eval mode, no gradients, the precision of training; gives the causal language model."""
+        ...
+
+    def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
+        """Log-probabilities and entropies of given sequences, at the sampling temperature."""
+        ...
+
+    def admit(self, rollout: RolloutBatch, measurements: Measurements) -> RolloutBatch:
+        """Take a whole collection in: settle the gate's threshold on it, and log what was measured."""
+        ...
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of equally shaped tensors over all ranks."""
+        ...

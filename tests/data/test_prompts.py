@@ -1,0 +1,104 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.errors import UserError
+from egspo_lightning.types import Demonstration
+
+TINY_MODEL = Path(__file__).parents[2] / "configs" / "tiny_model"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+
+
+@pytest.fixture
+def load() -> Callable[..., object]:
+    def load(chat_template: str | None = None, bos: bool = False) -> object:
+        tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+        tokenizer.chat_template = chat_template
+        if bos:
+            tokenizer.add_special_tokens({"bos_token": "<s>"})
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="<s> $A <|endoftext|>",
+                special_tokens=[("<s>", tokenizer.bos_token_id), ("<|endoftext|>", 256)],
+            )
+        return tokenizer
+
+    return load
+
+
+def test_plain_text(load):
+    template = PromptTemplate(system="Think.")
+    assert template.render(load(), "1+1?") == "Think.\n\n1+1?\n\n"
+    assert bytes(template.encode(load(), "1+1?")).decode() == "Think.\n\n1+1?\n\n"
+
+
+def test_without_an_instruction_no_blank_lines_lead(load):
+    assert PromptTemplate(system="").render(load(), "\n1+1?") == "\n1+1?\n\n"
+    assert PromptTemplate(system="", plain="Q: {system}{problem}\n").render(load(), "1?") == "Q: 1?\n"
+
+
+def test_a_plain_text_without_the_instruction_leaves_it_out(load):
+    assert PromptTemplate(system="Think.", plain="\n{problem}\n").render(load(), "1+1?") == "\n1+1?\n"
+
+
+@pytest.mark.parametrize("text", ["{system} {problem} {x}", "\\frac{1}{2} {", "}}{{ {{ m }}", "{% raw %}"])
+def test_braces_in_a_problem_stay(load, text):
+    assert PromptTemplate(system="{problem}!").render(load(), text) == f"{{problem}}!\n\n{text}\n\n"
+    chat = PromptTemplate(system="{problem}!").render(load(CHAT), text)
+    assert chat == f"<system>{{problem}}!</system><user>{text}</user><assistant>"
+
+
+def test_chat_template(load):
+    assert PromptTemplate(system="").render(load(CHAT), "1+1?") == "<user>1+1?</user><assistant>"
+    never = PromptTemplate(system="Think.", use_chat_template="never")
+    assert never.render(load(CHAT), "1+1?") == "Think.\n\n1+1?\n\n"
+    with pytest.raises(UserError, match="has no chat template"):
+        PromptTemplate(use_chat_template="always").render(load(), "1+1?")
+
+
+def test_a_chat_template_without_system_messages_is_told(load):
+    with pytest.raises(UserError, match=r'no system role.*set system to ""'):
+        PromptTemplate().render(load(REFUSING), "1+1?")
+    assert PromptTemplate(system="").render(load(REFUSING), "1+1?") == "<user>1+1?</user><assistant>"
+
+
+def test_bos_is_added_to_plain_text_alone_and_eos_never(load):
+    tokenizer = load(bos=True)
+    bos_id = tokenizer.bos_token_id
+    template = PromptTemplate(system="", plain="{problem}")
+    assert tokenizer.encode("1") == [bos_id, ord("1"), 256]
+    assert template.encode(tokenizer, "1") == [bos_id, ord("1")]
+    chat = template.encode(load(CHAT, bos=True), "1")
+    assert bytes(chat).decode() == "<user>1</user><assistant>"
+    demonstration = Demonstration("1", "1", "2")
+    assert template.encode_demonstration(tokenizer, demonstration, 256) == (
+        [bos_id, ord("1")],
+        [ord("2"), 256],
+    )
+
+
+def test_a_demonstration_starts_from_the_prompt_of_sampling(load):
+    template = PromptTemplate()
+    demonstration = Demonstration("1", "47+85=?", "7+5=12 \\boxed{132}")
+    prompt, completion = template.encode_demonstration(load(), demonstration, 256)
+    assert prompt == template.encode(load(), demonstration.problem)
+    assert bytes(completion[:-1]).decode() == demonstration.solution
+    assert completion[-1] == 256
+
+
+@pytest.mark.parametrize("plain", ["", "{system}", "{problem} and {problem}"])
+def test_a_plain_text_without_one_problem_is_refused(plain):
+    with pytest.raises(UserError, match="exactly once"):
+        PromptTemplate(plain=plain)
+
+
+def test_an_unknown_use_of_the_chat_template_is_refused():
+    with pytest.raises(UserError, match="use_chat_template must be"):
+        PromptTemplate(use_chat_template="sometimes")  # type: ignore[arg-type]

@@ -1,0 +1,300 @@
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentError, ArgumentParser
+
+from egspo_lightning.answers import boxed_answer, normalise_problem
+from egspo_lightning.arithmetic import ArithmeticTask
+from egspo_lightning.data.arithmetic import ArithmeticDemonstrations, ArithmeticProblems
+from egspo_lightning.data.hub import HubDemonstrations, HubProblems
+from egspo_lightning.data.jsonl import JsonlDemonstrations, JsonlProblems
+from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
+from egspo_lightning.errors import UserError
+from egspo_lightning.jsonl import read_rows
+from egspo_lightning.types import Problem
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def shared(name: str) -> str:
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{SHARED / name} is absent: real data is kept beside the checkout, not in it")
+    return str(SHARED / name)
+
+
+class Letters(FiniteProblems):
+    def load(self) -> list[Problem]:
+        return [Problem(str(i), f"Letter  {letter}?", letter) for i, letter in enumerate("abcdefg")]
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+class TestFiniteProblems:
+    def test_each_pass_holds_every_problem_once_in_a_new_order(self):
+        source = Letters()
+        assert source.prepare(0, frozenset()) == 0
+        passes = [source.draw(7 * i, 7) for i in range(5)]
+        assert all(sorted(p) == source.load() for p in passes)
+        assert len({tuple(p) for p in passes}) == 5
+
+    def test_drawing_is_pure(self):
+        source, other = Letters(), Letters()
+        source.prepare(3, frozenset())
+        other.prepare(3, frozenset())
+        random.seed(0)
+        whole = source.draw(0, 40)
+        random.seed(1)
+        assert other.draw(17, 23) == whole[17:]
+        assert other.draw(0, 17) == whole[:17]
+        other.prepare(4, frozenset())
+        assert other.draw(0, 40) != whole
+
+    def test_excluded_problems_are_left_out_and_counted(self):
+        source = Letters()
+        excluded = frozenset({normalise_problem("LETTER a?\n"), normalise_problem("letter c?"), "other"})
+        assert source.prepare(0, excluded) == 2
+        assert Counter(p.answer for p in source.draw(0, 10)) == dict.fromkeys("bdefg", 2)
+
+    def test_nothing_left_is_refused(self):
+        everything = frozenset(normalise_problem(p.problem) for p in Letters().load())
+        with pytest.raises(UserError, match=r"Letters has no problem.*7 were loaded, and 7 of them"):
+            Letters().prepare(0, everything)
+
+    def test_drawing_before_preparing_is_a_mistake_of_the_program(self):
+        with pytest.raises(RuntimeError, match="before prepare"):
+            Letters().draw(0, 1)
+
+
+class TestJsonlDemonstrations:
+    def test_gsm8k_marks_are_removed_and_the_answer_boxed(self, tmp_path):
+        solution = "He sold 48/2 = <<48/2=24>>24.\nIn all $<<1000+80=1080>>1,080.\n#### 1,080"
+        path = write(tmp_path / "a.jsonl", {"problem": "How many?", "solution": solution})
+        for solution_format in ("auto", "gsm8k"):
+            (demonstration,) = JsonlDemonstrations(path, solution_format=solution_format).load()
+            assert demonstration.solution == "He sold 48/2 = 24.\nIn all $1,080.\n\\boxed{1080}"
+            assert demonstration.id == "a.jsonl:1"
+
+    def test_auto_keeps_boxes_and_appends_answers(self, tmp_path):
+        rows = [
+            {"id": 5, "problem": "p", "solution": "So \\boxed{\\frac{1}{2}}.", "answer": "0.5"},
+            {"problem": "p", "solution": "So it is two.", "answer": "$2$"},
+            {"problem": "p", "solution": "So it is three.", "answer": 3},
+        ]
+        loaded = JsonlDemonstrations(write(tmp_path / "a.jsonl", *rows)).load()
+        assert [d.solution for d in loaded] == [
+            "So \\boxed{\\frac{1}{2}}.",
+            "So it is two.\n\\boxed{2}",
+            "So it is three.\n\\boxed{3}",
+        ]
+        assert [d.id for d in loaded] == ["5", "a.jsonl:2", "a.jsonl:3"]
+
+    @pytest.mark.parametrize(
+        ("solution_format", "row"),
+        [
+            ("auto", {"solution": "no end"}),
+            ("auto", {"solution": "no end", "answer": "  "}),
+            ("boxed", {"solution": "#### 5", "answer": "5"}),
+            ("gsm8k", {"solution": "\\boxed{5}", "answer": "5"}),
+            ("plain", {"solution": "\\boxed{5}"}),
+        ],
+    )
+    def test_a_demonstration_without_an_answer_is_refused_with_its_line(self, tmp_path, solution_format, row):
+        path = write(
+            tmp_path / "a.jsonl", {"problem": "p", "solution": "\\boxed{1}\n#### 1", "answer": 1}, row
+        )
+        path = write(
+            tmp_path / "b.jsonl",
+            {"problem": "p", "solution": "\\boxed{1}\n#### 1", "answer": 1},
+            {"problem": "p", **row},
+        )
+        with pytest.raises(UserError, match=r"b\.jsonl:2: a demonstration must end in its answer"):
+            JsonlDemonstrations(path, solution_format=solution_format).load()
+
+    def test_other_field_names_and_a_limit(self, tmp_path):
+        rows = [{"question": f"q{i}", "response": f"\\boxed{{{i}}}"} for i in range(5)]
+        path = write(tmp_path / "a.jsonl", *rows)
+        loaded = JsonlDemonstrations(path, "question", "response", limit=2).load()
+        assert [d.problem for d in loaded] == ["q0", "q1"]
+        with pytest.raises(UserError, match=r"a\.jsonl:1: field 'problem'.*question, response"):
+            JsonlDemonstrations(path).load()
+        with pytest.raises(UserError, match="limit must be at least 1"):
+            JsonlDemonstrations(path, "question", "response", limit=0).load()
+
+    def test_an_unknown_format_is_refused(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": "s"})
+        with pytest.raises(UserError, match="solution_format"):
+            JsonlDemonstrations(path, solution_format="latex").load()  # type: ignore[arg-type]
+
+    def test_a_missing_file_is_told(self, tmp_path):
+        with pytest.raises(UserError, match="no such file"):
+            JsonlDemonstrations(str(tmp_path / "none.jsonl")).load()
+
+
+class TestJsonlProblems:
+    def test_subject_and_level_are_carried(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": 7, "subject": "Algebra", "level": 3})
+        assert JsonlProblems(path).load() == [Problem("a.jsonl:1", "p", "7", "Algebra", "3")]
+
+    def test_a_problem_without_an_answer_is_refused_with_its_line(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": "1"}, {"problem": "p"})
+        with pytest.raises(UserError, match=r"a\.jsonl:2: field 'answer'"):
+            JsonlProblems(path).prepare(0, frozenset())
+
+    @pytest.mark.parametrize(
+        ("extractor", "answer"), [("boxed", "\\frac{1}{2}"), ("gsm8k", "1080"), ("none", None)]
+    )
+    def test_answers_come_out_of_solutions(self, tmp_path, extractor, answer):
+        solution = "\\boxed{1} and then \\boxed{\\frac{1}{2}}\n#### 1,080"
+        path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": solution})
+        (problem,) = JsonlProblems(path, answer_field="solution", answer_extractor=extractor).load()
+        assert problem.answer == (answer or solution)
+
+    @pytest.mark.parametrize("extractor", ["boxed", "gsm8k"])
+    def test_a_solution_without_an_answer_is_refused_with_its_line(self, tmp_path, extractor):
+        path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": "unfinished \\boxed{1 ####"})
+        with pytest.raises(UserError, match=rf"a\.jsonl:1: answer_extractor='{extractor}' finds no answer"):
+            JsonlProblems(path, answer_extractor=extractor).load()
+
+
+class TestHub:
+    @pytest.fixture(autouse=True)
+    def private_cache(self, tmp_path, monkeypatch):
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    @pytest.fixture
+    def folder(self, tmp_path) -> str:
+        folder = tmp_path / "sums"
+        folder.mkdir()
+        rows = [
+            {"question": f"{i}+{i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
+            for i in (1, 2, 3)
+        ]
+        write(folder / "train.jsonl", *rows)
+        return str(folder)
+
+    def test_problems_and_demonstrations_of_a_local_folder(self, folder):
+        arguments = {"problem_column": "question", "limit": 2}
+        problems = HubProblems(folder, answer_extractor="gsm8k", **arguments).load()
+        assert problems == [Problem("sums:train:0", "1+1?", "2"), Problem("sums:train:1", "2+2?", "4")]
+        demonstrations = HubDemonstrations(folder, solution_column="answer", **arguments).load()
+        assert [d.solution for d in demonstrations] == ["1+1=2\n\\boxed{2}", "2+2=4\n\\boxed{4}"]
+
+    def test_files_by_type(self, folder):
+        source = HubProblems(
+            "json", data_files=f"{folder}/train.jsonl", problem_column="question", answer_extractor="gsm8k"
+        )
+        assert source.prepare(0, frozenset({"1+1?"})) == 1
+        assert sorted(p.answer for p in source.draw(0, 2)) == ["4", "6"]
+
+    def test_parquet(self, tmp_path):
+        import datasets
+
+        (tmp_path / "p").mkdir()
+        datasets.Dataset.from_dict({"problem": ["1+1?"], "answer": ["2"]}).to_parquet(
+            tmp_path / "p" / "test.parquet"
+        )
+        assert HubProblems(str(tmp_path / "p"), split="test").load() == [Problem("p:test:0", "1+1?", "2")]
+
+    def test_an_unknown_column_is_refused_with_those_there_are(self, folder):
+        with pytest.raises(UserError, match=r"no column 'problem'.*Its columns are question, answer"):
+            HubProblems(folder).load()
+        with pytest.raises(UserError, match="no column 'final'"):
+            HubDemonstrations(
+                folder, problem_column="question", solution_column="answer", answer_column="final"
+            ).load()
+
+    def test_a_row_without_an_answer_is_named(self, folder):
+        with pytest.raises(UserError, match="sums:train:0: answer_extractor='boxed'"):
+            HubProblems(folder, problem_column="question", answer_extractor="boxed").load()
+
+    def test_an_unknown_split_or_folder_is_told_with_a_remedy(self, folder, tmp_path):
+        with pytest.raises(UserError, match=r"split 'dev'.*could not be loaded"):
+            HubProblems(folder, split="dev").load()
+        with pytest.raises(UserError, match=r"nothing-here'.*could not be loaded.*local folder"):
+            HubProblems(str(tmp_path / "nothing-here")).load()
+
+    def test_no_network_is_told_with_a_remedy(self, monkeypatch):
+        import datasets
+
+        def refuse(*_: object, **__: object) -> None:
+            raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\ndetails")
+
+        monkeypatch.setattr(datasets, "load_dataset", refuse)
+        with pytest.raises(
+            UserError, match=r"'openai/gsm8k'.*Couldn't reach.*Without a network, download it"
+        ):
+            HubProblems("openai/gsm8k", "main").load()
+
+
+class TestConfig:
+    """Each source is a class_path with init_args under the type that the datamodule asks for."""
+
+    @pytest.mark.parametrize(
+        ("kind", "class_path", "init_args", "expected"),
+        [
+            (DemonstrationSource, "arithmetic.ArithmeticDemonstrations", {"task": {"num_terms": 3}},
+             ArithmeticDemonstrations(task=ArithmeticTask(num_terms=3))),
+            (ProblemSource, "arithmetic.ArithmeticProblems", {}, ArithmeticProblems()),
+            (DemonstrationSource, "jsonl.JsonlDemonstrations", {"path": "a", "solution_format": "gsm8k"},
+             JsonlDemonstrations("a", solution_format="gsm8k")),
+            (ProblemSource, "jsonl.JsonlProblems", {"path": "a", "limit": 5}, JsonlProblems("a", limit=5)),
+            (DemonstrationSource, "hub.HubDemonstrations", {"name": "n"}, HubDemonstrations("n")),
+            (ProblemSource, "hub.HubProblems", {"name": "n", "config": "main"}, HubProblems("n", "main")),
+        ],
+    )  # fmt: skip
+    def test_sources_are_config_values(self, kind, class_path, init_args, expected):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--source", type=kind)
+        value = {"class_path": f"egspo_lightning.data.{class_path}", "init_args": init_args}
+        assert parser.instantiate(parser.parse_object({"source": value})).source == expected
+
+    def test_a_misspelt_option_is_refused(self):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--source", type=ProblemSource)
+        value = {
+            "class_path": "egspo_lightning.data.jsonl.JsonlProblems",
+            "init_args": {"path": "a", "limits": 5},
+        }
+        with pytest.raises(ArgumentError, match="limits"):
+            parser.parse_object({"source": value})
+
+
+class TestRealFiles:
+    def test_gsm8k_demonstrations(self):
+        path = shared("gsm8k_train.jsonl")
+        demonstrations = JsonlDemonstrations(path).load()
+        answers = [row["answer"].replace(",", "") for _, row in read_rows(path)]
+        assert len(demonstrations) == 7473
+        assert [boxed_answer(d.solution) for d in demonstrations] == answers
+        assert not any("<<" in d.solution or "####" in d.solution for d in demonstrations)
+
+    def test_math_demonstrations_are_left_as_they_are(self):
+        path = shared("math_demos.jsonl")
+        demonstrations = JsonlDemonstrations(path).load()
+        solutions = [row["solution"].strip() for _, row in read_rows(path)]
+        assert [d.solution for d in demonstrations] == solutions
+        assert all(boxed_answer(d.solution) for d in demonstrations)
+
+    def test_olympiad_answers_are_appended_without_dollars(self):
+        demonstrations = JsonlDemonstrations(shared("olympiadbench.jsonl")).load()
+        answers = [boxed_answer(d.solution) for d in demonstrations]
+        assert len(answers) == 675
+        assert all(answers)
+        assert not any(re.fullmatch(r"\$[^$]*\$", answer) for answer in answers if answer)
+
+    def test_training_on_math_drops_the_problems_of_math500(self):
+        benchmark = JsonlProblems(shared("math500.jsonl")).load()
+        excluded = frozenset(normalise_problem(p.problem) for p in benchmark)
+        leaky = JsonlProblems(shared("math500.jsonl"), limit=500)
+        with pytest.raises(UserError, match="500 were loaded, and 500 of them"):
+            leaky.prepare(0, excluded)
+        assert JsonlProblems(shared("math_demos.jsonl")).prepare(0, excluded) < 20

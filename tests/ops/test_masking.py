@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from egspo_lightning.ops.masking import aggregate, masked_mean, masked_sum, masked_whiten
+
+VALUES = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]
+MASK = [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+MASK_INDEX = torch.tensor(MASK).bool()
+MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+
+
+def test_sums_and_means_by_hand():
+    assert masked_sum(VALUES, MASK).item() == 7.0
+    assert masked_sum(VALUES, MASK, -1).tolist() == [3.0, 4.0, 0.0]
+    assert masked_mean(VALUES, MASK).item() == pytest.approx(7 / 3, abs=1e-12)
+    assert masked_mean(VALUES, MASK, -1).tolist() == [1.5, 4.0, 0.0]
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_masked_has_no_part(poison):
+    values = torch.tensor(VALUES)
+    values[~torch.tensor(MASK).bool()] = poison
+    assert masked_sum(values, MASK).item() == 7.0
+    assert masked_whiten(values, MASK)[0, 2].item() == 0.0
+    assert aggregate(values, MASK, "token-mean").item() == pytest.approx(7 / 3)
+
+
+def test_whitening_by_hand():
+    # 1, 2, 4: mean 7/3, unbiased variance 7/3
+    whitened = masked_whiten(VALUES, MASK)
+    deviation = (7 / 3 + 1e-8) ** 0.5
+    expected = [(1 - 7 / 3) / deviation, (2 - 7 / 3) / deviation, (4 - 7 / 3) / deviation]
+    assert whitened[MASK_INDEX].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token-mean", 7 / 3),
+        ("seq-mean-token-mean", (1.5 + 4) / 2),
+        ("seq-mean-token-sum", (3 + 4) / 2),
+        ("seq-mean-token-sum-norm", (3 + 4) / 2 / 3),
+    ],
+)
+def test_aggregation_by_hand(mode, expected):
+    assert aggregate(VALUES, MASK, mode).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_mask_gives_zero(mode):
+    values = torch.ones(2, 3, requires_grad=True)
+    loss = aggregate(values, torch.zeros(2, 3), mode)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert values.grad.tolist() == [[0.0] * 3] * 2
+    assert masked_mean(values, torch.zeros(2, 3)).item() == 0.0
+    assert masked_whiten(values.detach(), torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("splits", [[8], [2, 6], [1] * 8])
+def test_parts_with_the_normalizer_of_the_whole_add_up_to_the_whole(mode, splits):
+    torch.manual_seed(0)
+    values, mask = torch.randn(8, 5, dtype=torch.float64), torch.rand(8, 5) < 0.6
+    mask[3] = False
+    sequences = mask.any(-1).sum().item()
+    normalizer = {"token-mean": mask.sum().item(), "seq-mean-token-sum-norm": sequences * 5}.get(mode, sequences)
+    parts = [
+        aggregate(v, m, mode, normalizer=normalizer)
+        for v, m in zip(values.split(splits), mask.split(splits), strict=True)
+    ]
+    assert sum(parts).item() == pytest.approx(aggregate(values, mask, mode).item(), abs=1e-12)
+
+
+def test_against_a_slow_loop():
+    torch.manual_seed(1)
+    for _ in range(20):
+        rows, width = (int(n) for n in torch.randint(1, 7, (2,)))
+        values, mask = torch.randn(rows, width, dtype=torch.float64), torch.rand(rows, width) < 0.7
+        kept = [[v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)]
+        kept = [row for row in kept if row]
+        tokens, sequences = sum(map(len, kept)), len(kept)
+        expected = {
+            "token-mean": sum(map(sum, kept)) / max(tokens, 1),
+            "seq-mean-token-mean": sum(sum(row) / len(row) for row in kept) / max(sequences, 1),
+            "seq-mean-token-sum": sum(map(sum, kept)) / max(sequences, 1),
+            "seq-mean-token-sum-norm": sum(map(sum, kept)) / max(sequences * width, 1),
+        }
+        for mode, value in expected.items():
+            assert aggregate(values, mask, mode).item() == pytest.approx(value, abs=1e-12)
+
+
+def test_an_unknown_mode_names_the_known_ones():
+    with pytest.raises(ValueError, match="token-mean, seq-mean-token-mean"):
+        aggregate(VALUES, MASK, "mean")

@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from egspo_lightning.ops.token_stats import token_stats, token_stats_from_logits
+
+
+def make(dtype, bias=True):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 7, 5, dtype=dtype, requires_grad=True)
+    return hidden, nn.Linear(5, 11, bias=bias).to(dtype), torch.randint(11, (3, 7))
+
+
+def test_by_hand():
+    # p = (1/4, 3/4): log p = log 1/4; H = 1/4 log 4 + 3/4 log 4/3
+    stats = token_stats_from_logits(torch.tensor([[0.0, math.log(3)]], dtype=torch.float64), torch.tensor([0]))
+    assert stats.logprobs.item() == pytest.approx(-math.log(4), abs=1e-12)
+    assert stats.entropies.item() == pytest.approx(math.log(4) / 4 + 0.75 * math.log(4 / 3), abs=1e-12)
+
+
+def test_temperature_divides_the_logits():
+    hot = token_stats_from_logits(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), temperature=2.0)
+    assert hot.logprobs.item() == pytest.approx(-math.log1p(math.exp(-1)), abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100, None])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunks_give_the_values_and_gradients_of_the_whole(chunk_size, bias):
+    hidden, head, ids = make(torch.float64, bias)
+    ours = token_stats(hidden, head, ids, temperature=0.7, chunk_size=chunk_size)
+    naive = token_stats_from_logits(head(hidden), ids, temperature=0.7)
+    assert_close(ours, naive, rtol=1e-12, atol=1e-12)
+    leaves = [hidden, *head.parameters()]
+    pull = torch.randn(2, 3, 7, dtype=torch.float64)
+    ours_grad, naive_grad = (
+        torch.autograd.grad((pull[0] * s.logprobs).sum() + (pull[1] * s.entropies).sum(), leaves) for s in (ours, naive)
+    )
+    assert_close(ours_grad, naive_grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", ["logprobs", "entropies"])
+def test_gradient_of_one_output_alone(part):
+    hidden, head, ids = make(torch.float64)
+    leaves = [hidden, *head.parameters()]
+    ours = torch.autograd.grad(getattr(token_stats(hidden, head, ids, chunk_size=3), part).sum(), leaves)
+    naive = torch.autograd.grad(getattr(token_stats_from_logits(head(hidden), ids), part).sum(), leaves)
+    assert_close(ours, naive, rtol=1e-10, atol=1e-12)
+
+
+def test_gradcheck():
+    hidden, head, ids = make(torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: token_stats(h, w, ids, chunk_size=4), (hidden, head.weight))
+
+
+def test_low_precision_is_computed_in_float32():
+    hidden, head, ids = make(torch.bfloat16)
+    stats = token_stats(hidden, head, ids)
+    assert stats.logprobs.dtype == torch.float32
+    naive = token_stats_from_logits(head(hidden).float(), ids)
+    assert_close(stats, naive, rtol=1e-6, atol=1e-6)
+
+
+def test_autocast_gives_gradients_in_the_dtype_of_the_weights():
+    hidden, head, ids = make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = token_stats(hidden, head, ids)
+        naive = token_stats_from_logits(head(hidden), ids)
+    assert_close(stats, naive, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(stats.logprobs.sum(), head.weight)
+    assert gradient.dtype == torch.float32
+
+
+def test_no_tokens():
+    hidden, head, _ = make(torch.float32)
+    stats = token_stats(hidden[0, :0], head, torch.zeros(0, dtype=torch.long))
+    stats.logprobs.sum().backward()
+    assert torch.equal(head.weight.grad, torch.zeros_like(head.weight))
+
+
+def test_a_sharp_distribution_has_finite_values_and_gradients():
+    logits = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
+    stats = token_stats_from_logits(logits, torch.tensor([1]))
+    assert stats.logprobs.item() == pytest.approx(-400.0)
+    assert stats.entropies.item() == pytest.approx(0.0, abs=1e-6)
+    (stats.logprobs + stats.entropies).sum().backward()
+    assert logits.grad.isfinite().all()

@@ -1,0 +1,52 @@
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from egspo_lightning.rewards.grading import MathGrader
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+@pytest.fixture
+def shared_file() -> Callable[[str], Path]:
+    def locate(name: str) -> Path:
+        path = SHARED / name
+        if not path.is_file():
+            pytest.skip(
+                f"{path} is not here: it lies beside the checkout where the reference data is laid out"
+            )
+        return path
+
+    return locate
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[MathGrader]:
+    with MathGrader(num_workers=2, deadline_s=1.0) as grader:
+        yield grader
+
+
+@pytest.fixture
+def wait_until_gone() -> Callable[[list[int]], None]:
+    def wait(pids: list[int], timeout_s: float = 5.0) -> None:
+        limit = time.monotonic() + timeout_s
+        while alive := [pid for pid in pids if _is_alive(pid)]:
+            assert time.monotonic() < limit, f"still there: {alive}"
+            time.sleep(0.02)
+
+    return wait
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    try:  # a process that nobody has waited for yet is gone all the same
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return not Path("/proc").is_dir()

@@ -1,0 +1,63 @@
+import time
+
+import pytest
+
+from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{3} ... wait \boxed{5}", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed  {5}", "5"),
+        ("\\boxed\n{\n 5 \n}", "5"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"} } \boxed{5} { {", "5"),
+        (r"\boxed{5} and \boxed{6", "5"),
+        (r"\boxed{\frac{1}{2}", None),
+        (r"\boxed{5\}", None),
+        (r"\boxed{}", None),
+        (r"\boxed{ }", None),
+        (r"\boxed{5} put the answer within \boxed{}", None),
+        (r"\\boxed{5}", None),  # a line break, then a word
+        (r"\fbox{5}", None),
+        ("boxed{5}", None),
+        (r"\boxed 5", None),
+        ("", None),
+        (r"<think>\boxed{6}</think>\boxed{5}", "5"),
+        (r"a</think>\boxed{6}</think>\boxed{5}", "5"),
+        (r"<think>\boxed{5}</think> The answer is 6", None),
+        (r"<think>hmm \boxed{5}", None),
+        ("\\boxed{5}\ud800", "5"),
+    ],
+)
+def test_last_balanced_box_after_the_reasoning(text: str, expected: str | None) -> None:
+    assert extract_boxed(text) == expected
+
+
+def test_length_cap() -> None:
+    assert extract_boxed(r"\boxed{" + "1" * MAX_ANSWER_LENGTH + "}") == "1" * MAX_ANSWER_LENGTH
+    assert extract_boxed(r"\boxed{5} \boxed{" + "1" * (MAX_ANSWER_LENGTH + 1) + "}") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 100_000,
+        r"\boxed{" * 100_000 + "7" + "}" * 100_000,
+        r"\boxed{" + "{" * 300_000,
+        r"\boxed" + " " * 500_000,
+        r"\boxed " * 100_000,
+        "\\" * 500_000,
+        "<think>" * 100_000,
+    ],
+    ids=["unclosed", "nested", "braces", "spaces", "no brace", "backslashes", "think"],
+)
+def test_hostile_text_takes_linear_time(text: str) -> None:
+    started = time.perf_counter()
+    extract_boxed(text)
+    assert time.perf_counter() - started < 2.0  # quadratic: minutes

@@ -1,0 +1,199 @@
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.grading import Grade, MathGrader
+
+BOMB = r"9^{9^{9^{9}}}+x"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "correct"),
+    [
+        (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}", True),
+        (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt{3}}{3}", False),
+        (r"\sqrt{12}", r"2\sqrt{3}", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("(0.5, 3)", r"\left(\frac{1}{2}, 3\right)", True),
+        ("(3, 0.5)", r"\left(\frac{1}{2}, 3\right)", False),
+        (r"(-\infty, 5]", r"(-\infty, 5)", False),
+        (r"[-4/2, 0.5]", r"[-2, \frac{1}{2}]", True),
+        (r"\{2, 1\}", r"\{1, 2\}", True),
+        (r"\{1, 3\}", r"\{1, 2\}", False),
+        (r"3 < x \le 4", "(3, 4]", True),
+        (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}", True),
+        ("90°", "90", True),
+        ("x=5", "5", True),
+        (r"3\frac{1}{2}", r"\frac72", True),
+        (r"12\text{ cm}", "12", True),
+        (r"$\frac{\pi}{4}$", r"\frac{1}{4}\pi", True),
+        (r"\begin{pmatrix}0.2\\-3.6\end{pmatrix}", r"\begin{pmatrix}1/5\\-18/5\end{pmatrix}", True),
+    ],
+)
+def test_real_answers(grader: MathGrader, answer: str, gold: str, correct: bool) -> None:
+    (grade,) = grader.grade_answers([answer], [gold])
+    assert grade[:3] == (correct, "graded", answer)
+
+
+def test_completions_are_graded_in_their_order(grader: MathGrader) -> None:
+    completions = [
+        r"\boxed{x+1}",
+        "no box",
+        r"\boxed{7}",
+        r"\boxed{x+2}",
+        r"\boxed{" + BOMB + "}",
+        r"\boxed{1+x}",
+    ]
+    grades = grader.grade(completions, ["1+x", "5", "7", "1+x", "5", "x+1"])
+    verdicts = [(grade.correct, grade.status) for grade in grades]
+    assert verdicts == [
+        (True, "graded"),
+        (False, "no_answer"),
+        (True, "graded"),
+        (False, "graded"),
+        (False, "timeout"),
+        (True, "graded"),
+    ]
+
+
+def test_boxed_answers_and_golds_are_unwrapped(grader: MathGrader) -> None:
+    grades = grader.grade_answers([r"2 + 2 = \boxed{4}", "", "5"], ["4", "5", r"\boxed{5}"])
+    assert grades == [
+        Grade(True, "graded", "4", 0.0),
+        Grade(False, "no_answer", None, 0.0),
+        Grade(True, "graded", "5", 0.0),
+    ]
+
+
+def test_an_answer_that_hangs_times_out_and_the_next_is_graded(grader: MathGrader) -> None:
+    grader.grade_answers(["x+1"], ["1+x"])
+    started = time.monotonic()
+    (grade,) = grader.grade_answers([BOMB], ["5"])
+    assert grade[:3] == (False, "timeout", BOMB)
+    assert 1.0 <= grade.seconds < 1.45  # the worker ends itself, half a second before the client would
+    assert time.monotonic() - started < 2.0
+    assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
+
+
+def test_a_worker_that_cannot_end_itself_is_killed(grader: MathGrader) -> None:
+    grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
+    workers = grader.worker_pids()[1:]
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # its own alarm waits, too
+    grades = grader.grade_answers(["x+1"] * len(workers), ["1+x"] * len(workers))
+    assert {grade.status for grade in grades} == {"timeout"}
+    assert max(grade.seconds for grade in grades) < 2.0
+    assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
+
+
+def test_a_deep_answer_never_takes_the_grader_down(grader: MathGrader) -> None:
+    nested = r"\sqrt{" * 25 + "1" + "}" * 25
+    (deep, next_one) = grader.grade_answers([nested, "x+1"], ["2", "1+x"])
+    assert not deep.correct
+    assert next_one.correct
+
+
+def test_lenient_extraction_reads_free_text() -> None:
+    with MathGrader(extraction="lenient") as grader:
+        grades = grader.grade(
+            [
+                r"Therefore $\frac{1}{2}$ is the answer.",
+                "the number is 1,000.99",
+                "no idea",
+                "<think>5</think> so 6",
+            ],
+            ["0.5", "1000.99", "5", "5"],
+        )
+    assert [(grade.correct, grade.status) for grade in grades] == [
+        (True, "graded"),
+        (True, "graded"),
+        (False, "no_answer"),
+        (False, "graded"),
+    ]
+
+
+def test_works_from_several_threads_at_once(grader: MathGrader) -> None:
+    results: dict[int, list[Grade]] = {}
+
+    def grade(thread: int) -> None:
+        results[thread] = grader.grade_answers([f"x+{thread}", "x+9"], [f"{thread}+x", "x+8"])
+
+    threads = [threading.Thread(target=grade, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[grade.correct for grade in results[thread]] for thread in range(4)] == [[True, False]] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_workers": 0}, "num_workers must be at least 1, got 0"),
+        ({"deadline_s": 0.0}, "deadline_s must be a positive"),
+        ({"memory_limit_mb": 1}, "memory_limit_mb must be at least"),
+        ({"extraction": "latex"}, "extraction must be one of boxed, lenient, got 'latex'"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MathGrader(**arguments)
+
+
+def test_unequal_lengths_are_refused(grader: MathGrader) -> None:
+    with pytest.raises(ValueError, match="got 1 for 2"):
+        grader.grade(["a", "b"], ["5"])
+    with pytest.raises(ValueError, match="got 1 for 0"):
+        grader.grade_answers([], ["5"])
+    assert grader.grade([], []) == []
+
+
+def test_gsm8k_reference_solutions_need_no_worker(shared_file: Callable[[str], Path]) -> None:
+    rows = _rows(shared_file("data/gsm8k_test.jsonl"))
+    with MathGrader() as grader:
+        grades = grader.grade_answers(
+            [row["solution"].rpartition("####")[2] for row in rows], [row["answer"] for row in rows]
+        )
+        assert len(grades) == 1319
+        assert all(grade.correct for grade in grades)
+        assert grader.worker_pids() == []
+
+
+def test_agreement_with_public_graders(shared_file: Callable[[str], Path]) -> None:
+    cases = [case for case in _rows(shared_file("grading/cases.jsonl")) if not case.get("contested")]
+    disagreements = []
+    with (
+        MathGrader(num_workers=2, deadline_s=3.0) as boxed,
+        MathGrader(num_workers=2, deadline_s=3.0, extraction="lenient") as lenient,
+    ):
+        for kind, grade in (("bare", boxed.grade_answers), ("think", boxed.grade), ("text", lenient.grade)):
+            part = [case for case in cases if case["kind"] == kind]
+            grades = grade([case["pred"] for case in part], [case["gold"] for case in part])
+            disagreements += [
+                case["id"] for case, it in zip(part, grades, strict=True) if it.correct != case["expected"]
+            ]
+    assert 1 - len(disagreements) / len(cases) >= 0.97, disagreements
+
+
+def test_hostile_completions_get_the_right_verdict(shared_file: Callable[[str], Path]) -> None:
+    rows = [row for row in _rows(shared_file("grading/hostile.jsonl")) if row["want"] is not None]
+    rows = [row for row in rows if row["category"] != "compute-bomb"] + [
+        row for row in rows if row["category"] == "compute-bomb"
+    ][::3]  # most of these last until the deadline
+    texts = ["".join(part * repeat for part, repeat in row["parts"]) for row in rows]
+    with MathGrader(num_workers=4, deadline_s=0.4) as grader:
+        grades = grader.grade(texts, [row["gold"] for row in rows])
+    disagreements = [row["id"] for row, it in zip(rows, grades, strict=True) if it.correct != row["want"]]
+    assert 1 - len(disagreements) / len(rows) >= 0.95, disagreements
+    assert max(grade.seconds for grade in grades) < 1.4
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

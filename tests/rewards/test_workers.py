@@ -1,0 +1,158 @@
+import contextlib
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from egspo_lightning.rewards.grading import MathGrader
+
+Gone = Callable[[list[int]], None]
+BOMB = r"9^{9^{9^{9}}}+x"
+
+CLIENT = """
+    import sys, threading, time
+    from egspo_lightning.rewards.grading import MathGrader
+    grader = MathGrader(num_workers=2, deadline_s=60.0)
+    assert all(grade.correct for grade in grader.grade_answers(["x+1"] * 4, ["1+x"] * 4))
+    print(*grader.worker_pids(), flush=True)
+"""
+
+
+def run_client(ending: str) -> tuple[subprocess.Popen[str], list[int]]:
+    code = textwrap.dedent(CLIENT) + textwrap.dedent(ending)
+    client = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    pids = [int(pid) for pid in client.stdout.readline().split()]
+    assert len(pids) == 3
+    return client, pids
+
+
+def test_importing_it_loads_neither_torch_nor_sympy_in_the_client() -> None:
+    code = """
+        import sys
+        import egspo_lightning.rewards.functions
+        assert not {"torch", "sympy", "math_verify"} & set(sys.modules)
+        import egspo_lightning.rewards._worker_main
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_plain_numbers_start_no_process() -> None:
+    with MathGrader() as grader:
+        assert [grade.correct for grade in grader.grade([r"\boxed{72}", r"\boxed{7}"], ["72", "8"])] == [
+            True,
+            False,
+        ]
+        assert grader.worker_pids() == []
+
+
+def test_close_leaves_no_process_and_may_be_repeated(wait_until_gone: Gone) -> None:
+    grader = MathGrader(num_workers=2)
+    grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
+    pids = grader.worker_pids()
+    assert len(pids) == 3
+    grader.close()
+    grader.close()
+    wait_until_gone(pids)
+    assert grader.worker_pids() == []
+    assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
+    grader.close()
+
+
+def test_a_forgotten_grader_leaves_no_process(wait_until_gone: Gone) -> None:
+    grader = MathGrader()
+    grader.grade_answers(["x+1"], ["1+x"])
+    pids = grader.worker_pids()
+    del grader
+    gc.collect()
+    wait_until_gone(pids)
+
+
+def test_a_client_that_exits_leaves_no_process(wait_until_gone: Gone) -> None:
+    client, pids = run_client("")
+    assert client.wait(timeout=20) == 0
+    wait_until_gone(pids)
+
+
+def test_a_killed_client_leaves_no_process(wait_until_gone: Gone) -> None:
+    busy = rf"""
+        threading.Thread(target=grader.grade_answers, args=([r"{BOMB}"] * 2, ["5"] * 2), daemon=True).start()
+        time.sleep(60)
+    """
+    client, pids = run_client(busy)
+    time.sleep(0.3)  # its workers are inside sympy now, with a minute to go
+    client.kill()
+    client.wait()
+    wait_until_gone(pids)
+
+
+def test_processes_killed_while_idle_are_replaced() -> None:
+    with MathGrader(num_workers=2) as grader:
+        grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
+        for first in (1, 0):  # the workers, then their parent with them
+            pids = grader.worker_pids()
+            for pid in pids[first:]:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+            grades = grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
+            assert [grade[:2] for grade in grades] == [(True, "graded")] * 4
+            assert not set(pids[first:]) & set(grader.worker_pids())
+
+
+def test_a_worker_killed_at_work_costs_one_verdict() -> None:
+    with MathGrader(num_workers=1, deadline_s=20.0) as grader:
+        grader.grade_answers(["x+1"], ["1+x"])
+        threading.Timer(0.3, os.kill, (grader.worker_pids()[1], signal.SIGKILL)).start()
+        grades = grader.grade_answers([BOMB, "x+1"], ["5", "1+x"])
+    assert [(grade.correct, grade.status) for grade in grades] == [(False, "crashed"), (True, "graded")]
+
+
+def test_ctrl_c_in_the_middle_leaves_a_grader_that_works(wait_until_gone: Gone) -> None:
+    with MathGrader(num_workers=1, deadline_s=20.0) as grader:
+        grader.grade_answers(["x+1"], ["1+x"])
+        worker = grader.worker_pids()[1]
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            grader.grade_answers([BOMB], ["5"])
+        wait_until_gone([worker])
+        assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
+
+
+def test_a_fork_of_the_client_has_workers_of_its_own() -> None:
+    with MathGrader() as grader:
+        grader.grade_answers(["x+1"], ["1+x"])
+        before = grader.worker_pids()
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                assert grader.worker_pids() == []
+                assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
+                assert not set(before) & set(grader.worker_pids())
+                grader.close()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert grader.worker_pids() == before
+        assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
+        assert grader.worker_pids() == before
+
+
+def test_a_pickled_copy_has_workers_of_its_own_with_the_same_memory_limit() -> None:
+    with MathGrader(memory_limit_mb=256) as grader, pickle.loads(pickle.dumps(grader)) as copy:
+        grader.grade_answers(["x+1"], ["1+x"])
+        assert copy.grade_answers(["x+1"], ["1+x"])[0].correct
+        assert not set(grader.worker_pids()) & set(copy.worker_pids())
+        limits = Path(f"/proc/{copy.worker_pids()[1]}/limits").read_text()
+    assert str(256 * 2**20) in next(
+        line for line in limits.splitlines() if line.startswith("Max address space")
+    )
