@@ -67,7 +67,7 @@ class PhaseProgress(ProgressBar):
             self._progress.update(self._task, completed=trainer.current_epoch + 1, description=text)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._console.print(f"phase {trainer.current_epoch + 1}/{self._total(trainer) or '?'} {text}")
+            self.print(f"phase {trainer.current_epoch + 1}/{self._total(trainer) or '?'} {text}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close it."""
