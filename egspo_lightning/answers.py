@@ -82,9 +82,7 @@ def boxed_solution(solution: str, answer: str | None, solution_format: SolutionF
                 return f"{solution.strip()}\n\\boxed{{{_without_dollars(answer.strip())}}}"
             missing = "neither the solution nor an answer field gives the answer"
         case _:
-            raise UserError(
-                f'solution_format must be "auto", "boxed", "gsm8k" or "plain", got {solution_format!r}.'
-            )
+            raise UserError(f'solution_format must be "auto", "boxed", "gsm8k" or "plain", got {solution_format!r}.')
     raise UserError(
         f"{where}: a demonstration must end in its answer, but {missing} (it ends {_tail(solution)}). "
         "Correct the row, or name another solution_format or answer field."

@@ -52,9 +52,7 @@ class ArithmeticTask:
         if self.operators not in ("+", "+-"):
             raise UserError(f'operators must be "+" or "+-", got {self.operators!r}.')
 
-    def problem(
-        self, seed: int | str, split: Split, index: int, excluded: frozenset[str] = frozenset()
-    ) -> Problem:
+    def problem(self, seed: int | str, split: Split, index: int, excluded: frozenset[str] = frozenset()) -> Problem:
         """Problem number ``index`` of an endless stream, a pure function of the arguments.
 
         Problems repeat, as draws with replacement do.

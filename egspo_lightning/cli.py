@@ -3,13 +3,15 @@
 Built on LightningCLI: every constructor argument is a flag and a config key, and every Lightning flag works.
 """
 
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -26,6 +28,8 @@ from egspo_lightning.callbacks import (
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
+
+CallbackT = TypeVar("CallbackT", bound=Callback)
 
 CALLBACKS: dict[str, type] = {
     # MathBenchmark stands before StageTransition: what it logs at the end of an epoch can decide the stage
@@ -64,6 +68,20 @@ class EgspoCLI(LightningCLI):
             parser_kwargs={"prog": "egspo"},
         )
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose errors are not buried under the list of all options; ``--help`` still gives it."""
+        parser = super().init_parser(allow_abbrev=False, **kwargs)
+        if "prog" not in kwargs:  # a subcommand's
+            parser.usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
+        return parser
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer; what Lightning says of impossible flags is told as any other mistake."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {error}") from error
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a key of its own, so that a config changes one argument without repeating the list."""
         for key, callback in CALLBACKS.items():
@@ -76,8 +94,7 @@ class EgspoCLI(LightningCLI):
         trainer = self.trainer
         if not trainer.is_global_zero:
             return
-        callbacks = {type(callback): callback for callback in trainer.callbacks}
-        benchmark, export = callbacks[MathBenchmark], callbacks[HFExport]
+        benchmark, export = self._callback(MathBenchmark), self._callback(HFExport)
         console = Console()
         if benchmark.milestones:
             console.print(benchmark.summary())
@@ -95,18 +112,35 @@ class EgspoCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Say where the answers are."""
-        writer = next(c for c in self.trainer.callbacks if isinstance(c, PredictionWriter))
         if self.trainer.is_global_zero:
-            Console().print(f"Answers: {writer.path(self.trainer)}", soft_wrap=True, highlight=False)
+            Console().print(
+                f"Answers: {self._callback(PredictionWriter).path(self.trainer)}", soft_wrap=True, highlight=False
+            )
 
     def _print_details(self) -> None:
         if self.trainer.is_global_zero:
-            Console().print(next(c for c in self.trainer.callbacks if isinstance(c, MathBenchmark)).details())
+            Console().print(self._callback(MathBenchmark).details())
+
+    def _callback(self, kind: type[CallbackT]) -> CallbackT:
+        return next(c for c in getattr(self.trainer, "callbacks", []) if isinstance(c, kind))
+
+
+def _silence_noise() -> None:
+    """Drop messages of the libraries that ask nothing of the user: everything that remains is worth reading."""
+    for message in (
+        "Total length of `list` across ranks is zero",  # in fit, MathBenchmark asks for the benchmarks itself
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning with torch 2.13
+        ".*does not have many workers",  # loaders are lazy and in memory
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(word in record.getMessage() for word in ("litlogger", "TPU available", "weights_only"))
+    )
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    _silence_noise()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # graders are forked
     try:
         EgspoCLI(args)

@@ -5,11 +5,10 @@ micro-batches. More ranks or ``--trainer.accumulate_grad_batches`` change speed 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from jsonargparse import lazy_instance
-from lightning.pytorch import LightningDataModule
+from jsonargparse.typing import lazy_instance
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -19,24 +18,25 @@ from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import Benchmark
+from egspo_lightning.evaluation.problems import problem_batches
 from egspo_lightning.ops.advantages import Advantage, GroupRelative
 from egspo_lightning.policy import end_of_sequence_ids
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
-from egspo_lightning.rollout.engine import RolloutEngine, Sampling
+from egspo_lightning.rollout.engine import RolloutEngine
 from egspo_lightning.rollout.experience import Collection, Prompt, collect, complete
-from egspo_lightning.rollout.minibatches import active_rows, assign_to_updates, micro_batches
+from egspo_lightning.rollout.minibatches import count_updates, micro_batches, plan_updates
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from egspo_lightning.types import Completion, Problem, RolloutBatch, Stage, TrainingBatch, UpdateSize
-
-
-class ProblemBatch(NamedTuple):
-    """Problems to answer in evaluation, and how."""
-
-    benchmark: str
-    problems: list[Problem]
-    num_samples: int
-    sampling: Sampling
+from egspo_lightning.types import (
+    Completion,
+    ExpertBatch,
+    Problem,
+    ProblemBatch,
+    Sampling,
+    Stage,
+    TrainingBatch,
+    UpdateSize,
+)
 
 
 class SizedLoader:
@@ -45,14 +45,14 @@ class SizedLoader:
     The length keeps Lightning from prefetching, which would sample rollouts from a policy that is one update old.
     """
 
-    def __init__(self, length: int, batches: Callable[[], Iterator[Any]]) -> None:
+    def __init__(self, length: int, batches: Callable[[], Iterator[TrainingBatch]]) -> None:
         self._length, self._batches = length, batches
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return self._length
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[TrainingBatch]:
         """Start making them."""
         return self._batches()
 
@@ -101,15 +101,6 @@ class HybridDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        sizes = {name: value for name, value in locals().items() if name.startswith(("num_", "max_")) or "_batch" in name}
-        for name, value in sizes.items():
-            if value < 1:
-                raise UserError(f"data.{name} must be at least 1, got {value}.")
-        if num_generations < advantage.min_generations:
-            raise UserError(
-                f"data.num_generations must be at least {advantage.min_generations} with data.advantage "
-                f"{type(advantage).__name__}, got {num_generations}: it compares the completions of a group."
-            )
         self.demonstrations, self.problems, self.benchmarks = demonstrations, problems, benchmarks or []
         self.engine, self.reward, self.advantage, self.prompt = engine, reward, advantage, prompt
         self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
@@ -117,12 +108,21 @@ class HybridDataModule(LightningDataModule):
         self.num_ppo_epochs, self.num_minibatches = num_ppo_epochs, num_minibatches
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
         self.eval_batch_size, self.seed = eval_batch_size, seed
+        self._require_sizes()
         self.num_passes = self.num_collections = 0  # of SFT data and of rollouts, begun in this run
         self.collection: Collection | None = None
         """The latest rollouts of this rank, for callbacks to look at."""
         self._benchmark_problems: dict[str, list[Problem]] = {}
         self._expert: ExpertPool | None = None
         self._eval_reward = CorrectnessReward()
+
+    def _require_sizes(self) -> None:
+        for name, value in vars(self).items():
+            if name.startswith(("num_", "max_")) or name.endswith("_batch_size"):
+                _require(value >= 1, name, value, "at least 1")
+        least = self.advantage.min_generations
+        allowed = f"at least {least} with data.advantage {type(self.advantage).__name__}, which compares a group"
+        _require(self.num_generations >= least, "num_generations", self.num_generations, allowed)
 
     # Set-up
 
@@ -131,7 +131,7 @@ class HybridDataModule(LightningDataModule):
         if not self._benchmark_problems:
             self._load_benchmarks()
         if stage == TrainerFn.FITTING and self._expert is None:
-            self._check_sizes()
+            self._require_shares()
             self._load_training_data()
 
     def _load_benchmarks(self) -> None:
@@ -141,17 +141,11 @@ class HybridDataModule(LightningDataModule):
             self._benchmark_problems[benchmark.name] = benchmark.load()
 
     def _load_training_data(self) -> None:
-        excluded = frozenset(
-            normalise_problem(problem.problem)
-            for problems in self._benchmark_problems.values()
-            for problem in problems
-        )
+        asked = [problem for problems in self._benchmark_problems.values() for problem in problems]
+        excluded = frozenset(normalise_problem(problem.problem) for problem in asked)
         loaded = self.demonstrations.load()
         clean = [item for item in loaded if normalise_problem(item.problem) not in excluded]
-        if not clean:
-            raise UserError(
-                f"data.demonstrations: all {len(loaded)} stand in a benchmark. Use other demonstrations or benchmarks."
-            )
+        _require(bool(clean), "demonstrations", f"{len(loaded)}, of which benchmarks ask all", "others than those")
         num_dropped = self.problems.prepare(self.seed, excluded)
         self._expert = ExpertPool.encode(
             clean,
@@ -162,23 +156,18 @@ class HybridDataModule(LightningDataModule):
             seed=self.seed,
         )
         rank_zero_info(
-            f"Data: {len(self._expert.demonstrations)} demonstrations ({len(loaded) - len(clean)} dropped because a "
-            f"benchmark asks them, {self._expert.num_dropped} because they are too long); {num_dropped} training "
-            "problems dropped because a benchmark asks them."
+            f"Data: {len(self._expert.demonstrations)} demonstrations (dropped: {len(loaded) - len(clean)} that a "
+            f"benchmark asks, {self._expert.num_dropped} that are too long). Training problems dropped because a "
+            f"benchmark asks them: {num_dropped}."
         )
 
-    def _check_sizes(self) -> None:
-        world_size = self.trainer.world_size
-        if self.num_problems % world_size:
-            raise UserError(
-                f"data.num_problems must be a multiple of the number of ranks: {self.num_problems} problems cannot be "
-                f"shared evenly among {world_size}."
-            )
-        if self.num_minibatches > self.num_problems * self.num_generations // world_size:
-            raise UserError(
-                f"data.num_minibatches = {self.num_minibatches} is more than the "
-                f"{self.num_problems * self.num_generations // world_size} completions that a rank has."
-            )
+    def _require_shares(self) -> None:
+        ranks = self._trainer.world_size
+        allowed = f"a multiple of the {ranks} ranks, which share the problems evenly"
+        _require(self.num_problems % ranks == 0, "num_problems", self.num_problems, allowed)
+        most = self.num_problems * self.num_generations // ranks
+        allowed = f"at most {most}, the completions that each rank has"
+        _require(self.num_minibatches <= most, "num_minibatches", self.num_minibatches, allowed)
 
     def teardown(self, stage: str) -> None:
         """End the graders' processes."""
@@ -193,10 +182,10 @@ class HybridDataModule(LightningDataModule):
         if self._policy.stage == Stage.SFT:
             num_updates = -(-len(self._expert_pool.demonstrations) // self.sft_batch_size)
             return SizedLoader(num_updates * self._parts, self._sft_batches)
-        num_updates = self.num_ppo_epochs * self.num_minibatches
-        return SizedLoader(num_updates * self._parts, self._rollout_batches)
+        return SizedLoader(self.num_ppo_epochs * self.num_minibatches * self._parts, self._rollout_batches)
 
     def _sft_batches(self) -> Iterator[TrainingBatch]:
+        """One pass over the demonstrations."""
         num_demonstrations = len(self._expert_pool.demonstrations)
         order = self._expert_pool.draw(self.num_passes * num_demonstrations, num_demonstrations)
         self.num_passes += 1
@@ -206,54 +195,38 @@ class HybridDataModule(LightningDataModule):
                 yield TrainingBatch(Stage.SFT, None, expert)
 
     def _rollout_batches(self) -> Iterator[TrainingBatch]:
+        """One collection of rollouts, and the updates on it."""
         number = self.num_collections
         self.num_collections += 1
-        numbers = range(self.trainer.global_rank, self.num_problems, self.trainer.world_size)
+        numbers = range(self._trainer.global_rank, self.num_problems, self._trainer.world_size)
         self.collection = self._collect(number, numbers)
-        updates = [
-            rows
-            for epoch in range(self.num_ppo_epochs)
-            for rows in assign_to_updates(
-                numbers, self.num_generations, self.num_minibatches, seed=f"{self.seed}/{number}/{epoch}"
-            )
-        ]
-        sizes = self._update_sizes(self.collection.rollout, updates)
-        for i, (rows, size) in enumerate(zip(updates, sizes, strict=True)):
-            rollouts = micro_batches(
-                self.collection.rollout, rows, self._parts, size, keep_inactive=self._policy.needs_every_rollout
-            )
-            experts = self._expert_micro_batches(number * len(updates) + i)
-            for rollout, expert in zip(rollouts, experts, strict=True):
-                yield TrainingBatch(Stage.EGSPO, rollout, expert)
+        rollout = self.collection.rollout
+        seed = f"{self.seed}/{number}"
+        updates = plan_updates(numbers, self.num_generations, self.num_minibatches, self.num_ppo_epochs, seed=seed)
+        counts = self._policy.sum_over_ranks(count_updates(rollout, updates)).tolist()
+        for i, (rows, (tokens, sequences, active)) in enumerate(zip(updates, counts, strict=True)):
+            size = UpdateSize(tokens, sequences, float(self.max_completion_length), active)
+            parts = micro_batches(rollout, rows, self._parts, size, keep_inactive=self._policy.needs_every_rollout)
+            for part, expert in zip(parts, self._expert_parts(number * len(updates) + i), strict=True):
+                yield TrainingBatch(Stage.EGSPO, part, expert)
 
     def _collect(self, number: int, numbers: Sequence[int]) -> Collection:
+        """Collection ``number``, of the problems of this rank."""
         drawn = self.problems.draw(number * self.num_problems, self.num_problems)
-        prompts = [
-            Prompt(drawn[i], self._encode(drawn[i]), f"{self.seed}/{number}/{i}") for i in numbers
-        ]
         collection = collect(
             self._policy,
             self.engine,
             self.reward,
             self.advantage,
-            prompts,
+            [self._prompt(drawn[i], f"{number}/{i}") for i in numbers],
             self.num_generations,
             self.max_completion_length,
             eos_ids=self._eos_ids(),
         )
         return collection._replace(rollout=self._policy.admit(collection.rollout, collection.measurements))
 
-    def _update_sizes(self, rollout: RolloutBatch, updates: Sequence[Sequence[int]]) -> list[UpdateSize]:
-        """The size of each update, summed over the ranks."""
-        lengths = rollout.completion_mask.sum(-1)
-        local = [
-            [float(lengths[list(rows)].sum()), float(len(rows)), float(len(active_rows(rollout, rows)))]
-            for rows in updates
-        ]
-        totals = self._policy.sum_over_ranks(torch.tensor(local, dtype=torch.float64)).tolist()
-        return [UpdateSize(tokens, sequences, self.max_completion_length, active) for tokens, sequences, active in totals]
-
-    def _expert_micro_batches(self, update_number: int) -> list[Any]:
+    def _expert_parts(self, update_number: int) -> Sequence[ExpertBatch | None]:
+        """The demonstrations that an update in stage EGSPO carries, in micro-batches."""
         if not self._policy.mixes_expert_data:
             return [None] * self._parts
         update = self._expert_pool.draw(update_number * self.expert_batch_size, self.expert_batch_size)
@@ -261,46 +234,38 @@ class HybridDataModule(LightningDataModule):
 
     # Evaluation
 
-    def val_dataloader(self) -> list[SizedLoader]:
+    def val_dataloader(self) -> list[list[ProblemBatch]]:
         """The benchmarks, one loader each; in fit MathBenchmark asks for them when it wants them."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            return []
-        return self.test_dataloader()
+        return [] if self._trainer.state.fn == TrainerFn.FITTING else self.test_dataloader()
 
-    def test_dataloader(self) -> list[SizedLoader]:
+    def test_dataloader(self) -> list[list[ProblemBatch]]:
         """The benchmarks, one loader each."""
-        if not self.benchmarks:
-            raise UserError("data.benchmarks is empty: there is nothing to measure. Name at least one benchmark.")
-        return [self.benchmark_loader(benchmark) for benchmark in self.benchmarks]
+        _require(bool(self.benchmarks), "benchmarks", "none", "at least one, or there is nothing to measure")
+        return [self.benchmark_batches(benchmark) for benchmark in self.benchmarks]
 
-    def predict_dataloader(self) -> SizedLoader:
+    def predict_dataloader(self) -> list[ProblemBatch]:
         """The problems of a finite source, each once and in its order."""
         if not isinstance(self.problems, FiniteProblems):
             raise UserError(
                 f"data.problems: {type(self.problems).__name__} never ends, so predict cannot answer all of it. Use a "
                 "finite source, such as egspo_lightning.data.jsonl.JsonlProblems."
             )
-        sampling = Sampling(max_completion_length=self.max_completion_length, temperature=0.0)
-        return self._problem_loader("predict", self.problems.load(), 1, sampling)
+        sampling = Sampling(self.max_completion_length, temperature=0.0)
+        return problem_batches("predict", self.problems.load(), 1, sampling, **self._evaluation_share)
 
-    def benchmark_loader(self, benchmark: Benchmark) -> SizedLoader:
+    def benchmark_batches(self, benchmark: Benchmark) -> list[ProblemBatch]:
         """This rank's share of a benchmark."""
-        sampling = Sampling(
-            max_completion_length=benchmark.max_completion_length or self.max_completion_length,
-            temperature=benchmark.temperature,
-            top_p=benchmark.top_p,
-        )
+        length = benchmark.max_completion_length or self.max_completion_length
+        sampling = Sampling(length, benchmark.temperature, benchmark.top_p)
         problems = self._benchmark_problems[benchmark.name]
-        return self._problem_loader(benchmark.name, problems, benchmark.num_samples, sampling)
+        return problem_batches(benchmark.name, problems, benchmark.num_samples, sampling, **self._evaluation_share)
 
     def answer(self, batch: ProblemBatch) -> list[Completion]:
         """Sample and grade the completions of a batch of problems."""
         if not batch.problems:
             return []
-        prompts = [
-            Prompt(problem, self._encode(problem), f"{self.seed}/{batch.benchmark}/{problem.id}")
-            for problem in batch.problems
-        ]
+        prompts = [self._prompt(problem, f"{batch.benchmark}/{problem.id}") for problem in batch.problems]
+        eos_ids = self._eos_ids()
         return complete(
             self._policy,
             self.engine,
@@ -308,31 +273,20 @@ class HybridDataModule(LightningDataModule):
             prompts,
             batch.num_samples,
             batch.sampling,
-            eos_ids=self._eos_ids(),
+            eos_ids=eos_ids,
         )
-
-    def _problem_loader(self, name: str, problems: list[Problem], num_samples: int, sampling: Sampling) -> SizedLoader:
-        """Every rank has the same number of batches, the last ones of some may be empty."""
-        world_size, size = self.trainer.world_size, self.eval_batch_size
-        share = problems[self.trainer.global_rank :: world_size]
-        length = -(-len(problems) // (world_size * size))
-
-        def batches() -> Iterator[ProblemBatch]:
-            for i in range(length):
-                yield ProblemBatch(name, share[i * size : (i + 1) * size], num_samples, sampling)
-
-        return SizedLoader(length, batches)
 
     # Both
 
-    def _encode(self, problem: Problem) -> list[int]:
+    def _prompt(self, problem: Problem, stream: str) -> Prompt:
+        """A problem as ids, with a random stream of its own."""
         ids = self.prompt.encode(self._policy.tokenizer, problem.problem)
         if len(ids) > self.max_prompt_length:
             raise UserError(
                 f"data.max_prompt_length = {self.max_prompt_length} is shorter than the prompt of problem "
                 f"{problem.id!r}, which has {len(ids)} tokens. Raise it to {len(ids)} or more."
             )
-        return ids
+        return Prompt(problem, ids, f"{self.seed}/{stream}")
 
     def _eos_ids(self) -> list[int]:
         with self._policy.sampling() as lm:
@@ -340,7 +294,12 @@ class HybridDataModule(LightningDataModule):
 
     @property
     def _policy(self) -> RolloutPolicy:
-        return self.trainer.lightning_module  # type: ignore[no-any-return]
+        return self._trainer.lightning_module  # type: ignore[return-value]
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.trainer is not None, "no trainer is attached"
+        return self.trainer
 
     @property
     def _expert_pool(self) -> ExpertPool:
@@ -350,11 +309,19 @@ class HybridDataModule(LightningDataModule):
     @property
     def _parts(self) -> int:
         """Micro-batches an update, on each rank."""
-        return self.trainer.accumulate_grad_batches
+        return self._trainer.accumulate_grad_batches
 
     @property
     def _share(self) -> tuple[int, int, int]:
-        return self.trainer.global_rank, self.trainer.world_size, self._parts
+        return self._trainer.global_rank, self._trainer.world_size, self._parts
+
+    @property
+    def _evaluation_share(self) -> dict[str, int]:
+        return {
+            "rank": self._trainer.global_rank,
+            "world_size": self._trainer.world_size,
+            "batch_size": self.eval_batch_size,
+        }
 
     # Checkpoints
 
@@ -365,3 +332,8 @@ class HybridDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where they were."""
         self.num_passes, self.num_collections = state_dict["num_passes"], state_dict["num_collections"]
+
+
+def _require(holds: bool, field: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"data.{field} must be {allowed}, got {value}.")

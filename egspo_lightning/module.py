@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jsonargparse import lazy_instance
+from jsonargparse.typing import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
@@ -119,6 +119,7 @@ class EGSPOModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """A phase begins: rollouts of this phase are stamped with the policy as it is now."""
         self._phase_version = self.policy_version
+        self.log("stage", float(self.stage == Stage.EGSPO), on_step=False, on_epoch=True)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """The loss of a micro-batch, scaled so that the mean over micro-batches and ranks is that of the update."""
@@ -158,8 +159,7 @@ class EGSPOModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log what the phase's collection measured."""
-        metrics = self._phase_metrics | {"stage": torch.tensor(float(self.stage == Stage.EGSPO))}
-        self.log_dict(metrics, on_epoch=True)
+        self.log_dict(self._phase_metrics, on_epoch=True)
         self._phase_metrics = {}
 
     def _refuse_stale(self, rollout: RolloutBatch) -> None:
@@ -233,8 +233,7 @@ class EGSPOModule(LightningModule):
             self._phase_metrics["gate/threshold"] = rollout.threshold
         pairs = self.sum_over_ranks(torch.tensor(list(measurements.values()), device=self.device))
         self._phase_metrics |= {
-            name: total / count.clamp(min=1e-9)
-            for name, (total, count) in zip(measurements, pairs, strict=True)
+            name: total / count.clamp(min=1e-9) for name, (total, count) in zip(measurements, pairs, strict=True)
         }
         return rollout
 
@@ -242,27 +241,36 @@ class EGSPOModule(LightningModule):
         """The sum of equally shaped tensors over all ranks."""
         if self.trainer.world_size == 1:
             return values
-        return self.all_gather(values.to(self.device)).sum(0)
+        return self._all_gather(values.to(self.device)).sum(0)
 
     def _gather_over_ranks(self, values: Tensor) -> Tensor:
         """Concatenate vectors of different lengths over all ranks."""
         if self.trainer.world_size == 1:
             return values
-        sizes = self.all_gather(torch.tensor(values.numel(), device=values.device)).tolist()
+        sizes = self._all_gather(torch.tensor(values.numel(), device=values.device)).tolist()
         padded = torch.nn.functional.pad(values, (0, max(sizes) - values.numel()))
-        return torch.cat([row[:size] for row, size in zip(self.all_gather(padded), sizes, strict=True)])
+        return torch.cat([row[:size] for row, size in zip(self._all_gather(padded), sizes, strict=True)])
+
+    def _all_gather(self, values: Tensor) -> Tensor:
+        """(ranks, ...)"""
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered
 
     # Evaluation: the datamodule samples and grades; what it gives is passed on unread
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Answer a batch of benchmark problems."""
-        return {"completions": self.trainer.datamodule.answer(batch)}
+        return {"completions": self._answer(batch)}
 
     test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Answer a batch of problems."""
-        return self.trainer.datamodule.answer(batch)
+        return self._answer(batch)
+
+    def _answer(self, batch: Any) -> Any:
+        return self.trainer.datamodule.answer(batch)  # type: ignore[attr-defined]  # Lightning sets it late
 
     # Checkpoints
 

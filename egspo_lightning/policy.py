@@ -48,7 +48,7 @@ class PolicyConfig:
         tokenizer = self._load(AutoTokenizer, "tokenizer")
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"policy.name_or_path: the tokenizer of {self.name_or_path!r} has no EOS token, so no completion could "
+                f"model.policy.name_or_path: the tokenizer of {self.name_or_path!r} has no EOS token, so no completion could "
                 'end. Set "eos_token" in its tokenizer_config.json.'
             )
         if tokenizer.pad_token_id is None:
@@ -75,7 +75,7 @@ class PolicyConfig:
     def _load(self, factory: Any, part: str, **kwargs: Any) -> Any:
         looks_local = self.name_or_path.startswith((".", "/", "~")) or Path(self.name_or_path).exists()
         if looks_local and not Path(self.name_or_path).is_dir():
-            raise UserError(f"policy.name_or_path: {self.name_or_path!r} is not a folder.")
+            raise UserError(f"model.policy.name_or_path: {self.name_or_path!r} is not a folder.")
         try:
             return factory.from_pretrained(
                 self.name_or_path, trust_remote_code=self.trust_remote_code, revision=self.revision, **kwargs
@@ -83,9 +83,9 @@ class PolicyConfig:
         except LOADING_ERRORS as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"policy.name_or_path: cannot load the {part} of {self.name_or_path!r}: {reason} Give a folder that "
+                f"model.policy.name_or_path: cannot load the {part} of {self.name_or_path!r}: {reason} Give a folder that "
                 "holds it, or a name on the hub with a network (a folder without weights needs "
-                "policy.from_scratch: true)."
+                "model.policy.from_scratch: true)."
             ) from error
 
 
@@ -137,7 +137,7 @@ def _disable_dropout(lm: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  an attribute of many model classes
 
 
 def _check_linear_head(lm: Any) -> None:
@@ -152,6 +152,6 @@ def _check_linear_head(lm: Any) -> None:
         linear = lm.get_output_embeddings()(hidden)
     if not torch.allclose(logits, linear.to(logits.dtype), rtol=1e-2, atol=1e-3):
         raise UserError(
-            f"policy.name_or_path: {type(lm).__name__} changes its logits after the output layer (capping or scaling), "
+            f"model.policy.name_or_path: {type(lm).__name__} changes its logits after the output layer (capping or scaling), "
             "which is not supported. Use a model whose logits are a linear map of the last hidden state."
         )

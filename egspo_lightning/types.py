@@ -9,8 +9,11 @@ of the state before it). ``completion_mask`` is true on the completion and its E
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
+
+from egspo_lightning.errors import UserError
 
 if TYPE_CHECKING:  # the grader's workers import this package without torch
     from torch import Tensor
@@ -39,6 +42,39 @@ class Demonstration(NamedTuple):
     id: str
     problem: str
     solution: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample completions.
+
+    Args:
+        max_completion_length: Length limit in tokens, EOS included.
+        temperature: Logits are divided by it; 0 is greedy.
+        top_p: Keep the fewest tokens whose probabilities reach it. For evaluation only: training needs the
+            log-probabilities of the distribution that was sampled.
+    """
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_completion_length < 1:
+            raise UserError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        if self.temperature < 0:
+            raise UserError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}.")
+
+
+class ProblemBatch(NamedTuple):
+    """Problems to answer in evaluation, and how."""
+
+    benchmark: str
+    problems: list[Problem]
+    num_samples: int
+    sampling: Sampling
 
 
 class Completion(NamedTuple):

@@ -5,11 +5,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from egspo_lightning.callbacks.tensorboard import tensorboard_writer
+from egspo_lightning.callbacks.access import data_of, module_of, tensorboard_writer
 from egspo_lightning.errors import UserError
+from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.gate import high_entropy_mask
 from egspo_lightning.ops.objective import gate_weights
 from egspo_lightning.rollout.experience import Collection
@@ -50,14 +50,15 @@ class EntropyHistogram(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the collection that this epoch trained on."""
         log_dir = trainer.log_dir
-        collection, number = trainer.datamodule.collection, trainer.datamodule.num_collections - 1
+        data = data_of(trainer)
+        collection, number = data.collection, data.num_collections - 1
         if collection is None:
             return
         if _is_due(number, self.every_n_collections):
             self._log_histograms(trainer, collection)
         if _is_due(number, self.record_every_n_collections) and log_dir is not None:
             name = f"collection-{number:06d}-rank-{trainer.global_rank}.parquet"
-            table = self._table(collection, pl_module, number)
+            table = self._table(collection, module_of(pl_module), number)
             _write(table, Path(log_dir) / RECORDS_FOLDER / name)
 
     def _log_histograms(self, trainer: Trainer, collection: Collection) -> None:
@@ -74,12 +75,12 @@ class EntropyHistogram(Callback):
             if mask.any():
                 writer.add_histogram(f"entropy/{name}", rollout.entropies[mask], trainer.global_step)
 
-    def _table(self, collection: Collection, pl_module: LightningModule, number: int) -> pa.Table:
+    def _table(self, collection: Collection, module: EGSPOModule, number: int) -> pa.Table:
         """One row a completion token of the first completions."""
         rollout = collection.rollout
         mask = rollout.completion_mask.clone()
         mask[self.max_recorded_completions :] = False
-        weights = gate_weights(rollout, pl_module.attenuation)
+        weights = gate_weights(rollout, module.attenuation)
         rows, columns = mask.nonzero(as_tuple=True)
         starts = rollout.completion_mask.int().argmax(-1)
         ids = rollout.input_ids[mask].tolist()
@@ -90,7 +91,7 @@ class EntropyHistogram(Callback):
             "completion": rows.tolist(),
             "position": (columns - starts[rows]).tolist(),
             "token_id": ids,
-            "token": [pl_module.tokenizer.decode([i]) for i in ids],
+            "token": [module.tokenizer.decode([i]) for i in ids],
             "entropy": rollout.entropies[mask].tolist(),
             "old_logprob": rollout.old_logprobs[mask].tolist(),
             "is_high_entropy": (rollout.entropies >= rollout.threshold)[mask].tolist(),

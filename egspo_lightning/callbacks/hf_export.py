@@ -6,6 +6,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from egspo_lightning.callbacks.access import module_of
+
 
 class HFExport(Callback):
     """After training, saves model and tokenizer for ``AutoModelForCausalLM.from_pretrained``.
@@ -26,13 +28,15 @@ class HFExport(Callback):
         if not self.enabled or (self.folder is None and log_dir is None):
             return
         target = Path(self.folder) if self.folder is not None else Path(log_dir or ".") / "hf"
-        lm = pl_module.policy.lm
+        module = module_of(pl_module)
+        assert module.policy is not None
+        lm = module.policy.lm
         weights = get_model_state_dict(lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if trainer.is_global_zero:
             partial = target.with_name(target.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             lm.save_pretrained(partial, state_dict=weights)
-            pl_module.tokenizer.save_pretrained(partial)
+            module.tokenizer.save_pretrained(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         trainer.strategy.barrier("hf_export")

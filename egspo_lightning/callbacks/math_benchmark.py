@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from egspo_lightning.callbacks.access import data_of, module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.evaluation.metrics import BenchmarkMetric
@@ -44,15 +45,15 @@ class MathBenchmark(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the policy before its first update; a resumed run has been measured."""
         if self._stage is None:
-            self._stage = str(pl_module.stage)
+            self._stage = str(module_of(pl_module).stage)
             if self.at_start:
                 self._reach("before", trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the policy where the stage has just changed."""
-        if self._stage == Stage.SFT and pl_module.stage == Stage.EGSPO:
+        if self._stage == Stage.SFT and module_of(pl_module).stage == Stage.EGSPO:
             self._reach("after SFT", trainer, pl_module)
-        self._stage = str(pl_module.stage)
+        self._stage = str(module_of(pl_module).stage)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure every n epochs."""
@@ -64,12 +65,14 @@ class MathBenchmark(Callback):
         self._reach("after EGSPO" if self._stage == Stage.EGSPO else "after SFT", trainer, pl_module)
 
     def _reach(self, milestone: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled or not trainer.datamodule.benchmarks:
+        if not self.enabled or not data_of(trainer).benchmarks:
             return
         self._evaluate(trainer, pl_module)
         self.milestones[milestone] = self.latest
         shown = ", ".join(
-            f"{name} {metric} {values[metric]:.3f}" for name, values in self.latest.items() for metric in [_headline(values)]
+            f"{name} {metric} {values[metric]:.3f}"
+            for name, values in self.latest.items()
+            for metric in [_headline(values)]
         )
         pl_module.print(f"Benchmarks {milestone}: {shown}")
 
@@ -77,11 +80,11 @@ class MathBenchmark(Callback):
         """Measure the policy as it is now, once for each of its versions."""
         if not self.enabled or self._latest_step == trainer.global_step:
             return
-        data = trainer.datamodule
+        data = data_of(trainer)
         results: Results = {}
         for benchmark in data.benchmarks:
             metric = _metric(benchmark, pl_module)
-            for batch in data.benchmark_loader(benchmark):
+            for batch in data.benchmark_batches(benchmark):
                 metric.update(data.answer(batch))
             results[benchmark.name] = metric.compute()
         self.latest, self._latest_step = results, trainer.global_step
@@ -106,12 +109,12 @@ class MathBenchmark(Callback):
     ) -> None:
         """Add a batch of completions."""
         if dataloader_idx not in self._running:
-            self._running[dataloader_idx] = _metric(trainer.datamodule.benchmarks[dataloader_idx], pl_module)
+            self._running[dataloader_idx] = _metric(data_of(trainer).benchmarks[dataloader_idx], pl_module)
         self._running[dataloader_idx].update(outputs["completions"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reduce over ranks and log."""
-        benchmarks = trainer.datamodule.benchmarks
+        benchmarks = data_of(trainer).benchmarks
         self.latest = {benchmarks[i].name: metric.compute() for i, metric in self._running.items()}
         self._running = {}
         self._log(trainer)

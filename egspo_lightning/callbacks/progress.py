@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from egspo_lightning.callbacks.access import module_of
+
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is no terminal, a plain line is printed this often instead of a bar."""
 
@@ -95,7 +97,7 @@ class PhaseProgress(ProgressBar):
     def _describe(trainer: Trainer, pl_module: LightningModule) -> str:
         metrics = trainer.callback_metrics
         shown = [f"{label} {float(metrics[name]):.3g}" for name, label in SHOWN.items() if name in metrics]
-        return " · ".join([f"[{pl_module.stage}]", *shown])
+        return " · ".join([f"[{module_of(pl_module).stage}]", *shown])
 
     def __getstate__(self) -> dict[str, Any]:
         """Consoles hold locks, which cannot be pickled for spawned ranks."""

@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from egspo_lightning.callbacks.tensorboard import tensorboard_writer
+from egspo_lightning.callbacks.access import data_of, tensorboard_writer
 from egspo_lightning.errors import UserError
 from egspo_lightning.types import Completion
 
@@ -23,11 +23,15 @@ class RolloutSamples(Callback):
                 "rollout_samples.every_n_collections must be at least 0 and .num_samples at least 1, got "
                 f"{every_n_collections} and {num_samples}."
             )
-        self.every_n_collections, self.num_samples, self.max_characters = every_n_collections, num_samples, max_characters
+        self.every_n_collections, self.num_samples, self.max_characters = (
+            every_n_collections,
+            num_samples,
+            max_characters,
+        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the collection that this epoch trained on."""
-        data = trainer.datamodule
+        data = data_of(trainer)
         writer = tensorboard_writer(trainer)
         collection = data.collection
         if writer is None or collection is None or not self.every_n_collections:

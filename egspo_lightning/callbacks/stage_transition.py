@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from egspo_lightning.callbacks.access import module_of
 from egspo_lightning.errors import UserError
+from egspo_lightning.module import EGSPOModule
 from egspo_lightning.types import Stage
 
 
@@ -51,18 +53,22 @@ class StageTransition(Callback):
             raise UserError("stage_transition.learning_rate needs stage_transition.reset_optimizer: true.")
         self.after_epochs, self.monitor, self.mode = after_epochs, monitor, mode
         self.target, self.patience, self.min_delta = target, patience, min_delta
-        self.reset_optimizer, self.learning_rate, self.save_checkpoint = reset_optimizer, learning_rate, save_checkpoint
+        self.reset_optimizer, self.learning_rate, self.save_checkpoint = (
+            reset_optimizer,
+            learning_rate,
+            save_checkpoint,
+        )
         self.num_epochs = self.num_bad_epochs = 0
         self.best: float | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide the stage of the next epoch, since its loader is asked for before it starts."""
-        if pl_module.stage != Stage.SFT:
+        if module_of(pl_module).stage != Stage.SFT:
             return
         self.num_epochs += 1
         reason = self._reason(trainer)
         if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
-            self._enter_egspo(trainer, pl_module, reason or "another rank decided so")
+            self._enter_egspo(trainer, module_of(pl_module), reason or "another rank decided so")
 
     def _reason(self, trainer: Trainer) -> str | None:
         """Why SFT should end now, or None."""
@@ -95,15 +101,15 @@ class StageTransition(Callback):
             return f"{self.monitor} has not improved on {self.best:.4g} for {self.num_bad_epochs} epochs"
         return None
 
-    def _enter_egspo(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
-        pl_module.stage = Stage.EGSPO
-        pl_module.refresh_reference()
+    def _enter_egspo(self, trainer: Trainer, module: EGSPOModule, reason: str) -> None:
+        module.stage = Stage.EGSPO
+        module.refresh_reference()
         if self.reset_optimizer:
-            pl_module.restart_optimizer(self.learning_rate)
+            module.restart_optimizer(self.learning_rate)
         log_dir = trainer.log_dir
         if self.save_checkpoint and log_dir is not None:
             trainer.save_checkpoint(Path(log_dir) / "sft.ckpt")
-        pl_module.print(f"Stage sft -> egspo after epoch {trainer.current_epoch}: {reason}.")
+        module.print(f"Stage sft -> egspo after epoch {trainer.current_epoch}: {reason}.")
 
     def state_dict(self) -> dict[str, Any]:
         """What the decision rests on."""

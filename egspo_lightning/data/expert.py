@@ -79,9 +79,7 @@ class ExpertPool:
             start, count = start + len(part), count - len(part)
         return drawn
 
-    def micro_batches(
-        self, update: Sequence[Encoded], rank: int, world_size: int, parts: int
-    ) -> list[ExpertBatch]:
+    def micro_batches(self, update: Sequence[Encoded], rank: int, world_size: int, parts: int) -> list[ExpertBatch]:
         """This rank's share of an update, as ``parts`` micro-batches of like length.
 
         Every rank is given the same update, and takes every ``world_size``-th of its demonstrations.
@@ -92,9 +90,7 @@ class ExpertPool:
             max_length=float(self.max_length),
             num_active=float(len(update)),
         )
-        share = sorted(
-            update[rank::world_size], key=lambda item: len(item.prompt_ids) + len(item.completion_ids)
-        )
+        share = sorted(update[rank::world_size], key=lambda item: len(item.prompt_ids) + len(item.completion_ids))
         return [self._collate(part, size) for part in split_evenly(share, parts)]
 
     def _collate(self, items: Sequence[Encoded], size: UpdateSize) -> ExpertBatch:

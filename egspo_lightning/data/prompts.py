@@ -50,9 +50,7 @@ class PromptTemplate:
                 f'Put "{_PROBLEM}" where the question belongs.'
             )
         if self.use_chat_template not in ("auto", "always", "never"):
-            raise UserError(
-                f'use_chat_template must be "auto", "always" or "never", got {self.use_chat_template!r}.'
-            )
+            raise UserError(f'use_chat_template must be "auto", "always" or "never", got {self.use_chat_template!r}.')
 
     def render(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> str:
         """The prompt as text.

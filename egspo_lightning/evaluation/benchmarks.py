@@ -226,9 +226,7 @@ class KnownBenchmark(Benchmark):
         UserError: the name is not known; on loading, as ``HubBenchmark`` does.
     """
 
-    def __init__(
-        self, name: Literal["math500", "gsm8k", "aime24", "aime25", "amc23"], **sampling: Any
-    ) -> None:
+    def __init__(self, name: Literal["math500", "gsm8k", "aime24", "aime25", "amc23"], **sampling: Any) -> None:
         if name not in KNOWN:
             raise UserError(
                 f"benchmark {name!r} is not known; known are {', '.join(KNOWN)}. "

@@ -18,7 +18,7 @@ from egspo_lightning.types import Completion
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased chance that k of the n samples hold a right one: ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374, eq. 1).
+    """Unbiased chance that one of k is right: ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374, eq. 1).
 
     Raises:
         ValueError: not 1 <= k <= num_samples, or not 0 <= num_correct <= num_samples.
@@ -43,7 +43,7 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool]) -
         return 0.0
     most = max(votes.values())
     leaders = [answer for answer, count in votes.items() if count == most]
-    right = {answer: ok for answer, ok in zip(answers, correct, strict=True)}
+    right = dict(zip(answers, correct, strict=True))
     return sum(right[answer] for answer in leaders) / len(leaders)
 
 

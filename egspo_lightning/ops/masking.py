@@ -45,7 +45,9 @@ def masked_whiten(values: Values, mask: Values, *, eps: float = 1e-8) -> Tensor:
     return centred * torch.rsqrt(variance + eps)
 
 
-def aggregate(per_token: Values, mask: Values, mode: Aggregation, *, normalizer: Tensor | float | None = None) -> Tensor:
+def aggregate(
+    per_token: Values, mask: Values, mode: Aggregation, *, normalizer: Tensor | float | None = None
+) -> Tensor:
     """Reduce per-token terms to the scalar that is differentiated.
 
     ==========================  =====================================================  ====================

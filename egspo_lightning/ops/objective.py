@@ -79,9 +79,7 @@ class Objective:
             metrics["loss/kl"] = kl.detach()
         return loss, metrics
 
-    def egspo_loss(
-        self, logprobs: Tensor, rollout: RolloutBatch, attenuation: Attenuation
-    ) -> tuple[Tensor, Metrics]:
+    def egspo_loss(self, logprobs: Tensor, rollout: RolloutBatch, attenuation: Attenuation) -> tuple[Tensor, Metrics]:
         """L_EGSPO: the clipped surrogate, gated token by token.
 
         Args:
@@ -168,4 +166,4 @@ def gate_metrics(sums: Metrics) -> Metrics:
 
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:
     if not holds:
-        raise UserError(f"objective.{field} must be {allowed}, got {value}.")
+        raise UserError(f"model.objective.{field} must be {allowed}, got {value}.")

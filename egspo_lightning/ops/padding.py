@@ -1,5 +1,6 @@
 """Sequences of different lengths as rectangles, padded on the right, and back."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -30,4 +31,4 @@ def row_lengths(completion_mask: Tensor) -> Tensor:
 def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     """Cut into ``parts`` runs whose sizes differ by at most one; some are empty where there are too few items."""
     bounds = [len(items) * i // parts for i in range(parts + 1)]
-    return [list(items[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]

@@ -58,7 +58,8 @@ def token_stats(
         temperature: the sampling temperature
         chunk_size: tokens a chunk; by default as many as make ``CHUNK_ELEMENTS`` logits
     """
-    weight, bias = (lm_head, None) if isinstance(lm_head, Tensor) else (lm_head.weight, lm_head.bias)
+    weight: Tensor = lm_head if isinstance(lm_head, Tensor) else lm_head.weight
+    bias: Tensor | None = None if isinstance(lm_head, Tensor) else lm_head.bias
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -67,7 +68,12 @@ def token_stats(
     if chunk_size is None:
         chunk_size = max(CHUNK_ELEMENTS // weight.shape[0], 16)
     logprobs, entropies = _ChunkedTokenStats.apply(
-        hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias, input_ids.reshape(-1), temperature, chunk_size
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        weight,
+        bias,
+        input_ids.reshape(-1),
+        temperature,
+        chunk_size,
     )
     return TokenStats(logprobs.view(input_ids.shape), entropies.view(input_ids.shape))
 

@@ -46,9 +46,7 @@ class CorrectnessReward:
     ) -> None:
         self.correct = correct
         self.incorrect = incorrect
-        self._grader = MathGrader(
-            num_workers=num_workers, deadline_s=deadline_s, memory_limit_mb=memory_limit_mb
-        )
+        self._grader = MathGrader(num_workers=num_workers, deadline_s=deadline_s, memory_limit_mb=memory_limit_mb)
 
     def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[Scored]:
         """Score completions, in their order.

@@ -82,8 +82,7 @@ class MathGrader:
         if not self._is_lenient:
             return self._grade([extract_boxed(text) for text in completions], golds)
         requests = [
-            _request(after_reasoning(text), gold, "lenient")
-            for text, gold in zip(completions, golds, strict=True)
+            _request(after_reasoning(text), gold, "lenient") for text, gold in zip(completions, golds, strict=True)
         ]
         return [_lenient_grade(outcome) for outcome in self._pool.run(requests)]
 

@@ -26,9 +26,7 @@ _GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+"
 _DECIMAL = re.compile(rf"([+-]?)({_GROUPED}|\d*)(?:\.(\d+))?")
 _INTEGER = r"(\d+)"
 _SLASHED = re.compile(rf"([+-]?){_INTEGER}/{_INTEGER}")
-_FRAC = re.compile(
-    rf"([+-]?)\\frac(?:\{{{_INTEGER}\}}\{{{_INTEGER}\}}|(\d)(\d)|\s+(\d)(\d)|(\d)\{{{_INTEGER}\}})"
-)
+_FRAC = re.compile(rf"([+-]?)\\frac(?:\{{{_INTEGER}\}}\{{{_INTEGER}\}}|(\d)(\d)|\s+(\d)(\d)|(\d)\{{{_INTEGER}\}})")
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\overline\{(\d+)\}")
 _BASED = re.compile(r"([0-9][0-9A-F]{0,63})_(?:\{(\d{1,2})\}|(\d))")
 _WORD = re.compile(r"[A-Za-z]{2,}")

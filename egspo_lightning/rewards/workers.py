@@ -229,6 +229,4 @@ class WorkerPool:
                 return worker
             parent, self._state.parent = self._state.parent, None
             exit_code = parent.end()
-        raise RuntimeError(
-            f"the grader's parent process ended with exit code {exit_code}; its message is above."
-        )
+        raise RuntimeError(f"the grader's parent process ended with exit code {exit_code}; its message is above.")

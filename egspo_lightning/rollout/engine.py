@@ -1,34 +1,9 @@
 """What the rest of the project asks of something that samples, whether transformers or vLLM."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from egspo_lightning.errors import UserError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample.
-
-    Args:
-        max_completion_length: Length limit in tokens, EOS included.
-        temperature: Logits are divided by it; 0 is greedy.
-        top_p: Keep the fewest tokens whose probabilities sum to it. For evaluation only: log-probabilities would not
-            be those of the distribution that was sampled.
-    """
-
-    max_completion_length: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_completion_length < 1:
-            raise UserError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
-        if self.temperature < 0:
-            raise UserError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be in (0, 1], got {self.top_p}.")
+from egspo_lightning.types import Sampling
 
 
 class Request(NamedTuple):

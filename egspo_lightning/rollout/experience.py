@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from egspo_lightning.ops.advantages import Advantage
 from egspo_lightning.ops.padding import pad_right, row_lengths
 from egspo_lightning.rewards.functions import Reward
-from egspo_lightning.rollout.engine import Request, RolloutEngine, Sampling
+from egspo_lightning.rollout.engine import Request, RolloutEngine
 from egspo_lightning.rollout.protocol import Measurements, RolloutPolicy
-from egspo_lightning.types import Completion, Problem, RolloutBatch, Scores, UpdateSize
+from egspo_lightning.types import Completion, Problem, RolloutBatch, Sampling, Scores, UpdateSize
 
 TOKENS_PER_SCORING_BATCH = 16_384
 """Tokens scored in one forward pass, padding included."""
@@ -46,9 +46,7 @@ def complete(
 ) -> list[Completion]:
     """Sample and grade ``num_samples`` completions a prompt; those of one prompt stand next to one another."""
     tokenizer = policy.tokenizer
-    requests = [
-        Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)
-    ]
+    requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
     with policy.sampling() as lm:
         samples = engine.generate(lm, requests, sampling, eos_ids=eos_ids, pad_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
@@ -133,8 +131,7 @@ def _pad(
 ) -> tuple[Tensor, Tensor]:
     """Sequences padded on the right, and the mask of their completions; both (B, T)."""
     pairs = [
-        (prompts[i // num_generations].token_ids, completion.token_ids)
-        for i, completion in enumerate(completions)
+        (prompts[i // num_generations].token_ids, completion.token_ids) for i, completion in enumerate(completions)
     ]
     return pad_right(pairs, pad_id)
 
@@ -153,15 +150,16 @@ def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:
         width = max(int(lengths[rows[-1]]), 2)
         parts.append((rows, policy.score(input_ids[rows, :width], mask[rows, :width])))
         start = end
-    return Scores(*(_scatter(parts, field, mask.shape) for field in range(len(Scores._fields))))
+    references = [(rows, scores.ref_logprobs) for rows, scores in parts if scores.ref_logprobs is not None]
+    return Scores(
+        _scatter([(rows, scores.logprobs) for rows, scores in parts], mask.shape),
+        _scatter([(rows, scores.entropies) for rows, scores in parts], mask.shape),
+        _scatter(references, mask.shape) if references else None,
+    )
 
 
-def _scatter(parts: list[tuple[Tensor, Scores]], field: int, shape: torch.Size) -> Any:
-    first = parts[0][1][field]
-    if first is None:
-        return None
-    whole = first.new_zeros(shape)
-    for rows, scores in parts:
-        values = scores[field]
+def _scatter(parts: list[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
+    whole = parts[0][1].new_zeros(shape)
+    for rows, values in parts:
         whole[rows.to(values.device), : values.shape[1]] = values
     return whole

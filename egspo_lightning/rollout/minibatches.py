@@ -15,25 +15,45 @@ from egspo_lightning.ops.padding import row_lengths, split_evenly
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
 
-def assign_to_updates(
-    problem_numbers: Sequence[int], num_generations: int, num_minibatches: int, *, seed: str
+def plan_updates(
+    problem_numbers: Sequence[int],
+    num_generations: int,
+    num_minibatches: int,
+    num_ppo_epochs: int,
+    *,
+    seed: str,
 ) -> list[list[int]]:
-    """Rows of this rank's collection for each update of one PPO epoch.
+    """Rows of this rank's collection for each update, in the order of the updates.
 
     Args:
         problem_numbers: number of each problem of this rank within the whole collection; its completions are the rows
             ``i * num_generations`` to ``(i + 1) * num_generations - 1``
         num_generations: G
         num_minibatches: updates an epoch
-        seed: names the random order
+        num_ppo_epochs: passes over the collection, each in an order of its own
+        seed: names the random orders
     """
-    updates: list[list[int]] = [[] for _ in range(num_minibatches)]
-    for i, number in enumerate(problem_numbers):
-        group = list(range(i * num_generations, (i + 1) * num_generations))
-        random.Random(f"{seed}/{number}").shuffle(group)
-        for k, row in enumerate(group):
-            updates[(k * num_minibatches // num_generations + number) % num_minibatches].append(row)
+    updates: list[list[int]] = [[] for _ in range(num_ppo_epochs * num_minibatches)]
+    for epoch in range(num_ppo_epochs):
+        for i, number in enumerate(problem_numbers):
+            group = list(range(i * num_generations, (i + 1) * num_generations))
+            random.Random(f"{seed}/{epoch}/{number}").shuffle(group)
+            for k, row in enumerate(group):
+                minibatch = (k * num_minibatches // num_generations + number) % num_minibatches
+                updates[epoch * num_minibatches + minibatch].append(row)
     return updates
+
+
+def count_updates(rollout: RolloutBatch, updates: Sequence[Sequence[int]]) -> Tensor:
+    """This rank's part of each update's size: completion tokens, sequences, sequences with an advantage. (U, 3)"""
+    lengths = rollout.completion_mask.sum(-1)
+    return torch.tensor(
+        [
+            [float(lengths[list(rows)].sum()), float(len(rows)), float(len(active_rows(rollout, rows)))]
+            for rows in updates
+        ],
+        dtype=torch.float64,
+    )
 
 
 def micro_batches(

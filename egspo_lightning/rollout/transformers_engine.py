@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.rollout.engine import Request, Sample, Sampling
+from egspo_lightning.rollout.engine import Request, Sample
+from egspo_lightning.types import Sampling
 
 SHRINK_BELOW = 0.75
 """Ended rows are dropped when this share of the batch or less is still running: dropping copies the cache."""

@@ -87,9 +87,7 @@ def test_the_split_of_a_problem_never_changes():
     # Literals: another hash would move problems from test to train between two versions.
     task = ArithmeticTask()
     assert [task.problem(0, split, 0).problem for split in SPLITS] == EXPECTED_FIRST
-    assert [
-        s for t in ("47+85=?", "10+10=?", "99+99=?") for s in SPLITS if task.contains(t, s)
-    ] == EXPECTED_SPLITS
+    assert [s for t in ("47+85=?", "10+10=?", "99+99=?") for s in SPLITS if task.contains(t, s)] == EXPECTED_SPLITS
 
 
 EXPECTED_FIRST = ["45+64=?", "74+14=?", "84+64=?"]
@@ -116,9 +114,7 @@ def test_distinct_problems_are_distinct_and_a_prefix_of_more():
 
 
 def test_too_many_distinct_problems_are_refused_with_numbers():
-    with pytest.raises(
-        UserError, match=r"500 different problems of split 'test'.*only \d+ came up.*num_digits=1"
-    ):
+    with pytest.raises(UserError, match=r"500 different problems of split 'test'.*only \d+ came up.*num_digits=1"):
         ArithmeticTask(num_digits=1).distinct(0, "test", 500)
 
 
@@ -148,9 +144,7 @@ def test_demonstrations_are_distinct_reproducible_and_of_the_train_split():
 
 def test_problems_are_a_pure_function_of_seed_and_position():
     source, again, other = ArithmeticProblems(), ArithmeticProblems(), ArithmeticProblems()
-    assert (
-        source.prepare(0, frozenset()) == again.prepare(0, frozenset()) == other.prepare(1, frozenset()) == 0
-    )
+    assert source.prepare(0, frozenset()) == again.prepare(0, frozenset()) == other.prepare(1, frozenset()) == 0
     assert source.draw(0, 10) + source.draw(10, 10) == again.draw(0, 20)
     assert source.draw(0, 20) != other.draw(0, 20)
     assert all(ArithmeticTask().contains(p.problem, "train") for p in source.draw(0, 200))

@@ -106,9 +106,7 @@ class TestJsonlDemonstrations:
         ],
     )
     def test_a_demonstration_without_an_answer_is_refused_with_its_line(self, tmp_path, solution_format, row):
-        path = write(
-            tmp_path / "a.jsonl", {"problem": "p", "solution": "\\boxed{1}\n#### 1", "answer": 1}, row
-        )
+        path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": "\\boxed{1}\n#### 1", "answer": 1}, row)
         path = write(
             tmp_path / "b.jsonl",
             {"problem": "p", "solution": "\\boxed{1}\n#### 1", "answer": 1},
@@ -147,9 +145,7 @@ class TestJsonlProblems:
         with pytest.raises(UserError, match=r"a\.jsonl:2: field 'answer'"):
             JsonlProblems(path).prepare(0, frozenset())
 
-    @pytest.mark.parametrize(
-        ("extractor", "answer"), [("boxed", "\\frac{1}{2}"), ("gsm8k", "1080"), ("none", None)]
-    )
+    @pytest.mark.parametrize(("extractor", "answer"), [("boxed", "\\frac{1}{2}"), ("gsm8k", "1080"), ("none", None)])
     def test_answers_come_out_of_solutions(self, tmp_path, extractor, answer):
         solution = "\\boxed{1} and then \\boxed{\\frac{1}{2}}\n#### 1,080"
         path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": solution})
@@ -175,8 +171,7 @@ class TestHub:
         folder = tmp_path / "sums"
         folder.mkdir()
         rows = [
-            {"question": f"{i}+{i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
-            for i in (1, 2, 3)
+            {"question": f"{i}+{i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in (1, 2, 3)
         ]
         write(folder / "train.jsonl", *rows)
         return str(folder)
@@ -199,18 +194,14 @@ class TestHub:
         import datasets
 
         (tmp_path / "p").mkdir()
-        datasets.Dataset.from_dict({"problem": ["1+1?"], "answer": ["2"]}).to_parquet(
-            tmp_path / "p" / "test.parquet"
-        )
+        datasets.Dataset.from_dict({"problem": ["1+1?"], "answer": ["2"]}).to_parquet(tmp_path / "p" / "test.parquet")
         assert HubProblems(str(tmp_path / "p"), split="test").load() == [Problem("p:test:0", "1+1?", "2")]
 
     def test_an_unknown_column_is_refused_with_those_there_are(self, folder):
         with pytest.raises(UserError, match=r"no column 'problem'.*Its columns are question, answer"):
             HubProblems(folder).load()
         with pytest.raises(UserError, match="no column 'final'"):
-            HubDemonstrations(
-                folder, problem_column="question", solution_column="answer", answer_column="final"
-            ).load()
+            HubDemonstrations(folder, problem_column="question", solution_column="answer", answer_column="final").load()
 
     def test_a_row_without_an_answer_is_named(self, folder):
         with pytest.raises(UserError, match="sums:train:0: answer_extractor='boxed'"):
@@ -229,9 +220,7 @@ class TestHub:
             raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\ndetails")
 
         monkeypatch.setattr(datasets, "load_dataset", refuse)
-        with pytest.raises(
-            UserError, match=r"'openai/gsm8k'.*Couldn't reach.*Without a network, download it"
-        ):
+        with pytest.raises(UserError, match=r"'openai/gsm8k'.*Couldn't reach.*Without a network, download it"):
             HubProblems("openai/gsm8k", "main").load()
 
 

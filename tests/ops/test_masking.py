@@ -33,8 +33,6 @@ def test_whitening_by_hand():
     assert whitened[MASK_INDEX].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-
-
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
@@ -79,7 +77,9 @@ def test_against_a_slow_loop():
     for _ in range(20):
         rows, width = (int(n) for n in torch.randint(1, 7, (2,)))
         values, mask = torch.randn(rows, width, dtype=torch.float64), torch.rand(rows, width) < 0.7
-        kept = [[v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)]
+        kept = [
+            [v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)
+        ]
         kept = [row for row in kept if row]
         tokens, sequences = sum(map(len, kept)), len(kept)
         expected = {

@@ -15,9 +15,7 @@ def shared_file() -> Callable[[str], Path]:
     def locate(name: str) -> Path:
         path = SHARED / name
         if not path.is_file():
-            pytest.skip(
-                f"{path} is not here: it lies beside the checkout where the reference data is laid out"
-            )
+            pytest.skip(f"{path} is not here: it lies beside the checkout where the reference data is laid out")
         return path
 
     return locate

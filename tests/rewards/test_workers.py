@@ -153,6 +153,4 @@ def test_a_pickled_copy_has_workers_of_its_own_with_the_same_memory_limit() -> N
         assert copy.grade_answers(["x+1"], ["1+x"])[0].correct
         assert not set(grader.worker_pids()) & set(copy.worker_pids())
         limits = Path(f"/proc/{copy.worker_pids()[1]}/limits").read_text()
-    assert str(256 * 2**20) in next(
-        line for line in limits.splitlines() if line.startswith("Max address space")
-    )
+    assert str(256 * 2**20) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
