@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from egspo_lightning.callbacks import (
     EntropyHistogram,
@@ -91,14 +92,14 @@ class EgspoCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the run's one table, and where to find what it made."""
-        trainer = self.trainer
-        if not trainer.is_global_zero:
+        log_dir = self.trainer.log_dir  # asked for on every rank: it is broadcast
+        if not self.trainer.is_global_zero:
             return
         benchmark, export = self._callback(MathBenchmark), self._callback(HFExport)
         console = Console()
         if benchmark.milestones:
             console.print(benchmark.summary())
-        console.print(f"Logs:  {trainer.log_dir}", soft_wrap=True, highlight=False)
+        console.print(f"Logs:  {log_dir}", soft_wrap=True, highlight=False)
         if export.exported is not None:
             console.print(f"Model: {export.exported}", soft_wrap=True, highlight=False)
 
@@ -130,6 +131,7 @@ def _silence_noise() -> None:
     for message in (
         "Total length of `list` across ranks is zero",  # in fit, MathBenchmark asks for the benchmarks itself
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning with torch 2.13
+        "torch.distributed.nn.functional.all_gather is deprecated",  # Lightning with torch 2.13
         ".*does not have many workers",  # loaders are lazy and in memory
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -141,6 +143,7 @@ def _silence_noise() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
     _silence_noise()
+    disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # graders are forked
     try:
         EgspoCLI(args)

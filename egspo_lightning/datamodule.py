@@ -20,7 +20,6 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.evaluation.problems import problem_batches
 from egspo_lightning.ops.advantages import Advantage, GroupRelative
-from egspo_lightning.policy import end_of_sequence_ids
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rollout.engine import RolloutEngine
 from egspo_lightning.rollout.experience import Collection, Prompt, collect, complete
@@ -45,14 +44,14 @@ class SizedLoader:
     The length keeps Lightning from prefetching, which would sample rollouts from a policy that is one update old.
     """
 
-    def __init__(self, length: int, batches: Callable[[], Iterator[TrainingBatch]]) -> None:
+    def __init__(self, length: int, batches: Callable[[], Iterator[Any]]) -> None:
         self._length, self._batches = length, batches
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return self._length
 
-    def __iter__(self) -> Iterator[TrainingBatch]:
+    def __iter__(self) -> Iterator[Any]:
         """Start making them."""
         return self._batches()
 
@@ -221,7 +220,6 @@ class HybridDataModule(LightningDataModule):
             [self._prompt(drawn[i], f"{number}/{i}") for i in numbers],
             self.num_generations,
             self.max_completion_length,
-            eos_ids=self._eos_ids(),
         )
         return collection._replace(rollout=self._policy.admit(collection.rollout, collection.measurements))
 
@@ -234,16 +232,16 @@ class HybridDataModule(LightningDataModule):
 
     # Evaluation
 
-    def val_dataloader(self) -> list[list[ProblemBatch]]:
+    def val_dataloader(self) -> list[SizedLoader]:
         """The benchmarks, one loader each; in fit MathBenchmark asks for them when it wants them."""
         return [] if self._trainer.state.fn == TrainerFn.FITTING else self.test_dataloader()
 
-    def test_dataloader(self) -> list[list[ProblemBatch]]:
+    def test_dataloader(self) -> list[SizedLoader]:
         """The benchmarks, one loader each."""
         _require(bool(self.benchmarks), "benchmarks", "none", "at least one, or there is nothing to measure")
-        return [self.benchmark_batches(benchmark) for benchmark in self.benchmarks]
+        return [_loader(self.benchmark_batches(benchmark)) for benchmark in self.benchmarks]
 
-    def predict_dataloader(self) -> list[ProblemBatch]:
+    def predict_dataloader(self) -> SizedLoader:
         """The problems of a finite source, each once and in its order."""
         if not isinstance(self.problems, FiniteProblems):
             raise UserError(
@@ -251,7 +249,15 @@ class HybridDataModule(LightningDataModule):
                 "finite source, such as egspo_lightning.data.jsonl.JsonlProblems."
             )
         sampling = Sampling(self.max_completion_length, temperature=0.0)
-        return problem_batches("predict", self.problems.load(), 1, sampling, **self._evaluation_share)
+        return _loader(problem_batches("predict", self.problems.load(), 1, sampling, **self._evaluation_share))
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Problems are text: there is nothing to move, and Lightning refuses their frozen ``Sampling``."""
+        return (
+            batch
+            if isinstance(batch, ProblemBatch)
+            else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        )
 
     def benchmark_batches(self, benchmark: Benchmark) -> list[ProblemBatch]:
         """This rank's share of a benchmark."""
@@ -262,19 +268,8 @@ class HybridDataModule(LightningDataModule):
 
     def answer(self, batch: ProblemBatch) -> list[Completion]:
         """Sample and grade the completions of a batch of problems."""
-        if not batch.problems:
-            return []
         prompts = [self._prompt(problem, f"{batch.benchmark}/{problem.id}") for problem in batch.problems]
-        eos_ids = self._eos_ids()
-        return complete(
-            self._policy,
-            self.engine,
-            self._eval_reward,
-            prompts,
-            batch.num_samples,
-            batch.sampling,
-            eos_ids=eos_ids,
-        )
+        return complete(self._policy, self.engine, self._eval_reward, prompts, batch.num_samples, batch.sampling)
 
     # Both
 
@@ -287,10 +282,6 @@ class HybridDataModule(LightningDataModule):
                 f"{problem.id!r}, which has {len(ids)} tokens. Raise it to {len(ids)} or more."
             )
         return Prompt(problem, ids, f"{self.seed}/{stream}")
-
-    def _eos_ids(self) -> list[int]:
-        with self._policy.sampling() as lm:
-            return end_of_sequence_ids(lm, self._policy.tokenizer)
 
     @property
     def _policy(self) -> RolloutPolicy:
@@ -332,6 +323,11 @@ class HybridDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where they were."""
         self.num_passes, self.num_collections = state_dict["num_passes"], state_dict["num_collections"]
+
+
+def _loader(batches: list[ProblemBatch]) -> SizedLoader:
+    """Batches as a loader; Lightning would take a list of batches for a list of loaders."""
+    return SizedLoader(len(batches), lambda: iter(batches))
 
 
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:

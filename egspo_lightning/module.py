@@ -4,8 +4,8 @@ One Lightning epoch is one phase: a pass of SFT, or one rollout collection with 
 Optimisation is automatic, so clipping, accumulation, precision, strategies and checkpoints work by flag.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,8 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.ops.gate import Attenuation, ConfidenceAttenuation, Gate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.ops.objective import Metrics, Objective, gate_metrics, gate_sums
-from egspo_lightning.policy import Policy, PolicyConfig
+from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
+from egspo_lightning.sharding import gathered, shard
 from egspo_lightning.types import ExpertBatch, RolloutBatch, Scores, Stage, TrainingBatch
 
 FULL_PRECISION_TOLERANCE = 1e-3
@@ -84,6 +85,9 @@ class EGSPOModule(LightningModule):
         if self.objective.beta > 0:
             self.reference = self.policy_config.build().requires_grad_(False).eval()
             self.refresh_reference()
+        if self.device_mesh is not None:  # ModelParallelStrategy
+            for part in filter(None, (self.policy, self.reference)):
+                shard(part, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """The optimiser over what is trained, and its schedule over steps."""
@@ -119,7 +123,7 @@ class EGSPOModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """A phase begins: rollouts of this phase are stamped with the policy as it is now."""
         self._phase_version = self.policy_version
-        self.log("stage", float(self.stage == Stage.EGSPO), on_step=False, on_epoch=True)
+        self._log({"stage": float(self.stage == Stage.EGSPO)})
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """The loss of a micro-batch, scaled so that the mean over micro-batches and ranks is that of the update."""
@@ -131,7 +135,7 @@ class EGSPOModule(LightningModule):
             loss, metrics = self._egspo_step(batch.rollout, batch.expert)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         metrics = {name: value * scale for name, value in (metrics | {"loss/total": loss.detach()}).items()}
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        self._log(metrics)
         return loss * scale
 
     def _sft_step(self, expert: ExpertBatch) -> tuple[Tensor, Metrics]:
@@ -153,14 +157,18 @@ class EGSPOModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """An update without any advantage must not move the policy by the optimiser's momentum or weight decay."""
-        self.log("policy/skipped_updates", float(self._skip_update), on_step=False, on_epoch=True, reduce_fx="sum")
+        self._log({"policy/skipped_fraction": float(self._skip_update)})
         if self._skip_update:
             optimizer.zero_grad(set_to_none=True)
 
     def on_train_epoch_end(self) -> None:
         """Log what the phase's collection measured."""
-        self.log_dict(self._phase_metrics, on_epoch=True)
+        self._log(self._phase_metrics)
         self._phase_metrics = {}
+
+    def _log(self, metrics: Mapping[str, Tensor | float], reduce_fx: str = "mean") -> None:
+        """Log once a phase, reduced over its micro-batches and over ranks."""
+        self.log_dict(dict(metrics), on_step=False, on_epoch=True, sync_dist=True, batch_size=1, reduce_fx=reduce_fx)
 
     def _refuse_stale(self, rollout: RolloutBatch) -> None:
         if rollout.policy_version != self._phase_version:
@@ -172,7 +180,7 @@ class EGSPOModule(LightningModule):
     def _check_first_ratio(self, logprobs: Tensor, rollout: RolloutBatch) -> None:
         """Before the first update pi is pi_old, so every ratio must be 1 within the precision in use."""
         distance = (log_ratio(logprobs, rollout.old_logprobs).abs() * rollout.completion_mask).max()
-        self.log("policy/ratio_max", distance.exp(), on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+        self._log({"policy/ratio_max": distance.exp()}, reduce_fx="max")
         if self.policy_version != self._phase_version or distance <= FULL_PRECISION_TOLERANCE:
             return
         message = (
@@ -184,6 +192,11 @@ class EGSPOModule(LightningModule):
         rank_zero_warn(f"{message} Low precision explains a few hundredths.")
 
     # What rollouts need (rollout.protocol.RolloutPolicy)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end a completion."""
+        return end_of_sequence_ids(self._policy.lm, self.tokenizer)
 
     @property
     def policy_version(self) -> int:
@@ -202,15 +215,24 @@ class EGSPOModule(LightningModule):
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:
-        """The causal language model in eval mode, without gradients, in the precision of training."""
+        """The causal language model in eval mode, without gradients, in the precision of training.
+
+        May be entered again within itself. With a sharded policy, all ranks must enter it together.
+        """
         policy = self._policy
-        was_training = policy.training
+        if not policy.training:
+            yield policy.lm
+            return
         policy.eval()  # gradient checkpointing in train mode breaks the cache
         try:
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(self.trainer.precision_plugin.forward_context())
+                for part in filter(None, (policy, self.reference)):
+                    stack.enter_context(gathered(part))
                 yield policy.lm
         finally:
-            policy.train(was_training)
+            policy.train()
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
         """Statistics of given sequences under the policy and, where there is one, the reference."""

@@ -48,8 +48,8 @@ class PolicyConfig:
         tokenizer = self._load(AutoTokenizer, "tokenizer")
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"model.policy.name_or_path: the tokenizer of {self.name_or_path!r} has no EOS token, so no completion could "
-                'end. Set "eos_token" in its tokenizer_config.json.'
+                f"model.policy.name_or_path: the tokenizer of {self.name_or_path!r} has no EOS token, so no "
+                'completion could end. Set "eos_token" in its tokenizer_config.json.'
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -83,8 +83,8 @@ class PolicyConfig:
         except LOADING_ERRORS as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"model.policy.name_or_path: cannot load the {part} of {self.name_or_path!r}: {reason} Give a folder that "
-                "holds it, or a name on the hub with a network (a folder without weights needs "
+                f"model.policy.name_or_path: cannot load the {part} of {self.name_or_path!r}: {reason} Give a "
+                "folder that holds it, or a name on the hub with a network (a folder without weights needs "
                 "model.policy.from_scratch: true)."
             ) from error
 
@@ -152,6 +152,6 @@ def _check_linear_head(lm: Any) -> None:
         linear = lm.get_output_embeddings()(hidden)
     if not torch.allclose(logits, linear.to(logits.dtype), rtol=1e-2, atol=1e-3):
         raise UserError(
-            f"model.policy.name_or_path: {type(lm).__name__} changes its logits after the output layer (capping or scaling), "
-            "which is not supported. Use a model whose logits are a linear map of the last hidden state."
+            f"model.policy.name_or_path: {type(lm).__name__} changes its logits after the output layer (capping or "
+            "scaling), which is not supported. Use a model whose logits are a linear map of the last hidden state."
         )

@@ -1,11 +1,26 @@
 """Where things are, and small real components that many tests share."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from egspo_lightning.arithmetic import ArithmeticTask
+from egspo_lightning.data.arithmetic import ArithmeticDemonstrations, ArithmeticProblems
+from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.datamodule import HybridDataModule
+from egspo_lightning.module import EGSPOModule
+from egspo_lightning.policy import PolicyConfig
+from egspo_lightning.rewards.functions import Scored
+from egspo_lightning.rewards.grading import Grade
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -42,3 +57,112 @@ def golden() -> Callable[[str], list[dict[str, Any]]]:
         return cases
 
     return load
+
+
+# Small runs of the real thing: module, datamodule and trainer, on a model of some ten thousand parameters
+
+SMALL_LM = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+DIGITS = ArithmeticTask(num_digits=1)
+"""Sums of two digits, whose longest solution is "9+9=18 \\boxed{18}" and an EOS: 18 tokens."""
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """configs/tiny_model with fewer and narrower layers."""
+    folder = tmp_path_factory.mktemp("model") / "small"
+    shutil.copytree(REPOSITORY / "configs" / "tiny_model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | SMALL_LM | {"num_hidden_layers": 1}))
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class EvenBytes:
+    """Rewards the share of even bytes: a policy with random weights gets some and misses some."""
+
+    def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[Scored]:
+        return [
+            Scored(sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1), Grade(False, "no_answer", None, 0.0))
+            for text in completions
+        ]
+
+
+class TinyRun(NamedTuple):
+    """A run that is ready to start."""
+
+    module: EGSPOModule
+    data: HybridDataModule
+    trainer: Trainer
+
+    def fit(self, **kwargs: Any) -> "TinyRun":
+        self.trainer.fit(self.module, self.data, **kwargs)
+        return self
+
+
+@pytest.fixture
+def tiny_run(small_model: str, tmp_path: Path) -> Callable[..., TinyRun]:
+    """Builds runs of an epoch of SFT (where a StageTransition says so) and collections of 4 problems x 4 rollouts.
+
+    ``module``, ``data`` and ``trainer`` override the arguments of the three; ``callbacks`` and ``logger`` are those of
+    the trainer (``logger=True`` is TensorBoard in tmp_path).
+    """
+
+    def build(
+        *callbacks: Callback,
+        module: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        trainer: dict[str, Any] | None = None,
+        logger: bool = False,
+    ) -> TinyRun:
+        seed_everything(1, verbose=False)
+        in_module = {
+            "policy": PolicyConfig(small_model, from_scratch=True),
+            "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0),
+        }
+        in_data = {
+            "demonstrations": ArithmeticDemonstrations(num_demonstrations=32, task=DIGITS),
+            "problems": ArithmeticProblems(task=DIGITS),
+            "reward": EvenBytes(),
+            "prompt": PromptTemplate(plain="{problem}"),
+            "sft_batch_size": 16,
+            "expert_batch_size": 4,
+            "num_problems": 4,
+            "num_generations": 4,
+            "num_minibatches": 2,
+            "max_prompt_length": 8,
+            "max_completion_length": 18,
+            "seed": 1,
+        }
+        in_trainer = {
+            "accelerator": "cpu",
+            "max_epochs": 3,
+            "reload_dataloaders_every_n_epochs": 1,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path),
+            "logger": TensorBoardLogger(tmp_path, name="logs") if logger else False,
+        }
+        return TinyRun(
+            EGSPOModule(**(in_module | (module or {}))),
+            HybridDataModule(**(in_data | (data or {}))),
+            Trainer(**(in_trainer | (trainer or {})), callbacks=list(callbacks)),
+        )
+
+    return build
+
+
+@pytest.fixture
+def events() -> Callable[[Trainer], EventAccumulator]:
+    """Reads what a run has written to TensorBoard."""
+
+    def read(trainer: Trainer) -> EventAccumulator:
+        assert trainer.log_dir is not None
+        for logger in trainer.loggers:
+            logger.experiment.flush()
+        accumulator = EventAccumulator(trainer.log_dir, size_guidance={"histograms": 0, "tensors": 0, "scalars": 0})
+        return accumulator.Reload()
+
+    return read

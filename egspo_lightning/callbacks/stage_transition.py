@@ -104,12 +104,16 @@ class StageTransition(Callback):
     def _enter_egspo(self, trainer: Trainer, module: EGSPOModule, reason: str) -> None:
         module.stage = Stage.EGSPO
         module.refresh_reference()
-        if self.reset_optimizer:
-            module.restart_optimizer(self.learning_rate)
+        self._restart(module)
         log_dir = trainer.log_dir
         if self.save_checkpoint and log_dir is not None:
             trainer.save_checkpoint(Path(log_dir) / "sft.ckpt")
+            self._restart(module)  # to save an empty state, torch fills it by a step of its own where it is sharded
         module.print(f"Stage sft -> egspo after epoch {trainer.current_epoch}: {reason}.")
+
+    def _restart(self, module: EGSPOModule) -> None:
+        if self.reset_optimizer:
+            module.restart_optimizer(self.learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
         """What the decision rests on."""

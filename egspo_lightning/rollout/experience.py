@@ -41,14 +41,12 @@ def complete(
     prompts: Sequence[Prompt],
     num_samples: int,
     sampling: Sampling,
-    *,
-    eos_ids: Sequence[int],
 ) -> list[Completion]:
     """Sample and grade ``num_samples`` completions a prompt; those of one prompt stand next to one another."""
     tokenizer = policy.tokenizer
     requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
     with policy.sampling() as lm:
-        samples = engine.generate(lm, requests, sampling, eos_ids=eos_ids, pad_id=tokenizer.pad_token_id)
+        samples = engine.generate(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
     problems = [prompt.problem for prompt in prompts for _ in range(num_samples)]
     scored = reward(texts, [problem.answer for problem in problems])
@@ -75,17 +73,16 @@ def collect(
     prompts: Sequence[Prompt],
     num_generations: int,
     max_completion_length: int,
-    *,
-    eos_ids: Sequence[int],
 ) -> Collection:
     """Sample a collection from the policy as it is now, and score it; the gate's threshold is still to be settled."""
     version = policy.policy_version
     sampling = Sampling(max_completion_length=max_completion_length, temperature=policy.temperature)
     started = time.perf_counter()
-    completions = complete(policy, engine, reward, prompts, num_generations, sampling, eos_ids=eos_ids)
+    completions = complete(policy, engine, reward, prompts, num_generations, sampling)
     sampled = time.perf_counter()
     input_ids, mask = _pad(prompts, completions, num_generations, policy.tokenizer.pad_token_id)
-    scores = _score(policy, input_ids, mask)
+    with policy.sampling():
+        scores = _score(policy, input_ids, mask)
     device = scores.logprobs.device
     rewards = torch.tensor([completion.reward for completion in completions])
     advantages = advantage.estimate(rewards, num_generations).to(device)

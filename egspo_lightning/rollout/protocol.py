@@ -26,6 +26,11 @@ class RolloutPolicy(Protocol):
         ...
 
     @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end a completion."""
+        ...
+
+    @property
     def temperature(self) -> float:
         """The sampling temperature, which all log-probabilities in training are taken at."""
         ...
@@ -46,7 +51,10 @@ class RolloutPolicy(Protocol):
         ...
 
     def sampling(self) -> AbstractContextManager[Any]:
-        """Enter eval mode, no gradients, the precision of training; gives the causal language model."""
+        """Enter eval mode, no gradients, the precision of training; gives the causal language model.
+
+        All ranks must enter it, equally often; within it they are independent of one another.
+        """
         ...
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:

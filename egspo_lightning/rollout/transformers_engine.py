@@ -159,7 +159,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -
 
     Args:
         logits: (B, V)
-        uniforms: (B,) in [0, 1); None for greedy
+        uniforms: (B,) in [0, 1]; None for greedy
         sampling: temperature and top_p
     """
     if uniforms is None or sampling.temperature == 0:
@@ -168,9 +168,11 @@ def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -
     if sampling.top_p < 1:
         probs = _nucleus(probs, sampling.top_p)
     cumulative = probs.cumsum(-1)
-    target = (uniforms * cumulative[:, -1]).unsqueeze(1)  # the last entry is 1 but for rounding
-    chosen = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return chosen.clamp(max=logits.shape[-1] - 1)
+    total = cumulative[:, -1]  # 1 but for rounding
+    # a uniform just below 1 is 1 in float32: without the bound it would choose the last token, possible or not
+    target = (uniforms * total).minimum(total.nextafter(torch.zeros_like(total)))
+    chosen = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
+    return chosen.clamp(max=logits.shape[-1] - 1)  # only NaN exceeds it
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

@@ -1,0 +1,57 @@
+"""Observers only observe: with them, training is bit-identical to training without."""
+
+import pytest
+import torch
+
+from egspo_lightning.arithmetic import ArithmeticTask
+from egspo_lightning.callbacks import (
+    EntropyHistogram,
+    MathBenchmark,
+    PhaseProgress,
+    RolloutSamples,
+    StageTransition,
+)
+from egspo_lightning.evaluation.benchmarks import ArithmeticBenchmark
+
+
+def benchmarks() -> list[ArithmeticBenchmark]:
+    task = ArithmeticTask(num_digits=1)
+    return [
+        ArithmeticBenchmark("greedy", num_problems=3, task=task),
+        ArithmeticBenchmark("sampled", num_problems=3, task=task, num_samples=2, temperature=1.0),
+    ]
+
+
+OBSERVERS = {
+    "math_benchmark": lambda: [MathBenchmark(every_n_epochs=1)],
+    "entropy_histogram": lambda: [EntropyHistogram(1, 1)],
+    "rollout_samples": lambda: [RolloutSamples(1)],
+    "progress": lambda: [PhaseProgress()],
+    "all": lambda: [MathBenchmark(every_n_epochs=1), EntropyHistogram(1, 1), RolloutSamples(1), PhaseProgress()],
+}
+
+
+def train(tiny_run, callbacks) -> list[torch.Tensor]:
+    data = {"benchmarks": benchmarks(), "num_ppo_epochs": 2}
+    trainer = {"max_epochs": 4, "enable_progress_bar": any(isinstance(c, PhaseProgress) for c in callbacks)}
+    run = tiny_run(*callbacks, StageTransition(), data=data, trainer=trainer, logger=True).fit()
+    torch_state = torch.get_rng_state()
+    return [*(p.detach() for p in run.module.policy.parameters()), torch_state]
+
+
+@pytest.fixture
+def plain(tiny_run) -> list[torch.Tensor]:
+    return train(tiny_run, [])
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_training_is_bit_identical_with_and_without(tiny_run, plain, name):
+    observed = train(tiny_run, OBSERVERS[name]())
+    assert all(map(torch.equal, observed, plain))
+
+
+def test_the_comparison_notices_another_run(tiny_run, plain):
+    run = tiny_run(data={"benchmarks": benchmarks(), "num_ppo_epochs": 2, "seed": 2}, trainer={"max_epochs": 4})
+    run.trainer.callbacks.append(StageTransition())
+    run.fit()
+    assert not all(map(torch.equal, run.module.policy.parameters(), plain))

@@ -1,0 +1,79 @@
+import pickle
+import re
+
+import pytest
+from rich.console import Console
+
+from egspo_lightning.callbacks import PhaseProgress, StageTransition, progress
+
+BAR = {"trainer": {"max_epochs": 3, "enable_progress_bar": True}}
+
+
+@pytest.fixture
+def every_line(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+
+
+@pytest.mark.usefixtures("every_line")
+def test_plain_lines_where_there_is_no_terminal(tiny_run, capsys):
+    run = tiny_run(PhaseProgress(), StageTransition(), **BAR).fit()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("phase ")]
+    assert len(lines) == 3
+    assert re.fullmatch(r"phase 1/3 \[sft\] · sft loss \d\.\d+", lines[0])
+    reward = float(run.trainer.callback_metrics["rollout/reward_mean"])
+    assert lines[2].startswith("phase 3/3 [egspo] · ")
+    assert f"reward {reward:.3g}" in lines[2]
+    assert "entropy" in lines[2]
+    assert "\x1b" not in "".join(lines)
+
+
+def test_lines_come_seconds_apart(tiny_run, capsys):
+    tiny_run(PhaseProgress(), **BAR).fit()
+    assert capsys.readouterr().err.count("phase ") == 1  # three phases take less than ten seconds
+
+
+@pytest.mark.usefixtures("every_line")
+def test_a_disabled_one_prints_nothing(tiny_run, capsys):
+    bar = PhaseProgress()
+    bar.disable()
+    assert not bar.is_enabled
+    run = tiny_run(bar, **BAR)
+    run.fit()
+    bar.print("hello")
+    output = capsys.readouterr()
+    assert "phase " not in output.err + output.out
+    assert "hello" not in output.err + output.out
+    bar.enable()
+    bar.print("hello")
+    assert capsys.readouterr().err == "hello\n"
+
+
+def test_markup_is_printed_as_it_is_written(capsys):
+    PhaseProgress().print("[bold]x[/bold] [/nothing] [sft]")
+    assert capsys.readouterr().err == "[bold]x[/bold] [/nothing] [sft]\n"
+
+
+def test_a_bar_on_a_terminal_shows_phase_and_stage(tiny_run, tmp_path):
+    bar = PhaseProgress()
+    with (tmp_path / "screen").open("w") as screen:
+        bar._console = Console(file=screen, force_terminal=True, width=120)
+        tiny_run(bar, StageTransition(), **BAR).fit()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", (tmp_path / "screen").read_text())
+    assert "phase 3/3" in text
+    assert "[egspo]" in text  # not swallowed as markup
+    assert bar._progress is None
+
+
+def test_the_bar_is_closed_when_training_fails(tiny_run, tmp_path):
+    bar = PhaseProgress()
+    with (tmp_path / "screen").open("w") as screen:
+        bar._console = Console(file=screen, force_terminal=True, width=120)
+        run = tiny_run(bar, StageTransition(monitor="nothing", target=1.0), **BAR)
+        with pytest.raises(ValueError, match="no metric 'nothing'"):
+            run.fit()
+    assert bar._progress is None
+
+
+def test_it_can_be_pickled_for_spawned_ranks(capsys):
+    pickle.loads(pickle.dumps(PhaseProgress())).print("still there")
+    assert capsys.readouterr().err == "still there\n"

@@ -1,0 +1,215 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from egspo_lightning.callbacks import MathBenchmark, StageTransition
+from egspo_lightning.errors import UserError
+from egspo_lightning.evaluation.benchmarks import ArithmeticBenchmark
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.types import Stage
+
+
+class Stages(Callback):
+    """Notes what each epoch trains, and the optimiser as the epoch's first batch finds it."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.learning_rates: list[float] = []
+        self.num_states: list[int] = []
+        self.first_batches: list[str] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        optimizer = trainer.optimizers[0]
+        self.stages.append(str(pl_module.stage))
+        self.learning_rates.append(optimizer.param_groups[0]["lr"])
+        self.num_states.append(len(optimizer.state))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.first_batches.append(str(batch.stage))
+
+
+class Report(Callback):
+    """Logs given values, one an epoch, as a metric."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log("my/value", self.values[trainer.current_epoch])
+
+
+SFT, EGSPO = "sft", "egspo"
+
+
+@pytest.mark.parametrize(("after", "expected"), [(1, [SFT, EGSPO, EGSPO]), (2, [SFT, SFT, EGSPO]), (None, [SFT] * 3)])
+def test_sft_lasts_a_number_of_epochs(tiny_run, after, expected):
+    stages = Stages()
+    tiny_run(StageTransition(after_epochs=after), stages).fit()
+    assert stages.stages == stages.first_batches == expected
+
+
+def test_without_it_the_stage_never_changes(tiny_run):
+    stages = Stages()
+    tiny_run(stages, trainer={"max_epochs": 2}).fit()
+    assert stages.stages == [SFT, SFT]
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "num_sft"),
+    [
+        ({"target": 0.5}, [0.9, 0.6, 0.4, 0.3, 0.2], 3),
+        ({"target": 0.5}, [0.9, 0.5, 0.4, 0.3, 0.2], 2),  # reached exactly
+        ({"target": 0.5, "mode": "max"}, [0.1, 0.4, 0.6, 0.7, 0.1], 3),
+        ({"patience": 2}, [0.9, 0.8, 0.8, 0.9, 0.1], 4),  # best in epoch 2, two epochs without a better one
+        ({"patience": 1}, [0.9, 0.8, 0.7, 0.75, 0.1], 4),
+        ({"patience": 1, "min_delta": 0.2}, [0.9, 0.8, 0.7, 0.6, 0.5], 2),
+        ({"patience": 2, "mode": "max"}, [0.5, 0.6, 0.6, 0.6, 0.9], 4),
+        ({"patience": 1, "target": 0.85}, [0.9, 0.8, 0.8, 0.8, 0.8], 2),  # whichever comes first
+        ({"target": 0.0, "after_epochs": 3}, [0.9, 0.9, 0.9, 0.9, 0.9], 3),
+    ],
+)
+def test_a_monitored_metric_ends_sft(tiny_run, options, values, num_sft):
+    stages = Stages()
+    transition = StageTransition(**{"after_epochs": None, "monitor": "my/value", **options})
+    tiny_run(Report(values), transition, stages, trainer={"max_epochs": 5}).fit()
+    assert stages.stages == [SFT] * num_sft + [EGSPO] * (5 - num_sft)
+
+
+def test_a_metric_that_training_logs_can_be_monitored(tiny_run):
+    stages = Stages()
+    tiny_run(StageTransition(None, "loss/sft", target=1e9), stages, trainer={"max_epochs": 2}).fit()
+    assert stages.stages == [SFT, EGSPO]
+
+
+def test_what_math_benchmark_measures_can_be_monitored(tiny_run):
+    stages, data = Stages(), {"benchmarks": [ArithmeticBenchmark("sums", num_problems=2, task=digits())]}
+    transition = StageTransition(None, "eval/sums/avg@1", mode="max", target=0.0)
+    tiny_run(MathBenchmark(every_n_epochs=1), transition, stages, data=data, trainer={"max_epochs": 2}).fit()
+    assert stages.stages == [SFT, EGSPO]
+
+
+def digits():
+    from egspo_lightning.arithmetic import ArithmeticTask
+
+    return ArithmeticTask(num_digits=1)
+
+
+def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(tiny_run):
+    run = tiny_run(StageTransition(monitor="loss/stf", target=0.1))
+    with pytest.raises(UserError, match=r"stage_transition.monitor: no metric 'loss/stf' was logged.*loss/sft, .*stage"):
+        run.fit()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"after_epochs": 0}, "stage_transition.after_epochs must be at least 1, or null, got 0"),
+        ({"monitor": "x", "patience": 0}, "stage_transition.patience must be at least 1, or null, got 0"),
+        ({"target": 0.5}, "need stage_transition.monitor"),
+        ({"patience": 2}, "need stage_transition.monitor"),
+        ({"monitor": "loss/sft"}, "stage_transition.monitor needs stage_transition.target, .patience, or both"),
+        ({"learning_rate": 1e-3, "reset_optimizer": False}, "learning_rate needs stage_transition.reset_optimizer"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        StageTransition(**options)
+
+
+# What the policy takes along
+
+
+def test_the_optimiser_starts_anew_at_the_given_learning_rate(tiny_run):
+    stages = Stages()
+    run = tiny_run(StageTransition(learning_rate=3e-4), stages).fit()
+    assert stages.learning_rates == [1e-2, 3e-4, 3e-4]
+    # Adam's moments: none at first, none after the transition, then those of every parameter
+    assert stages.num_states[:2] == [0, 0]
+    assert stages.num_states[2] == len(list(run.module.policy.parameters()))
+    steps = {int(state["step"]) for state in run.trainer.optimizers[0].state.values()}
+    assert steps == {4}  # two collections of two updates; the two SFT updates are forgotten
+
+
+def test_without_a_learning_rate_that_of_sft_stays(tiny_run):
+    stages = Stages()
+    tiny_run(StageTransition(), stages).fit()
+    assert stages.learning_rates == [1e-2] * 3
+
+
+def test_the_optimiser_may_be_kept(tiny_run):
+    stages = Stages()
+    run = tiny_run(StageTransition(reset_optimizer=False), stages).fit()
+    assert stages.num_states[1] == len(list(run.module.policy.parameters()))
+    assert {int(state["step"]) for state in run.trainer.optimizers[0].state.values()} == {6}
+
+
+@pytest.mark.parametrize(("learning_rate", "start"), [(1e-3, 1e-3), (None, 1e-2)])
+def test_the_schedule_starts_anew_too(tiny_run, learning_rate, start):
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def halving(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    tiny_run(StageTransition(learning_rate=learning_rate), Rates(), module={"lr_scheduler": halving}).fit()
+    # two updates a phase, halved after each
+    assert rates == pytest.approx([1e-2, 5e-3, start, start / 2, start / 4, start / 8])
+
+
+def test_the_policy_at_the_end_of_sft_becomes_the_reference(tiny_run):
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen[str(pl_module.stage)] = [p.detach().clone() for p in pl_module.policy.parameters()]
+
+    run = tiny_run(StageTransition(), Look(), module={"objective": Objective(beta=0.1)}, trainer={"max_epochs": 2}).fit()
+    reference = list(run.module.reference.parameters())
+    assert all(map(torch.equal, reference, seen[EGSPO]))
+    assert not all(map(torch.equal, reference, seen[SFT]))
+    assert not all(map(torch.equal, reference, run.module.policy.parameters()))
+
+
+# State and checkpoint
+
+
+def test_its_state_comes_back():
+    before, after = (StageTransition(None, "x", patience=3) for _ in range(2))
+    before.num_epochs, before.num_bad_epochs, before.best = 5, 2, 0.25
+    after.load_state_dict(before.state_dict())
+    assert (after.num_epochs, after.num_bad_epochs, after.best) == (5, 2, 0.25)
+    assert after._judge(0.3) is not None  # the third epoch without an improvement
+
+
+def test_a_resumed_run_goes_on_counting(tiny_run, tmp_path):
+    run = tiny_run(StageTransition(after_epochs=3, save_checkpoint=False), trainer={"max_epochs": 2}).fit()
+    run.trainer.save_checkpoint(tmp_path / "two.ckpt")
+    stages = Stages()
+    resumed = tiny_run(StageTransition(after_epochs=3, save_checkpoint=False), stages, trainer={"max_epochs": 5})
+    resumed.fit(ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert stages.stages == [SFT, EGSPO, EGSPO]
+
+
+def test_sft_ckpt_starts_stage_egspo_just_as_the_run_that_wrote_it(tiny_run):
+    whole = tiny_run(StageTransition(learning_rate=1e-3), logger=True).fit()
+    assert whole.module.stage == Stage.EGSPO
+    checkpoint = Path(whole.trainer.log_dir) / "sft.ckpt"
+    assert checkpoint.is_file()
+    stages = Stages()
+    resumed = tiny_run(StageTransition(learning_rate=1e-3), stages).fit(ckpt_path=checkpoint, weights_only=True)
+    assert stages.stages == stages.first_batches == [EGSPO, EGSPO]
+    assert stages.learning_rates == [1e-3, 1e-3]
+    assert resumed.trainer.global_step == whole.trainer.global_step == 6
+    for ours, theirs in zip(resumed.module.policy.parameters(), whole.module.policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_sft_ckpt_can_be_left_out(tiny_run):
+    run = tiny_run(StageTransition(save_checkpoint=False), logger=True).fit()
+    assert not list(Path(run.trainer.log_dir).glob("*.ckpt"))

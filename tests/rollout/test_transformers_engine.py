@@ -1,0 +1,296 @@
+"""The engine against transformers' own `generate`, against exact distributions, and against itself in other batches."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM as CausalLM
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.policy import Policy, PolicyConfig
+from egspo_lightning.rollout.engine import Request, Sample
+from egspo_lightning.rollout.transformers_engine import TransformersEngine, sample_tokens
+from egspo_lightning.types import Sampling
+
+VOCABULARY, PAD = 40, 0
+ROPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.4,  # large, so that outputs vary and depend on what stands where
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**ROPE),
+    "qwen2-gqa": Qwen2Config(**ROPE, num_key_value_heads=2),
+    "qwen3-gqa": Qwen3Config(**ROPE, num_key_value_heads=2, head_dim=8),
+    "neox": GPTNeoXConfig(**ROPE),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4),
+}
+PROMPTS = [[5, 9, 3], [7], [11, 2, 8, 30, 21, 4, 4, 19], [12, 13], [5, 9, 3, 1, 1, 6]]
+
+
+def build(name: str = "llama") -> nn.Module:
+    torch.manual_seed(0)
+    return CausalLM.from_config(CONFIGS[name]).eval()
+
+
+@pytest.fixture(scope="module")
+def lm() -> nn.Module:
+    return build()
+
+
+def generate(lm, prompts, sampling, eos_ids=(), *, seeds=None, max_batch_size=256) -> list[Sample]:
+    seeds = seeds or [f"seed/{i}" for i in range(len(prompts))]
+    requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    engine = TransformersEngine(max_batch_size)
+    return engine.generate(lm, requests, sampling, eos_ids=list(eos_ids), pad_id=PAD)
+
+
+def reference(lm, prompt: list[int], length: int, eos_ids: list[int] | None = None) -> list[int]:
+    """transformers' greedy continuation of one prompt, alone and unpadded."""
+    ids = torch.tensor([prompt])
+    output = lm.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=length,
+        eos_token_id=eos_ids,
+        pad_token_id=PAD,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+# Greedy, against generate
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_equals_generate_for_prompts_of_different_lengths(name):
+    lm = build(name)
+    expected = [reference(lm, prompt, 20) for prompt in PROMPTS]
+    assert len({token for row in expected for token in row}) > 5
+    samples = generate(lm, PROMPTS, Sampling(20, temperature=0.0))
+    assert [sample.token_ids for sample in samples] == expected
+    assert all(sample.is_truncated for sample in samples)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_that_end_early_have_exactly_generates_tokens(name):
+    lm = build(name)
+    free = [reference(lm, prompt, 20) for prompt in PROMPTS]
+    eos_ids = [free[0][3], free[2][8]]  # ends some rows soon, some later
+    expected = [reference(lm, prompt, 20, eos_ids) for prompt in PROMPTS]
+    assert len({len(row) for row in expected}) > 1
+    samples = generate(lm, PROMPTS, Sampling(20, temperature=0.0), eos_ids)
+    assert [sample.token_ids for sample in samples] == expected
+    assert [sample.is_truncated for sample in samples] == [row[-1] not in eos_ids for row in expected]
+
+
+def test_equal_prompts_that_share_their_prefill_are_answered_as_if_alone(lm):
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    expected = [reference(lm, prompt, 6) for prompt in prompts]
+    assert [s.token_ids for s in generate(lm, prompts, Sampling(6, temperature=0.0))] == expected
+
+
+def test_nothing_is_asked_for_and_nothing_comes(lm):
+    assert generate(lm, [], Sampling(6)) == []
+
+
+# The end of a completion
+
+
+def test_an_eos_is_part_of_the_completion_and_nothing_follows_it(lm):
+    row = reference(lm, PROMPTS[0], 20)
+    end = row[4]
+    expected = row[: row.index(end) + 1]
+    assert generate(lm, PROMPTS[:1], Sampling(20, temperature=0.0), [end]) == [Sample(expected, False)]
+
+
+def test_the_first_of_several_eos_ids_ends_it(lm):
+    row = reference(lm, PROMPTS[0], 20)
+    first, second = sorted({row[2], row[5], row[7]}, key=row.index)[:2]
+    expected = row[: row.index(first) + 1]
+    for eos_ids in ([first, second], [second, first]):
+        assert generate(lm, PROMPTS[:1], Sampling(20, temperature=0.0), eos_ids) == [Sample(expected, False)]
+
+
+def test_an_eos_exactly_at_the_limit_is_not_a_truncation(lm):
+    row = reference(lm, PROMPTS[0], 20)
+    end = row.index(row[4])
+    assert generate(lm, PROMPTS[:1], Sampling(end + 1, temperature=0.0), [row[4]]) == [Sample(row[: end + 1], False)]
+    assert generate(lm, PROMPTS[:1], Sampling(end, temperature=0.0), [row[4]]) == [Sample(row[:end], True)]
+
+
+def test_the_padding_token_may_be_the_eos(lm):
+    row = reference(lm, PROMPTS[2], 20)
+    end = row.index(row[4])
+    requests = [Request(prompt, "s") for prompt in PROMPTS]
+    samples = TransformersEngine().generate(lm, requests, Sampling(20, temperature=0.0), eos_ids=[row[4]], pad_id=row[4])
+    assert samples[2] == Sample(row[: end + 1], False)
+
+
+# A sample depends on its seed and its prompt alone
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sampling", [Sampling(12), Sampling(12, temperature=0.6, top_p=0.8)], ids=["plain", "nucleus"])
+def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(name, sampling):
+    lm, eos_ids = build(name), [1, 2, 3, 4, 5]
+    prompts, seeds = [*PROMPTS, PROMPTS[0]], list("abcdef")
+    together = generate(lm, prompts, sampling, eos_ids, seeds=seeds)
+    assert len({len(sample.token_ids) for sample in together}) > 1
+    others = generate(lm, [PROMPTS[2]] * 8, sampling)
+    assert len({tuple(sample.token_ids) for sample in others}) > 1  # one prompt, several seeds
+    torch.manual_seed(123)  # torch's own generator has no say
+    for size in (1, 2, 256):
+        assert generate(lm, prompts, sampling, eos_ids, seeds=seeds, max_batch_size=size) == together
+    assert generate(lm, prompts[::-1], sampling, eos_ids, seeds=seeds[::-1]) == together[::-1]
+    alone = [generate(lm, [p], sampling, eos_ids, seeds=[s])[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert alone == together
+
+
+def test_a_longer_limit_continues_the_same_sample(lm):
+    short, long = (generate(lm, PROMPTS, Sampling(length)) for length in (5, 11))
+    assert [sample.token_ids[:5] for sample in long] == [sample.token_ids for sample in short]
+
+
+def test_samples_do_not_touch_torchs_generator(lm):
+    before = torch.get_rng_state()
+    generate(lm, PROMPTS, Sampling(5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# The distribution
+
+
+def chi_square_excess(counts: Tensor, probs: Tensor) -> float:
+    """Pearson's statistic over cells that expect 5 or more, the others pooled; in standard deviations from its mean."""
+    expected = probs * counts.sum()
+    big = expected >= 5
+    observed = torch.cat([counts[big], counts[~big].sum().view(1)]).double()
+    wanted = torch.cat([expected[big], expected[~big].sum().view(1)]).double()
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    freedom = len(wanted) - 1
+    return (((observed - wanted) ** 2 / wanted).sum().item() - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_tokens_come_with_their_probabilities(temperature):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(12, generator=generator) * 1.5
+    uniforms = torch.rand(40_000, generator=generator)
+    tokens = sample_tokens(logits.expand(40_000, -1), uniforms, Sampling(1, temperature))
+    probs = torch.softmax(logits.double() / temperature, 0)
+    assert chi_square_excess(tokens.bincount(minlength=12), probs) < 4
+    others = torch.softmax(logits.double() / (temperature * 1.15), 0)
+    assert chi_square_excess(tokens.bincount(minlength=12), others) > 10  # so the bound above means something
+
+
+def test_two_tokens_in_a_row_come_with_their_joint_probability():
+    config = LlamaConfig(**(ROPE | {"vocab_size": 9, "initializer_range": 0.2}))
+    torch.manual_seed(0)
+    lm = CausalLM.from_config(config).eval()
+    prompt, count, temperature = [3, 1, 4], 6000, 1.3
+    with torch.no_grad():
+        heads = torch.tensor([[*prompt, first] for first in range(9)])
+        log_probs = (lm(input_ids=heads).logits.double() / temperature).log_softmax(-1)
+    joint = (log_probs[:, 2].diagonal().unsqueeze(1) + log_probs[:, 3]).exp()  # (first, second)
+    assert joint.sum().item() == pytest.approx(1.0)
+    samples = generate(lm, [prompt] * count, Sampling(2, temperature), max_batch_size=count)
+    cells = torch.tensor([9 * a + b for a, b in (sample.token_ids for sample in samples)])
+    assert chi_square_excess(cells.bincount(minlength=81), joint.flatten()) < 4
+
+
+def test_inverting_the_distribution_function_by_hand():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(8, 4)
+    uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, 0.9999])
+    assert sample_tokens(logits, uniforms, Sampling(1)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_temperature_by_hand():
+    logits = torch.tensor([0.2, 0.8]).log().expand(4, 2)
+    uniforms = torch.tensor([0.05, 0.07, 0.32, 0.34])  # T = 1/2 squares: p_0 = 1/17; T = 2 takes roots: p_0 = 1/3
+    assert sample_tokens(logits, uniforms, Sampling(1, temperature=0.5)).tolist() == [0, 1, 1, 1]
+    assert sample_tokens(logits, uniforms, Sampling(1, temperature=2.0)).tolist() == [0, 0, 0, 1]
+    assert sample_tokens(logits, uniforms, Sampling(1, temperature=0.0)).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(1.0, {0, 1, 2, 3}), (0.95, {0, 1, 2, 3}), (0.85, {0, 1, 3}), (0.7, {1, 3}), (0.3, {1})]
+)
+def test_the_nucleus_by_hand(top_p, kept):
+    probs = torch.tensor([0.2, 0.4, 0.1, 0.3])  # ranked: 1 (0.4), 3 (0.7), 0 (0.9), 2 (1.0)
+    uniforms = (torch.arange(20_000) + 0.5) / 20_000  # every share of the interval, evenly
+    tokens = sample_tokens(probs.log().expand(20_000, -1), uniforms, Sampling(1, top_p=top_p))
+    assert set(tokens.tolist()) == kept
+    mass = sum(probs[token].item() for token in kept)
+    for token in kept:
+        share = (tokens == token).float().mean().item()
+        assert share == pytest.approx(probs[token].item() / mass, abs=2e-4)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_a_token_without_probability_is_never_drawn(top_p):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(256, 1000, generator=generator)
+    impossible = torch.rand(1000, generator=generator) < 0.5
+    impossible[0] = impossible[-1] = impossible[-2] = True
+    logits[:, impossible] = -torch.inf
+    for u in (0.0, 1e-12, 0.5, 1 - 2**-20, 1 - 2**-24, 1.0):  # a double just below 1 is 1 in float32
+        tokens = sample_tokens(logits, torch.full((256,), u), Sampling(1, top_p=top_p))
+        assert not impossible[tokens].any(), u
+
+
+# Log-probabilities
+
+
+@pytest.mark.parametrize(("name", "temperature"), list(itertools.product(CONFIGS, [1.0, 0.7])))
+def test_the_policys_log_probabilities_are_those_that_were_sampled_from(name, temperature):
+    lm = build(name)
+    samples = generate(lm, PROMPTS, Sampling(9, temperature), [1, 2, 3, 4, 5])
+    width = max(len(p) + len(s.token_ids) for p, s in zip(PROMPTS, samples, strict=True))
+    input_ids, mask = torch.full((len(PROMPTS), width), PAD), torch.zeros(len(PROMPTS), width, dtype=torch.bool)
+    logprobs, entropies = torch.zeros(2, len(PROMPTS), width)
+    for row, (prompt, sample) in enumerate(zip(PROMPTS, samples, strict=True)):
+        sequence = torch.tensor([*prompt, *sample.token_ids])
+        input_ids[row, : len(sequence)] = sequence
+        with torch.no_grad():
+            table = torch.log_softmax(lm(input_ids=sequence[None]).logits[0].double() / temperature, -1)
+        for t in range(len(prompt), len(sequence)):
+            mask[row, t] = True
+            logprobs[row, t] = table[t - 1, sequence[t]]
+            entropies[row, t] = -(table[t - 1].exp() * table[t - 1]).sum()
+    with torch.no_grad():
+        stats = Policy(lm)(input_ids, mask, temperature)
+    torch.testing.assert_close(stats.logprobs, logprobs, rtol=0, atol=3e-5)
+    torch.testing.assert_close(stats.entropies, entropies, rtol=0, atol=3e-5)
+
+
+def test_dropout_and_gradient_checkpointing_have_no_effect_on_what_is_sampled(tiny_run, small_model):
+    """The sampling context sets eval mode; the first-ratio check of training would raise otherwise."""
+    texts = []
+    for checkpointing in (False, True):
+        policy = PolicyConfig(small_model, from_scratch=True, gradient_checkpointing=checkpointing)
+        run = tiny_run(module={"policy": policy, "initial_stage": "egspo"}, trainer={"max_epochs": 1}).fit()
+        assert run.module.policy.training
+        texts.append([completion.text for completion in run.data.collection.completions])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 4
+
+
+def test_a_policy_in_train_mode_samples_as_in_eval_mode():
+    config = GPT2Config(**(CONFIGS["gpt2"].to_dict() | {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}))
+    torch.manual_seed(0)
+    policy = Policy(CausalLM.from_config(config))
+    assert policy.lm.training
+    in_training = generate(policy.lm, PROMPTS, Sampling(8))
+    assert generate(policy.eval().lm, PROMPTS, Sampling(8)) == in_training
+
+
+def test_a_batch_of_none_is_refused():
+    with pytest.raises(UserError, match="max_batch_size must be at least 1, got 0"):
+        TransformersEngine(max_batch_size=0)
