@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -76,6 +77,13 @@ class EgspoCLI(LightningCLI):
             parser.usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
         return parser
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint that is not there before anything is loaded."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        is_local = path is not None and path not in ("best", "last", "hpc") and ":" not in str(path)
+        if is_local and not Path(path).exists():
+            raise UserError(f"ckpt_path: no such file or folder: {path}.")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer; what Lightning says of impossible flags is told as any other mistake."""
         try:
@@ -132,6 +140,10 @@ def _silence_noise() -> None:
         "Total length of `list` across ranks is zero",  # in fit, MathBenchmark asks for the benchmarks itself
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning with torch 2.13
         "torch.distributed.nn.functional.all_gather is deprecated",  # Lightning with torch 2.13
+        r"Found \d+ module\(s\) in eval mode",  # the reference policy
+        "The dirpath has changed",  # ModelCheckpoint, when a checkpoint of another run is evaluated
+        "Couldn't infer the batch indices",  # predictions are written batch by batch, and carry their ids
+        "LightningCLI's args parameter is intended to run from within Python",  # as `run` is
         ".*does not have many workers",  # loaders are lazy and in memory
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -142,16 +154,21 @@ def _silence_noise() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
-    _silence_noise()
-    disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # graders are forked
     try:
-        EgspoCLI(args)
-    except (UserError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        run(args)
+    except (ValueError, MisconfigurationException) as error:
+        cause: BaseException | None = error  # jsonargparse wraps a mistake within a list in an error of its own
+        while cause is not None and not isinstance(cause, (UserError, MisconfigurationException)):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         sys.exit(2)
 
 
-def run(args: Sequence[str]) -> Any:
-    """The same for Python callers: errors are raised, and the finished CLI with its trainer is returned."""
+def run(args: Sequence[str] | None = None) -> EgspoCLI:
+    """The same for Python callers: mistakes are raised, and the finished CLI with its trainer is returned."""
+    _silence_noise()
+    disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own do not survive a fork
     return EgspoCLI(args)

@@ -7,7 +7,7 @@ Optimisation is automatic, so clipping, accumulation, precision, strategies and 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import lazy_instance
@@ -52,7 +52,7 @@ class EGSPOModule(LightningModule):
         temperature: float = 1.0,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
-        initial_stage: Stage = Stage.SFT,
+        initial_stage: Literal["sft", "egspo"] = "sft",
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -136,6 +136,8 @@ class EGSPOModule(LightningModule):
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         metrics = {name: value * scale for name, value in (metrics | {"loss/total": loss.detach()}).items()}
         self._log(metrics)
+        self._log(self._phase_metrics)  # at the first step: callbacks see the end of the phase before the module does
+        self._phase_metrics = {}
         return loss * scale
 
     def _sft_step(self, expert: ExpertBatch) -> tuple[Tensor, Metrics]:
@@ -160,11 +162,6 @@ class EGSPOModule(LightningModule):
         self._log({"policy/skipped_fraction": float(self._skip_update)})
         if self._skip_update:
             optimizer.zero_grad(set_to_none=True)
-
-    def on_train_epoch_end(self) -> None:
-        """Log what the phase's collection measured."""
-        self._log(self._phase_metrics)
-        self._phase_metrics = {}
 
     def _log(self, metrics: Mapping[str, Tensor | float], reduce_fx: str = "mean") -> None:
         """Log once a phase, reduced over its micro-batches and over ranks."""
@@ -245,7 +242,7 @@ class EGSPOModule(LightningModule):
             return Scores(stats.logprobs, stats.entropies, reference.logprobs)
 
     def admit(self, rollout: RolloutBatch, measurements: Any) -> RolloutBatch:
-        """Settle tau over the tokens of all ranks, and keep the collection's metrics for the end of the phase."""
+        """Settle tau over the tokens of all ranks, and keep the collection's metrics for the first step to log."""
         entropies = self._gather_over_ranks(rollout.entropies[rollout.completion_mask])
         rollout = rollout._replace(threshold=self.gate.threshold(entropies))
         sums = gate_sums(rollout, self.attenuation)

@@ -31,6 +31,7 @@ class PhaseProgress(ProgressBar):
         self._progress: Progress | None = None
         self._task: Any = None
         self._last_line = 0.0
+        self._stage = ""
 
     @property
     def is_enabled(self) -> bool:
@@ -50,7 +51,7 @@ class PhaseProgress(ProgressBar):
         if not self._enabled or not self._console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("phase {task.completed}/{task.total}"),
             TimeElapsedColumn(),
@@ -60,11 +61,15 @@ class PhaseProgress(ProgressBar):
         self._progress.start()
         self._task = self._progress.add_task("starting", total=self._total(trainer), completed=trainer.current_epoch)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the stage: at the end of the phase it may be that of the next one."""
+        self._stage = str(module_of(pl_module).stage)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move it on by a phase."""
         if not self._enabled:
             return
-        text = self._describe(trainer, pl_module)
+        text = self._describe(trainer)
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.current_epoch + 1, description=text)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
@@ -93,11 +98,10 @@ class PhaseProgress(ProgressBar):
     def _total(trainer: Trainer) -> int | None:
         return trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
 
-    @staticmethod
-    def _describe(trainer: Trainer, pl_module: LightningModule) -> str:
+    def _describe(self, trainer: Trainer) -> str:
         metrics = trainer.callback_metrics
         shown = [f"{label} {float(metrics[name]):.3g}" for name, label in SHOWN.items() if name in metrics]
-        return " · ".join([f"[{module_of(pl_module).stage}]", *shown])
+        return " · ".join([f"[{self._stage}]", *shown])
 
     def __getstate__(self) -> dict[str, Any]:
         """Consoles hold locks, which cannot be pickled for spawned ranks."""

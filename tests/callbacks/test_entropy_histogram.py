@@ -91,9 +91,9 @@ def test_histograms_come_every_n_collections(tiny_run, events, every, steps):
     assert found == steps
 
 
-def test_without_a_logger_nothing_is_written(tiny_run, tmp_path):
+def test_without_a_logger_records_go_to_the_root_folder(tiny_run, tmp_path):
     tiny_run(EntropyHistogram(), **ONE_COLLECTION | {"logger": False}).fit()
-    assert not list(tmp_path.rglob("*.parquet"))
+    assert [path.name for path in (tmp_path / "token_records").iterdir()] == ["collection-000000-rank-0.parquet"]
 
 
 @pytest.mark.parametrize("field", ["every_n_collections", "record_every_n_collections", "max_recorded_completions"])

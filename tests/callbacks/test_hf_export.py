@@ -54,8 +54,16 @@ def test_a_folder_that_is_there_is_replaced(tiny_run, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize(("export", "logger"), [(HFExport(enabled=False), True), (HFExport(), False)])
-def test_it_can_be_switched_off_and_needs_a_place(tiny_run, tmp_path, export, logger):
+@pytest.mark.parametrize("logger", [True, False])
+def test_it_can_be_switched_off(tiny_run, tmp_path, logger):
+    export = HFExport(enabled=False)
     tiny_run(export, trainer={"max_epochs": 1}, logger=logger).fit()
     assert export.exported is None
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_without_a_logger_the_folder_is_in_the_root_folder(tiny_run, tmp_path):
+    export = HFExport()
+    tiny_run(export, trainer={"max_epochs": 1}).fit()
+    assert export.exported == tmp_path / "hf"
+    assert (tmp_path / "hf" / "model.safetensors").is_file()

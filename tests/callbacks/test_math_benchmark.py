@@ -61,9 +61,18 @@ def test_the_values_are_those_of_a_naive_loop(tiny_run):
     num_correct, num_tokens = 0, 0
     for problem in trained[0].load():
         ids = torch.tensor([tokenizer.encode(problem.problem)])
-        output = module.policy.lm.eval().generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=18, eos_token_id=256, pad_token_id=257
-        )[0, ids.shape[1] :].tolist()
+        output = (
+            module.policy.lm.eval()
+            .generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=18,
+                eos_token_id=256,
+                pad_token_id=257,
+            )[0, ids.shape[1] :]
+            .tolist()
+        )
         num_tokens += len(output)
         num_correct += f"\\boxed{{{problem.answer}}}" in tokenizer.decode(output)
     assert 0 < num_correct < 12
@@ -154,5 +163,5 @@ def test_tables_show_the_milestones_and_every_metric(tiny_run):
 
 
 def test_a_negative_period_is_refused():
-    with pytest.raises(UserError, match="math_benchmark.every_n_epochs must be at least 0, got -1"):
+    with pytest.raises(UserError, match=r"math_benchmark.every_n_epochs must be at least 0, got -1"):
         MathBenchmark(every_n_epochs=-1)

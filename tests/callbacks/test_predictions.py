@@ -30,9 +30,11 @@ def test_every_problem_is_answered_once_and_greedily(tiny_run, problems, tmp_pat
     tokenizer = run.module.tokenizer
     for row in rows:
         ids = torch.tensor([tokenizer.encode(row["problem"])])
-        output = run.module.policy.lm.eval().generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=18
-        )[0, ids.shape[1] :].tolist()
+        output = (
+            run.module.policy.lm.eval()
+            .generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=18)[0, ids.shape[1] :]
+            .tolist()
+        )
         assert row["completion"] == tokenizer.decode(output, skip_special_tokens=True)
         assert row["is_truncated"] == (output[-1] != 256)
         assert row["correct"] is False  # random weights

@@ -16,7 +16,7 @@ def every_line(monkeypatch):
 
 @pytest.mark.usefixtures("every_line")
 def test_plain_lines_where_there_is_no_terminal(tiny_run, capsys):
-    run = tiny_run(PhaseProgress(), StageTransition(), **BAR).fit()
+    run = tiny_run(StageTransition(), PhaseProgress(), **BAR).fit()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("phase ")]
     assert len(lines) == 3
     assert re.fullmatch(r"phase 1/3 \[sft\] · sft loss \d\.\d+", lines[0])

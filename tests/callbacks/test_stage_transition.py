@@ -99,7 +99,9 @@ def digits():
 
 def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(tiny_run):
     run = tiny_run(StageTransition(monitor="loss/stf", target=0.1))
-    with pytest.raises(UserError, match=r"stage_transition.monitor: no metric 'loss/stf' was logged.*loss/sft, .*stage"):
+    with pytest.raises(
+        UserError, match=r"stage_transition.monitor: no metric 'loss/stf' was logged.*loss/sft, .*stage"
+    ):
         run.fit()
 
 
@@ -169,7 +171,9 @@ def test_the_policy_at_the_end_of_sft_becomes_the_reference(tiny_run):
         def on_train_epoch_start(self, trainer, pl_module):
             seen[str(pl_module.stage)] = [p.detach().clone() for p in pl_module.policy.parameters()]
 
-    run = tiny_run(StageTransition(), Look(), module={"objective": Objective(beta=0.1)}, trainer={"max_epochs": 2}).fit()
+    run = tiny_run(
+        StageTransition(), Look(), module={"objective": Objective(beta=0.1)}, trainer={"max_epochs": 2}
+    ).fit()
     reference = list(run.module.reference.parameters())
     assert all(map(torch.equal, reference, seen[EGSPO]))
     assert not all(map(torch.equal, reference, seen[SFT]))

@@ -53,7 +53,7 @@ def test_the_most_frequent_answer_counts(answers, correct, expected):
 
 
 def test_as_many_verdicts_as_answers_are_needed():
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         majority_at_k(["5", "6"], [True])
 
 

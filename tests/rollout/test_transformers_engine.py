@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers import AutoModelForCausalLM as CausalLM
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.policy import Policy, PolicyConfig
@@ -129,7 +129,9 @@ def test_the_padding_token_may_be_the_eos(lm):
     row = reference(lm, PROMPTS[2], 20)
     end = row.index(row[4])
     requests = [Request(prompt, "s") for prompt in PROMPTS]
-    samples = TransformersEngine().generate(lm, requests, Sampling(20, temperature=0.0), eos_ids=[row[4]], pad_id=row[4])
+    samples = TransformersEngine().generate(
+        lm, requests, Sampling(20, temperature=0.0), eos_ids=[row[4]], pad_id=row[4]
+    )
     assert samples[2] == Sample(row[: end + 1], False)
 
 

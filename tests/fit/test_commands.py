@@ -1,0 +1,120 @@
+"""The commands, on the shipped configs, shortened: fit, validate, test, predict."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from egspo_lightning.cli import main, run
+from egspo_lightning.data.arithmetic import ArithmeticProblems
+
+SHORT = [
+    "--trainer.max_epochs=3",
+    "--stage_transition.after_epochs=2",
+    "--data.demonstrations.init_args.num_demonstrations=64",
+    "--data.benchmarks.init_args.num_problems=32",
+    "--data.num_problems=2",
+]
+
+
+@pytest.fixture(scope="module")
+def quickstart(repository, tmp_path_factory):
+    """A finished run of the quickstart in its shortest form, as (cli, its log folder)."""
+    root = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repository)
+        cli = run(["fit", "--config=configs/quickstart.yaml", f"--trainer.default_root_dir={root}", *SHORT])
+    return cli, Path(cli.trainer.log_dir)
+
+
+def test_fit_leaves_config_checkpoints_events_records_and_model(quickstart):
+    _, folder = quickstart
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "sft.ckpt").is_file()
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert list(folder.glob("token_records/*.parquet"))
+    assert (folder / "hf" / "model.safetensors").is_file()
+
+
+def test_fit_ends_with_one_table_and_the_paths(repository, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
+    main(["fit", "--config=configs/quickstart.yaml", f"--trainer.default_root_dir={tmp_path}", *SHORT])
+    out = capsys.readouterr().out
+    for text in ("benchmark", "problems", "before", "after SFT", "after EGSPO", "arithmetic", "32"):
+        assert text in out
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert f"Logs:  {folder}" in out
+    assert f"Model: {folder / 'hf'}" in out
+
+
+def test_the_exported_folder_writes_what_the_trained_module_writes(quickstart):
+    cli, folder = quickstart
+    data, module = cli.datamodule, cli.model
+    data._trainer.accelerator.setup(data._trainer)
+    batch = data.benchmark_batches(data.benchmarks[0])[0]
+    ours = [completion.text for completion in data.answer(batch)]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    theirs = []
+    for problem in batch.problems:
+        inputs = tokenizer(problem.problem, return_tensors="pt", add_special_tokens=False)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=data.max_completion_length)
+        theirs.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert module.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert len(set(theirs)) > 1
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_validate_and_test_measure_a_checkpoint(quickstart, repository, tmp_path, monkeypatch, capsys, command):
+    cli, folder = quickstart
+    monkeypatch.chdir(repository)
+    arguments = [
+        command,
+        f"--config={folder / 'config.yaml'}",
+        f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    again = run(arguments)
+    out = capsys.readouterr().out
+    assert "avg@1" in out
+    measured = {name: float(value) for name, value in again.trainer.callback_metrics.items()}
+    during_fit = {
+        name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("eval/")
+    }
+    assert during_fit
+    assert {name: measured[name] for name in during_fit} == pytest.approx(during_fit)
+
+
+def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path, monkeypatch, capsys):
+    _, folder = quickstart
+    monkeypatch.chdir(repository)
+    problems = tmp_path / "mine.jsonl"
+    rows = [{"id": f"mine-{i}", "problem": f"{i}+{i}=?", "answer": str(2 * i)} for i in (11, 22, 33)]
+    problems.write_text("\n".join(json.dumps(row) for row in rows))
+    main(
+        [
+            "predict",
+            f"--config={folder / 'config.yaml'}",
+            f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
+            "--data.problems=egspo_lightning.data.jsonl.JsonlProblems",
+            f"--data.problems.init_args.path={problems}",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
+    path = tmp_path / "predictions-rank-0.jsonl"
+    answered = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["id"] for row in answered] == ["mine-11", "mine-22", "mine-33"]
+    assert all(row["completion"] for row in answered)
+    assert str(path) in capsys.readouterr().out
+
+
+def test_another_seed_changes_the_order_and_not_the_task(quickstart):
+    cli, _ = quickstart
+    assert cli.datamodule.seed == 1
+    one, two = ArithmeticProblems(), ArithmeticProblems()
+    one.prepare(1, frozenset())
+    two.prepare(2, frozenset())
+    assert one.draw(0, 8) != two.draw(0, 8)

@@ -1,0 +1,81 @@
+"""Two processes do what one does: real ranks, started by the command line, talking through gloo."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SHORT = [
+    "--trainer.max_epochs=4",
+    "--stage_transition.after_epochs=2",
+    "--data.demonstrations.init_args.num_demonstrations=100",
+    "--data.benchmarks.init_args.num_problems=33",
+    "--data.num_problems=4",
+    "--data.max_completion_length=40",
+    "--trainer.logger=CSVLogger",
+]
+DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
+FSDP2 = [
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.data_parallel_size=2",
+    "--trainer.strategy.tensor_parallel_size=1",
+    "--trainer.devices=2",
+]
+
+
+def fit(repository, folder, *arguments):
+    """Run the quickstart in short form; the rows of its metrics, without those that measure time."""
+    command = [sys.executable, "-m", "egspo_lightning", "fit", "--config=configs/quickstart.yaml", *SHORT, *arguments]
+    command += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}"]
+    process = subprocess.Popen(
+        command,
+        cwd=repository,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output
+    with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_equal_metrics(rows, expected):
+    assert len(rows) == len(expected)
+    compared = 0
+    for row, other in zip(rows, expected, strict=True):
+        for name, value in other.items():
+            if value and not name.startswith("time/") and name != "rollout/tokens_per_second":
+                assert float(row[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+                compared += 1
+    assert compared > 50
+
+
+@pytest.fixture(scope="module")
+def one_process(repository, tmp_path_factory):
+    return fit(repository, tmp_path_factory.mktemp("one"))
+
+
+def test_ddp_on_two_processes_equals_one(repository, tmp_path, one_process):
+    rows = fit(repository, tmp_path, *DDP)
+    first = next(i for i, row in enumerate(one_process) if row["loss/total"])
+    assert float(rows[first]["loss/total"]) == pytest.approx(float(one_process[first]["loss/total"]), rel=1e-5)
+    assert_equal_metrics(rows, one_process)
+
+
+@pytest.mark.slow
+def test_fsdp2_on_two_processes_equals_one(repository, tmp_path, one_process):
+    assert_equal_metrics(fit(repository, tmp_path, *FSDP2), one_process)
+
+
+def test_accumulation_on_two_processes_equals_one(repository, tmp_path, one_process):
+    assert_equal_metrics(fit(repository, tmp_path, *DDP, "--trainer.accumulate_grad_batches=3"), one_process)

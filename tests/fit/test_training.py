@@ -1,0 +1,248 @@
+"""The module under the real Lightning loop: what an update is, when it is refused, when it is skipped."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.testing import assert_close
+
+from egspo_lightning.callbacks import StageTransition
+from egspo_lightning.ops.gate import AbsoluteGate, ConstantAttenuation, OpenGate, QuantileGate
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.rewards.functions import Scored
+from egspo_lightning.rewards.grading import Grade
+from egspo_lightning.types import Stage
+
+RL = {"initial_stage": Stage.EGSPO}
+PURE_RL = {"initial_stage": Stage.EGSPO, "objective": Objective(mu=0.0)}
+
+
+class FlatReward:
+    """Every completion earns the same: no group has spread."""
+
+    def __call__(self, completions, golds):
+        return [Scored(1.0, Grade(True, "graded", "1", 0.0)) for _ in completions]
+
+
+class Spy(Callback):
+    """Keeps the metrics and the weights at the end of every epoch, and every batch."""
+
+    def __init__(self):
+        self.metrics, self.weights, self.batches, self.gradients = [], [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append([p.grad.clone() for p in pl_module.policy.parameters()])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.weights.append([p.detach().clone() for p in pl_module.policy.parameters()])
+
+    def on_train_end(self, trainer, pl_module):
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def distance(one, other):
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+def test_sft_lowers_its_loss_and_the_stages_alternate_by_epoch(tiny_run):
+    spy = Spy()
+    run = tiny_run(StageTransition(after_epochs=2), spy, trainer={"max_epochs": 4}).fit()
+    stages = [batch.stage for batch in spy.batches]
+    assert stages == [Stage.SFT] * 4 + [Stage.EGSPO] * 4  # 2 x 2 updates of 16, then 2 x 2 minibatches
+    assert all((batch.rollout is None) == (batch.stage == Stage.SFT) for batch in spy.batches)
+    assert all(batch.expert is not None for batch in spy.batches)  # mu > 0: each update carries both
+    assert run.module.stage == Stage.EGSPO
+    assert run.data.num_collections == 2
+
+
+def test_every_collection_is_sampled_by_the_policy_as_it_is(tiny_run):
+    spy = Spy()
+    tiny_run(spy, module=RL).fit()
+    assert [batch.rollout.policy_version for batch in spy.batches] == [0, 0, 2, 2, 4, 4]
+
+
+def test_the_first_ratio_is_one_and_later_ones_are_not(tiny_run):
+    class Ratios(Callback):
+        values = []  # noqa: RUF012
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            stats = pl_module.policy(batch.rollout.input_ids, batch.rollout.completion_mask, pl_module.temperature)
+            shift = (stats.logprobs - batch.rollout.old_logprobs).abs()[batch.rollout.completion_mask]
+            self.values.append(shift.max().item())
+
+    tiny_run(Ratios(), module=PURE_RL | {"temperature": 0.7}, trainer={"max_epochs": 1}).fit()
+    first, second = Ratios.values
+    assert first < 1e-5
+    assert second > 1e-3
+
+
+def test_rollouts_at_another_temperature_are_caught(tiny_run):
+    run = tiny_run(module=RL)
+    score = run.module.score
+
+    def score_at_another(input_ids, completion_mask):
+        run.module.temperature = 0.5
+        try:
+            return score(input_ids, completion_mask)
+        finally:
+            run.module.temperature = 1.0
+
+    run.module.score = score_at_another
+    with pytest.raises(RuntimeError, match="sampler or scorer and training forward disagree"):
+        run.fit()
+
+
+def test_stale_rollouts_are_refused(tiny_run):
+    run = tiny_run(module=RL)
+    admit = run.module.admit
+    run.module.admit = lambda rollout, measurements: admit(rollout, measurements)._replace(policy_version=7)
+    with pytest.raises(RuntimeError, match="Stale rollouts: they were sampled by the policy after 7 optimiser steps"):
+        run.fit()
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_accumulation_does_not_change_the_update(tiny_run, aggregation):
+    spies = []
+    for parts in (1, 3, 16):
+        spy = Spy()
+        tiny_run(
+            StageTransition(after_epochs=1),
+            spy,
+            module={
+                "objective": Objective(aggregation=aggregation, mu=0.3, beta=0.05),
+                "optimizer": lambda params: torch.optim.SGD(params, lr=0.05),
+            },
+            trainer={"max_epochs": 2, "accumulate_grad_batches": parts},
+        ).fit()
+        spies.append(spy)
+    whole = spies[0]
+    for spy in spies[1:]:
+        assert len(spy.gradients) == len(whole.gradients) == 4
+        for ours, theirs in zip(spy.gradients, whole.gradients, strict=True):
+            assert distance(ours, theirs) < 1e-5
+        names = [n for n in whole.metrics[0] if n.startswith(("loss/", "policy/", "gate/", "rollout/"))]
+        assert len(names) > 15
+        for name in set(names) - {"rollout/tokens_per_second"}:
+            assert spy.metrics[0][name] == pytest.approx(whole.metrics[0][name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_batch_without_any_spread_moves_nothing(tiny_run):
+    spy = Spy()
+    run = tiny_run(spy, module=PURE_RL, data={"reward": FlatReward()})
+    run.module.configure_model()
+    before = [p.detach().clone() for p in run.module.policy.parameters()]
+    run.fit()
+    assert distance(before, spy.weights[-1]) == 0.0
+    assert spy.metrics[0]["policy/skipped_fraction"] == 1.0
+    assert spy.metrics[0]["rollout/zero_spread_fraction"] == 1.0
+
+
+def test_without_spread_momentum_does_not_move_the_policy_either(tiny_run):
+    class Turn(Callback):
+        """Takes the spread away after the first collection."""
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.datamodule.reward = FlatReward()
+
+    spy = Spy()
+    tiny_run(spy, Turn(), module=PURE_RL, trainer={"max_epochs": 2}).fit()
+    assert distance(*spy.weights) == 0.0
+    assert spy.metrics[0]["policy/skipped_fraction"] == 1.0
+
+
+def test_reinforcement_raises_the_reward(tiny_run):
+    rewards = []
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            rewards.append(trainer.datamodule.collection.rollout.rewards.mean().item())
+
+    tiny_run(
+        Watch(),
+        module=PURE_RL | {"gate": QuantileGate(0.5), "attenuation": ConstantAttenuation(0.5)},
+        data={"num_problems": 8, "num_generations": 8},
+        trainer={"max_epochs": 12},
+    ).fit()
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+
+
+def test_the_threshold_is_that_of_the_whole_collection(tiny_run):
+    spy = Spy()
+    run = tiny_run(spy, module=RL | {"gate": QuantileGate(0.25)}, trainer={"max_epochs": 1}).fit()
+    rollout = run.data.collection.rollout
+    expected = torch.quantile(rollout.entropies[rollout.completion_mask], 0.75)
+    assert rollout.threshold.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert all(batch.rollout.threshold == rollout.threshold for batch in spy.batches)
+    assert spy.metrics[0]["gate/high_fraction"] == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize(("gate", "fraction"), [(OpenGate(), 1.0), (AbsoluteGate(100.0), 0.0)])
+def test_gates_at_their_ends(tiny_run, gate, fraction):
+    spy = Spy()
+    tiny_run(spy, module=RL | {"gate": gate}, trainer={"max_epochs": 1}).fit()
+    assert spy.metrics[0]["gate/high_fraction"] == fraction
+
+
+def test_the_reference_is_the_policy_at_the_end_of_sft(tiny_run):
+    spy = Spy()
+    run = tiny_run(
+        StageTransition(after_epochs=1), spy, module={"objective": Objective(beta=0.1)}, trainer={"max_epochs": 3}
+    ).fit()
+    reference = list(run.module.reference.parameters())
+    assert distance(reference, spy.weights[0]) == 0.0
+    assert distance(reference, spy.weights[-1]) > 0.0
+    assert not any(p.requires_grad for p in reference)
+    rollouts = [batch.rollout for batch in spy.batches if batch.stage == Stage.EGSPO]
+    assert_close(rollouts[0].ref_logprobs, rollouts[0].old_logprobs, rtol=0, atol=1e-5)
+    assert spy.metrics[0]["loss/kl"] > 0.0
+
+
+def test_without_beta_there_is_no_reference(tiny_run):
+    run = tiny_run(module=RL, trainer={"max_epochs": 1}).fit()
+    assert run.module.reference is None
+    assert run.data.collection.rollout.ref_logprobs is None
+
+
+def test_bfloat16_autocast_trains(tiny_run):
+    spy = Spy()
+    tiny_run(StageTransition(after_epochs=1), spy, trainer={"precision": "bf16-mixed", "max_epochs": 2}).fit()
+    assert all(torch.isfinite(p).all() for p in spy.weights[-1])
+    assert distance(*spy.weights) > 0.0
+
+
+def test_gradient_checkpointing_samples_the_same_tokens_and_takes_the_same_step(tiny_run, small_model):
+    from egspo_lightning.policy import PolicyConfig
+
+    spies = []
+    for checkpointing in (False, True):
+        spy = Spy()
+        policy = PolicyConfig(small_model, from_scratch=True, gradient_checkpointing=checkpointing)
+        tiny_run(spy, module=RL | {"policy": policy}, trainer={"max_epochs": 2}).fit()
+        spies.append(spy)
+    plain, checkpointed = spies
+    assert torch.equal(plain.batches[0].rollout.input_ids, checkpointed.batches[0].rollout.input_ids)
+    assert distance(plain.weights[-1], checkpointed.weights[-1]) < 1e-6
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_run):
+    ends = []
+    for seed in (1, 1, 2):
+        spy = Spy()
+        tiny_run(spy, module=RL, data={"seed": seed}).fit()
+        ends.append(spy.weights[-1])
+    assert distance(ends[0], ends[1]) == 0.0
+    assert distance(ends[0], ends[2]) > 0.0
+
+
+def test_resuming_at_a_phase_boundary_is_bit_identical(tiny_run, tmp_path):
+    stages = {"after_epochs": 1, "save_checkpoint": False}
+    whole = tiny_run(StageTransition(**stages), trainer={"max_epochs": 4}).fit()
+    first = tiny_run(StageTransition(**stages), trainer={"max_epochs": 2}).fit()
+    first.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest = tiny_run(StageTransition(**stages), trainer={"max_epochs": 4})
+    torch.manual_seed(99)  # nothing may depend on the global generator
+    rest.fit(ckpt_path=tmp_path / "half.ckpt")
+    assert rest.data.num_collections == whole.data.num_collections == 3
+    assert distance(list(whole.module.policy.parameters()), list(rest.module.policy.parameters())) == 0.0

@@ -1,0 +1,273 @@
+"""What users get wrong: one message that names the field, what came and what is allowed; exit code 2, no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from egspo_lightning.cli import main
+
+Config = dict[str, Any]
+Run = Callable[..., str]
+
+
+def source(class_path: str, **arguments: Any) -> Config:
+    return {"class_path": f"egspo_lightning.{class_path}", "init_args": arguments}
+
+
+def benchmark(**arguments: Any) -> Config:
+    return source("evaluation.benchmarks.ArithmeticBenchmark", num_problems=2, **arguments)
+
+
+@pytest.fixture
+def config(small_model: str, tmp_path: Path) -> Config:
+    """A config that runs; each case spoils it."""
+    return {
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path / "logs")},
+        "model": {"policy": {"name_or_path": small_model, "from_scratch": True}},
+        "data": {
+            "demonstrations": source("data.arithmetic.ArithmeticDemonstrations", num_demonstrations=8),
+            "problems": source("data.arithmetic.ArithmeticProblems"),
+            "prompt": {"system": "", "plain": "{problem}"},
+            "num_problems": 2,
+            "num_generations": 2,
+            "max_prompt_length": 16,
+            "max_completion_length": 40,
+        },
+        "hf_export": {"enabled": False},
+    }
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line, which must end with exit code 2, and gives its message."""
+    monkeypatch.setenv("COLUMNS", "10000")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(config: Config, *arguments: str, subcommand: str = "fit") -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        with pytest.raises(SystemExit) as stop:
+            main([subcommand, "--config", str(path), *arguments])
+        output = capsys.readouterr()
+        assert stop.value.code == 2
+        assert "Traceback" not in output.err + output.out
+        return output.err
+
+    return run
+
+
+def put(config: Config, key: str, value: Any) -> Config:
+    """Set "data.num_problems" and the like."""
+    *parents, last = key.split(".")
+    place = config
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    return config
+
+
+def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(path)])
+    assert "Logs:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data.num_generation", 4, ["data.num_generation"]),
+        ("model.objective.epsilon", 0.2, ["epsilon"]),
+        ("trainer.max_epoch", 4, ["trainer.max_epoch"]),
+        ("trainers", {"max_epochs": 1}, ["trainers"]),
+        ("data.num_problems", "many", ["data.num_problems", "many", "int"]),
+        ("data.num_problems", 2.5, ["data.num_problems", "2.5", "int"]),
+        ("model.objective.kl_estimator", "k4", ["kl_estimator", "k4", "k3+"]),
+        ("model.initial_stage", "rl", ["initial_stage", "rl", "egspo"]),
+        ("model.policy.dtype", "int8", ["dtype", "int8", "bfloat16"]),
+        ("data.num_generations", 1, ["data.num_generations", "got 1", "at least 2", "GroupRelative"]),
+        ("data.num_problems", 0, ["data.num_problems", "got 0", "at least 1"]),
+        ("data.num_minibatches", 5, ["data.num_minibatches", "got 5", "at most 4"]),
+        ("data.max_prompt_length", 3, ["max_prompt_length = 3", "none of 8", "shortest prompt has 7"]),
+        ("data.max_completion_length", 4, ["max_completion_length = 4", "none of 8", "shortest solution"]),
+        ("model.objective.mu", 1.5, ["model.objective.mu", "got 1.5", "[0, 1]"]),
+        ("model.objective.epsilon_low", 1.0, ["model.objective.epsilon_low", "got 1.0", "[0, 1)"]),
+        ("model.objective.epsilon_high", -0.2, ["model.objective.epsilon_high", "got -0.2", "at least 0"]),
+        ("model.objective.dual_clip", 1.0, ["model.objective.dual_clip", "got 1.0", "above 1"]),
+        ("model.temperature", 0.0, ["model.temperature", "got 0.0", "above 0"]),
+        ("model.gate", source("ops.gate.QuantileGate", top_fraction=0.0), ["top_fraction", "got 0.0", "(0, 1]"]),
+        ("model.gate", source("ops.gate.QuantilGate"), ["QuantilGate"]),
+        ("data.problems", source("data.nothing.Problems"), ["data.problems", "egspo_lightning.data.nothing.Problems"]),
+        ("data.engine", source("rollout.transformers_engine.TransformersEngine", max_batch_size=0), ["max_batch_size"]),
+        ("model.policy.name_or_path", "./nowhere", ["model.policy.name_or_path", "./nowhere", "not a folder"]),
+        ("model.policy.from_scratch", False, ["cannot load the weights", "model.policy.from_scratch: true"]),
+        ("data.benchmarks", [benchmark(name="b"), benchmark(name="b")], ["data.benchmarks", "two are named 'b'"]),
+        ("data.benchmarks", [benchmark(name="a b")], ["a b", "spaces"]),
+        ("trainer.strategy", "ddpp", ["trainer", "ddpp", "ddp_spawn"]),
+        ("trainer.accelerator", "abacus", ["trainer", "abacus", "cpu"]),
+        ("stage_transition.monitor", "loss/sft", ["stage_transition.monitor", "stage_transition.target", ".patience"]),
+        ("stage_transition.target", 0.5, ["stage_transition.target", "stage_transition.monitor"]),
+        ("data.prompt.plain", "no place", ["no place", "{problem}", "exactly once"]),
+    ],
+)
+def test_a_wrong_config_value_is_told(config, refused, key, value, words):
+    message = refused(put(config, key, value))
+    for word in words:
+        assert word in message
+    assert len(message) < 3000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.num_generation", "4"], ["data.num_generation"]),
+        (["--trainer.max_epoch", "4"], ["trainer.max_epoch"]),  # an abbreviation
+        (["--data.num_problems", "many"], ["data.num_problems", "many"]),
+        (["--model.objective.mu", "2"], ["model.objective.mu", "got 2.0", "[0, 1]"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_wrong_flag_is_told(config, refused, arguments, words):
+    message = refused(config, *arguments)
+    for word in words:
+        assert word in message
+
+
+def test_a_config_file_that_is_not_there_is_told(config, refused):
+    assert "nowhere.yaml" in refused(config, "--config", "nowhere.yaml")
+
+
+def test_a_config_file_that_is_not_yaml_is_told(config, refused, tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: 1\n\nb: {")
+    message = refused(config, "--config", str(tmp_path / "bad.yaml"))
+    assert "config" in message
+    assert "line 4, column 1" in message  # behind the open brace
+
+
+def test_an_unknown_subcommand_is_told(config, refused):
+    message = refused(config, subcommand="train")
+    assert "train" in message
+    assert "fit" in message
+
+
+# Data files
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "words"),
+    [
+        (
+            "demonstrations",
+            ['{"problem": "1+1", "solution": "\\\\boxed{2}"}', '{"problem": '],
+            [":2", "not valid JSON"],
+        ),
+        ("demonstrations", ["[1, 2]"], [":1", "JSON object", "list"]),
+        ("demonstrations", ['{"problem": "1+1"}'], [":1", "'solution'", "nothing", "problem"]),
+        ("problems", ['{"problem": "1+1", "answer": "2"}', "", '{"problem": "1+2"}'], [":3", "'answer'", "nothing"]),
+        ("problems", ['{"problem": "1+1", "answer": ""}'], [":1", "'answer'", "''"]),
+        ("benchmarks", ['{"problem": "1+1", "answer": "2"}', '{"problem": "", "answer": 3}'], [":2", "'problem'"]),
+    ],
+)
+def test_a_bad_row_is_told_by_its_line(config, refused, tmp_path, kind, rows, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    message = refused(put(config, f"data.{kind}", jsonl(kind, path)))
+    for word in [str(path), *words]:
+        assert word in message
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "problems", "benchmarks"])
+def test_a_data_file_that_is_not_there_is_told(config, refused, tmp_path, kind):
+    message = refused(put(config, f"data.{kind}", jsonl(kind, tmp_path / "nowhere.jsonl")))
+    assert f"{tmp_path / 'nowhere.jsonl'}: no such file" in message
+
+
+def jsonl(kind: str, path: Path) -> Any:
+    if kind == "benchmarks":
+        return [source("evaluation.benchmarks.JsonlBenchmark", name="rows", path=str(path))]
+    return source(f"data.jsonl.Jsonl{kind.capitalize()}", path=str(path))
+
+
+@pytest.mark.parametrize("kind", ["problems", "benchmarks"])
+def test_a_prompt_that_is_too_long_is_told_with_its_length(config, refused, tmp_path, kind):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "long-one", "problem": "x" * 25, "answer": "2"}) + "\n")
+    config = put(config, f"data.{kind}", jsonl(kind, path))
+    message = refused(put(config, "model.initial_stage", "egspo"))
+    for word in ("data.max_prompt_length = 16", "'long-one'", "25 tokens"):
+        assert word in message
+
+
+# Models
+
+
+def test_a_tokenizer_without_eos_is_told(config, refused, small_model, tmp_path):
+    folder = tmp_path / "no_eos"
+    shutil.copytree(small_model, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+    message = refused(put(config, "model.policy.name_or_path", str(folder)))
+    for word in ("model.policy.name_or_path", str(folder), "no EOS token", "eos_token"):
+        assert word in message
+
+
+def test_a_folder_without_a_model_is_told(config, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = refused(put(config, "model.policy.name_or_path", str(tmp_path / "empty")))
+    assert "model.policy.name_or_path" in message
+    assert str(tmp_path / "empty") in message
+
+
+# Other subcommands and checkpoints
+
+
+def test_predict_needs_a_finite_source(config, refused):
+    message = refused(config, subcommand="predict")
+    for word in ("data.problems", "ArithmeticProblems", "JsonlProblems"):
+        assert word in message
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_measuring_needs_benchmarks(config, refused, subcommand):
+    message = refused(config, subcommand=subcommand)
+    assert "data.benchmarks must be at least one" in message
+
+
+def test_a_metric_that_is_not_logged_is_told(config, refused):
+    config = put(config, "stage_transition", {"monitor": "loss/stf", "target": 0.1})
+    message = refused(config)
+    for word in ("stage_transition.monitor", "'loss/stf'", "loss/sft"):
+        assert word in message
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate"])
+def test_a_checkpoint_that_is_not_there_is_told(config, refused, subcommand):
+    message = refused(
+        put(config, "data.benchmarks", [benchmark()]), "--ckpt_path", "nowhere.ckpt", subcommand=subcommand
+    )
+    assert "ckpt_path: no such file or folder: nowhere.ckpt" in message
+
+
+# As a process
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "egspo_lightning", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def test_a_process_ends_with_exit_code_2_and_one_message(config, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(put(config, "model.objective.mu", 1.5)))
+    done = process("fit", "--config", str(tmp_path / "config.yaml"))
+    assert done.returncode == 2
+    assert "model.objective.mu must be in [0, 1], got 1.5" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout

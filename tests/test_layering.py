@@ -1,0 +1,111 @@
+"""Imports go downward only; the rules are those of the README's tree."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "egspo_lightning"
+NAME = PACKAGE.name
+
+# Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
+LAYERS = [
+    ["errors"],
+    ["types", "jsonl"],
+    ["ops", "rewards", "arithmetic"],
+    ["answers", "evaluation.metrics"],
+    ["rows"],
+    ["data", "rollout", "evaluation", "policy"],
+    ["sharding"],
+    ["module", "datamodule"],
+    ["callbacks"],
+    ["cli"],
+    ["__main__"],
+]
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def home(module: str) -> str:
+    """The entry of LAYERS that a module belongs to, the longest that fits."""
+    fits = [entry for layer in LAYERS for entry in layer if module == entry or module.startswith(f"{entry}.")]
+    assert fits, f"{module} stands in no layer: give it one"
+    return max(fits, key=len)
+
+
+def level(entry: str) -> int:
+    return next(i for i, layer in enumerate(LAYERS) if entry in layer)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def top_level(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def files_of(*entries: str) -> list[Path]:
+    chosen = [path for path in FILES if home(dotted(path)) in entries]
+    assert chosen
+    return chosen
+
+
+@pytest.mark.parametrize("path", FILES, ids=dotted)
+def test_imports_go_down(path):
+    mine = home(dotted(path))
+    for name in imports(path):
+        if name.startswith(f"{NAME}."):
+            theirs = home(name.removeprefix(f"{NAME}."))
+            assert theirs == mine or level(theirs) < level(mine), f"{dotted(path)} must not import {name}"
+
+
+@pytest.mark.parametrize("path", files_of("ops"), ids=dotted)
+def test_ops_import_torch_alone(path):
+    assert top_level(path) <= {"torch", NAME, "math", "collections", "dataclasses", "typing", "itertools"}
+    assert not any(name.startswith("torch.distributed") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", files_of("rewards", "errors", "jsonl", "arithmetic", "answers", "rows"), ids=dotted)
+def test_text_needs_no_torch(path):
+    assert not top_level(path) & {"torch", "lightning", "transformers"}
+
+
+@pytest.mark.parametrize("path", files_of("rollout"), ids=dotted)
+def test_sampling_does_not_know_what_it_is_for(path):
+    assert not {name.removeprefix(f"{NAME}.ops.") for name in imports(path)} & {"losses", "gate", "objective"}
+
+
+def test_only_the_upper_layers_import_lightning():
+    upper = ("module", "datamodule", "callbacks", "cli")
+    for path in FILES:
+        if home(dotted(path)) not in upper:
+            assert "lightning" not in top_level(path), dotted(path)
+
+
+def test_the_module_reads_no_text():
+    forbidden = ("data", "rollout", "rewards", "evaluation", "datamodule")
+    for name in imports(PACKAGE / "module.py"):
+        assert not any(name.startswith(f"{NAME}.{part}") for part in forbidden), name
+
+
+def test_training_and_benchmark_sources_share_no_loader():
+    for path in files_of("data"):
+        assert not any(name.startswith(f"{NAME}.evaluation") for name in imports(path))
+    for path in files_of("evaluation", "evaluation.metrics"):
+        assert not any(name.startswith(f"{NAME}.data") for name in imports(path))
+
+
+def test_the_package_itself_imports_nothing():
+    assert imports(PACKAGE / "__init__.py") == set()
