@@ -68,7 +68,7 @@ class EGSPOModule(LightningModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._phase_version = 0
         self._phase_metrics: Metrics = {}
-        self._skip_update = False
+        self._skip_update = self._is_sampling = False
 
     # Set-up
 
@@ -147,7 +147,8 @@ class EGSPOModule(LightningModule):
 
     def _egspo_step(self, rollout: RolloutBatch, expert: ExpertBatch | None) -> tuple[Tensor, Metrics]:
         self._refuse_stale(rollout)
-        self._skip_update = expert is None and rollout.update_size.num_active == 0
+        has_gradient = rollout.update_size.num_active > 0 or self.needs_every_rollout or expert is not None
+        self._skip_update = not has_gradient
         stats = self._policy(rollout.input_ids, rollout.completion_mask, self.temperature)
         self._check_first_ratio(stats.logprobs.detach(), rollout)
         expert_loss = stats.logprobs.new_zeros(()) if expert is None else self._expert_loss(expert)
@@ -217,10 +218,12 @@ class EGSPOModule(LightningModule):
         May be entered again within itself. With a sharded policy, all ranks must enter it together.
         """
         policy = self._policy
-        if not policy.training:
+        if self._is_sampling:
             yield policy.lm
             return
+        was_training = policy.training
         policy.eval()  # gradient checkpointing in train mode breaks the cache
+        self._is_sampling = True
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
@@ -229,7 +232,8 @@ class EGSPOModule(LightningModule):
                     stack.enter_context(gathered(part))
                 yield policy.lm
         finally:
-            policy.train()
+            self._is_sampling = False
+            policy.train(was_training)
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
         """Statistics of given sequences under the policy and, where there is one, the reference."""

@@ -66,8 +66,8 @@ def micro_batches(
     """
     active = set(active_rows(rollout, rows).tolist())
     kept = [row for row in rows if keep_inactive or row in active]
-    lengths = row_lengths(rollout.completion_mask)
-    kept.sort(key=lambda row: int(lengths[row]))
+    lengths = row_lengths(rollout.completion_mask).tolist()
+    kept.sort(key=lambda row: lengths[row])
     return [_select(rollout, part, lengths, size) for part in split_evenly(kept, parts)]
 
 
@@ -78,11 +78,12 @@ def active_rows(rollout: RolloutBatch, rows: Sequence[int]) -> Tensor:
     return index[has_any]
 
 
-def _select(rollout: RolloutBatch, rows: list[int], lengths: Tensor, size: UpdateSize) -> RolloutBatch:
+def _select(rollout: RolloutBatch, rows: list[int], lengths: list[int], size: UpdateSize) -> RolloutBatch:
     """Some rows of a collection; without any, its first row with nothing to train on, so that every rank steps."""
     is_blank = not rows
-    index = torch.as_tensor(rows or [0], dtype=torch.long, device=rollout.input_ids.device)
-    width = max(int(lengths[index].max()), 2)
+    rows = rows or [0]
+    index = torch.as_tensor(rows, dtype=torch.long, device=rollout.input_ids.device)
+    width = max(2, *(lengths[row] for row in rows))
 
     def cut(values: Tensor) -> Tensor:
         return values[index, :width]

@@ -111,6 +111,15 @@ def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path
     assert str(path) in capsys.readouterr().out
 
 
+def test_the_console_script_is_the_same_command():
+    from importlib.metadata import entry_points
+
+    from egspo_lightning.__main__ import main as module_main
+
+    (script,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "egspo"]
+    assert script.load() is module_main
+
+
 def test_another_seed_changes_the_order_and_not_the_task(quickstart):
     cli, _ = quickstart
     assert cli.datamodule.seed == 1

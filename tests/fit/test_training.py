@@ -199,6 +199,23 @@ def test_the_reference_is_the_policy_at_the_end_of_sft(tiny_run):
     assert spy.metrics[0]["loss/kl"] > 0.0
 
 
+def test_the_kl_alone_moves_a_policy_whose_rollouts_have_no_spread(tiny_run):
+    class Shift(Callback):
+        """Moves the policy away from its reference."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            with torch.no_grad():
+                for p in pl_module.policy.parameters():
+                    p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+
+    spy = Spy()
+    module = {"initial_stage": "egspo", "objective": Objective(mu=0.0, beta=1.0)}
+    tiny_run(Shift(), spy, module=module, data={"reward": FlatReward()}, trainer={"max_epochs": 1}).fit()
+    assert spy.metrics[0]["policy/skipped_fraction"] == 0.0
+    assert spy.metrics[0]["loss/kl"] > 0.0
+    assert max(g.abs().max() for g in spy.gradients[0]) > 0.0
+
+
 def test_without_beta_there_is_no_reference(tiny_run):
     run = tiny_run(module=RL, trainer={"max_epochs": 1}).fit()
     assert run.module.reference is None

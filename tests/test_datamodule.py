@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+from egspo_lightning.data.jsonl import JsonlDemonstrations, JsonlProblems
+from egspo_lightning.errors import UserError
+from egspo_lightning.evaluation.benchmarks import JsonlBenchmark
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def row(i, text=None):
+    return {"id": f"row-{i}", "problem": text or f"{i}+1=?", "solution": f"\\boxed{{{i + 1}}}", "answer": str(i + 1)}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Ten training rows; a benchmark that asks three of them, two in other spacing or case."""
+    asked = [row(0), row(1, " 1+1=? "), row(2, "2+1=?\n"), row(77)]
+    return {
+        "train": write(tmp_path / "train.jsonl", [row(i) for i in range(10)]),
+        "benchmark": write(tmp_path / "benchmark.jsonl", asked),
+    }
+
+
+def test_training_data_that_a_benchmark_asks_is_dropped_counted_and_told(tiny_run, files, caplog):
+    data = {
+        "demonstrations": JsonlDemonstrations(files["train"]),
+        "problems": JsonlProblems(files["train"]),
+        "benchmarks": [JsonlBenchmark("held_out", files["benchmark"])],
+    }
+    with caplog.at_level("INFO"):
+        run = tiny_run(data=data, trainer={"max_epochs": 1}).fit()
+    drawn = {problem.id for problem in run.data.problems.draw(0, 50)}
+    assert drawn == {f"row-{i}" for i in range(3, 10)}
+    assert "Data: 7 demonstrations (dropped: 3 that a benchmark asks, 0 that are too long)" in caplog.text
+    assert "Training problems dropped because a benchmark asks them: 3." in caplog.text
+
+
+def test_a_problem_that_is_longer_than_a_prompt_may_be_is_named(tiny_run, tmp_path):
+    write(tmp_path / "long.jsonl", [row(5, "5 and then 1 makes how many?")])
+    data = {"problems": JsonlProblems(str(tmp_path / "long.jsonl")), "max_prompt_length": 5}
+    message = r"data.max_prompt_length = 5 is shorter than the prompt of problem 'row-5', which has 28 tokens"
+    with pytest.raises(UserError, match=message):
+        tiny_run(module={"initial_stage": "egspo"}, data=data).fit()
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["sft_batch_size", "num_problems", "num_generations", "num_ppo_epochs", "num_minibatches", "max_prompt_length"],
+)
+def test_sizes_below_one_are_refused_by_name(tiny_run, field):
+    with pytest.raises(UserError, match=rf"data\.{field} must be at least 1, got 0"):
+        tiny_run(data={field: 0})
+
+
+def test_more_minibatches_than_completions_are_refused(tiny_run):
+    with pytest.raises(UserError, match=r"data\.num_minibatches must be at most 16.* got 17"):
+        tiny_run(data={"num_minibatches": 17}).fit()
+
+
+def test_the_loader_knows_its_length_and_samples_when_asked(tiny_run):
+    run = tiny_run(module={"initial_stage": "egspo"}, data={"num_ppo_epochs": 3}, trainer={"max_epochs": 1}).fit()
+    loader = run.data.train_dataloader()
+    assert len(loader) == 3 * 2
+    assert run.data.num_collections == 1  # asking for the loader has sampled nothing

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, GPT2Config, Qwen2Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+
+
+def qwen2(**changes):
+    config = Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, **changes)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def batch():
+    torch.manual_seed(1)
+    input_ids = torch.randint(50, (3, 9))
+    mask = torch.zeros(3, 9, dtype=torch.bool)
+    mask[0, 4:9], mask[1, 2:5] = True, True  # the third row has no completion
+    return input_ids, mask
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_values_and_gradients_are_those_of_the_naive_way(tied):
+    policy = Policy(qwen2(tie_word_embeddings=tied))
+    input_ids, mask = batch()
+    stats = policy(input_ids, mask, 0.7)
+    log_probs = (policy.lm(input_ids).logits / 0.7).log_softmax(-1)
+    for row, column in mask.nonzero().tolist():
+        before = log_probs[row, column - 1]
+        assert stats.logprobs[row, column].item() == pytest.approx(before[input_ids[row, column]].item(), abs=1e-5)
+        assert stats.entropies[row, column].item() == pytest.approx(-(before.exp() * before).sum().item(), abs=1e-5)
+    assert not stats.logprobs[~mask].any()
+    assert not stats.entropies[~mask].any()
+    chosen = log_probs[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)[mask[:, 1:]]
+    parameters = list(policy.parameters())
+    for ours, naive in zip(
+        torch.autograd.grad(stats.logprobs.sum(), parameters, retain_graph=True),
+        torch.autograd.grad(chosen.sum(), parameters),
+        strict=True,
+    ):
+        assert (ours - naive).abs().max() < 1e-4
+
+
+def test_padding_on_the_right_changes_nothing():
+    policy = Policy(qwen2())
+    input_ids, mask = batch()
+    padded = torch.cat([input_ids, torch.full((3, 5), 7)], 1)
+    with torch.no_grad():
+        short = policy(input_ids, mask)
+        long = policy(padded, torch.nn.functional.pad(mask, (0, 5)))
+    assert (short.logprobs - long.logprobs[:, :9]).abs().max() < 1e-5
+
+
+def test_dropout_is_off_for_good():
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.5, attn_pdrop=0.5)
+    policy = Policy(AutoModelForCausalLM.from_config(config))
+    policy.train()
+    input_ids, mask = batch()
+    assert torch.equal(policy(input_ids, mask).logprobs, policy(input_ids, mask).logprobs)
+    assert {m.p for m in policy.modules() if isinstance(m, nn.Dropout)} == {0.0}
+
+
+def test_attention_dropout_is_off_too():
+    policy = Policy(qwen2(attention_dropout=0.9))
+    input_ids, mask = batch()
+    assert torch.equal(policy(input_ids, mask).logprobs, policy(input_ids, mask).logprobs)
+
+
+def test_a_model_that_caps_its_logits_is_refused():
+    config = Gemma2Config(
+        **SIZES, num_attention_heads=2, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.1
+    )
+    with pytest.raises(UserError, match="changes its logits after the output layer"):
+        Policy(AutoModelForCausalLM.from_config(config))
+
+
+def test_all_declared_ends_of_sequence_count(tiny_model):
+    tokenizer = PolicyConfig(tiny_model).load_tokenizer()
+    lm = qwen2()
+    lm.generation_config.eos_token_id = [3, 7]
+    assert end_of_sequence_ids(lm, tokenizer) == [3, 7, tokenizer.eos_token_id]
+    lm.generation_config.eos_token_id = 5
+    assert end_of_sequence_ids(lm, tokenizer) == [5, tokenizer.eos_token_id]
+    lm.generation_config.eos_token_id = None
+    assert end_of_sequence_ids(lm, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_saved_model_is_loaded_with_its_weights(tmp_path):
+    lm = qwen2()
+    lm.save_pretrained(tmp_path)
+    policy = PolicyConfig(str(tmp_path)).build()
+    for name, value in lm.state_dict().items():
+        assert torch.equal(policy.lm.state_dict()[name], value)
+    half = PolicyConfig(str(tmp_path), dtype="bfloat16").build()
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_from_scratch_follows_the_global_seed(tiny_model):
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        weights.append(next(PolicyConfig(tiny_model, from_scratch=True).build().parameters()))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
