@@ -44,7 +44,7 @@ CALLBACKS: dict[str, type] = {
     "predictions": PredictionWriter,
     "progress": PhaseProgress,
 }
-"""Config key to callback: these are always there, each can be switched off by its own arguments."""
+"""Config key to callback. Each can be switched off, by an argument of its own or by Lightning's flag for its kind."""
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -78,8 +78,11 @@ class EgspoCLI(LightningCLI):
         return parser
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there before anything is loaded."""
-        path = self.config[self.subcommand].get("ckpt_path")
+        """Refuse a checkpoint that is not there before anything is loaded; load those that are without running code."""
+        config = self.config[self.subcommand]
+        if config.get("weights_only") is None:
+            config["weights_only"] = True
+        path = config.get("ckpt_path")
         is_local = path is not None and path not in ("best", "last", "hpc") and ":" not in str(path)
         if is_local and not Path(path).exists():
             raise UserError(f"ckpt_path: no such file or folder: {path}.")
@@ -90,6 +93,15 @@ class EgspoCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave out the callbacks that Lightning's own flags switch off."""
+        unwanted = [
+            kind
+            for flag, kind in (("enable_progress_bar", PhaseProgress), ("enable_checkpointing", ModelCheckpoint))
+            if config.get(flag) is False
+        ]
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(unwanted))])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a key of its own, so that a config changes one argument without repeating the list."""
@@ -148,7 +160,7 @@ def _silence_noise() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(word in record.getMessage() for word in ("litlogger", "TPU available", "weights_only"))
+        lambda record: not any(word in record.getMessage() for word in ("litlogger", "TPU available"))
     )
 
 

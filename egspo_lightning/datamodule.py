@@ -16,6 +16,7 @@ from egspo_lightning.answers import normalise_problem
 from egspo_lightning.data.expert import ExpertPool
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
+from egspo_lightning.data.training import LongProblems, PromptEncoder, load_demonstrations, prepare_problems
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.evaluation.problems import problem_batches
@@ -73,7 +74,8 @@ class HybridDataModule(LightningDataModule):
         num_generations: Completions a problem.
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
-        max_prompt_length: Longest prompt in tokens; a longer one is an error, a demonstration with one is dropped.
+        max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
+        long_problems: What becomes of training problems with longer prompts: "error", or "drop", which counts them.
         max_completion_length: Longest completion in tokens, EOS included; longer demonstrations are dropped.
         eval_batch_size: Problems answered at a time in evaluation, on each rank.
         seed: Order of the data and random streams of the rollouts; the command line sets it to seed_everything.
@@ -96,6 +98,7 @@ class HybridDataModule(LightningDataModule):
         num_minibatches: int = 1,
         max_prompt_length: int = 512,
         max_completion_length: int = 1024,
+        long_problems: LongProblems = "error",
         eval_batch_size: int = 128,
         seed: int = 0,
     ) -> None:
@@ -106,7 +109,7 @@ class HybridDataModule(LightningDataModule):
         self.num_problems, self.num_generations = num_problems, num_generations
         self.num_ppo_epochs, self.num_minibatches = num_ppo_epochs, num_minibatches
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
-        self.eval_batch_size, self.seed = eval_batch_size, seed
+        self.eval_batch_size, self.seed, self.long_problems = eval_batch_size, seed, long_problems
         self._require_sizes()
         self.num_passes = self.num_collections = 0  # of SFT data and of rollouts, begun in this run
         self.collection: Collection | None = None
@@ -130,6 +133,7 @@ class HybridDataModule(LightningDataModule):
         if not self._benchmark_problems:
             self._load_benchmarks()
         if stage == TrainerFn.FITTING and self._expert is None:
+            self._require_phases()
             self._require_shares()
             self._load_training_data()
 
@@ -137,28 +141,50 @@ class HybridDataModule(LightningDataModule):
         for benchmark in self.benchmarks:
             if benchmark.name in self._benchmark_problems:
                 raise UserError(f"data.benchmarks: two are named {benchmark.name!r}. Give each a name of its own.")
-            self._benchmark_problems[benchmark.name] = benchmark.load()
+            problems = self._benchmark_problems[benchmark.name] = benchmark.load()
+            for problem in problems:  # what is too long is refused before anything is trained
+                self._encoder.encode(problem)
 
     def _load_training_data(self) -> None:
         asked = [problem for problems in self._benchmark_problems.values() for problem in problems]
         excluded = frozenset(normalise_problem(problem.problem) for problem in asked)
-        loaded = self.demonstrations.load()
-        clean = [item for item in loaded if normalise_problem(item.problem) not in excluded]
-        _require(bool(clean), "demonstrations", f"{len(loaded)}, of which benchmarks ask all", "others than those")
-        num_dropped = self.problems.prepare(self.seed, excluded)
-        self._expert = ExpertPool.encode(
-            clean,
-            self.prompt,
-            self._policy.tokenizer,
-            max_prompt_length=self.max_prompt_length,
-            max_completion_length=self.max_completion_length,
-            seed=self.seed,
+        length = self.max_completion_length
+        self._expert, num_asked = load_demonstrations(
+            self.demonstrations, self._encoder, excluded, max_completion_length=length, seed=self.seed
+        )
+        dropped = prepare_problems(
+            self.problems, self._encoder, excluded, long_problems=self.long_problems, seed=self.seed
         )
         rank_zero_info(
-            f"Data: {len(self._expert.demonstrations)} demonstrations (dropped: {len(loaded) - len(clean)} that a "
-            f"benchmark asks, {self._expert.num_dropped} that are too long). Training problems dropped because a "
-            f"benchmark asks them: {num_dropped}."
+            f"Data: {len(self._expert.demonstrations)} demonstrations (dropped: {num_asked} that a benchmark asks, "
+            f"{self._expert.num_dropped} that are too long). Training problems dropped because a benchmark asks them: "
+            f"{dropped[0]}; because they are too long: {dropped[1]}."
         )
+
+    def _require_phases(self) -> None:
+        """Refuse flags under which an epoch would not be a phase."""
+        trainer: Any = self._trainer  # Lightning sets these attributes where type checkers do not see it
+        if trainer.reload_dataloaders_every_n_epochs != 1:
+            raise UserError(
+                "trainer.reload_dataloaders_every_n_epochs must be 1, since each epoch has a loader of its own, got "
+                f"{trainer.reload_dataloaders_every_n_epochs}."
+            )
+        limit = trainer.limit_train_batches
+        whole = limit == 1.0 if isinstance(limit, float) else limit % trainer.accumulate_grad_batches == 0
+        if not whole or trainer.overfit_batches:
+            raise UserError(
+                f"trainer.limit_train_batches = {limit} (overfit_batches = {trainer.overfit_batches}) would cut an "
+                f"update into pieces. Give a multiple of accumulate_grad_batches = {trainer.accumulate_grad_batches}, "
+                "or change data.num_problems and data.num_ppo_epochs instead."
+            )
+
+    def _require_positions(self, completion_length: int) -> None:
+        longest, most = self.max_prompt_length + completion_length, self._policy.max_positions
+        if most is not None and longest > most:
+            raise UserError(
+                f"data.max_prompt_length + max_completion_length = {self.max_prompt_length} + {completion_length} is "
+                f"more than the {most} positions of the model. Lower one of them."
+            )
 
     def _require_shares(self) -> None:
         ranks = self._trainer.world_size
@@ -178,6 +204,7 @@ class HybridDataModule(LightningDataModule):
 
     def train_dataloader(self) -> SizedLoader:
         """The loader of the coming epoch, by the policy's stage."""
+        self._require_positions(self.max_completion_length)
         if self._policy.stage == Stage.SFT:
             num_updates = -(-len(self._expert_pool.demonstrations) // self.sft_batch_size)
             return SizedLoader(num_updates * self._parts, self._sft_batches)
@@ -202,10 +229,11 @@ class HybridDataModule(LightningDataModule):
         rollout = self.collection.rollout
         seed = f"{self.seed}/{number}"
         updates = plan_updates(numbers, self.num_generations, self.num_minibatches, self.num_ppo_epochs, seed=seed)
-        counts = self._policy.sum_over_ranks(count_updates(rollout, updates)).tolist()
+        keep = self._policy.needs_every_rollout
+        counts = self._policy.sum_over_ranks(count_updates(rollout, updates, keep_inactive=keep)).tolist()
         for i, (rows, (tokens, sequences, active)) in enumerate(zip(updates, counts, strict=True)):
             size = UpdateSize(tokens, sequences, float(self.max_completion_length), active)
-            parts = micro_batches(rollout, rows, self._parts, size, keep_inactive=self._policy.needs_every_rollout)
+            parts = micro_batches(rollout, rows, self._parts, size, keep_inactive=keep)
             for part, expert in zip(parts, self._expert_parts(number * len(updates) + i), strict=True):
                 yield TrainingBatch(Stage.EGSPO, part, expert)
 
@@ -262,6 +290,7 @@ class HybridDataModule(LightningDataModule):
     def benchmark_batches(self, benchmark: Benchmark) -> list[ProblemBatch]:
         """This rank's share of a benchmark."""
         length = benchmark.max_completion_length or self.max_completion_length
+        self._require_positions(length)
         sampling = Sampling(length, benchmark.temperature, benchmark.top_p)
         problems = self._benchmark_problems[benchmark.name]
         return problem_batches(benchmark.name, problems, benchmark.num_samples, sampling, **self._evaluation_share)
@@ -275,13 +304,11 @@ class HybridDataModule(LightningDataModule):
 
     def _prompt(self, problem: Problem, stream: str) -> Prompt:
         """A problem as ids, with a random stream of its own."""
-        ids = self.prompt.encode(self._policy.tokenizer, problem.problem)
-        if len(ids) > self.max_prompt_length:
-            raise UserError(
-                f"data.max_prompt_length = {self.max_prompt_length} is shorter than the prompt of problem "
-                f"{problem.id!r}, which has {len(ids)} tokens. Raise it to {len(ids)} or more."
-            )
-        return Prompt(problem, ids, f"{self.seed}/{stream}")
+        return Prompt(problem, self._encoder.encode(problem), f"{self.seed}/{stream}")
+
+    @property
+    def _encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.prompt, self._policy.tokenizer, self.max_prompt_length)
 
     @property
     def _policy(self) -> RolloutPolicy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +67,9 @@ class PolicyConfig:
         attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         if self.from_scratch:
             config = self._load(AutoConfig, "config")
-            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+            trust = {"trust_remote_code": self.trust_remote_code}
+            with self._told("architecture"):
+                lm = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention, **trust)
         else:
             lm = self._load(AutoModelForCausalLM, "weights", dtype=dtype, **attention)
         if self.gradient_checkpointing:
@@ -76,10 +80,16 @@ class PolicyConfig:
         looks_local = self.name_or_path.startswith((".", "/", "~")) or Path(self.name_or_path).exists()
         if looks_local and not Path(self.name_or_path).is_dir():
             raise UserError(f"model.policy.name_or_path: {self.name_or_path!r} is not a folder.")
-        try:
+        with self._told(part):
             return factory.from_pretrained(
                 self.name_or_path, trust_remote_code=self.trust_remote_code, revision=self.revision, **kwargs
             )
+
+    @contextmanager
+    def _told(self, part: str) -> Iterator[None]:
+        """What transformers says of a model that it cannot load, as a mistake in the config."""
+        try:
+            yield
         except LOADING_ERRORS as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
@@ -132,16 +142,49 @@ def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *declared})
 
 
+def adapt_reference(weights: dict[str, Any], *, has_reference: bool, is_exact: bool) -> None:
+    """Fit a checkpoint's weights, in place, to a run with or without a reference policy.
+
+    Args:
+        weights: the state dict of the module: ``policy.*`` and perhaps ``reference.*``
+        has_reference: whether the run keeps a reference
+        is_exact: whether the policy in the checkpoint is the reference, as it is up to the end of SFT
+
+    Raises:
+        UserError: the run needs a reference that the checkpoint does not hold.
+    """
+    held = [name for name in weights if name.startswith("reference.")]
+    if not has_reference:
+        for name in held:
+            del weights[name]
+    elif weights and not held:
+        if not is_exact:
+            raise UserError(
+                "model.objective.beta is above 0, but the checkpoint holds no reference policy, and its own has left "
+                "SFT. Start from sft.ckpt, or set beta to 0."
+            )
+        own = {name: value for name, value in weights.items() if name.startswith("policy.")}
+        weights.update({name.replace("policy.", "reference.", 1): value.clone() for name, value in own.items()})
+
+
 def _disable_dropout(lm: nn.Module) -> None:
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010  an attribute of many model classes
+        for name, value in vars(module).items():  # rates that models hand to functional dropout
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _check_linear_head(lm: Any) -> None:
-    """Some models scale or cap their logits after the head; their log-probabilities would be silently wrong here."""
+    """Some models scale or cap their logits after the head; their log-probabilities would be silently wrong here.
+
+    Named settings are looked up, since a cap is invisible while logits are small; a forward pass finds the others.
+    """
+    text_config = lm.config.get_text_config()
+    for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(text_config, setting, None) not in (None, 1, 1.0):
+            _refuse_head(lm, setting)
     parameter = next(lm.parameters())
     if parameter.is_meta:
         return
@@ -151,7 +194,11 @@ def _check_linear_head(lm: Any) -> None:
         hidden = lm.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
         linear = lm.get_output_embeddings()(hidden)
     if not torch.allclose(logits, linear.to(logits.dtype), rtol=1e-2, atol=1e-3):
-        raise UserError(
-            f"model.policy.name_or_path: {type(lm).__name__} changes its logits after the output layer (capping or "
-            "scaling), which is not supported. Use a model whose logits are a linear map of the last hidden state."
-        )
+        _refuse_head(lm, "its forward pass")
+
+
+def _refuse_head(lm: Any, where: str) -> None:
+    raise UserError(
+        f"model.policy.name_or_path: {type(lm).__name__} changes its logits after the output layer ({where}), which is "
+        "not supported. Use a model whose logits are a linear map of the last hidden state."
+    )

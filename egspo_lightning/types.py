@@ -83,6 +83,8 @@ class Completion(NamedTuple):
     problem: Problem
     token_ids: list[int]
     """The sampled tokens, with the EOS where one was sampled."""
+    logprobs: list[float]
+    """Their log-probabilities as the engine saw them, nats."""
     text: str
     """The decoded tokens, without special tokens."""
     is_truncated: bool
@@ -104,8 +106,8 @@ class UpdateSize(NamedTuple):
     """sequences that have a completion token"""
     max_length: float
     """the length limit of a completion, in tokens"""
-    num_active: float
-    """sequences that carry a gradient: rollouts with an advantage other than 0, expert demonstrations"""
+    num_active_tokens: float
+    """completion tokens of the sequences that take part: rollouts of advantage 0 may be left out"""
 
 
 class ExpertBatch(NamedTuple):

@@ -37,7 +37,7 @@ def test_training_data_that_a_benchmark_asks_is_dropped_counted_and_told(tiny_ru
     drawn = {problem.id for problem in run.data.problems.draw(0, 50)}
     assert drawn == {f"row-{i}" for i in range(3, 10)}
     assert "Data: 7 demonstrations (dropped: 3 that a benchmark asks, 0 that are too long)" in caplog.text
-    assert "Training problems dropped because a benchmark asks them: 3." in caplog.text
+    assert "Training problems dropped because a benchmark asks them: 3; because they are too long: 0." in caplog.text
 
 
 def test_a_problem_that_is_longer_than_a_prompt_may_be_is_named(tiny_run, tmp_path):
@@ -46,6 +46,26 @@ def test_a_problem_that_is_longer_than_a_prompt_may_be_is_named(tiny_run, tmp_pa
     message = r"data.max_prompt_length = 5 is shorter than the prompt of problem 'row-5', which has 28 tokens"
     with pytest.raises(UserError, match=message):
         tiny_run(module={"initial_stage": "egspo"}, data=data).fit()
+
+
+def test_long_problems_are_dropped_and_counted_where_that_is_asked_for(tiny_run, files, tmp_path, caplog):
+    write(tmp_path / "long.jsonl", [row(5, "5 and then 1 makes how many?"), row(6), row(7)])
+    data = {
+        "demonstrations": JsonlDemonstrations(files["train"]),
+        "problems": JsonlProblems(str(tmp_path / "long.jsonl")),
+        "max_prompt_length": 5,
+        "long_problems": "drop",
+    }
+    with caplog.at_level("INFO"):
+        run = tiny_run(data=data, trainer={"max_epochs": 1}).fit()
+    assert {problem.id for problem in run.data.problems.draw(0, 20)} == {"row-6", "row-7"}
+    assert "because they are too long: 1." in caplog.text
+
+
+def test_a_benchmark_problem_that_is_too_long_is_refused_before_training(tiny_run, files):
+    data = {"benchmarks": [JsonlBenchmark("held_out", files["benchmark"])], "max_prompt_length": 5}
+    with pytest.raises(UserError, match=r"is shorter than the prompt of problem 'row-\d+'"):
+        tiny_run(data=data).fit()
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,18 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import GenerationConfig
 
 from egspo_lightning.callbacks.access import module_of
+from egspo_lightning.errors import UserError
+from egspo_lightning.module import EGSPOModule
 
 
 class HFExport(Callback):
     """After training, saves model and tokenizer for ``AutoModelForCausalLM.from_pretrained``.
 
     Args:
-        folder: Where to; "hf" in the log folder by default. One that is there already is replaced.
+        folder: Where to; "hf" in the log folder by default. An earlier export there is replaced.
         enabled: Whether to export.
     """
 
@@ -21,6 +24,12 @@ class HFExport(Callback):
         super().__init__()
         self.folder, self.enabled = folder, enabled
         self.exported: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder that holds something else, before a day of training."""
+        folder = Path(self.folder) if self.enabled and self.folder is not None else None
+        if folder is not None and folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+            raise UserError(f"hf_export.folder: {folder} holds other files than a model. Name a new or empty folder.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the weights, on all ranks, and write them, on the first."""
@@ -35,9 +44,16 @@ class HFExport(Callback):
         if trainer.is_global_zero:
             partial = target.with_name(target.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
+            lm.generation_config, configured = _plain_decoding(module), lm.generation_config
             lm.save_pretrained(partial, state_dict=weights)
+            lm.generation_config = configured
             module.tokenizer.save_pretrained(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         trainer.strategy.barrier("hf_export")
         self.exported = target
+
+
+def _plain_decoding(module: EGSPOModule) -> GenerationConfig:
+    """The policy was trained without the penalties and filters that the original model may ask for."""
+    return GenerationConfig(eos_token_id=module.eos_ids, pad_token_id=module.tokenizer.pad_token_id)

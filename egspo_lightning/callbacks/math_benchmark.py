@@ -36,7 +36,8 @@ class MathBenchmark(Callback):
         self.milestones: dict[str, Results] = {}
         """"before", "after SFT" and "after EGSPO" to the results of then."""
         self.latest: Results = {}
-        self._latest_step = -1
+        self.latest_step = -1
+        """Optimiser steps taken when it was measured."""
         self._stage: str | None = None
         self._running: dict[int, BenchmarkMetric] = {}
 
@@ -78,7 +79,7 @@ class MathBenchmark(Callback):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the policy as it is now, once for each of its versions."""
-        if not self.enabled or self._latest_step == trainer.global_step:
+        if not self.enabled or self.latest_step == trainer.global_step:
             return
         data = data_of(trainer)
         results: Results = {}
@@ -87,7 +88,7 @@ class MathBenchmark(Callback):
             for batch in data.benchmark_batches(benchmark):
                 metric.update(data.answer(batch))
             results[benchmark.name] = metric.compute()
-        self.latest, self._latest_step = results, trainer.global_step
+        self.latest, self.latest_step = results, trainer.global_step
         self._log(trainer)
 
     def _log(self, trainer: Trainer) -> None:
@@ -131,7 +132,7 @@ class MathBenchmark(Callback):
             table.add_column(column, justify="left" if column in ("benchmark", "metric") else "right")
         for name, values in self.latest.items():
             metric = _headline(values)
-            scores = [f"{results[name][metric]:.3f}" for results in self.milestones.values()]
+            scores = [_shown(results.get(name, {}).get(metric)) for results in self.milestones.values()]
             table.add_row(name, f"{values['num_problems']:.0f}", metric, *scores)
         return table
 
@@ -152,14 +153,14 @@ class MathBenchmark(Callback):
         return {
             "milestones": self.milestones,
             "latest": self.latest,
-            "latest_step": self._latest_step,
+            "latest_step": self.latest_step,
             "stage": self._stage,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.milestones, self.latest = state_dict["milestones"], state_dict["latest"]
-        self._latest_step, self._stage = state_dict["latest_step"], state_dict["stage"]
+        self.latest_step, self._stage = state_dict["latest_step"], state_dict["stage"]
 
 
 def _metric(benchmark: Benchmark, pl_module: LightningModule) -> BenchmarkMetric:
@@ -169,3 +170,8 @@ def _metric(benchmark: Benchmark, pl_module: LightningModule) -> BenchmarkMetric
 def _headline(values: dict[str, float]) -> str:
     """The metric that tables show: avg@n."""
     return next(name for name in values if name.startswith("avg@"))
+
+
+def _shown(score: float | None) -> str:
+    """A score, or a dash where a resumed run has added the benchmark since."""
+    return "-" if score is None else f"{score:.3f}"

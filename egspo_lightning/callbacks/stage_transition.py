@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from egspo_lightning.callbacks.access import module_of
+from egspo_lightning.callbacks.math_benchmark import MathBenchmark
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.types import Stage
@@ -14,24 +15,27 @@ from egspo_lightning.types import Stage
 class StageTransition(Callback):
     """Ends stage SFT after a number of epochs, or when a monitored metric is good enough or stops improving.
 
-    Whichever condition holds first counts. At the transition the SFT policy becomes the reference (where beta > 0),
+    Whichever condition holds first counts; without any, SFT is one epoch. At the transition the SFT policy becomes the
+    reference (where beta > 0),
     the optimiser may start anew, and a checkpoint ``sft.ckpt`` is written from which stage EGSPO can be started.
 
     Args:
-        after_epochs: Epochs of SFT; null leaves it to the monitored metric, and without one SFT never ends.
-        monitor: Name of a logged metric, such as loss/sft.
+        after_epochs: Epochs of SFT at most; null leaves it to the monitored metric.
+        monitor: Name of a logged metric, such as loss/sft. One of MathBenchmark (eval/...) is judged when it is
+            measured, so math_benchmark.every_n_epochs must be set.
         mode: Whether smaller (min) or larger (max) values are better.
         target: Value of the metric that is good enough.
         patience: Epochs without an improvement after which SFT ends.
         min_delta: Least change that counts as an improvement.
         reset_optimizer: Forget the optimiser's moments and start its schedule anew.
-        learning_rate: Learning rate of stage EGSPO; null keeps that of SFT. Needs reset_optimizer.
+        learning_rate: Learning rate of stage EGSPO; null is that of the optimiser's config. Needs reset_optimizer.
         save_checkpoint: Whether to write sft.ckpt into the log folder.
+        enabled: Whether SFT ends at all; false is SFT alone.
     """
 
     def __init__(
         self,
-        after_epochs: int | None = 1,
+        after_epochs: int | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         target: float | None = None,
@@ -40,6 +44,7 @@ class StageTransition(Callback):
         reset_optimizer: bool = True,
         learning_rate: float | None = None,
         save_checkpoint: bool = True,
+        enabled: bool = True,
     ) -> None:
         super().__init__()
         for field, value in (("after_epochs", after_epochs), ("patience", patience)):
@@ -51,7 +56,8 @@ class StageTransition(Callback):
             raise UserError("stage_transition.monitor needs stage_transition.target, .patience, or both.")
         if learning_rate is not None and not reset_optimizer:
             raise UserError("stage_transition.learning_rate needs stage_transition.reset_optimizer: true.")
-        self.after_epochs, self.monitor, self.mode = after_epochs, monitor, mode
+        self.after_epochs = 1 if after_epochs is None and monitor is None else after_epochs
+        self.monitor, self.mode, self.enabled = monitor, mode, enabled
         self.target, self.patience, self.min_delta = target, patience, min_delta
         self.reset_optimizer, self.learning_rate, self.save_checkpoint = (
             reset_optimizer,
@@ -60,10 +66,27 @@ class StageTransition(Callback):
         )
         self.num_epochs = self.num_bad_epochs = 0
         self.best: float | None = None
+        self.entered_step: int | None = None
+        """Optimiser steps taken when stage EGSPO was entered."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that starts from another's ``sft.ckpt`` takes its own learning rate."""
+        if self.entered_step is not None and self.entered_step == trainer.global_step:
+            self._restart(module_of(pl_module))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to wait for a benchmark that is not measured."""
+        benchmark = _benchmark(trainer)
+        is_measured = benchmark is not None and benchmark.every_n_epochs > 0
+        if self.monitor is not None and self.monitor.startswith("eval/") and not is_measured:
+            raise UserError(
+                f"stage_transition.monitor is {self.monitor!r}, but math_benchmark.every_n_epochs is 0, so it is not "
+                "measured during SFT. Set it to 1 or more."
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide the stage of the next epoch, since its loader is asked for before it starts."""
-        if module_of(pl_module).stage != Stage.SFT:
+        if not self.enabled or module_of(pl_module).stage != Stage.SFT:
             return
         self.num_epochs += 1
         reason = self._reason(trainer)
@@ -72,13 +95,19 @@ class StageTransition(Callback):
 
     def _reason(self, trainer: Trainer) -> str | None:
         """Why SFT should end now, or None."""
-        if self.monitor is not None:
+        if self.monitor is not None and self._is_fresh(trainer):
             reason = self._judge(self._monitored(trainer))
             if reason is not None:
                 return reason
         if self.after_epochs is not None and self.num_epochs >= self.after_epochs:
             return f"{self.num_epochs} epochs done"
         return None
+
+    def _is_fresh(self, trainer: Trainer) -> bool:
+        """Whether the monitored value is of this epoch; benchmarks may be measured more rarely."""
+        assert self.monitor is not None
+        benchmark = _benchmark(trainer)
+        return not self.monitor.startswith("eval/") or benchmark is None or benchmark.latest_step == trainer.global_step
 
     def _monitored(self, trainer: Trainer) -> float:
         assert self.monitor is not None
@@ -103,6 +132,7 @@ class StageTransition(Callback):
 
     def _enter_egspo(self, trainer: Trainer, module: EGSPOModule, reason: str) -> None:
         module.stage = Stage.EGSPO
+        self.entered_step = trainer.global_step
         module.refresh_reference()
         self._restart(module)
         log_dir = trainer.log_dir
@@ -117,9 +147,19 @@ class StageTransition(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the decision rests on."""
-        return {"num_epochs": self.num_epochs, "num_bad_epochs": self.num_bad_epochs, "best": self.best}
+        return {
+            "num_epochs": self.num_epochs,
+            "num_bad_epochs": self.num_bad_epochs,
+            "best": self.best,
+            "entered_step": self.entered_step,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.num_epochs, self.num_bad_epochs = state_dict["num_epochs"], state_dict["num_bad_epochs"]
-        self.best = state_dict["best"]
+        self.best, self.entered_step = state_dict["best"], state_dict["entered_step"]
+
+
+def _benchmark(trainer: Trainer) -> MathBenchmark | None:
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    return next((callback for callback in callbacks if isinstance(callback, MathBenchmark)), None)

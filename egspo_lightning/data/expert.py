@@ -88,12 +88,13 @@ class ExpertPool:
             num_tokens=float(sum(len(item.completion_ids) for item in update)),
             num_sequences=float(len(update)),
             max_length=float(self.max_length),
-            num_active=float(len(update)),
+            num_active_tokens=float(sum(len(item.completion_ids) for item in update)),
         )
         share = sorted(update[rank::world_size], key=lambda item: len(item.prompt_ids) + len(item.completion_ids))
         return [self._collate(part, size) for part in split_evenly(share, parts)]
 
     def _collate(self, items: Sequence[Encoded], size: UpdateSize) -> ExpertBatch:
-        """A micro-batch; without items, a sequence with nothing to train on, so that every rank steps."""
-        input_ids, mask = pad_right(list(items) or self.demonstrations[:1], self.pad_id)
-        return ExpertBatch(input_ids, mask if items else torch.zeros_like(mask), size)
+        """A micro-batch; without items, two tokens with nothing to train on, so that every rank steps."""
+        if not items:
+            return ExpertBatch(torch.full((1, 2), self.pad_id), torch.zeros(1, 2, dtype=torch.bool), size)
+        return ExpertBatch(*pad_right(items, self.pad_id), size)

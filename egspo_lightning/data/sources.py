@@ -70,6 +70,11 @@ class FiniteProblems(ProblemSource):
             )
         return num_dropped
 
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Those that are left, in the source's order."""
+        return self._problems
+
     def draw(self, start: int, count: int) -> list[Problem]:
         """Problems of the stream; see ``ProblemSource.draw``."""
         if not self._problems:

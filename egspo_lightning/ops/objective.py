@@ -43,8 +43,8 @@ class Objective:
         mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT.
         beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 keeps no reference.
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
-        aggregation: token-mean, seq-mean-token-mean, seq-mean-token-sum or seq-mean-token-sum-norm (which divides by
-            the sequences times max_completion_length).
+        aggregation: Of the surrogate and the KL: token-mean, seq-mean-token-mean, seq-mean-token-sum or
+            seq-mean-token-sum-norm (which divides by the sequences times max_completion_length).
     """
 
     epsilon_low: float = 0.2
@@ -100,13 +100,14 @@ class Objective:
         return loss, self._policy_metrics(logprobs.detach(), rollout)
 
     def sft_loss(self, logprobs: Tensor, expert: ExpertBatch) -> Tensor:
-        """L_SFT: the negative log-likelihood of the expert's completion tokens.
+        """L_SFT: the negative log-likelihood of the expert's completion tokens, token-mean whatever ``aggregation``.
 
         Args:
             logprobs: (B, T) under the current policy, at temperature 1, with gradient
             expert: the micro-batch
         """
-        return self._reduce(nll(logprobs), expert.completion_mask, expert.update_size)
+        size = max(expert.update_size.num_tokens, 1.0)
+        return aggregate(nll(logprobs), expert.completion_mask, "token-mean", normalizer=size)
 
     def _reduce(self, per_token: Tensor, mask: Tensor, size: UpdateSize) -> Tensor:
         divisor = size.num_tokens if self.aggregation == "token-mean" else size.num_sequences
@@ -124,7 +125,7 @@ class Objective:
             clip_high=self.epsilon_high,
         )
         log_r = log_ratio(logprobs, rollout.old_logprobs)
-        mask, num_tokens = rollout.completion_mask, max(rollout.update_size.num_tokens, 1.0)
+        mask, num_tokens = rollout.completion_mask, max(rollout.update_size.num_active_tokens, 1.0)
         return {
             "policy/approx_kl": masked_sum(-log_r, mask) / num_tokens,
             "policy/clip_fraction_low": masked_sum(below.float(), mask) / num_tokens,

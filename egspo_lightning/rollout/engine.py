@@ -21,6 +21,8 @@ class Sample(NamedTuple):
     """With the EOS where one was sampled."""
     is_truncated: bool
     """The length limit came before an EOS."""
+    logprobs: list[float]
+    """Log-probability of each token under the distribution that it was sampled from, as the engine saw it, nats."""
 
 
 class RolloutEngine(Protocol):

@@ -14,6 +14,9 @@ from egspo_lightning.rollout.engine import Request, RolloutEngine
 from egspo_lightning.rollout.protocol import Measurements, RolloutPolicy
 from egspo_lightning.types import Completion, Problem, RolloutBatch, Sampling, Scores, UpdateSize
 
+MAX_SAMPLER_GAP = 0.1
+"""Mean distance of the engine's log-probabilities from the scorer's, nats a token, that is not a matter of rounding."""
+
 TOKENS_PER_SCORING_BATCH = 16_384
 """Tokens scored in one forward pass, padding included."""
 
@@ -54,6 +57,7 @@ def complete(
         Completion(
             problem=problem,
             token_ids=sample.token_ids,
+            logprobs=sample.logprobs,
             text=text,
             is_truncated=sample.is_truncated,
             reward=verdict.reward,
@@ -74,7 +78,14 @@ def collect(
     num_generations: int,
     max_completion_length: int,
 ) -> Collection:
-    """Sample a collection from the policy as it is now, and score it; the gate's threshold is still to be settled."""
+    """Sample a collection from the policy as it is now, and score it; the gate's threshold is still to be settled.
+
+    A truncated completion is graded as it stands, as any other (as a rule it has no answer), and all its tokens count
+    in the loss.
+
+    Raises:
+        RuntimeError: the engine did not sample from the policy that the scorer sees.
+    """
     version = policy.policy_version
     sampling = Sampling(max_completion_length=max_completion_length, temperature=policy.temperature)
     started = time.perf_counter()
@@ -84,6 +95,7 @@ def collect(
     with policy.sampling():
         scores = _score(policy, input_ids, mask)
     device = scores.logprobs.device
+    gap = _sampler_gap(completions, scores.logprobs[mask.to(device)])
     rewards = torch.tensor([completion.reward for completion in completions])
     advantages = advantage.estimate(rewards, num_generations).to(device)
     rollout = RolloutBatch(
@@ -99,7 +111,21 @@ def collect(
         update_size=UpdateSize(0, 0, max_completion_length, 0),
     )
     seconds = {"time/sample_and_grade": sampled - started, "time/score": time.perf_counter() - sampled}
-    return Collection(completions, rollout, measure(completions, num_generations, seconds))
+    measurements = {**measure(completions, num_generations, seconds), "rollout/sampler_gap": gap}
+    return Collection(completions, rollout, measurements)
+
+
+def _sampler_gap(completions: Sequence[Completion], scored: Tensor) -> tuple[float, float]:
+    """Distance between the engine's and the scorer's log-probabilities, as (sum, tokens)."""
+    sampled = torch.tensor([value for completion in completions for value in completion.logprobs])
+    gap = (sampled - scored.cpu().float()).abs()
+    if not gap.mean() <= MAX_SAMPLER_GAP:
+        raise RuntimeError(
+            f"The engine's log-probabilities are {gap.mean():.3f} nats a token from the scorer's, where at most "
+            f"{MAX_SAMPLER_GAP} is expected: it samples from another distribution (stale weights, a cache or a mask "
+            "that this architecture does not support)."
+        )
+    return gap.sum().item(), gap.numel()
 
 
 def measure(completions: Sequence[Completion], num_generations: int, seconds: dict[str, float]) -> Measurements:

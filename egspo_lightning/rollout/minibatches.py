@@ -44,12 +44,17 @@ def plan_updates(
     return updates
 
 
-def count_updates(rollout: RolloutBatch, updates: Sequence[Sequence[int]]) -> Tensor:
-    """This rank's part of each update's size: completion tokens, sequences, sequences with an advantage. (U, 3)"""
-    lengths = rollout.completion_mask.sum(-1)
+def count_updates(rollout: RolloutBatch, updates: Sequence[Sequence[int]], *, keep_inactive: bool) -> Tensor:
+    """This rank's part of each update's size: completion tokens, sequences, tokens that take part. (U, 3) float64"""
+    lengths = rollout.completion_mask.sum(-1).tolist()
+    active = _active_rows(rollout)
     return torch.tensor(
         [
-            [float(lengths[list(rows)].sum()), float(len(rows)), float(len(active_rows(rollout, rows)))]
+            [
+                sum(lengths[row] for row in rows),
+                len(rows),
+                sum(lengths[row] for row in rows if keep_inactive or row in active),
+            ]
             for rows in updates
         ],
         dtype=torch.float64,
@@ -64,18 +69,17 @@ def micro_batches(
     Rows whose advantage is 0 contribute nothing to the surrogate: unless they are to be kept they are left out, while
     the normaliser still counts them.
     """
-    active = set(active_rows(rollout, rows).tolist())
+    active = _active_rows(rollout)
     kept = [row for row in rows if keep_inactive or row in active]
     lengths = row_lengths(rollout.completion_mask).tolist()
     kept.sort(key=lambda row: lengths[row])
     return [_select(rollout, part, lengths, size) for part in split_evenly(kept, parts)]
 
 
-def active_rows(rollout: RolloutBatch, rows: Sequence[int]) -> Tensor:
-    """Those of the rows that have a token with an advantage other than 0."""
-    index = torch.as_tensor(rows, dtype=torch.long, device=rollout.advantages.device)
-    has_any = ((rollout.advantages[index] != 0) & rollout.completion_mask[index]).any(-1)
-    return index[has_any]
+def _active_rows(rollout: RolloutBatch) -> set[int]:
+    """The rows that have a token with an advantage other than 0."""
+    has_any = ((rollout.advantages != 0) & rollout.completion_mask).any(-1)
+    return set(has_any.nonzero().flatten().tolist())
 
 
 def _select(rollout: RolloutBatch, rows: list[int], lengths: list[int], size: UpdateSize) -> RolloutBatch:
@@ -83,7 +87,7 @@ def _select(rollout: RolloutBatch, rows: list[int], lengths: list[int], size: Up
     is_blank = not rows
     rows = rows or [0]
     index = torch.as_tensor(rows, dtype=torch.long, device=rollout.input_ids.device)
-    width = max(2, *(lengths[row] for row in rows))
+    width = 2 if is_blank else max(lengths[row] for row in rows)
 
     def cut(values: Tensor) -> Tensor:
         return values[index, :width]

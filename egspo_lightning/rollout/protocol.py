@@ -31,6 +31,11 @@ class RolloutPolicy(Protocol):
         ...
 
     @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model was made for, in tokens; None where its config does not say."""
+        ...
+
+    @property
     def temperature(self) -> float:
         """The sampling temperature, which all log-probabilities in training are taken at."""
         ...

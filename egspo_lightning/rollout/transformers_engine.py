@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.ops.token_stats import token_stats_from_logits
 from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.types import Sampling
 
@@ -61,6 +62,7 @@ def _decode(
     state = _prefill(lm, requests, pad_id, device)
     ends = torch.tensor(list(eos_ids), device=device)
     tokens = torch.full((len(requests), limit), pad_id, device=device)
+    logprobs = torch.zeros(len(requests), limit, device=device)
     lengths = torch.full((len(requests),), limit, device=device)
     ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
     rows = torch.arange(len(requests), device=device)  # where each row of the shrinking batch belongs
@@ -68,6 +70,9 @@ def _decode(
         chosen = sample_tokens(state.logits, None if uniforms is None else uniforms[rows, step], sampling)
         running = ~ended[rows]
         tokens[rows, step] = torch.where(running, chosen, pad_id)
+        logprobs[rows, step] = token_stats_from_logits(
+            state.logits, chosen, temperature=sampling.temperature or 1.0
+        ).logprobs
         hit = running & torch.isin(chosen, ends)
         lengths[rows[hit]] = step + 1
         ended[rows[hit]] = True
@@ -81,9 +86,28 @@ def _decode(
             rows, chosen = rows[kept], chosen[kept]
         state.advance(lm, chosen)
     return [
-        Sample(row[:length], not has_ended)
-        for row, length, has_ended in zip(tokens.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+        Sample(row[:length], not has_ended, values[:length])
+        for row, length, has_ended, values in zip(
+            tokens.tolist(), lengths.tolist(), ended.tolist(), logprobs.tolist(), strict=True
+        )
     ]
+
+
+class _CompactCache(DynamicCache):
+    """Keeps keys and values in the type that attention computes in.
+
+    Rotary embeddings promote them to float32 under autocast, which would double the memory of the cache for nothing:
+    attention casts them back at every step.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the states of new tokens."""
+        device = key_states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
 
 
 @dataclass
@@ -125,7 +149,7 @@ def _prefill(lm: Any, requests: list[Request], pad_id: int, device: torch.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask = (torch.arange(width, device=device) >= (width - lengths).unsqueeze(1)).long()
     is_padded = any(len(prompt) < width for prompt in prompts)
-    cache = DynamicCache(config=lm.config)
+    cache = _CompactCache(config=lm.config)
     output = lm(
         input_ids=input_ids,
         attention_mask=mask if is_padded else None,

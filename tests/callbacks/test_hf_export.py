@@ -1,10 +1,13 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.callbacks import HFExport, StageTransition
+from egspo_lightning.errors import UserError
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.rollout.engine import Request
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
@@ -41,9 +44,35 @@ def test_every_weight_is_the_trained_one_and_training_can_start_from_it(tiny_run
     assert fresh.trainer.callback_metrics["loss/sft"] < run.trainer.callback_metrics["loss/sft"]
 
 
-def test_a_folder_that_is_there_is_replaced(tiny_run, tmp_path):
+def test_a_folder_with_other_files_is_refused_before_training(tiny_run, tmp_path):
+    precious = tmp_path / "models" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    with pytest.raises(UserError, match=r"hf_export\.folder: .*models holds other files than a model"):
+        tiny_run(HFExport(str(precious.parent)), trainer={"max_epochs": 1}).fit()
+    assert precious.read_text() == "years of work"
+
+
+def test_greedy_decoding_of_the_export_has_no_penalties(tiny_run, small_model, tmp_path):
+    folder = tmp_path / "penalised"
+    shutil.copytree(small_model, folder)
+    settings = {"repetition_penalty": 1.3, "do_sample": True, "top_k": 5, "eos_token_id": [7, 256]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(tmp_path / "weights")
+    shutil.copy(tmp_path / "weights" / "model.safetensors", folder)
+    run = tiny_run(
+        HFExport(str(tmp_path / "out")), module={"policy": PolicyConfig(str(folder))}, trainer={"max_epochs": 1}
+    ).fit()
+    assert run.module.policy.lm.generation_config.repetition_penalty == 1.3
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert exported.repetition_penalty in (None, 1.0)
+    assert exported.eos_token_id == [7, 256]
+
+
+def test_an_earlier_export_is_replaced(tiny_run, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
+    (target / "config.json").write_text("{}")
     (target / "old.txt").write_text("old")
     (tmp_path / "out.partial").mkdir()  # of a run that was killed
     (tmp_path / "out.partial" / "half.txt").write_text("half")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from egspo_lightning.arithmetic import ArithmeticTask
 from egspo_lightning.callbacks import MathBenchmark, StageTransition
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import ArithmeticBenchmark
@@ -44,11 +45,71 @@ class Report(Callback):
 SFT, EGSPO = "sft", "egspo"
 
 
-@pytest.mark.parametrize(("after", "expected"), [(1, [SFT, EGSPO, EGSPO]), (2, [SFT, SFT, EGSPO]), (None, [SFT] * 3)])
-def test_sft_lasts_a_number_of_epochs(tiny_run, after, expected):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"after_epochs": 1}, [SFT, EGSPO, EGSPO]),
+        ({"after_epochs": 2}, [SFT, SFT, EGSPO]),
+        ({}, [SFT, EGSPO, EGSPO]),
+        ({"monitor": "loss/sft", "target": 0.0}, [SFT] * 3),  # a metric alone, never reached
+        ({"enabled": False}, [SFT] * 3),
+    ],
+)
+def test_sft_lasts_a_number_of_epochs(tiny_run, options, expected):
     stages = Stages()
-    tiny_run(StageTransition(after_epochs=after), stages).fit()
+    tiny_run(StageTransition(**options), stages).fit()
     assert stages.stages == stages.first_batches == expected
+
+
+def test_a_benchmark_that_is_not_measured_cannot_be_waited_for(tiny_run):
+    run = tiny_run(MathBenchmark(), StageTransition(monitor="eval/held_out/avg@1", target=0.5))
+    with pytest.raises(UserError, match=r"math_benchmark\.every_n_epochs is 0"):
+        run.fit()
+
+
+def test_a_benchmark_counts_only_when_it_was_measured(tiny_run):
+    """Measured every second epoch, and never better: patience 2 ends SFT at the third measurement, not before."""
+    stages = Stages()
+    benchmark = ArithmeticBenchmark("held_out", num_problems=4, task=ArithmeticTask(num_digits=1))
+    tiny_run(
+        MathBenchmark(every_n_epochs=2, at_start=False),
+        StageTransition(monitor="eval/held_out/avg@1", mode="max", patience=2, min_delta=1.0),
+        stages,
+        data={"benchmarks": [benchmark]},
+        trainer={"max_epochs": 7},
+    ).fit()
+    assert stages.stages == [SFT] * 6 + [EGSPO]
+
+
+def test_a_run_from_sft_ckpt_takes_its_own_learning_rate_and_a_resumed_one_keeps_it(tiny_run, tmp_path):
+    tiny_run(StageTransition(learning_rate=1e-3), trainer={"max_epochs": 1}, logger=True).fit()
+    (start,) = tmp_path.rglob("sft.ckpt")
+
+    def rate(**options):
+        run = tiny_run(StageTransition(**options), trainer={"max_epochs": 2}).fit(ckpt_path=start)
+        run.trainer.save_checkpoint(tmp_path / "later.ckpt")
+        return run.trainer.optimizers[0].param_groups[0]["lr"]
+
+    assert rate(learning_rate=5e-5) == 5e-5
+    assert rate() == 1e-2  # the optimiser's own
+    resumed = tiny_run(StageTransition(learning_rate=7e-5), trainer={"max_epochs": 3})
+    resumed.fit(ckpt_path=tmp_path / "later.ckpt")
+    assert resumed.trainer.optimizers[0].param_groups[0]["lr"] == 1e-2
+
+
+def test_a_run_with_a_reference_can_start_from_a_checkpoint_without_and_the_reverse(tiny_run, tmp_path):
+    plain = tiny_run(StageTransition(), trainer={"max_epochs": 1}, logger=True).fit()
+    (start,) = tmp_path.rglob("sft.ckpt")
+    with_reference = {"module": {"objective": Objective(beta=0.1)}}
+    run = tiny_run(StageTransition(), **with_reference, trainer={"max_epochs": 2}).fit(ckpt_path=start)
+    for frozen, current in zip(run.module.reference.parameters(), plain.module.policy.parameters(), strict=True):
+        assert torch.equal(frozen, current)
+    run.trainer.save_checkpoint(tmp_path / "with.ckpt")
+    without = tiny_run(StageTransition(), trainer={"max_epochs": 3}).fit(ckpt_path=tmp_path / "with.ckpt")
+    without.trainer.save_checkpoint(tmp_path / "without.ckpt")
+    again = tiny_run(StageTransition(), **with_reference, trainer={"max_epochs": 4})
+    with pytest.raises(UserError, match="the checkpoint holds no reference policy"):
+        again.fit(ckpt_path=tmp_path / "without.ckpt")
 
 
 def test_without_it_the_stage_never_changes(tiny_run):

@@ -114,7 +114,9 @@ def test_the_interval_refuses_what_cannot_be(values, confidence):
 
 def completion(extracted: str | None, correct: bool, length: int, is_truncated: bool = False, status: str = "graded"):
     problem = Problem("1", "1+1=?", "2")
-    return Completion(problem, [7] * length, "", is_truncated, float(correct), correct, extracted, status)
+    return Completion(
+        problem, [7] * length, [0.0] * length, "", is_truncated, float(correct), correct, extracted, status
+    )
 
 
 GROUPS = [

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 from torch.testing import assert_close
 
 from egspo_lightning.callbacks import StageTransition
+from egspo_lightning.errors import UserError
 from egspo_lightning.ops.gate import AbsoluteGate, ConstantAttenuation, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.rewards.functions import Scored
@@ -90,8 +91,76 @@ def test_rollouts_at_another_temperature_are_caught(tiny_run):
             run.module.temperature = 1.0
 
     run.module.score = score_at_another
-    with pytest.raises(RuntimeError, match="sampler or scorer and training forward disagree"):
+    with pytest.raises(RuntimeError, match=r"forward pass disagree|samples from another distribution"):
         run.fit()
+
+
+def test_an_engine_that_samples_from_another_policy_is_caught(tiny_run):
+    from egspo_lightning.rollout.transformers_engine import TransformersEngine
+
+    class Stale(TransformersEngine):
+        """Samples from the weights of before."""
+
+        def generate(self, lm, requests, sampling, *, eos_ids, pad_id):
+            for p in lm.parameters():
+                p.mul_(1.5)
+            samples = super().generate(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id)
+            for p in lm.parameters():
+                p.div_(1.5)
+            return samples
+
+    with pytest.raises(RuntimeError, match="it samples from another distribution"):
+        tiny_run(module=RL, data={"engine": Stale()}).fit()
+
+
+def test_half_precision_that_would_round_the_rollouts_is_refused(tiny_run):
+    with pytest.raises(UserError, match=r"trainer\.precision bf16-true rounds old log-probabilities"):
+        tiny_run(trainer={"precision": "bf16-true"}).fit()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs must be 1"),
+        ({"limit_train_batches": 0.5}, "would cut an update into pieces"),
+        ({"limit_train_batches": 3, "accumulate_grad_batches": 2}, "would cut an update into pieces"),
+        ({"overfit_batches": 2}, "would cut an update into pieces"),
+    ],
+)
+def test_flags_under_which_an_epoch_is_no_phase_are_refused(tiny_run, flags, message):
+    with pytest.raises(UserError, match=message):
+        tiny_run(trainer=flags).fit()
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(tiny_run):
+    with pytest.raises(UserError, match=r"8 \+ 4090 is more than the 4096 positions"):
+        tiny_run(data={"max_completion_length": 4090}).fit()
+
+
+def test_a_foreign_checkpoint_is_refused(tiny_run, tmp_path):
+    import lightning.pytorch as pl
+
+    torch.save({"state_dict": {}, "pytorch-lightning_version": pl.__version__, "epoch": 0}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="was not written by EGSPOModule"):
+        tiny_run().fit(ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_approx_kl_is_over_the_tokens_that_are_trained(tiny_run):
+    """Half of the groups without spread must not halve it."""
+
+    class Half:
+        def __call__(self, completions, golds):
+            half = len(completions) // 2
+            return [
+                Scored(0.0 if i < half else i % 2, Grade(False, "graded", None, 0.0)) for i in range(len(completions))
+            ]
+
+    spy = Spy()
+    run = tiny_run(spy, module=PURE_RL, data={"reward": Half()}, trainer={"max_epochs": 1}).fit()
+    rollout = run.data.collection.rollout
+    sizes = [batch.rollout.update_size for batch in spy.batches]
+    assert sum(size.num_active_tokens for size in sizes) == rollout.completion_mask[8:].sum()
+    assert sum(size.num_tokens for size in sizes) == rollout.completion_mask.sum()
 
 
 def test_stale_rollouts_are_refused(tiny_run):

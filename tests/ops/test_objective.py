@@ -20,7 +20,7 @@ MAX_LENGTH = 6.0
 
 def size_of(mask):
     sequences = mask.any(-1).sum().item()
-    return UpdateSize(float(mask.sum()), float(sequences), MAX_LENGTH, float(sequences))
+    return UpdateSize(float(mask.sum()), float(sequences), MAX_LENGTH, float(mask.sum()))
 
 
 def make_rollout(gate=None, *, seed=0, rows=8, with_reference=False, advantages=None):
@@ -112,7 +112,7 @@ def test_the_loss_by_hand():
         rewards=torch.zeros(1),
         threshold=torch.tensor(1.0, dtype=torch.float64),
         policy_version=0,
-        update_size=UpdateSize(2.0, 1.0, 2.0, 1.0),
+        update_size=UpdateSize(2.0, 1.0, 2.0, 2.0),
     )
     logprobs = rollout.old_logprobs + torch.tensor([[0.0, math.log(1.1), math.log(1.5)]], dtype=torch.float64)
     loss, metrics = Objective().egspo_loss(logprobs, rollout, ConfidenceAttenuation())

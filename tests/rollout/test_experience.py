@@ -11,6 +11,7 @@ def completion(length: int, reward: float, **fields) -> Completion:
     return Completion(
         problem=Problem("1", "1+1=?", "2"),
         token_ids=[7] * length,
+        logprobs=[0.0] * length,
         text="",
         is_truncated=fields.pop("is_truncated", False),
         reward=reward,

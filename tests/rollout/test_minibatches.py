@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from egspo_lightning.ops.padding import split_evenly
-from egspo_lightning.rollout.minibatches import active_rows, count_updates, micro_batches, plan_updates
+from egspo_lightning.rollout.minibatches import count_updates, micro_batches, plan_updates
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
 SHAPES = [
@@ -71,7 +71,7 @@ def test_the_order_is_a_function_of_the_seed_and_differs_between_epochs_and_seed
 PROMPTS, COMPLETIONS = [2, 1, 2, 1, 2], [3, 1, 2, 4, 2]
 ADVANTAGES = [1.0, 0.0, -1.0, 0.5, 0.0]
 WIDTH = 6
-SIZE = UpdateSize(num_tokens=12.0, num_sequences=5.0, max_length=4.0, num_active=3.0)
+SIZE = UpdateSize(num_tokens=12.0, num_sequences=5.0, max_length=4.0, num_active_tokens=7.0)
 
 
 def collection(with_reference: bool = False) -> RolloutBatch:
@@ -97,21 +97,19 @@ def rows_of(batch: RolloutBatch) -> list[int]:
     return (batch.input_ids[:, 0] // WIDTH).tolist()
 
 
-def test_active_rows_are_those_with_an_advantage():
-    assert active_rows(collection(), [4, 3, 1, 0]).tolist() == [3, 0]
-    assert active_rows(collection(), []).tolist() == []
-
-
 def test_an_advantage_outside_the_completion_does_not_make_a_row_active():
     rollout = collection()
     rollout.advantages[1, 0] = 5.0
-    assert active_rows(rollout, [1]).tolist() == []
+    assert count_updates(rollout, [[1]], keep_inactive=False).tolist() == [[1.0, 1.0, 0.0]]
 
 
 def test_updates_are_counted_by_hand():
-    counts = count_updates(collection(), [[0, 1], [2, 3, 4], [1, 4], []])
-    assert counts.tolist() == [[4.0, 2.0, 1.0], [8.0, 3.0, 2.0], [3.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    updates = [[0, 1], [2, 3, 4], [1, 4], []]
+    counts = count_updates(collection(), updates, keep_inactive=False)
+    assert counts.tolist() == [[4.0, 2.0, 3.0], [8.0, 3.0, 6.0], [3.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
     assert counts.dtype == torch.float64
+    everything = count_updates(collection(), updates, keep_inactive=True)
+    assert everything[:, 2].tolist() == everything[:, 0].tolist() == [4.0, 8.0, 3.0, 0.0]
 
 
 def test_inactive_rows_are_left_out_and_still_counted():

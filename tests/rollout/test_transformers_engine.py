@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfi
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.policy import Policy, PolicyConfig
-from egspo_lightning.rollout.engine import Request, Sample
+from egspo_lightning.rollout.engine import Request
 from egspo_lightning.rollout.transformers_engine import TransformersEngine, sample_tokens
 from egspo_lightning.types import Sampling
 
@@ -34,6 +35,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 PROMPTS = [[5, 9, 3], [7], [11, 2, 8, 30, 21, 4, 4, 19], [12, 13], [5, 9, 3, 1, 1, 6]]
 
 
+class Drawn(NamedTuple):
+    """A sample but for its log-probabilities, which depend in the last digit on what it is sampled with."""
+
+    token_ids: list[int]
+    is_truncated: bool
+
+
 def build(name: str = "llama") -> nn.Module:
     torch.manual_seed(0)
     return CausalLM.from_config(CONFIGS[name]).eval()
@@ -44,11 +52,13 @@ def lm() -> nn.Module:
     return build()
 
 
-def generate(lm, prompts, sampling, eos_ids=(), *, seeds=None, max_batch_size=256) -> list[Sample]:
+def generate(lm, prompts, sampling, eos_ids=(), *, seeds=None, max_batch_size=256) -> list[Drawn]:
     seeds = seeds or [f"seed/{i}" for i in range(len(prompts))]
     requests = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     engine = TransformersEngine(max_batch_size)
-    return engine.generate(lm, requests, sampling, eos_ids=list(eos_ids), pad_id=PAD)
+    samples = engine.generate(lm, requests, sampling, eos_ids=list(eos_ids), pad_id=PAD)
+    assert all(len(sample.logprobs) == len(sample.token_ids) for sample in samples)
+    return [Drawn(sample.token_ids, sample.is_truncated) for sample in samples]
 
 
 def reference(lm, prompt: list[int], length: int, eos_ids: list[int] | None = None) -> list[int]:
@@ -107,7 +117,7 @@ def test_an_eos_is_part_of_the_completion_and_nothing_follows_it(lm):
     row = reference(lm, PROMPTS[0], 20)
     end = row[4]
     expected = row[: row.index(end) + 1]
-    assert generate(lm, PROMPTS[:1], Sampling(20, temperature=0.0), [end]) == [Sample(expected, False)]
+    assert generate(lm, PROMPTS[:1], Sampling(20, temperature=0.0), [end]) == [(expected, False)]
 
 
 def test_the_first_of_several_eos_ids_ends_it(lm):
@@ -115,14 +125,14 @@ def test_the_first_of_several_eos_ids_ends_it(lm):
     first, second = sorted({row[2], row[5], row[7]}, key=row.index)[:2]
     expected = row[: row.index(first) + 1]
     for eos_ids in ([first, second], [second, first]):
-        assert generate(lm, PROMPTS[:1], Sampling(20, temperature=0.0), eos_ids) == [Sample(expected, False)]
+        assert generate(lm, PROMPTS[:1], Sampling(20, temperature=0.0), eos_ids) == [(expected, False)]
 
 
 def test_an_eos_exactly_at_the_limit_is_not_a_truncation(lm):
     row = reference(lm, PROMPTS[0], 20)
     end = row.index(row[4])
-    assert generate(lm, PROMPTS[:1], Sampling(end + 1, temperature=0.0), [row[4]]) == [Sample(row[: end + 1], False)]
-    assert generate(lm, PROMPTS[:1], Sampling(end, temperature=0.0), [row[4]]) == [Sample(row[:end], True)]
+    assert generate(lm, PROMPTS[:1], Sampling(end + 1, temperature=0.0), [row[4]]) == [(row[: end + 1], False)]
+    assert generate(lm, PROMPTS[:1], Sampling(end, temperature=0.0), [row[4]]) == [(row[:end], True)]
 
 
 def test_the_padding_token_may_be_the_eos(lm):
@@ -132,7 +142,7 @@ def test_the_padding_token_may_be_the_eos(lm):
     samples = TransformersEngine().generate(
         lm, requests, Sampling(20, temperature=0.0), eos_ids=[row[4]], pad_id=row[4]
     )
-    assert samples[2] == Sample(row[: end + 1], False)
+    assert samples[2][:2] == (row[: end + 1], False)
 
 
 # A sample depends on its seed and its prompt alone
@@ -296,3 +306,15 @@ def test_a_policy_in_train_mode_samples_as_in_eval_mode():
 def test_a_batch_of_none_is_refused():
     with pytest.raises(UserError, match="max_batch_size must be at least 1, got 0"):
         TransformersEngine(max_batch_size=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_engine_tells_the_log_probabilities_that_it_sampled_from(lm, temperature):
+    requests = [Request(prompt, f"seed/{i}") for i, prompt in enumerate(PROMPTS)]
+    samples = TransformersEngine().generate(lm, requests, Sampling(12, temperature), eos_ids=[3, 4], pad_id=PAD)
+    for prompt, sample in zip(PROMPTS, samples, strict=True):
+        ids = torch.tensor([[*prompt, *sample.token_ids]])
+        with torch.no_grad():
+            log_probs = (lm(ids).logits[0] / temperature).log_softmax(-1)
+        expected = [log_probs[len(prompt) - 1 + t, token].item() for t, token in enumerate(sample.token_ids)]
+        assert sample.logprobs == pytest.approx(expected, abs=1e-4)
