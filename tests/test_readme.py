@@ -15,7 +15,6 @@ SHORT = {
         "--stage_transition.after_epochs=2",
         "--data.num_problems=2",
         "--data.benchmarks.init_args.limit=4",
-        "--data.max_completion_length=400",
     ],
     "test": [],
     "predict": [],
@@ -37,6 +36,11 @@ def test_install_and_test_commands_are_those_of_ci(repository):
     ours = [part for part in parts(repository) if "egspo_lightning" not in part]
     assert ours == ["pip install -e . -c constraints.txt", 'pip install -e ".[dev]" -c constraints.txt', "pytest"]
     assert 'pip install -e ".[dev]" -c constraints.txt && pytest\n' in ci
+
+
+def test_nothing_is_left_to_be_filled_in(repository):
+    for path in (repository / "README.md", *(repository / "configs").glob("*.yaml")):
+        assert not re.search(r"\b(TABLE|WHEN|TIME|TODO|TBD)\b", path.read_text()), path
 
 
 def test_the_tree_is_true(repository):
@@ -74,7 +78,9 @@ def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, 
         short = [] if "gsm8k" in command else SHORT[arguments[0]]
         if "gsm8k" in command:
             short = ["--trainer.max_epochs=2", "--stage_transition.after_epochs=1", "--data.num_problems=1"]
-            short += ["--data.benchmarks.init_args.limit=4"]
+            short += ["--data.demonstrations.init_args.limit=16", "--data.max_completion_length=300"]
+            short += ["--math_benchmark.at_start=false", "--data.eval_batch_size=16"]
+            short += ["--data.benchmarks.init_args.limit=4", "--data.benchmarks.init_args.max_completion_length=4"]
         main([*arguments, *short, f"--trainer.default_root_dir={tmp_path / 'logs'}"])
     out = capsys.readouterr().out
     assert out.count("after EGSPO") == 4
