@@ -5,6 +5,7 @@ Built on LightningCLI: every constructor argument is a flag and a config key, an
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,6 +24,7 @@ from egspo_lightning.callbacks import (
     EntropyHistogram,
     HFExport,
     MathBenchmark,
+    PhaseCheckpoint,
     PhaseProgress,
     PredictionWriter,
     RolloutSamples,
@@ -39,7 +42,7 @@ CALLBACKS: dict[str, type] = {
     "stage_transition": StageTransition,
     "entropy_histogram": EntropyHistogram,
     "rollout_samples": RolloutSamples,
-    "checkpoint": ModelCheckpoint,
+    "checkpoint": PhaseCheckpoint,
     "hf_export": HFExport,
     "predictions": PredictionWriter,
     "progress": PhaseProgress,
@@ -168,6 +171,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
     try:
         run(args)
+    except SIGTERMException:
+        print("error: ended by SIGTERM. Resume with --ckpt_path at the last checkpoint.", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)  # Lightning's own exit code would be 0
     except (ValueError, MisconfigurationException) as error:
         cause: BaseException | None = error  # jsonargparse wraps a mistake within a list in an error of its own
         while cause is not None and not isinstance(cause, (UserError, MisconfigurationException)):

@@ -170,7 +170,7 @@ class HybridDataModule(LightningDataModule):
                 f"{trainer.reload_dataloaders_every_n_epochs}."
             )
         limit = trainer.limit_train_batches
-        whole = limit == 1.0 if isinstance(limit, float) else limit % trainer.accumulate_grad_batches == 0
+        whole = limit == 1.0 if isinstance(limit, float) else limit > 0 and limit % trainer.accumulate_grad_batches == 0
         if not whole or trainer.overfit_batches:
             raise UserError(
                 f"trainer.limit_train_batches = {limit} (overfit_batches = {trainer.overfit_batches}) would cut an "

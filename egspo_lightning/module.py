@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.gate import Attenuation, ConfidenceAttenuation, Gate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
-from egspo_lightning.ops.objective import Metrics, Objective, gate_metrics, gate_sums
+from egspo_lightning.ops.objective import Metrics, Objective, gate_metrics, gate_sums, gate_weights
 from egspo_lightning.policy import Policy, PolicyConfig, adapt_reference, end_of_sequence_ids
 from egspo_lightning.sharding import gathered, shard
 from egspo_lightning.types import ExpertBatch, RolloutBatch, Scores, Stage, TrainingBatch
@@ -163,7 +163,7 @@ class EGSPOModule(LightningModule):
         self._skip_update = not has_gradient
         stats = self._policy(rollout.input_ids, rollout.completion_mask, self.temperature)
         self._check_first_ratio(stats.logprobs.detach(), rollout)
-        expert_loss = stats.logprobs.new_zeros(()) if expert is None else self._expert_loss(expert)
+        expert_loss = None if expert is None else self._expert_loss(expert)
         return self.objective.hybrid_loss(stats.logprobs, rollout, self.attenuation, expert_loss)
 
     def _expert_loss(self, expert: ExpertBatch) -> Tensor:
@@ -264,6 +264,7 @@ class EGSPOModule(LightningModule):
         """Settle tau over the tokens of all ranks, and keep the collection's metrics for the first step to log."""
         entropies = self._gather_over_ranks(rollout.entropies[rollout.completion_mask])
         rollout = rollout._replace(threshold=self.gate.threshold(entropies))
+        self._require_weights(rollout)
         sums = gate_sums(rollout, self.attenuation)
         totals = self.sum_over_ranks(torch.stack(list(sums.values())))
         self._phase_metrics = gate_metrics(dict(zip(sums, totals, strict=True)))
@@ -274,6 +275,17 @@ class EGSPOModule(LightningModule):
             name: total / count.clamp(min=1e-9) for name, (total, count) in zip(measurements, pairs, strict=True)
         }
         return rollout
+
+    def _require_weights(self, rollout: RolloutBatch) -> None:
+        """Look at what a gate and an attenuation, which may be the user's own, make of a collection."""
+        if rollout.threshold.isnan():
+            raise UserError(f"model.gate: {type(self.gate).__name__} gave NaN as the threshold.")
+        weights = gate_weights(rollout, self.attenuation)[rollout.completion_mask]
+        if not (weights >= 0).all():
+            raise UserError(
+                f"model.attenuation: {type(self.attenuation).__name__} gave a weight below 0 or NaN. phi must be at "
+                "least 0: a negative one would turn the update round."
+            )
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of equally shaped tensors over all ranks."""

@@ -1,5 +1,6 @@
 """Observers of training, and the one that decides its stage."""
 
+from egspo_lightning.callbacks.checkpoint import PhaseCheckpoint
 from egspo_lightning.callbacks.entropy_histogram import EntropyHistogram
 from egspo_lightning.callbacks.hf_export import HFExport
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark
@@ -12,6 +13,7 @@ __all__ = [
     "EntropyHistogram",
     "HFExport",
     "MathBenchmark",
+    "PhaseCheckpoint",
     "PhaseProgress",
     "PredictionWriter",
     "RolloutSamples",

@@ -11,6 +11,20 @@ from egspo_lightning.callbacks.access import module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 
+EXPORTED = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Names of the files that transformers saves; a folder that holds any other is never replaced."""
+
 
 class HFExport(Callback):
     """After training, saves model and tokenizer for ``AutoModelForCausalLM.from_pretrained``.
@@ -28,7 +42,12 @@ class HFExport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, before a day of training."""
         folder = Path(self.folder) if self.enabled and self.folder is not None else None
-        if folder is not None and folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        if folder is None or not folder.exists():
+            return
+        source = Path(module_of(pl_module).policy_config.name_or_path)
+        if source.exists() and source.resolve() == folder.resolve():
+            raise UserError(f"hf_export.folder: {folder} is the model that training starts from. Name another folder.")
+        if not folder.is_dir() or not all(_is_export(path) for path in folder.iterdir()):
             raise UserError(f"hf_export.folder: {folder} holds other files than a model. Name a new or empty folder.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,6 +71,11 @@ class HFExport(Callback):
             partial.rename(target)
         trainer.strategy.barrier("hf_export")
         self.exported = target
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a file has a name that an export writes."""
+    return any(path.match(pattern) for pattern in EXPORTED)
 
 
 def _plain_decoding(module: EGSPOModule) -> GenerationConfig:

@@ -45,6 +45,7 @@ class MathBenchmark(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the policy before its first update; a resumed run has been measured."""
+        self._forget_others({benchmark.name for benchmark in data_of(trainer).benchmarks} if self.enabled else set())
         if self._stage is None:
             self._stage = str(module_of(pl_module).stage)
             if self.at_start:
@@ -64,6 +65,13 @@ class MathBenchmark(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final policy."""
         self._reach("after EGSPO" if self._stage == Stage.EGSPO else "after SFT", trainer, pl_module)
+
+    def _forget_others(self, names: set[str]) -> None:
+        """Drop what a checkpoint brought along of benchmarks that this run does not have."""
+        if set(self.latest) != names:
+            self.latest, self.latest_step = {}, -1
+        kept = {m: {n: values for n, values in part.items() if n in names} for m, part in self.milestones.items()}
+        self.milestones = {milestone: part for milestone, part in kept.items() if part}
 
     def _reach(self, milestone: str, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or not data_of(trainer).benchmarks:

@@ -87,7 +87,7 @@ class PhaseProgress(ProgressBar):
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bar."""
         if self._enabled:
-            self._console.print(*args, highlight=False, markup=False)
+            self._console.print(*args, highlight=False, markup=False, soft_wrap=True)
 
     def _close(self) -> None:
         if self._progress is not None:

@@ -1,5 +1,6 @@
 """Decides when SFT ends, and carries the policy over into stage EGSPO."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ class StageTransition(Callback):
     """Ends stage SFT after a number of epochs, or when a monitored metric is good enough or stops improving.
 
     Whichever condition holds first counts; without any, SFT is one epoch. At the transition the SFT policy becomes the
-    reference (where beta > 0),
-    the optimiser may start anew, and a checkpoint ``sft.ckpt`` is written from which stage EGSPO can be started.
+    reference (where beta > 0), the optimiser may start anew, and a checkpoint ``sft.ckpt`` is written from which stage
+    EGSPO can be started.
 
     Args:
         after_epochs: Epochs of SFT at most; null leaves it to the monitored metric.
@@ -54,6 +55,8 @@ class StageTransition(Callback):
             raise UserError("stage_transition.target and .patience need stage_transition.monitor, the metric's name.")
         if monitor is not None and target is None and patience is None:
             raise UserError("stage_transition.monitor needs stage_transition.target, .patience, or both.")
+        if learning_rate is not None and not 0 < learning_rate < math.inf:
+            raise UserError(f"stage_transition.learning_rate must be above 0, or null, got {learning_rate}.")
         if learning_rate is not None and not reset_optimizer:
             raise UserError("stage_transition.learning_rate needs stage_transition.reset_optimizer: true.")
         self.after_epochs = 1 if after_epochs is None and monitor is None else after_epochs
@@ -137,9 +140,9 @@ class StageTransition(Callback):
         self._restart(module)
         log_dir = trainer.log_dir
         if self.save_checkpoint and log_dir is not None:
-            trainer.save_checkpoint(Path(log_dir) / "sft.ckpt")
+            trainer.save_checkpoint(Path(log_dir) / "sft.ckpt", weights_only=False)
             self._restart(module)  # to save an empty state, torch fills it by a step of its own where it is sharded
-        module.print(f"Stage sft -> egspo after epoch {trainer.current_epoch}: {reason}.")
+        module.print(f"Stage sft -> egspo after phase {trainer.current_epoch + 1}: {reason}.")
 
     def _restart(self, module: EGSPOModule) -> None:
         if self.reset_optimizer:

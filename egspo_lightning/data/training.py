@@ -55,6 +55,8 @@ def load_demonstrations(
         UserError: none is left.
     """
     loaded = source.load()
+    if not loaded:
+        raise UserError(f"data.demonstrations: {type(source).__name__} holds none. Give it a file with at least one.")
     clean = [item for item in loaded if normalise_problem(item.problem) not in excluded]
     if not clean:
         raise UserError(f"data.demonstrations: benchmarks ask all {len(loaded)} of them. Use others.")

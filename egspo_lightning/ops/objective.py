@@ -1,4 +1,4 @@
-r"""THE LOSS. One update of stages 2 and 3, read from top to bottom::
+r"""THE LOSS. One update of stage EGSPO, read from top to bottom::
 
     L        = (1 - mu) L_EGSPO  +  mu L_SFT  +  beta KL(pi || pi_ref)
     L_EGSPO  = -(1/N) sum_t  g_t min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )
@@ -63,12 +63,15 @@ class Objective:
         _require(self.beta >= 0, "beta", self.beta, "at least 0")
 
     def hybrid_loss(
-        self, logprobs: Tensor, rollout: RolloutBatch, attenuation: Attenuation, expert_loss: Tensor
+        self, logprobs: Tensor, rollout: RolloutBatch, attenuation: Attenuation, expert_loss: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        """L, for a micro-batch of rollouts and the SFT loss of the expert micro-batch that goes with it."""
+        """L, for a micro-batch of rollouts and the SFT loss of the expert micro-batch that goes with it, if any."""
         surrogate, metrics = self.egspo_loss(logprobs, rollout, attenuation)
-        loss = (1 - self.mu) * surrogate + self.mu * expert_loss
-        metrics |= {"loss/egspo": surrogate.detach(), "loss/sft": expert_loss.detach()}
+        loss = (1 - self.mu) * surrogate
+        metrics["loss/egspo"] = surrogate.detach()
+        if expert_loss is not None:
+            loss = loss + self.mu * expert_loss
+            metrics["loss/sft"] = expert_loss.detach()
         if rollout.ref_logprobs is not None:
             kl = self._reduce(
                 kl_penalty(logprobs, rollout.ref_logprobs, self.kl_estimator),

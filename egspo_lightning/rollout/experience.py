@@ -1,5 +1,6 @@
 """Problems to experience: sample, grade, score, and turn rewards into advantages."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egspo_lightning.errors import UserError
 from egspo_lightning.ops.advantages import Advantage
 from egspo_lightning.ops.padding import pad_right, row_lengths
-from egspo_lightning.rewards.functions import Reward
+from egspo_lightning.rewards.functions import Reward, Scored
 from egspo_lightning.rollout.engine import Request, RolloutEngine
 from egspo_lightning.rollout.protocol import Measurements, RolloutPolicy
 from egspo_lightning.types import Completion, Problem, RolloutBatch, Sampling, Scores, UpdateSize
@@ -53,6 +55,7 @@ def complete(
     texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
     problems = [prompt.problem for prompt in prompts for _ in range(num_samples)]
     scored = reward(texts, [problem.answer for problem in problems])
+    _require_rewards(scored, len(texts), type(reward).__name__)
     return [
         Completion(
             problem=problem,
@@ -113,6 +116,14 @@ def collect(
     seconds = {"time/sample_and_grade": sampled - started, "time/score": time.perf_counter() - sampled}
     measurements = {**measure(completions, num_generations, seconds), "rollout/sampler_gap": gap}
     return Collection(completions, rollout, measurements)
+
+
+def _require_rewards(scored: Sequence[Scored], count: int, name: str) -> None:
+    if len(scored) != count:
+        raise UserError(f"data.reward: {name} gave {len(scored)} rewards for {count} completions. One each is needed.")
+    for verdict in scored:
+        if not math.isfinite(verdict.reward):
+            raise UserError(f"data.reward: {name} gave a reward of {verdict.reward}. Rewards must be finite numbers.")
 
 
 def _sampler_gap(completions: Sequence[Completion], scored: Tensor) -> tuple[float, float]:

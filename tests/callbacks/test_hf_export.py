@@ -53,6 +53,24 @@ def test_a_folder_with_other_files_is_refused_before_training(tiny_run, tmp_path
     assert precious.read_text() == "years of work"
 
 
+def test_the_model_that_training_starts_from_is_never_replaced(tiny_run, small_model, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(small_model, source)
+    (source / "build.py").unlink()
+    run = tiny_run(HFExport(str(source)), module={"policy": PolicyConfig(str(source), from_scratch=True)})
+    with pytest.raises(UserError, match="is the model that training starts from"):
+        run.fit()
+
+
+def test_a_folder_with_a_config_and_other_files_is_refused(tiny_run, tmp_path):
+    for name in ("config.json", "notes.txt"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(UserError, match="holds other files than a model"):
+        tiny_run(HFExport(str(tmp_path / "out"))).fit()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "{}"
+
+
 def test_greedy_decoding_of_the_export_has_no_penalties(tiny_run, small_model, tmp_path):
     folder = tmp_path / "penalised"
     shutil.copytree(small_model, folder)
@@ -73,13 +91,13 @@ def test_an_earlier_export_is_replaced(tiny_run, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "config.json").write_text("{}")
-    (target / "old.txt").write_text("old")
+    (target / "model-00001-of-00002.safetensors").write_text("old")
     (tmp_path / "out.partial").mkdir()  # of a run that was killed
     (tmp_path / "out.partial" / "half.txt").write_text("half")
     tiny_run(HFExport(str(target)), trainer={"max_epochs": 1}).fit()
     names = {path.name for path in target.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
-    assert not {"old.txt", "half.txt"} & names
+    assert not {"model-00001-of-00002.safetensors", "half.txt"} & names
     assert not (tmp_path / "out.partial").exists()
 
 

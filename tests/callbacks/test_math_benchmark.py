@@ -165,3 +165,29 @@ def test_tables_show_the_milestones_and_every_metric(tiny_run):
 def test_a_negative_period_is_refused():
     with pytest.raises(UserError, match=r"math_benchmark.every_n_epochs must be at least 0, got -1"):
         MathBenchmark(every_n_epochs=-1)
+
+
+def test_a_run_that_starts_from_another_measures_its_own_benchmarks(tiny_run, tmp_path):
+    """The checkpoint brings results of a benchmark that this run does not have, at the very same step."""
+
+    def benchmark(name):
+        return ArithmeticBenchmark(name, num_problems=4, task=ArithmeticTask(num_digits=1))
+
+    tiny_run(
+        MathBenchmark(every_n_epochs=1),
+        StageTransition(),
+        data={"benchmarks": [benchmark("old")]},
+        trainer={"max_epochs": 1},
+        logger=True,
+    ).fit()
+    (start,) = tmp_path.rglob("sft.ckpt")
+    ours = MathBenchmark()
+    run = tiny_run(ours, StageTransition(), data={"benchmarks": [benchmark("new")]}, trainer={"max_epochs": 2})
+    run.fit(ckpt_path=start)
+    assert set(ours.milestones) == {"after SFT", "after EGSPO"}
+    assert all(set(results) == {"new"} for results in ours.milestones.values())
+    off = MathBenchmark(enabled=False)
+    tiny_run(off, StageTransition(), data={"benchmarks": [benchmark("old")]}, trainer={"max_epochs": 2}).fit(
+        ckpt_path=start
+    )
+    assert off.milestones == {}

@@ -278,3 +278,9 @@ def test_sft_ckpt_starts_stage_egspo_just_as_the_run_that_wrote_it(tiny_run):
 def test_sft_ckpt_can_be_left_out(tiny_run):
     run = tiny_run(StageTransition(save_checkpoint=False), logger=True).fit()
     assert not list(Path(run.trainer.log_dir).glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_learning_rate_that_cannot_be_is_refused(rate):
+    with pytest.raises(UserError, match=r"stage_transition\.learning_rate must be above 0"):
+        StageTransition(learning_rate=rate)

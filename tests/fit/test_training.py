@@ -163,6 +163,40 @@ def test_approx_kl_is_over_the_tokens_that_are_trained(tiny_run):
     assert sum(size.num_tokens for size in sizes) == rollout.completion_mask.sum()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rewards_that_are_no_numbers_are_refused(tiny_run, value):
+    class Broken(FlatReward):
+        def __call__(self, completions, golds):
+            return [Scored(value, verdict.grade) for verdict in super().__call__(completions, golds)]
+
+    with pytest.raises(UserError, match=r"data\.reward: Broken gave a reward of (nan|inf)"):
+        tiny_run(module=RL, data={"reward": Broken()}).fit()
+
+
+def test_a_reward_that_forgets_completions_is_refused(tiny_run):
+    class Short(FlatReward):
+        def __call__(self, completions, golds):
+            return super().__call__(completions[1:], golds[1:])
+
+    with pytest.raises(UserError, match="Short gave 15 rewards for 16 completions"):
+        tiny_run(module=RL, data={"reward": Short()}).fit()
+
+
+def test_a_gate_or_an_attenuation_that_gives_nonsense_is_refused(tiny_run):
+    class NoThreshold:
+        def threshold(self, entropies):
+            return entropies.new_tensor(torch.nan)
+
+    class Negative:
+        def phi(self, old_logprobs, entropies, threshold):
+            return -torch.ones_like(entropies)
+
+    with pytest.raises(UserError, match=r"model\.gate: NoThreshold gave NaN"):
+        tiny_run(module=RL | {"gate": NoThreshold()}).fit()
+    with pytest.raises(UserError, match=r"model\.attenuation: Negative gave a weight below 0"):
+        tiny_run(module=RL | {"attenuation": Negative()}).fit()
+
+
 def test_stale_rollouts_are_refused(tiny_run):
     run = tiny_run(module=RL)
     admit = run.module.admit
