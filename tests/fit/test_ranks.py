@@ -77,5 +77,6 @@ def test_fsdp2_on_two_processes_equals_one(repository, tmp_path, one_process):
     assert_equal_metrics(fit(repository, tmp_path, *FSDP2), one_process)
 
 
+@pytest.mark.slow
 def test_accumulation_on_two_processes_equals_one(repository, tmp_path, one_process):
     assert_equal_metrics(fit(repository, tmp_path, *DDP, "--trainer.accumulate_grad_batches=3"), one_process)
