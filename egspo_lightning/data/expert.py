@@ -1,12 +1,13 @@
 """Expert demonstrations as token ids, in an order that is a pure function of the seed, cut into micro-batches."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
+from egspo_lightning.data.order import EndlessOrder
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.padding import pad_right, split_evenly
@@ -69,15 +70,11 @@ class ExpertPool:
 
     def draw(self, start: int, count: int) -> list[Encoded]:
         """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once a pass."""
-        drawn: list[Encoded] = []
-        while count > 0:
-            pass_number, place = divmod(start, len(self.demonstrations))
-            order = list(range(len(self.demonstrations)))
-            random.Random(f"{self.seed}/expert/{pass_number}").shuffle(order)
-            part = order[place : place + count]
-            drawn += [self.demonstrations[i] for i in part]
-            start, count = start + len(part), count - len(part)
-        return drawn
+        return [self.demonstrations[self._order[position]] for position in range(start, start + count)]
+
+    @cached_property
+    def _order(self) -> EndlessOrder:
+        return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert")
 
     def micro_batches(self, update: Sequence[Encoded], rank: int, world_size: int, parts: int) -> list[ExpertBatch]:
         """This rank's share of an update, as ``parts`` micro-batches of like length.

@@ -7,10 +7,10 @@ A source of your own is a subclass with ``load``::
             return [Problem(id="1", problem="What is 6 times 7?", answer="42")]
 """
 
-import random
 from abc import ABC, abstractmethod
 
 from egspo_lightning.answers import normalise_problem
+from egspo_lightning.data.order import EndlessOrder
 from egspo_lightning.errors import UserError
 from egspo_lightning.types import Demonstration, Problem
 
@@ -49,9 +49,7 @@ class FiniteProblems(ProblemSource):
     """Problems read once and given pass after pass, each exactly once a pass, every pass in a new order."""
 
     _problems: tuple[Problem, ...] = ()
-    _seed = 0
-    _pass = -1
-    _order: tuple[int, ...] = ()
+    _order = EndlessOrder(0, "")
 
     @abstractmethod
     def load(self) -> list[Problem]:
@@ -61,7 +59,7 @@ class FiniteProblems(ProblemSource):
         """Load the problems and fix their order; see ``ProblemSource.prepare``."""
         loaded = self.load()
         self._problems = tuple(p for p in loaded if normalise_problem(p.problem) not in excluded)
-        self._seed, self._pass = seed, -1
+        self._order = EndlessOrder(len(self._problems), str(seed))
         num_dropped = len(loaded) - len(self._problems)
         if not self._problems:
             raise UserError(
@@ -79,12 +77,4 @@ class FiniteProblems(ProblemSource):
         """Problems of the stream; see ``ProblemSource.draw``."""
         if not self._problems:
             raise RuntimeError(f"{type(self).__name__}.draw was called before prepare")
-        return [self._at(position) for position in range(start, start + count)]
-
-    def _at(self, position: int) -> Problem:
-        pass_number, place = divmod(position, len(self._problems))
-        if pass_number != self._pass:
-            order = list(range(len(self._problems)))
-            random.Random(f"{self._seed}/{pass_number}").shuffle(order)
-            self._pass, self._order = pass_number, tuple(order)
-        return self._problems[self._order[place]]
+        return [self._problems[self._order[position]] for position in range(start, start + count)]
