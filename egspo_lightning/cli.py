@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
+from torch.distributed.checkpoint import CheckpointException
 from transformers.utils.logging import disable_progress_bar
 
 from egspo_lightning.callbacks import (
@@ -174,6 +175,14 @@ def main(args: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         print("error: ended by SIGTERM. Resume with --ckpt_path at the last checkpoint.", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)  # Lightning's own exit code would be 0
+    except CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        print(
+            f"error: ckpt_path: this sharded checkpoint does not fit the run: {reason} A run that starts from one "
+            "needs the networks that it holds: the same model.policy, model.critic, objective.beta and model.kl_reward.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (ValueError, MisconfigurationException) as error:
         cause: BaseException | None = error  # jsonargparse wraps a mistake within a list in an error of its own
         while cause is not None and not isinstance(cause, (UserError, MisconfigurationException)):

@@ -4,7 +4,7 @@ All sizes in its config are global: those of one optimiser step, or of one colle
 micro-batches. More ranks or ``--trainer.accumulate_grad_batches`` change speed and memory, never the update.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jsonargparse.typing import lazy_instance
@@ -12,49 +12,24 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from egspo_lightning.answers import normalise_problem
+from egspo_lightning.answering import Answerer, Share
 from egspo_lightning.data.expert import ExpertPool
+from egspo_lightning.data.loader import SizedLoader
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
 from egspo_lightning.data.training import LongProblems, PromptEncoder, load_demonstrations, prepare_problems
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.benchmarks import Benchmark
-from egspo_lightning.evaluation.problems import problem_batches
-from egspo_lightning.ops.advantages import Advantage, GroupRelative
+from egspo_lightning.flags import require_phases
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
+from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import RolloutEngine
-from egspo_lightning.rollout.experience import Collection, Prompt, collect, complete
-from egspo_lightning.rollout.minibatches import count_updates, micro_batches, plan_updates
+from egspo_lightning.rollout.experience import Collection, collection_rows, score
+from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
+from egspo_lightning.rollout.minibatches import cut_updates, plan_updates
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from egspo_lightning.types import (
-    Completion,
-    ExpertBatch,
-    Problem,
-    ProblemBatch,
-    Sampling,
-    Stage,
-    TrainingBatch,
-    UpdateSize,
-)
-
-
-class SizedLoader:
-    """A loader whose length is known and whose batches are made when they are asked for, not before.
-
-    The length keeps Lightning from prefetching, which would sample rollouts from a policy that is one update old.
-    """
-
-    def __init__(self, length: int, batches: Callable[[], Iterator[Any]]) -> None:
-        self._length, self._batches = length, batches
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return self._length
-
-    def __iter__(self) -> Iterator[Any]:
-        """Start making them."""
-        return self._batches()
+from egspo_lightning.types import Completion, ExpertBatch, ExpertSolution, ProblemBatch, Stage, TrainingBatch
 
 
 class HybridDataModule(LightningDataModule):
@@ -66,12 +41,16 @@ class HybridDataModule(LightningDataModule):
         benchmarks: What MathBenchmark, validate and test measure.
         engine: Samples completions.
         reward: Scores completions in training.
-        advantage: Turns the rewards of a group into advantages.
         prompt: How a problem is put to the model.
         sft_batch_size: Demonstrations an update in stage SFT.
         expert_batch_size: Demonstrations that an update in stage EGSPO carries where mu > 0.
         num_problems: Problems a rollout collection.
         num_generations: Completions a problem.
+        expert_fraction: Share of a collection's problems, in [0, 1], that come from the demonstrations; the expert's
+            solution then stands beside the policy's completions as an off-policy sample (LUFFY).
+        max_resampling: Rounds at most in which groups whose rewards are all equal are replaced by those of other
+            problems (DAPO's dynamic sampling); 0 keeps them, and skips them in updates.
+        length_penalty: Taken off the rewards of completions near the length limit; none by default.
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
         max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
@@ -88,12 +67,14 @@ class HybridDataModule(LightningDataModule):
         benchmarks: list[Benchmark] | None = None,
         engine: RolloutEngine = lazy_instance(TransformersEngine, max_batch_size=256),  # noqa: B008
         reward: Reward = lazy_instance(CorrectnessReward),  # noqa: B008
-        advantage: Advantage = lazy_instance(GroupRelative),  # noqa: B008
         prompt: PromptTemplate = PromptTemplate(),  # noqa: B008  frozen, so it can be shared
         sft_batch_size: int = 64,
         expert_batch_size: int = 16,
         num_problems: int = 16,
         num_generations: int = 8,
+        expert_fraction: float = 0.0,
+        max_resampling: int = 0,
+        length_penalty: SoftLengthPenalty | None = None,
         num_ppo_epochs: int = 1,
         num_minibatches: int = 1,
         max_prompt_length: int = 512,
@@ -104,51 +85,49 @@ class HybridDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.demonstrations, self.problems, self.benchmarks = demonstrations, problems, benchmarks or []
-        self.engine, self.reward, self.advantage, self.prompt = engine, reward, advantage, prompt
+        self.engine, self.reward, self.prompt = engine, reward, prompt
         self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
         self.num_problems, self.num_generations = num_problems, num_generations
+        self.expert_fraction = expert_fraction
         self.num_ppo_epochs, self.num_minibatches = num_ppo_epochs, num_minibatches
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
         self.eval_batch_size, self.seed, self.long_problems = eval_batch_size, seed, long_problems
-        self._require_sizes()
+        for name, value in vars(self).items():
+            if name in ("num_ppo_epochs", "num_minibatches", "max_prompt_length") or name.endswith("_batch_size"):
+                require(value >= 1, f"data.{name}", value, "at least 1")
+        require(0 <= expert_fraction <= 1, "data.expert_fraction", expert_fraction, "in [0, 1]")
         self.num_passes = self.num_collections = 0  # of SFT data and of rollouts, begun in this run
         self.collection: Collection | None = None
         """The latest rollouts of this rank, for callbacks to look at."""
-        self._benchmark_problems: dict[str, list[Problem]] = {}
         self._expert: ExpertPool | None = None
-        self._eval_reward = CorrectnessReward()
-
-    def _require_sizes(self) -> None:
-        for name, value in vars(self).items():
-            if name.startswith(("num_", "max_")) or name.endswith("_batch_size"):
-                _require(value >= 1, name, value, "at least 1")
-        least = self.advantage.min_generations
-        allowed = f"at least {least} with data.advantage {type(self.advantage).__name__}, which compares a group"
-        _require(self.num_generations >= least, "num_generations", self.num_generations, allowed)
+        self._answerer = Answerer(self.benchmarks, engine, max_completion_length, seed)
+        self._collector = Collector(
+            engine=engine,
+            reward=reward,
+            draw=problems.draw,
+            draw_experts=self._draw_experts,
+            encode=lambda problem: self._encoder.encode(problem),
+            num_problems=num_problems,
+            num_experts=round(expert_fraction * num_problems),
+            num_generations=num_generations,
+            max_completion_length=max_completion_length,
+            max_resampling=max_resampling,
+            length_penalty=length_penalty,
+            seed=seed,
+        )
 
     # Set-up
 
     def setup(self, stage: str) -> None:
         """Load what the run needs; drop what training shares with a benchmark."""
-        if not self._benchmark_problems:
-            self._load_benchmarks()
+        self._answerer.load(self._encoder)
         if stage == TrainerFn.FITTING and self._expert is None:
-            self._require_phases()
-            self._require_shares()
+            require_phases(self._trainer)
+            self._require_groups()
             self._load_training_data()
 
-    def _load_benchmarks(self) -> None:
-        for benchmark in self.benchmarks:
-            if benchmark.name in self._benchmark_problems:
-                raise UserError(f"data.benchmarks: two are named {benchmark.name!r}. Give each a name of its own.")
-            problems = self._benchmark_problems[benchmark.name] = benchmark.load()
-            for problem in problems:  # what is too long is refused before anything is trained
-                self._encoder.encode(problem)
-
     def _load_training_data(self) -> None:
-        asked = [problem for problems in self._benchmark_problems.values() for problem in problems]
-        excluded = frozenset(normalise_problem(problem.problem) for problem in asked)
-        length = self.max_completion_length
+        excluded, length = self._answerer.asked, self.max_completion_length
         self._expert, num_asked = load_demonstrations(
             self.demonstrations, self._encoder, excluded, max_completion_length=length, seed=self.seed
         )
@@ -161,23 +140,6 @@ class HybridDataModule(LightningDataModule):
             f"{dropped[0]}; because they are too long: {dropped[1]}."
         )
 
-    def _require_phases(self) -> None:
-        """Refuse flags under which an epoch would not be a phase."""
-        trainer: Any = self._trainer  # Lightning sets these attributes where type checkers do not see it
-        if trainer.reload_dataloaders_every_n_epochs != 1:
-            raise UserError(
-                "trainer.reload_dataloaders_every_n_epochs must be 1, since each epoch has a loader of its own, got "
-                f"{trainer.reload_dataloaders_every_n_epochs}."
-            )
-        limit = trainer.limit_train_batches
-        whole = limit == 1.0 if isinstance(limit, float) else limit > 0 and limit % trainer.accumulate_grad_batches == 0
-        if not whole or trainer.overfit_batches:
-            raise UserError(
-                f"trainer.limit_train_batches = {limit} (overfit_batches = {trainer.overfit_batches}) would cut an "
-                f"update into pieces. Give a multiple of accumulate_grad_batches = {trainer.accumulate_grad_batches}, "
-                "or change data.num_problems and data.num_ppo_epochs instead."
-            )
-
     def _require_positions(self, completion_length: int) -> None:
         longest, most = self.max_prompt_length + completion_length, self._policy.max_positions
         if most is not None and longest > most:
@@ -186,19 +148,27 @@ class HybridDataModule(LightningDataModule):
                 f"more than the {most} positions of the model. Lower one of them."
             )
 
-    def _require_shares(self) -> None:
-        ranks = self._trainer.world_size
+    def _require_groups(self) -> None:
+        """Refuse what the ranks cannot share, and what the advantage estimator cannot use."""
+        least, ranks = self._policy.min_generations, self._trainer.world_size
+        allowed = f"at least {least} with this model.advantage, which compares the completions of a group"
+        require(self.num_generations >= least, "data.num_generations", self.num_generations, allowed)
+        if self.expert_fraction > 0 and not self._policy.takes_expert_rollouts:
+            raise UserError(
+                f"data.expert_fraction = {self.expert_fraction} puts experts' solutions among the rollouts, which "
+                "model.advantage cannot credit. Set expert_fraction to 0, or choose GroupRelative or LeaveOneOut."
+            )
         allowed = f"a multiple of the {ranks} ranks, which share the problems evenly"
-        _require(self.num_problems % ranks == 0, "num_problems", self.num_problems, allowed)
+        require(self.num_problems % ranks == 0, "data.num_problems", self.num_problems, allowed)
         most = self.num_problems * self.num_generations // ranks
         allowed = f"at most {most}, the completions that each rank has"
-        _require(self.num_minibatches <= most, "num_minibatches", self.num_minibatches, allowed)
+        require(self.num_minibatches <= most, "data.num_minibatches", self.num_minibatches, allowed)
 
     def teardown(self, stage: str) -> None:
         """End the graders' processes."""
-        for reward in (self.reward, self._eval_reward):
-            if hasattr(reward, "close"):
-                reward.close()
+        self._answerer.close()
+        if hasattr(self.reward, "close"):
+            self.reward.close()
 
     # Training
 
@@ -224,32 +194,23 @@ class HybridDataModule(LightningDataModule):
         """One collection of rollouts, and the updates on it."""
         number = self.num_collections
         self.num_collections += 1
-        numbers = range(self._trainer.global_rank, self.num_problems, self._trainer.world_size)
-        self.collection = self._collect(number, numbers)
-        rollout = self.collection.rollout
-        seed = f"{self.seed}/{number}"
-        updates = plan_updates(numbers, self.num_generations, self.num_minibatches, self.num_ppo_epochs, seed=seed)
-        keep = self._policy.needs_every_rollout
-        counts = self._policy.sum_over_ranks(count_updates(rollout, updates, keep_inactive=keep)).tolist()
-        for i, (rows, (tokens, sequences, active)) in enumerate(zip(updates, counts, strict=True)):
-            size = UpdateSize(tokens, sequences, float(self.max_completion_length), active)
-            parts = micro_batches(rollout, rows, self._parts, size, keep_inactive=keep)
-            for part, expert in zip(parts, self._expert_parts(number * len(updates) + i), strict=True):
-                yield TrainingBatch(Stage.EGSPO, part, expert)
-
-    def _collect(self, number: int, numbers: Sequence[int]) -> Collection:
-        """Collection ``number``, of the problems of this rank."""
-        drawn = self.problems.draw(number * self.num_problems, self.num_problems)
-        collection = collect(
-            self._policy,
-            self.engine,
-            self.reward,
-            self.advantage,
-            [self._prompt(drawn[i], f"{number}/{i}") for i in numbers],
+        rank, world_size, parts = self._share
+        sampled = self._collector.sample(self._policy, number, rank, world_size)
+        rollouts, measurements = score(self._policy, sampled, self.max_completion_length)
+        rollout = self._policy.admit(rollouts, measurements)
+        self.collection = Collection(collection_rows(sampled.groups), rollout, measurements)
+        plan = plan_updates(
+            [group.number for group in sampled.groups],
             self.num_generations,
-            self.max_completion_length,
+            self.num_minibatches,
+            self.num_ppo_epochs,
+            seed=f"{self.seed}/{number}",
+            expert_groups=rollouts.expert_groups.tolist(),
         )
-        return collection._replace(rollout=self._policy.admit(collection.rollout, collection.measurements))
+        keep, total = self._policy.needs_every_rollout, self._policy.sum_over_ranks
+        for i, micro in enumerate(cut_updates(rollout, plan, parts, keep_inactive=keep, total=total)):
+            for part, expert in zip(micro, self._expert_parts(number * len(plan) + i), strict=True):
+                yield TrainingBatch(Stage.EGSPO, part, expert)
 
     def _expert_parts(self, update_number: int) -> Sequence[ExpertBatch | None]:
         """The demonstrations that an update in stage EGSPO carries, in micro-batches."""
@@ -257,6 +218,10 @@ class HybridDataModule(LightningDataModule):
             return [None] * self._parts
         update = self._expert_pool.draw(update_number * self.expert_batch_size, self.expert_batch_size)
         return self._expert_pool.micro_batches(update, *self._share)
+
+    def _draw_experts(self, start: int, count: int) -> list[ExpertSolution]:
+        """Demonstrations that stand among rollouts, from an endless order of their own."""
+        return self._expert_pool.solutions(start, count) if count else []
 
     # Evaluation
 
@@ -266,7 +231,7 @@ class HybridDataModule(LightningDataModule):
 
     def test_dataloader(self) -> list[SizedLoader]:
         """The benchmarks, one loader each."""
-        _require(bool(self.benchmarks), "benchmarks", "none", "at least one, or there is nothing to measure")
+        require(bool(self.benchmarks), "data.benchmarks", "none", "at least one, or there is nothing to measure")
         return [_loader(self.benchmark_batches(benchmark)) for benchmark in self.benchmarks]
 
     def predict_dataloader(self) -> SizedLoader:
@@ -276,35 +241,24 @@ class HybridDataModule(LightningDataModule):
                 f"data.problems: {type(self.problems).__name__} never ends, so predict cannot answer all of it. Use a "
                 "finite source, such as egspo_lightning.data.jsonl.JsonlProblems."
             )
-        sampling = Sampling(self.max_completion_length, temperature=0.0)
-        return _loader(problem_batches("predict", self.problems.load(), 1, sampling, **self._evaluation_share))
+        return _loader(self._answerer.problem_batches(self.problems.load(), self._evaluation_share))
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Problems are text: there is nothing to move, and Lightning refuses their frozen ``Sampling``."""
-        return (
-            batch
-            if isinstance(batch, ProblemBatch)
-            else super().transfer_batch_to_device(batch, device, dataloader_idx)
-        )
+        if isinstance(batch, ProblemBatch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def benchmark_batches(self, benchmark: Benchmark) -> list[ProblemBatch]:
         """This rank's share of a benchmark."""
-        length = benchmark.max_completion_length or self.max_completion_length
-        self._require_positions(length)
-        sampling = Sampling(length, benchmark.temperature, benchmark.top_p)
-        problems = self._benchmark_problems[benchmark.name]
-        return problem_batches(benchmark.name, problems, benchmark.num_samples, sampling, **self._evaluation_share)
+        self._require_positions(self._answerer.length(benchmark))
+        return self._answerer.benchmark_batches(benchmark, self._evaluation_share)
 
     def answer(self, batch: ProblemBatch) -> list[Completion]:
         """Sample and grade the completions of a batch of problems."""
-        prompts = [self._prompt(problem, f"{batch.benchmark}/{problem.id}") for problem in batch.problems]
-        return complete(self._policy, self.engine, self._eval_reward, prompts, batch.num_samples, batch.sampling)
+        return self._answerer.answer(self._policy, self._encoder, batch)
 
-    # Both
-
-    def _prompt(self, problem: Problem, stream: str) -> Prompt:
-        """A problem as ids, with a random stream of its own."""
-        return Prompt(problem, self._encoder.encode(problem), f"{self.seed}/{stream}")
+    # What belongs to the run
 
     @property
     def _encoder(self) -> PromptEncoder:
@@ -334,29 +288,25 @@ class HybridDataModule(LightningDataModule):
         return self._trainer.global_rank, self._trainer.world_size, self._parts
 
     @property
-    def _evaluation_share(self) -> dict[str, int]:
-        return {
-            "rank": self._trainer.global_rank,
-            "world_size": self._trainer.world_size,
-            "batch_size": self.eval_batch_size,
-        }
+    def _evaluation_share(self) -> Share:
+        return Share(self._trainer.global_rank, self._trainer.world_size, self.eval_batch_size)
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """How far the streams of data have been drawn."""
-        return {"num_passes": self.num_passes, "num_collections": self.num_collections}
+        return {
+            "num_passes": self.num_passes,
+            "num_collections": self.num_collections,
+            "num_drawn": self._collector.num_drawn,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where they were."""
         self.num_passes, self.num_collections = state_dict["num_passes"], state_dict["num_collections"]
+        self._collector.num_drawn = state_dict["num_drawn"]
 
 
 def _loader(batches: list[ProblemBatch]) -> SizedLoader:
     """Batches as a loader; Lightning would take a list of batches for a list of loaders."""
     return SizedLoader(len(batches), lambda: iter(batches))
-
-
-def _require(holds: bool, field: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"data.{field} must be {allowed}, got {value}.")

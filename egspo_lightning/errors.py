@@ -6,3 +6,13 @@ class UserError(ValueError):
 
     The command line prints its text and ends with exit code 2, without a traceback.
     """
+
+
+def require(holds: bool, field: str, value: object, allowed: str) -> None:
+    """Refuse the value of a field.
+
+    Raises:
+        UserError: ``holds`` is false.
+    """
+    if not holds:
+        raise UserError(f"{field} must be {allowed}, got {value}.")

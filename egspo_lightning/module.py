@@ -4,33 +4,39 @@ One Lightning epoch is one phase: a pass of SFT, or one rollout collection with 
 Optimisation is automatic, so clipping, accumulation, precision, strategies and checkpoints work by flag.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import lazy_instance
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.gate import Attenuation, ConfidenceAttenuation, Gate, QuantileGate
+from egspo_lightning.ops.admission import Admission
+from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
+from egspo_lightning.ops.controllers import EntropyBonus, KLReward
+from egspo_lightning.ops.diagnostics import Metrics
+from egspo_lightning.ops.estimators import Advantage, GroupRelative
+from egspo_lightning.ops.gate import Gate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
-from egspo_lightning.ops.objective import Metrics, Objective, gate_metrics, gate_sums, gate_weights
-from egspo_lightning.policy import Policy, PolicyConfig, adapt_reference, end_of_sequence_ids
-from egspo_lightning.sharding import gathered, shard
-from egspo_lightning.types import ExpertBatch, RolloutBatch, Scores, Stage, TrainingBatch
+from egspo_lightning.ops.objective import Coefficients, Objective, value_loss
+from egspo_lightning.policy import PolicyConfig
+from egspo_lightning.policy_module import PolicyModule
+from egspo_lightning.types import ExpertBatch, RolloutBatch, ScoredRollouts, Stage, TrainingBatch
 
 FULL_PRECISION_TOLERANCE = 1e-3
 """Largest |log(pi / pi_old)| before the first update, nats, where everything is computed in float32."""
 LOW_PRECISION_TOLERANCE = 0.5
 """The same in bfloat16 and float16: 4e-2 was seen on sharp models."""
 
+Measurements = Mapping[str, tuple[float, float]]
+"""Metric name to (sum, count) on this rank; the metric is their ratio over all ranks, or the sum where count is 0."""
 
-class EGSPOModule(LightningModule):
+
+class EGSPOModule(PolicyModule):
     """Trains a policy by SFT, then by EGSPO, in the stage that ``StageTransition`` sets.
 
     Args:
@@ -38,6 +44,10 @@ class EGSPOModule(LightningModule):
         objective: Hyperparameters of the loss.
         gate: Gives the entropy from which a token takes the full update.
         attenuation: Gives the weight of the other tokens.
+        advantage: Turns the rewards of a collection into advantages.
+        critic: What estimates values; needed by GAE, and by nothing else.
+        kl_reward: KL to the reference as a part of the reward; none by default.
+        entropy_bonus: Term for the policy's entropy in the loss; none by default.
         temperature: Sampling temperature of the rollouts; old, new and reference log-probabilities are taken at it.
         optimizer: The optimiser, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimiser steps; constant by default.
@@ -50,83 +60,56 @@ class EGSPOModule(LightningModule):
         objective: Objective = Objective(),  # noqa: B008  frozen, so it can be shared
         gate: Gate = lazy_instance(QuantileGate, top_fraction=0.2),  # noqa: B008
         attenuation: Attenuation = lazy_instance(ConfidenceAttenuation),  # noqa: B008
+        advantage: Advantage = lazy_instance(GroupRelative),  # noqa: B008
+        critic: CriticConfig | None = None,
+        kl_reward: KLReward | None = None,
+        entropy_bonus: EntropyBonus | None = None,
         temperature: float = 1.0,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         initial_stage: Literal["sft", "egspo"] = "sft",
     ) -> None:
-        super().__init__()
-        if temperature <= 0:
-            raise UserError(f"model.temperature must be above 0, got {temperature}: rollouts have to differ.")
-        self.policy_config = policy
-        self.objective = objective
-        self.gate = gate
-        self.attenuation = attenuation
-        self.temperature = temperature
-        self.stage = Stage(initial_stage)
-        self.policy: Policy | None = None
-        self.reference: Policy | None = None
-        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._phase_version = self._reference_step = 0
+        has_reference = objective.beta > 0 or kl_reward is not None
+        super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
+        self.admission = Admission(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
+        self.objective, self.advantage, self.attenuation = objective, advantage, attenuation
+        self.entropy_bonus = entropy_bonus
+        self._require_critic()
         self._phase_metrics: Metrics = {}
-        self._skip_update = self._is_sampling = False
+        self._skip_update = False
 
-    # Set-up
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The policy's tokenizer, loaded when first asked for."""
-        return self.policy_config.load_tokenizer()
-
-    def setup(self, stage: str) -> None:
-        """Refuse precisions under which Lightning would round the rollouts' log-probabilities."""
-        if str(self.trainer.precision) in ("bf16-true", "16-true"):
+    def _require_critic(self) -> None:
+        name = type(self.advantage).__name__
+        if self.advantage.needs_values and self.critic_config is None:
             raise UserError(
-                f"trainer.precision {self.trainer.precision} rounds old log-probabilities and advantages to half "
-                "precision. Use bf16-mixed, or 32-true with model.policy.dtype: bfloat16 for weights in half precision."
+                f"model.advantage {name} needs model.critic, which is null. Set model.critic.trunk to shared (a value "
+                "head on the policy) or own, or choose another advantage."
+            )
+        if self.critic_config is not None and not self.advantage.needs_values:
+            raise UserError(
+                f"model.critic is set, but model.advantage {name} uses no values. Leave model.critic out, or set "
+                "model.advantage to egspo_lightning.ops.estimators.GAE."
             )
 
-    def configure_model(self) -> None:
-        """Build the policy and, where beta > 0, room for its reference."""
-        if self.policy is not None:
-            return
-        self.policy = self.policy_config.build()
-        if self.objective.beta > 0:
-            self.reference = self.policy_config.build().requires_grad_(False).eval()
-            self.refresh_reference()
-        if self.device_mesh is not None:  # ModelParallelStrategy
-            for part in filter(None, (self.policy, self.reference)):
-                shard(part, self.device_mesh["data_parallel"])
+    @property
+    def mixes_expert_data(self) -> bool:
+        """Whether updates on rollouts carry expert demonstrations as well."""
+        return self.objective.mixes_expert_data
 
-    def configure_optimizers(self) -> Any:
-        """The optimiser over what is trained, and its schedule over steps."""
-        optimizer = self._optimizer(p for p in self._policy.parameters() if p.requires_grad)
-        if self._lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
-        }
+    @property
+    def needs_every_rollout(self) -> bool:
+        """Whether rollouts of advantage 0 take part in the loss."""
+        return self.objective.needs_every_rollout or self.critic_config is not None or self.entropy_bonus is not None
 
-    def refresh_reference(self) -> None:
-        """Let the policy as it is now be the reference, where there is one."""
-        self._reference_step = self.global_step
-        if self.reference is not None:
-            with torch.no_grad():
-                for frozen, current in zip(self.reference.parameters(), self._policy.parameters(), strict=True):
-                    frozen.copy_(current)
+    @property
+    def min_generations(self) -> int:
+        """The least number of completions a problem that advantages can be estimated from."""
+        return self.advantage.min_generations
 
-    def restart_optimizer(self, learning_rate: float | None) -> None:
-        """Forget the optimiser's moments, and start its schedule anew from the given or the configured rate."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, Optimizer)
-        optimizer.state.clear()
-        for group in optimizer.param_groups:
-            group.pop("initial_lr", None)
-            group["lr"] = optimizer.defaults["lr"] if learning_rate is None else learning_rate
-        for config in self.trainer.lr_scheduler_configs:
-            assert self._lr_scheduler is not None
-            config.scheduler = self._lr_scheduler(optimizer)
+    @property
+    def takes_expert_rollouts(self) -> bool:
+        """Whether experts' solutions may stand among the rollouts."""
+        return hasattr(self.advantage, "estimate_expert")
 
     # Training
 
@@ -154,27 +137,61 @@ class EGSPOModule(LightningModule):
 
     def _sft_step(self, expert: ExpertBatch) -> tuple[Tensor, Metrics]:
         self._skip_update = False
-        loss = self._expert_loss(expert)
-        return loss, {"loss/sft": loss.detach()}
+        stats = self._policy(expert.input_ids, expert.completion_mask)
+        loss = self.objective.sft_loss(stats.logprobs, expert, weighting="plain")
+        return loss + self._untouched(stats.values), {"loss/sft": loss.detach()}
 
     def _egspo_step(self, rollout: RolloutBatch, expert: ExpertBatch | None) -> tuple[Tensor, Metrics]:
         self._refuse_stale(rollout)
-        has_gradient = rollout.update_size.num_active_tokens > 0 or expert is not None
-        self._skip_update = not has_gradient
-        stats = self._policy(rollout.input_ids, rollout.completion_mask, self.temperature)
-        self._check_first_ratio(stats.logprobs.detach(), rollout)
+        self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
+        current = self.evaluate(rollout.input_ids, rollout.completion_mask)
+        self._check_first_ratio(current.logprobs.detach(), rollout)
+        weights = self._coefficients()
+        self._log({"policy/mu": weights.mu})
         expert_loss = None if expert is None else self._expert_loss(expert)
-        return self.objective.hybrid_loss(stats.logprobs, rollout, self.attenuation, expert_loss)
+        loss, metrics = self.objective.hybrid_loss(current, rollout, self.attenuation, expert_loss, weights)
+        if self.critic_config is None or current.values is None:
+            return loss, metrics
+        error, value_metrics = value_loss(current.values, rollout, clip=self.critic_config.clip)
+        return loss + weights.value * error, metrics | value_metrics
 
     def _expert_loss(self, expert: ExpertBatch) -> Tensor:
         stats = self._policy(expert.input_ids, expert.completion_mask)
-        return self.objective.sft_loss(stats.logprobs, expert)
+        loss = self.objective.sft_loss(stats.logprobs, expert, weighting=self.objective.expert_weighting)
+        return loss if stats.values is None else loss + 0.0 * stats.values.sum()
+
+    def _untouched(self, values: Tensor | None) -> Tensor | float:
+        """0, with a gradient of 0 for a critic that this step does not train: DDP waits for one of everything."""
+        if values is not None:
+            return 0.0 * values.sum()
+        if self.critic is None or self.device_mesh is not None:
+            return 0.0
+        return 0.0 * torch.stack([p.sum() for p in self.critic.parameters()]).sum()
+
+    def _coefficients(self) -> Coefficients:
+        """The weights of the loss's terms at this step of stage EGSPO."""
+        step = self.global_step - self._entered_step
+        critic, bonus = self.critic_config, self.entropy_bonus
+        return Coefficients(
+            mu=self.objective.mu_at(step),
+            policy=0.0 if self._is_warming_up else 1.0,
+            value=0.0 if critic is None else critic.coefficient,
+            entropy=0.0 if bonus is None else bonus.current,
+        )
+
+    @property
+    def _is_warming_up(self) -> bool:
+        """Whether only the critic is trained as yet."""
+        critic = self.critic_config
+        return critic is not None and self.global_step - self._entered_step < critic.warmup_steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """An update without any advantage must not move the policy by the optimiser's momentum or weight decay."""
+        """What is not trained in this step must not be moved by the optimiser's momentum or weight decay either."""
         self._log({"policy/skipped_fraction": float(self._skip_update)})
-        if self._skip_update:
-            optimizer.zero_grad(set_to_none=True)
+        policy, critic = self._trained_parameters()
+        idle = critic if self.stage == Stage.SFT else policy if self._is_warming_up else []
+        for parameter in [*policy, *critic] if self._skip_update else idle:
+            parameter.grad = None
 
     def _log(self, metrics: Mapping[str, Tensor | float], reduce_fx: str = "mean") -> None:
         """Log once a phase, reduced over its micro-batches and over ranks."""
@@ -189,7 +206,7 @@ class EGSPOModule(LightningModule):
 
     def _check_first_ratio(self, logprobs: Tensor, rollout: RolloutBatch) -> None:
         """Before the first update pi is pi_old, so every ratio must be 1 within the precision in use."""
-        ratios = log_ratio(logprobs, rollout.old_logprobs).masked_fill(~rollout.completion_mask, 0.0)
+        ratios = log_ratio(logprobs, rollout.old_logprobs).masked_fill(~rollout.sampled_mask, 0.0)
         self._log({"policy/ratio_max": ratios.max().exp()}, reduce_fx="max")
         is_full = str(self.trainer.precision) == "32-true" and self.policy_config.dtype == "float32"
         tolerance = FULL_PRECISION_TOLERANCE if is_full else LOW_PRECISION_TOLERANCE
@@ -199,113 +216,15 @@ class EGSPOModule(LightningModule):
                 f"most {tolerance} is expected: the scoring and the training forward pass disagree."
             )
 
-    # What rollouts need (rollout.protocol.RolloutPolicy)
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence that the model was made for, in tokens; None where its config does not say."""
-        return getattr(self._policy.lm.config, "max_position_embeddings", None)
-
-    @property
-    def eos_ids(self) -> list[int]:
-        """The tokens that end a completion."""
-        return end_of_sequence_ids(self._policy.lm, self.tokenizer)
-
-    @property
-    def policy_version(self) -> int:
-        """Optimiser steps taken."""
-        return self.global_step
-
-    @property
-    def mixes_expert_data(self) -> bool:
-        """Whether updates on rollouts carry expert demonstrations as well."""
-        return self.objective.mu > 0
-
-    @property
-    def needs_every_rollout(self) -> bool:
-        """Rollouts with advantage 0 enter the loss through the KL alone."""
-        return self.objective.beta > 0
-
-    @contextmanager
-    def sampling(self) -> Iterator[Any]:
-        """The causal language model in eval mode, without gradients, in the precision of training.
-
-        May be entered again within itself. With a sharded policy, all ranks must enter it together.
-        """
-        policy = self._policy
-        if self._is_sampling:
-            yield policy.lm
-            return
-        was_training = policy.training
-        policy.eval()  # gradient checkpointing in train mode breaks the cache
-        self._is_sampling = True
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(self.trainer.precision_plugin.forward_context())
-                for part in filter(None, (policy, self.reference)):
-                    stack.enter_context(gathered(part))
-                yield policy.lm
-        finally:
-            self._is_sampling = False
-            policy.train(was_training)
-
-    def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
-        """Statistics of given sequences under the policy and, where there is one, the reference."""
-        input_ids, completion_mask = input_ids.to(self.device), completion_mask.to(self.device)
-        with self.sampling():
-            stats = self._policy(input_ids, completion_mask, self.temperature)
-            if self.reference is None:
-                return Scores(stats.logprobs, stats.entropies, None)
-            reference = self.reference(input_ids, completion_mask, self.temperature)
-            return Scores(stats.logprobs, stats.entropies, reference.logprobs)
-
-    def admit(self, rollout: RolloutBatch, measurements: Any) -> RolloutBatch:
-        """Settle tau over the tokens of all ranks, and keep the collection's metrics for the first step to log."""
-        entropies = self._gather_over_ranks(rollout.entropies[rollout.completion_mask])
-        rollout = rollout._replace(threshold=self.gate.threshold(entropies))
-        self._require_weights(rollout)
-        sums = gate_sums(rollout, self.attenuation)
-        totals = self.sum_over_ranks(torch.stack(list(sums.values())))
-        self._phase_metrics = gate_metrics(dict(zip(sums, totals, strict=True)))
-        if torch.isfinite(rollout.threshold):
-            self._phase_metrics["gate/threshold"] = rollout.threshold
+    def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
+        """Take a collection in: credit each token, settle the gate, and keep metrics for the first step to log."""
+        rollout, metrics = self.admission.admit(rollouts, self)
         pairs = self.sum_over_ranks(torch.tensor(list(measurements.values()), device=self.device))
-        self._phase_metrics |= {
-            name: total / count.clamp(min=1e-9) for name, (total, count) in zip(measurements, pairs, strict=True)
+        self._phase_metrics = metrics | {
+            name: torch.where(count > 0, total / count, total)
+            for name, (total, count) in zip(measurements, pairs, strict=True)
         }
         return rollout
-
-    def _require_weights(self, rollout: RolloutBatch) -> None:
-        """Look at what a gate and an attenuation, which may be the user's own, make of a collection."""
-        if rollout.threshold.isnan():
-            raise UserError(f"model.gate: {type(self.gate).__name__} gave NaN as the threshold.")
-        weights = gate_weights(rollout, self.attenuation)[rollout.completion_mask]
-        if not (weights >= 0).all():
-            raise UserError(
-                f"model.attenuation: {type(self.attenuation).__name__} gave a weight below 0 or NaN. phi must be at "
-                "least 0: a negative one would turn the update round."
-            )
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of equally shaped tensors over all ranks."""
-        if self.trainer.world_size == 1:
-            return values
-        return self._all_gather(values.to(self.device)).sum(0)
-
-    def _gather_over_ranks(self, values: Tensor) -> Tensor:
-        """Concatenate vectors of different lengths over all ranks."""
-        if self.trainer.world_size == 1:
-            return values
-        sizes = self._all_gather(torch.tensor(values.numel(), device=values.device)).tolist()
-        padded = torch.nn.functional.pad(values, (0, max(sizes) - values.numel()))
-        return torch.cat([row[:size] for row, size in zip(self._all_gather(padded), sizes, strict=True)])
-
-    def _all_gather(self, values: Tensor) -> Tensor:
-        """(ranks, ...)"""
-        gathered = self.all_gather(values)
-        assert isinstance(gathered, Tensor)
-        return gathered
 
     # Evaluation: the datamodule samples and grades; what it gives is passed on unread
 
@@ -325,24 +244,11 @@ class EGSPOModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the stage, and the steps taken at the start of the phase and of the stage."""
-        checkpoint["egspo"] = {
-            "stage": str(self.stage),
-            "phase_version": self._phase_version,
-            "reference_step": self._reference_step,
-        }
+        """Keep, besides what the networks need, what gate and controllers remember."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["egspo"]["admission"] = self.admission.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the stage; fit the reference's weights to whether this run has a reference."""
-        if "egspo" not in checkpoint:
-            raise UserError("ckpt_path: this checkpoint was not written by EGSPOModule.")
-        state = checkpoint["egspo"]
-        self.stage, self._phase_version = Stage(state["stage"]), state["phase_version"]
-        self._reference_step = state["reference_step"]
-        is_exact = self.stage == Stage.SFT or checkpoint["global_step"] == self._reference_step
-        adapt_reference(checkpoint.get("state_dict", {}), has_reference=self.objective.beta > 0, is_exact=is_exact)
-
-    @property
-    def _policy(self) -> Policy:
-        assert self.policy is not None, "configure_model has not run"
-        return self.policy
+        """Take up what they remembered."""
+        super().on_load_checkpoint(checkpoint)
+        self.admission.load_state_dict(checkpoint["egspo"]["admission"])

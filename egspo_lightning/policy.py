@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.token_stats import TokenStats, token_stats
+from egspo_lightning.ops.token_stats import token_stats
+from egspo_lightning.types import Current
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 """What transformers raises for a name, folder or file that it cannot make a model of."""
@@ -57,8 +58,8 @@ class PolicyConfig:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def build(self) -> Policy:
-        """The model, in train mode, without dropout.
+    def build(self, *, with_value_head: bool = False) -> Policy:
+        """The model, in train mode, without dropout; with a value head on its trunk where asked for.
 
         Raises:
             UserError: it cannot be loaded, or its output layer is more than a linear map of the last hidden state.
@@ -74,7 +75,7 @@ class PolicyConfig:
             lm = self._load(AutoModelForCausalLM, "weights", dtype=dtype, **attention)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return Policy(lm)
+        return Policy(lm, ValueHead(lm) if with_value_head else None)
 
     def _load(self, factory: Any, part: str, **kwargs: Any) -> Any:
         looks_local = self.name_or_path.startswith((".", "/", "~")) or Path(self.name_or_path).exists()
@@ -99,21 +100,47 @@ class PolicyConfig:
             ) from error
 
 
+class ValueHead(nn.Module):
+    """A linear map from hidden states to values, in float32, which starts at 0."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(lm.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_states: Tensor, completion_mask: Tensor) -> Tensor:
+        """Value of the state before each completion token, (B, T) float32, 0 where the mask is false.
+
+        Args:
+            hidden_states: (B, T, D) of the trunk
+            completion_mask: (B, T) bool; never true at position 0
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            values = self.linear(hidden_states[:, :-1][completion_mask[:, 1:]].float()).squeeze(-1)
+        return torch.zeros_like(completion_mask, dtype=values.dtype).masked_scatter(completion_mask, values)
+
+
 class Policy(nn.Module):
     """A causal language model whose forward pass gives the statistics of the tokens that count.
 
     Dropout is off for good: sampler, scorer and trainer must agree on every log-probability.
+
+    Args:
+        lm: the model
+        value_head: a critic's head on the model's trunk, where one is trained
     """
 
-    def __init__(self, lm: nn.Module) -> None:
+    def __init__(self, lm: nn.Module, value_head: ValueHead | None = None) -> None:
         super().__init__()
         self.lm: Any = lm
+        self.value_head = value_head
         _disable_dropout(lm)
         self.lm.train()
         _check_linear_head(self.lm)
 
-    def forward(self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0) -> TokenStats:
-        """Log-probability and entropy of each completion token, both (B, T), 0 where the mask is false.
+    def forward(self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0) -> Current:
+        """Log-probability, entropy and value of each completion token, all (B, T), 0 where the mask is false.
 
         Sequences are padded on the right, so under causal attention no token ever sees padding, and no attention
         mask is needed: positions count from 0 in every row, and the fast attention kernels apply.
@@ -132,7 +159,10 @@ class Policy(nn.Module):
             temperature=temperature,
         )
         blank = torch.zeros_like(input_ids, dtype=stats.logprobs.dtype)
-        return TokenStats(*(blank.masked_scatter(completion_mask, values) for values in stats))
+        logprobs, entropies = (blank.masked_scatter(completion_mask, values) for values in stats)
+        return Current(
+            logprobs, entropies, None if self.value_head is None else self.value_head(hidden, completion_mask)
+        )
 
 
 def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:
@@ -140,31 +170,6 @@ def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:
     declared = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
     return sorted({tokenizer.eos_token_id, *declared})
-
-
-def adapt_reference(weights: dict[str, Any], *, has_reference: bool, is_exact: bool) -> None:
-    """Fit a checkpoint's weights, in place, to a run with or without a reference policy.
-
-    Args:
-        weights: the state dict of the module: ``policy.*`` and perhaps ``reference.*``
-        has_reference: whether the run keeps a reference
-        is_exact: whether the policy in the checkpoint is the reference, as it is up to the end of SFT
-
-    Raises:
-        UserError: the run needs a reference that the checkpoint does not hold.
-    """
-    held = [name for name in weights if name.startswith("reference.")]
-    if not has_reference:
-        for name in held:
-            del weights[name]
-    elif weights and not held:
-        if not is_exact:
-            raise UserError(
-                "model.objective.beta is above 0, but the checkpoint holds no reference policy, and its own has left "
-                "SFT. Start from sft.ckpt, or set beta to 0."
-            )
-        own = {name: value for name, value in weights.items() if name.startswith("policy.")}
-        weights.update({name.replace("policy.", "reference.", 1): value.clone() for name, value in own.items()})
 
 
 def _disable_dropout(lm: nn.Module) -> None:

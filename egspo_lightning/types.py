@@ -44,6 +44,14 @@ class Demonstration(NamedTuple):
     solution: str
 
 
+class ExpertSolution(NamedTuple):
+    """A demonstration as a problem with the tokens of its solution."""
+
+    problem: Problem
+    token_ids: list[int]
+    """With the EOS."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample completions.
@@ -108,6 +116,8 @@ class UpdateSize(NamedTuple):
     """the length limit of a completion, in tokens"""
     num_active_tokens: float
     """completion tokens of the sequences that take part: rollouts of advantage 0 may be left out"""
+    num_sampled_tokens: float
+    """those of them that the policy sampled itself"""
 
 
 class ExpertBatch(NamedTuple):
@@ -120,12 +130,53 @@ class ExpertBatch(NamedTuple):
     update_size: UpdateSize
 
 
+class Current(NamedTuple):
+    """What the networks in training say of the completion tokens, with gradient; all (B, T), 0 elsewhere."""
+
+    logprobs: Tensor
+    """nats"""
+    entropies: Tensor
+    """nats"""
+    values: Tensor | None = None
+    """of the critic, where there is one; in units of the return"""
+
+
 class Scores(NamedTuple):
-    """What the policy says of given sequences, without gradient; all (B, T) float32."""
+    """What the networks say of given sequences, without gradient; all (B, T) float32."""
 
     logprobs: Tensor
     entropies: Tensor
-    ref_logprobs: Tensor | None
+    ref_logprobs: Tensor | None = None
+    """of the reference policy, where there is one"""
+    values: Tensor | None = None
+    """of the critic, where there is one"""
+
+
+class ScoredRollouts(NamedTuple):
+    """The completions of one rank's collection, graded and scored: first G of each problem, then those of experts."""
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    completion_mask: Tensor
+    """(B, T) bool"""
+    scores: Scores
+    rewards: Tensor
+    """(B,) float32"""
+    is_truncated: Tensor
+    """(B,) bool: the length limit was reached before an EOS"""
+    group_size: int
+    """G"""
+    expert_groups: Tensor
+    """(E,) int64: the last E rows are experts' solutions, each beside the group of this number"""
+    max_length: int
+    """the length limit of a completion, in tokens"""
+    policy_version: int
+    """the optimiser steps that the sampling policy had taken"""
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows that the policy sampled: P * G."""
+        return self.input_ids.shape[0] - self.expert_groups.shape[0]
 
 
 class RolloutBatch(NamedTuple):
@@ -140,16 +191,29 @@ class RolloutBatch(NamedTuple):
     entropies: Tensor
     """(B, T) float32: entropy, in nats, of the distribution that each token was sampled from"""
     ref_logprobs: Tensor | None
-    """(B, T) float32 under the reference policy; None where no KL to it is asked for"""
+    """(B, T) float32 under the reference policy; None where the loss has no KL to it"""
+    old_values: Tensor | None
+    """(B, T) float32 of the critic at the time of sampling; None without one"""
     advantages: Tensor
     """(B, T) float32"""
+    returns: Tensor | None
+    """(B, T) float32: what the critic is to learn; None without one"""
     rewards: Tensor
     """(B,) float32"""
+    is_expert: Tensor
+    """(B,) bool: an expert's solution, which the policy did not sample"""
     threshold: Tensor
-    """() float32, nats: entropy from which a token counts as high"""
+    """(B, 1) float32, nats: entropy from which a token counts as high"""
+    weight_scale: Tensor
+    """(B, 1) float32: what the gate's weights are multiplied by, the same everywhere"""
     policy_version: int
     """the optimiser steps that the sampling policy had taken"""
     update_size: UpdateSize
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """(B, T) bool: the tokens that the policy sampled itself."""
+        return self.completion_mask & ~self.is_expert.unsqueeze(1)
 
 
 class TrainingBatch(NamedTuple):

@@ -74,6 +74,14 @@ def put(config: Config, key: str, value: Any) -> Config:
     return config
 
 
+GAE = {"class_path": "egspo_lightning.ops.estimators.GAE"}
+REINFORCE = {"class_path": "egspo_lightning.ops.estimators.ReinforcePlusPlus"}
+
+
+def chord_mu(**arguments: Any) -> Config:
+    return source("ops.schedules.ChordMu", **arguments)
+
+
 def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -93,7 +101,7 @@ def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
         ("model.objective.kl_estimator", "k4", ["kl_estimator", "k4", "k3+"]),
         ("model.initial_stage", "rl", ["initial_stage", "rl", "egspo"]),
         ("model.policy.dtype", "int8", ["dtype", "int8", "bfloat16"]),
-        ("data.num_generations", 1, ["data.num_generations", "got 1", "at least 2", "GroupRelative"]),
+        ("data.num_generations", 1, ["data.num_generations", "got 1", "at least 2", "model.advantage"]),
         ("data.num_problems", 0, ["data.num_problems", "got 0", "at least 1"]),
         ("data.num_minibatches", 5, ["data.num_minibatches", "got 5", "at most 4"]),
         ("data.max_prompt_length", 3, ["max_prompt_length = 3", "none of 8", "shortest prompt has 7"]),
@@ -116,6 +124,41 @@ def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
         ("stage_transition.monitor", "loss/sft", ["stage_transition.monitor", "stage_transition.target", ".patience"]),
         ("stage_transition.target", 0.5, ["stage_transition.target", "stage_transition.monitor"]),
         ("data.prompt.plain", "no place", ["no place", "{problem}", "exactly once"]),
+        # Methods
+        ("model.advantage", GAE, ["model.advantage GAE needs model.critic", "model.critic.trunk", "shared", "own"]),
+        ("model.critic", {"trunk": "own"}, ["model.critic is set", "model.advantage GroupRelative uses no values"]),
+        ("model.critic", {"trunk": "mine"}, ["trunk", "mine", "shared", "own"]),
+        (
+            "model.critic",
+            {"model": {"name_or_path": "other"}},
+            ["model.critic.model", "model.critic.trunk is shared", "own"],
+        ),
+        ("model.advantage", source("ops.estimators.GEA"), ["model.advantage", "GEA"]),
+        ("model.advantage", source("ops.gate.OpenGate"), ["model.advantage", "OpenGate"]),
+        ("model.attenuation", source("ops.attenuation.ConfidentAttenuation"), ["ConfidentAttenuation"]),
+        ("model.gate", source("ops.gate.QuantileGate", top_fraction=1.01), ["top_fraction", "got 1.01", "(0, 1]"]),
+        (
+            "model.gate",
+            source("ops.gate.QuantileGate", running_decay=0.9, over="sequence"),
+            ["QuantileGate.running_decay = 0.9", "QuantileGate.over = sequence", "null", "batch"],
+        ),
+        ("model.objective.mu", -0.1, ["model.objective.mu", "got -0.1", "[0, 1]"]),
+        ("model.objective.mu", chord_mu(peak=1.5), ["model.objective.mu.peak", "got 1.5", "[0, 1]"]),
+        ("model.objective.mu", chord_mu(warmup_steps=-3), ["model.objective.mu.warmup_steps", "got -3", "at least 0"]),
+        ("model.objective.mu", source("ops.schedules.ChordMy"), ["model.objective.mu", "ChordMy"]),
+        ("model.objective.low_branch", "sft", ["low_branch", "sft", "ppo", "nll"]),
+        (
+            "model.objective",
+            {"low_branch": "nll", "low_branch_epsilon_low": 0.1},
+            ["model.objective.low_branch_epsilon_low", "model.objective.low_branch: nll"],
+        ),
+        ("model.kl_reward", {"coefficient": 0.0}, ["model.kl_reward.coefficient", "got 0.0", "above 0"]),
+        ("model.kl_reward", {"estimator": "k3+"}, ["model.kl_reward.estimator", "k3+", "k3"]),
+        ("model.kl_reward", {"coeficient": 0.1}, ["coeficient"]),
+        ("model.entropy_bonus", {"coefficient": 0.0}, ["model.entropy_bonus.coefficient is 0", ".target is null"]),
+        ("data.length_penalty", {"buffer": 41}, ["data.length_penalty.buffer = 41", "data.max_completion_length = 40"]),
+        ("data.expert_fraction", 1.5, ["data.expert_fraction", "got 1.5", "[0, 1]"]),
+        ("data.advantage", source("ops.estimators.GroupRelative"), ["data.advantage"]),  # where it stood once
     ],
 )
 def test_a_wrong_config_value_is_told(config, refused, key, value, words):
@@ -139,6 +182,44 @@ def test_a_wrong_flag_is_told(config, refused, arguments, words):
     message = refused(config, *arguments)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"data.max_resampling": 2, "data.num_generations": 1, "model.advantage": REINFORCE},
+            ["data.max_resampling = 2", "data.num_generations = 1", "max_resampling to 0"],
+        ),
+        (
+            {"data.expert_fraction": 0.5, "model.advantage": GAE, "model.critic": {"trunk": "shared"}},
+            ["data.expert_fraction = 0.5", "model.advantage", "GroupRelative"],
+        ),
+        (
+            {"data.expert_fraction": 1.0, "model.advantage": REINFORCE},
+            ["data.expert_fraction = 1.0", "model.advantage", "expert_fraction to 0"],
+        ),
+        (
+            {"data.num_generations": 1, "model.advantage": source("ops.estimators.LeaveOneOut")},
+            ["data.num_generations", "got 1", "at least 2", "model.advantage"],
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_told(config, refused, values, words):
+    for key, value in values.items():
+        put(config, key, value)
+    message = refused(config)
+    for word in words:
+        assert word in message
+
+
+def test_a_single_completion_a_problem_is_enough_for_gae_and_reinforce(config, tmp_path, capsys):
+    put(config, "data.num_generations", 1)
+    put(config, "model.advantage", REINFORCE)
+    put(config, "model.initial_stage", "egspo")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "config.yaml")])
+    assert "Logs:" in capsys.readouterr().out
 
 
 def test_a_config_file_that_is_not_there_is_told(config, refused):
@@ -269,5 +350,5 @@ def test_a_process_ends_with_exit_code_2_and_one_message(config, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(put(config, "model.objective.mu", 1.5)))
     done = process("fit", "--config", str(tmp_path / "config.yaml"))
     assert done.returncode == 2
-    assert "model.objective.mu must be in [0, 1], got 1.5" in done.stderr
+    assert "model.objective.mu must be in [0, 1], or a schedule, got 1.5" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout

@@ -1,17 +1,84 @@
 """Every shipped YAML parses and builds; the recipes run in short form with the tiny model and local data."""
 
 import json
+import math
 
 import pytest
 import yaml
 
+from egspo_lightning.callbacks import StageTransition
 from egspo_lightning.cli import EgspoCLI, run
+from egspo_lightning.critic import CriticConfig
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.ops.gate import ConstantAttenuation, OpenGate
+from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
+from egspo_lightning.ops.controllers import EntropyBonus, KLReward
+from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
+from egspo_lightning.ops.gate import OpenGate, QuantileGate
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.ops.schedules import ChordMu
+from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
 
 RECIPES = ["quickstart", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
-METHODS = ["sft", "grpo", "top_entropy", "egspo", "egspo_constant_phi", "egspo_no_mixing"]
+
+EGSPO = {
+    "objective": Objective(mu=0.1),
+    "gate": QuantileGate(0.2),
+    "attenuation": ConfidenceAttenuation(),
+    "advantage": GroupRelative(),
+    "kl_reward": None,
+    "entropy_bonus": None,
+    "critic": None,
+    "has_reference": False,
+    "mixes_expert_data": True,
+    "expert_fraction": 0.0,
+    "ends_sft": True,
+}
+UNGATED = {"gate": OpenGate()}
+PURE_RL = UNGATED | {"objective": Objective(mu=0.0), "mixes_expert_data": False}
+NO_MIXING = {"objective": Objective(mu=0.0), "mixes_expert_data": False}
+
+METHODS = {
+    "sft": {"ends_sft": False},
+    "grpo": PURE_RL,
+    "ppo": PURE_RL | {"advantage": GAE(), "critic": CriticConfig("shared", warmup_steps=20)},
+    "ppo_critic": PURE_RL | {"advantage": GAE(), "critic": CriticConfig("own", warmup_steps=20)},
+    "rloo": PURE_RL | {"advantage": LeaveOneOut()},
+    "reinforce_plus_plus": PURE_RL
+    | {"advantage": ReinforcePlusPlus(), "kl_reward": KLReward(1e-3), "has_reference": True},
+    "top_entropy": NO_MIXING | {"attenuation": ConstantAttenuation(0.0)},
+    "chord_mu": UNGATED | {"objective": Objective(mu=ChordMu(warmup_steps=0, decay_steps=200, peak=0.9, valley=0.05))},
+    "chord_phi": UNGATED | {"objective": Objective(mu=0.1, expert_weighting="confidence")},
+    "luffy": PURE_RL
+    | {
+        "objective": Objective(mu=0.0, expert_shaping=0.1),
+        "advantage": GroupRelative(scale_by_std=False),
+        "expert_fraction": 1.0,
+    },
+    "egspo": {},
+    "egspo_constant_phi": {"attenuation": ConstantAttenuation(0.1)},
+    "egspo_no_mixing": NO_MIXING,
+    "egspo_soft_gate": {"objective": Objective(mu=0.1, gate_width=0.1)},
+    "egspo_low_branch_nll": {"objective": Objective(mu=0.1, low_branch="nll")},
+}
+"""Overlay to where it differs from EGSPO."""
+
+SMALL = [
+    "--trainer.max_epochs=3",
+    "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+    "--data.demonstrations.init_args.num_demonstrations=16",
+    "--data.benchmarks=null",
+    "--data.sft_batch_size=8",
+    "--data.expert_batch_size=4",
+    "--data.num_problems=2",
+    "--data.num_generations=4",
+    "--data.max_completion_length=40",
+    "--stage_transition.after_epochs=1",
+    "--hf_export.enabled=false",
+    "--entropy_histogram.record_every_n_collections=0",
+]
 
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
 
@@ -54,23 +121,140 @@ def test_recipes_build(build, name):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_are_thin_overlays(build, repository, method):
-    cli = build("--config=configs/quickstart.yaml", f"--config=configs/methods/{method}.yaml")
+def test_overlays_say_what_their_names_say(build, repository, method):
+    """Over a real recipe; what a method does not name is as in EGSPO, or as the recipe has it."""
     overlay = yaml.safe_load((repository / "configs" / "methods" / f"{method}.yaml").read_text())
     assert set(overlay) <= {"model", "data", "stage_transition"}
-    assert cli.datamodule.num_ppo_epochs == 2  # what the overlay does not name is the quickstart's
+    cli = build("--config=configs/qwen2.5_1.5b_math.yaml", f"--config=configs/methods/{method}.yaml", *ON_THIS_MACHINE)
+    assert settings(cli) == EGSPO | METHODS[method]
+    assert cli.datamodule.num_minibatches == 4
 
 
-def test_overlays_say_what_their_names_say(build):
-    def method(name):
-        return build("--config=configs/quickstart.yaml", f"--config=configs/methods/{name}.yaml").model
+def settings(cli):
+    """What makes the method: the parts of the loss and of the collection."""
+    parts = cli.model.admission
+    (transition,) = [c for c in cli.trainer.callbacks if isinstance(c, StageTransition)]
+    return {
+        "objective": parts.objective,
+        "gate": parts.gate,
+        "attenuation": parts.attenuation,
+        "advantage": parts.advantage,
+        "kl_reward": parts.kl_reward,
+        "entropy_bonus": parts.entropy_bonus,
+        "critic": cli.model.critic_config,
+        "has_reference": cli.model.has_reference,
+        "mixes_expert_data": cli.model.mixes_expert_data,
+        "expert_fraction": cli.datamodule.expert_fraction,
+        "ends_sft": transition.enabled,
+    }
 
-    assert method("grpo").gate == OpenGate()
-    assert method("grpo").objective.mu == 0.0
-    assert method("top_entropy").attenuation == ConstantAttenuation(0.0)
-    assert method("egspo_constant_phi").attenuation == ConstantAttenuation(0.1)
-    plain = method("egspo")
-    assert (plain.gate.top_fraction, plain.objective.mu) == (0.2, 0.1)
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_train(repository, tmp_path, monkeypatch, small_model, method):
+    """Two collections after a pass of SFT, or three passes of SFT alone, over the quickstart."""
+    monkeypatch.chdir(repository)
+    configs = ["--config=configs/quickstart.yaml", f"--config=configs/methods/{method}.yaml"]
+    folders = [f"--trainer.default_root_dir={tmp_path}", f"--model.policy.name_or_path={small_model}"]
+    cli = run(["fit", *configs, *SMALL, *folders])
+    assert settings(cli) == EGSPO | METHODS[method]
+    metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    assert all(map(math.isfinite, metrics.values())), metrics
+    if method == "sft":
+        assert (cli.datamodule.num_passes, cli.datamodule.num_collections) == (3, 0)
+        return
+    assert (cli.datamodule.num_passes, cli.datamodule.num_collections) == (1, 2)
+    assert cli.trainer.global_step == 2 + 2 * 4
+    assert ("loss/sft" in metrics and metrics["policy/mu"] > 0) == METHODS[method].get("mixes_expert_data", True)
+    assert ("loss/value" in metrics) == ("critic" in METHODS[method])
+    assert ("rollout/kl" in metrics) == (method == "reinforce_plus_plus")
+    assert all(p.isfinite().all() for p in cli.model.parameters())
+
+
+CHORD_MU = "--config=configs/methods/chord_mu.yaml"
+OWN_CRITIC = ["--model.advantage=egspo_lightning.ops.estimators.GAE", "--model.critic.trunk=own"]
+
+
+@pytest.fixture
+def overlay(tmp_path):
+    """A config file with the given content, as an argument."""
+
+    def write(content):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return f"--config={path}"
+
+    return write
+
+
+def as_mu(value):
+    return {"model": {"objective": {"mu": value}}}
+
+
+def test_a_number_and_a_schedule_of_mu_replace_one_another(build, overlay):
+    """In files, in both orders, and on the command line."""
+    schedule = METHODS["chord_mu"]["objective"].mu
+    quickstart, number = "--config=configs/quickstart.yaml", overlay(as_mu(0.1))
+    by_class = overlay(as_mu({"class_path": "egspo_lightning.ops.schedules.ChordMu", "init_args": {"peak": 0.5}}))
+    cases = [
+        ([CHORD_MU], schedule),
+        ([CHORD_MU, number], 0.1),
+        ([number, CHORD_MU], schedule),
+        ([number, by_class], ChordMu(peak=0.5)),
+        ([CHORD_MU, "--model.objective.mu=0.2"], 0.2),
+        ([number, "--model.objective.mu=egspo_lightning.ops.schedules.ChordMu"], ChordMu()),
+        ([CHORD_MU, "--model.objective.mu.peak=0.7"], ChordMu(0, 200, 0.7, 0.05)),
+    ]
+    for arguments, expected in cases:
+        assert build(quickstart, *arguments).model.objective.mu == expected, arguments
+
+
+def test_optional_parts_are_switched_on_by_one_flag_each(build):
+    cli = build(
+        "--config=configs/quickstart.yaml",
+        *OWN_CRITIC,
+        "--model.kl_reward.coefficient=0.01",
+        "--model.entropy_bonus.target=0.3",
+        "--data.length_penalty.buffer=16",
+    )
+    assert cli.model.critic_config == CriticConfig("own")
+    assert cli.model.admission.kl_reward == KLReward(0.01)
+    assert cli.model.admission.entropy_bonus == EntropyBonus(target=0.3)
+    assert cli.model.has_reference
+    assert cli.datamodule._collector.length_penalty == SoftLengthPenalty(16)
+
+
+def test_optional_parts_of_an_overlay_are_switched_off_by_null(build):
+    cli = build(
+        "--config=configs/quickstart.yaml",
+        "--config=configs/methods/reinforce_plus_plus.yaml",
+        "--model.kl_reward=null",
+    )
+    assert cli.model.admission.kl_reward is None
+    assert not cli.model.has_reference
+
+
+def test_overlays_of_one_method_after_another_are_the_last(build):
+    names = ["ppo_critic", "ppo"]
+    cli = build("--config=configs/quickstart.yaml", *(f"--config=configs/methods/{name}.yaml" for name in names))
+    assert settings(cli) == EGSPO | METHODS["ppo"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [CHORD_MU],
+        [*OWN_CRITIC, "--model.kl_reward.coefficient=0.01", "--model.entropy_bonus.target=0.3"],
+    ],
+)
+def test_a_printed_config_builds_the_same_again(build, repository, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(repository)
+    arguments = ["--config=configs/quickstart.yaml", *arguments]
+    with pytest.raises(SystemExit) as stop:
+        EgspoCLI(["fit", *arguments, "--print_config"])
+    assert stop.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    printed = settings(build(f"--config={tmp_path / 'printed.yaml'}"))
+    assert printed == settings(build(*arguments))
 
 
 @pytest.mark.parametrize("name", ["qwen2.5_1.5b_math", "qwen2.5_7b_math"])

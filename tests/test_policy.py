@@ -4,8 +4,9 @@ from torch import nn
 from transformers import Gemma2Config, GPT2Config, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from egspo_lightning.critic import Critic
 from egspo_lightning.errors import UserError
-from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
+from egspo_lightning.policy import Policy, PolicyConfig, ValueHead, end_of_sequence_ids
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 
@@ -44,6 +45,50 @@ def test_values_and_gradients_are_those_of_the_naive_way(tied):
         strict=True,
     ):
         assert (ours - naive).abs().max() < 1e-4
+
+
+def test_a_value_is_that_of_the_state_before_the_token():
+    lm = qwen2()
+    policy = Policy(lm, ValueHead(lm))
+    input_ids, mask = batch()
+    assert not policy(input_ids, mask).values.any()  # it starts at 0
+    torch.nn.init.normal_(policy.value_head.linear.weight)
+    torch.nn.init.constant_(policy.value_head.linear.bias, 0.5)
+    values = policy(input_ids, mask).values
+    hidden = lm.get_decoder()(input_ids).last_hidden_state
+    for row, column in mask.nonzero().tolist():
+        expected = hidden[row, column - 1] @ policy.value_head.linear.weight[0] + 0.5
+        assert values[row, column].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert not values[~mask].any()
+
+
+def test_a_critic_of_its_own_gives_the_same_values_where_its_weights_are_the_same():
+    policy, critic = Policy(qwen2(), None), Critic(qwen2())
+    with torch.no_grad():
+        for p in critic.trunk.parameters():
+            p.normal_()
+    critic.start_from(policy)
+    torch.nn.init.normal_(critic.value_head.linear.weight)
+    head = ValueHead(policy.lm)
+    head.load_state_dict(critic.value_head.state_dict())
+    input_ids, mask = batch()
+    assert torch.equal(critic(input_ids, mask), Policy(policy.lm, head)(input_ids, mask).values)
+    assert critic(input_ids, mask).any()
+    assert {id(p) for p in critic.parameters()}.isdisjoint(id(p) for p in policy.parameters())
+
+
+def test_a_critic_of_another_architecture_is_left_as_it_is():
+    other = Critic(AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | {"hidden_size": 8}, num_attention_heads=4)))
+    before = [p.clone() for p in other.parameters()]
+    other.start_from(Policy(qwen2()))
+    assert all(map(torch.equal, before, other.parameters()))
+
+
+def test_values_are_float32_under_autocast():
+    lm = qwen2()
+    policy, critic = Policy(lm, ValueHead(lm)), Critic(qwen2())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert policy(*batch()).values.dtype == critic(*batch()).dtype == torch.float32
 
 
 def test_padding_on_the_right_changes_nothing():

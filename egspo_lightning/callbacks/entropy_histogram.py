@@ -11,7 +11,6 @@ from egspo_lightning.callbacks.access import data_of, module_of, tensorboard_wri
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.gate import high_entropy_mask
-from egspo_lightning.ops.objective import gate_weights
 from egspo_lightning.rollout.experience import Collection
 
 RECORDS_FOLDER = "token_records"
@@ -66,21 +65,18 @@ class EntropyHistogram(Callback):
         if writer is None:
             return
         rollout = collection.rollout
-        high = high_entropy_mask(rollout.entropies, rollout.completion_mask, rollout.threshold)
-        for name, mask in (
-            ("all", rollout.completion_mask),
-            ("high", high),
-            ("low", rollout.completion_mask & ~high),
-        ):
+        sampled = rollout.sampled_mask
+        high = high_entropy_mask(rollout.entropies, sampled, rollout.threshold)
+        for name, mask in (("all", sampled), ("high", high), ("low", sampled & ~high)):
             if mask.any():
                 writer.add_histogram(f"entropy/{name}", rollout.entropies[mask], trainer.global_step)
 
     def _table(self, collection: Collection, module: EGSPOModule, number: int) -> pa.Table:
         """One row a completion token of the first completions."""
         rollout = collection.rollout
-        mask = rollout.completion_mask.clone()
+        mask = rollout.sampled_mask.clone()
         mask[self.max_recorded_completions :] = False
-        weights = gate_weights(rollout, module.attenuation)
+        high, low = module.objective.branch_weights(rollout, module.attenuation, rollout.entropies)
         rows, columns = mask.nonzero(as_tuple=True)
         starts = rollout.completion_mask.int().argmax(-1)
         ids = rollout.input_ids[mask].tolist()
@@ -95,10 +91,10 @@ class EntropyHistogram(Callback):
             "entropy": rollout.entropies[mask].tolist(),
             "old_logprob": rollout.old_logprobs[mask].tolist(),
             "is_high_entropy": (rollout.entropies >= rollout.threshold)[mask].tolist(),
-            "token_weight": weights[mask].tolist(),
+            "token_weight": (high + low)[mask].tolist(),
             "advantage": rollout.advantages[mask].tolist(),
             "reward": rollout.rewards[rows].tolist(),
-            "threshold": [rollout.threshold.item()] * len(ids),
+            "threshold": rollout.threshold.expand_as(rollout.entropies)[mask].tolist(),
         }
         return pa.table(fields)
 

@@ -73,9 +73,15 @@ class StageTransition(Callback):
         """Optimiser steps taken when stage EGSPO was entered."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that starts from another's ``sft.ckpt`` takes its own learning rate."""
+        """A run that starts from another's ``sft.ckpt`` takes its own learning rate, and starts its own critic."""
         if self.entered_step is not None and self.entered_step == trainer.global_step:
+            module_of(pl_module).branch_off()
             self._restart(module_of(pl_module))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """SFT alone goes on with SFT, also from a checkpoint at which another run left it."""
+        if not self.enabled:
+            module_of(pl_module).stage = Stage.SFT
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse to wait for a benchmark that is not measured."""
@@ -136,7 +142,7 @@ class StageTransition(Callback):
     def _enter_egspo(self, trainer: Trainer, module: EGSPOModule, reason: str) -> None:
         module.stage = Stage.EGSPO
         self.entered_step = trainer.global_step
-        module.refresh_reference()
+        module.branch_off()
         self._restart(module)
         log_dir = trainer.log_dir
         if self.save_checkpoint and log_dir is not None:

@@ -11,7 +11,8 @@ from egspo_lightning.data.order import EndlessOrder
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.padding import pad_right, split_evenly
-from egspo_lightning.types import Demonstration, ExpertBatch, UpdateSize
+from egspo_lightning.rewards.extraction import extract_boxed
+from egspo_lightning.types import Demonstration, ExpertBatch, ExpertSolution, Problem, UpdateSize
 
 
 class Encoded(NamedTuple):
@@ -20,6 +21,7 @@ class Encoded(NamedTuple):
     prompt_ids: list[int]
     completion_ids: list[int]
     """With the EOS."""
+    demonstration: Demonstration
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ExpertPool:
             UserError: none is short enough.
         """
         encoded = [
-            Encoded(*template.encode_demonstration(tokenizer, demonstration, tokenizer.eos_token_id))
+            Encoded(*template.encode_demonstration(tokenizer, demonstration, tokenizer.eos_token_id), demonstration)
             for demonstration in demonstrations
         ]
         kept = [
@@ -58,9 +60,8 @@ class ExpertPool:
             if len(item.prompt_ids) <= max_prompt_length and len(item.completion_ids) <= max_completion_length
         ]
         if not kept:
-            prompt, completion = (
-                min((len(item[part]) for item in encoded), default=0) for part in range(len(Encoded._fields))
-            )
+            prompt = min((len(item.prompt_ids) for item in encoded), default=0)
+            completion = min((len(item.completion_ids) for item in encoded), default=0)
             raise UserError(
                 f"data.demonstrations: none of {len(encoded)} fits data.max_prompt_length = {max_prompt_length} and "
                 f"data.max_completion_length = {max_completion_length}. The shortest prompt has {prompt} tokens, the "
@@ -72,6 +73,19 @@ class ExpertPool:
         """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once a pass."""
         return [self.demonstrations[self._order[position]] for position in range(start, start + count)]
 
+    def solutions(self, start: int, count: int) -> list[ExpertSolution]:
+        """The same of another order, as problems with their answers, to stand among rollouts.
+
+        Raises:
+            UserError: a demonstration does not end in an answer, so it cannot be graded.
+        """
+        chosen = [self.demonstrations[self._solution_order[position]] for position in range(start, start + count)]
+        return [ExpertSolution(_as_problem(item.demonstration), item.completion_ids) for item in chosen]
+
+    @cached_property
+    def _solution_order(self) -> EndlessOrder:
+        return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert-rollouts")
+
     @cached_property
     def _order(self) -> EndlessOrder:
         return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert")
@@ -81,11 +95,13 @@ class ExpertPool:
 
         Every rank is given the same update, and takes every ``world_size``-th of its demonstrations.
         """
+        num_tokens = float(sum(len(item.completion_ids) for item in update))
         size = UpdateSize(
-            num_tokens=float(sum(len(item.completion_ids) for item in update)),
+            num_tokens=num_tokens,
             num_sequences=float(len(update)),
             max_length=float(self.max_length),
-            num_active_tokens=float(sum(len(item.completion_ids) for item in update)),
+            num_active_tokens=num_tokens,
+            num_sampled_tokens=0.0,
         )
         share = sorted(update[rank::world_size], key=lambda item: len(item.prompt_ids) + len(item.completion_ids))
         return [self._collate(part, size) for part in split_evenly(share, parts)]
@@ -94,4 +110,15 @@ class ExpertPool:
         """A micro-batch; without items, two tokens with nothing to train on, so that every rank steps."""
         if not items:
             return ExpertBatch(torch.full((1, 2), self.pad_id), torch.zeros(1, 2, dtype=torch.bool), size)
-        return ExpertBatch(*pad_right(items, self.pad_id), size)
+        pairs = [(item.prompt_ids, item.completion_ids) for item in items]
+        return ExpertBatch(*pad_right(pairs, self.pad_id), size)
+
+
+def _as_problem(demonstration: Demonstration) -> Problem:
+    answer = extract_boxed(demonstration.solution)
+    if answer is None:
+        raise UserError(
+            f"data.expert_fraction: demonstration {demonstration.id!r} has no answer in \\boxed{{}}, so it cannot "
+            "stand among rollouts. Drop it, or set expert_fraction to 0."
+        )
+    return Problem(demonstration.id, demonstration.problem, answer)

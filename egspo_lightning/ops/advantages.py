@@ -1,12 +1,9 @@
-"""Advantage estimators over the rewards of a group: G completions of one problem, side by side."""
-
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+"""Advantages from rewards: the pure functions. The classes that a config names are in ``ops.estimators``."""
 
 import torch
 from torch import Tensor
 
-from egspo_lightning.ops.masking import Values, as_tensor
+from egspo_lightning.ops.masking import Total, Values, as_floats, as_tensor, masked_whiten, on_one_rank
 
 
 def group_relative(rewards: Values, group_size: int, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
@@ -23,10 +20,9 @@ def group_relative(rewards: Values, group_size: int, *, scale_by_std: bool = Tru
     """
     groups = _as_groups(rewards, group_size)
     centred = groups - groups.mean(-1, keepdim=True)
-    has_spread = groups.amax(-1, keepdim=True) > groups.amin(-1, keepdim=True)
     if scale_by_std:
         centred = centred / (groups.std(-1, keepdim=True) + eps)
-    return torch.where(has_spread, centred, torch.zeros_like(centred)).flatten()
+    return torch.where(_has_spread(groups), centred, torch.zeros_like(centred)).flatten()
 
 
 def leave_one_out(rewards: Values, group_size: int) -> Tensor:
@@ -40,55 +36,93 @@ def leave_one_out(rewards: Values, group_size: int) -> Tensor:
     """
     groups = _as_groups(rewards, group_size)
     centred = (groups - groups.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
-    has_spread = groups.amax(-1, keepdim=True) > groups.amin(-1, keepdim=True)
-    return torch.where(has_spread, centred, torch.zeros_like(centred)).flatten()
+    return torch.where(_has_spread(groups), centred, torch.zeros_like(centred)).flatten()
+
+
+def against_group(
+    expert_rewards: Values, group_rewards: Values, *, scale_by_std: bool = True, eps: float = 1e-6
+) -> Tensor:
+    """Advantage of an expert's solution over the policy's own completions: ``(R* - mean) / (std + eps)``.
+
+    Mean and std are those of the on-policy group alone (ours; LUFFY, arXiv 2504.14945, pools both), so the expert does
+    not move the policy's own baseline. Where the group has no spread there is no scale, and it is ``R* - mean``.
+
+    Args:
+        expert_rewards: (P,)
+        group_rewards: (P, G), G at least 2
+        scale_by_std: whether to divide by the group's std
+        eps: added to the std
+    """
+    groups = as_floats(group_rewards)
+    centred = as_floats(expert_rewards) - groups.mean(-1)
+    if not scale_by_std:
+        return centred
+    return torch.where(_has_spread(groups).squeeze(-1), centred / (groups.std(-1) + eps), centred)
+
+
+def gae(
+    token_rewards: Values,
+    values: Values,
+    mask: Values,
+    *,
+    gamma: float,
+    lam: float,
+    total: Total = on_one_rank,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16), as (advantages, returns), both (B, T).
+
+    ``A_t = sum_k (gamma lam)^k delta_{t+k}`` with ``delta_t = r_t + gamma V_{t+1} - V_t`` and V = 0 after the last
+    token. The returns ``A_t + V_t`` are formed before the advantages are whitened over the mask. Tokens outside the
+    mask are passed over, and are 0 in both.
+
+    Args:
+        token_rewards: (B, T)
+        values: (B, T), of the state before each token
+        mask: (B, T)
+        gamma: discount a token, in [0, 1]
+        lam: lambda, in [0, 1]: 0 trusts the critic, 1 the rewards
+        total: adds a scalar over all ranks
+    """
+    rewards, values, mask = as_floats(token_rewards), as_floats(values), as_tensor(mask).bool()
+    advantages = torch.zeros_like(values)
+    following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        here = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = torch.where(here, delta + gamma * lam * following, following)
+        next_value = torch.where(here, values[:, t], next_value)
+        advantages[:, t] = following
+    returns = torch.where(mask, advantages + values, torch.zeros_like(values))
+    return masked_whiten(advantages, mask, total=total), returns
+
+
+def reinforce_plus_plus(token_rewards: Values, mask: Values, *, gamma: float, total: Total = on_one_rank) -> Tensor:
+    """REINFORCE++'s advantage: the discounted reward to go, whitened over the batch (arXiv 2501.03262). (B, T)
+
+    Args:
+        token_rewards: (B, T)
+        mask: (B, T)
+        gamma: discount a token, in [0, 1]
+        total: adds a scalar over all ranks
+    """
+    rewards, mask = as_floats(token_rewards), as_tensor(mask).bool()
+    to_go = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, following)
+        to_go[:, t] = following
+    return masked_whiten(to_go, mask, total=total)
+
+
+def _has_spread(groups: Tensor) -> Tensor:
+    """(P, G) to (P, 1)"""
+    return groups.amax(-1, keepdim=True) > groups.amin(-1, keepdim=True)
 
 
 def _as_groups(rewards: Values, group_size: int) -> Tensor:
-    rewards = as_tensor(rewards)
-    rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
+    rewards = as_floats(rewards)
     if group_size < 2 or rewards.ndim != 1 or rewards.numel() % group_size:
         raise ValueError(
             f"rewards must be (P * group_size,) with group_size >= 2, got {tuple(rewards.shape)} and {group_size}"
         )
     return rewards.view(-1, group_size)
-
-
-class Advantage(Protocol):
-    """Turns the rewards of a collection into advantages."""
-
-    @property
-    def min_generations(self) -> int:
-        """The least number of completions a problem that it works with."""
-        ...
-
-    def estimate(self, rewards: Tensor, group_size: int) -> Tensor:
-        """(P * G,) rewards, the G completions of a problem next to one another, to (P * G,) advantages."""
-        ...
-
-
-@dataclass(frozen=True)
-class GroupRelative:
-    """GRPO's advantage (default), see ``group_relative``.
-
-    Args:
-        scale_by_std: Divide by the group's standard deviation; without it the advantage is Dr. GRPO's.
-    """
-
-    scale_by_std: bool = True
-    min_generations: ClassVar[int] = 2
-
-    def estimate(self, rewards: Tensor, group_size: int) -> Tensor:
-        """See ``group_relative``."""
-        return group_relative(rewards, group_size, scale_by_std=self.scale_by_std)
-
-
-@dataclass(frozen=True)
-class LeaveOneOut:
-    """RLOO's advantage, see ``leave_one_out``."""
-
-    min_generations: ClassVar[int] = 2
-
-    def estimate(self, rewards: Tensor, group_size: int) -> Tensor:
-        """See ``leave_one_out``."""
-        return leave_one_out(rewards, group_size)

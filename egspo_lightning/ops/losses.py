@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from egspo_lightning.ops.masking import Values, as_tensor
+from egspo_lightning.ops.masking import Values, as_floats, as_tensor
 
 KLEstimator = Literal["k1", "abs", "k2", "k3", "k3+"]
 
@@ -58,6 +58,41 @@ def clipped_tokens(
 def nll(logprobs: Values) -> Tensor:
     """Negative log-likelihood of each token, nats: the SFT loss."""
     return -as_tensor(logprobs)
+
+
+def value_clip(values: Values, old_values: Values, returns: Values, *, clip: float | None) -> Tensor:
+    """Half the squared error of the critic, its step clipped as PPO clips the policy's.
+
+    ``0.5 max( (V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2 )`` (PPO2 of OpenAI baselines; as in verl). The
+    larger of the two has no gradient where V has already moved by ``clip`` towards R.
+
+    Args:
+        values: (B, T), with gradient
+        old_values: (B, T), of the critic when the rollouts were collected
+        returns: (B, T), what the values should be
+        clip: largest step, in units of the return; None does not clip
+    """
+    values, old_values, returns = as_floats(values), as_floats(old_values), as_floats(returns)
+    error = (values - returns).square()
+    if clip is not None:
+        clipped = values.clamp(old_values - clip, old_values + clip)
+        error = torch.maximum(error, (clipped - returns).square())
+    return 0.5 * error
+
+
+def off_policy(logprobs: Values, advantages: Values, *, shaping: float) -> Tensor:
+    """LUFFY's surrogate for an expert's tokens, as a loss: ``-f(p) A`` with ``f(p) = p / (p + shaping)``.
+
+    The expert's own probabilities are taken as 1 and nothing is clipped; the shaping lets tokens that the policy thinks
+    unlikely learn fastest (arXiv 2504.14945, section 3.3).
+
+    Args:
+        logprobs: (B, T), with gradient
+        advantages: (B, T)
+        shaping: gamma there, above 0
+    """
+    probability = as_tensor(logprobs).exp()
+    return -probability / (probability + shaping) * as_tensor(advantages)
 
 
 def kl_penalty(logprobs: Values, ref_logprobs: Values, estimator: KLEstimator) -> Tensor:

@@ -1,6 +1,6 @@
 """Sums, means and aggregations over the tokens that count."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,12 +12,27 @@ Values = Tensor | Sequence[Any]
 """What the functions of this package take: a tensor, or (nested) sequences of numbers, read as float64."""
 
 
+Total = Callable[[Tensor], Tensor]
+"""Adds a tensor over all ranks, so that statistics of a batch do not depend on how many ranks share it."""
+
+
+def on_one_rank(values: Tensor) -> Tensor:
+    """The total where there is one rank alone: the values themselves."""
+    return values
+
+
 def as_tensor(values: Values) -> Tensor:
     """A tensor as it is; sequences as a tensor whose floats are float64, as Python's are."""
     if isinstance(values, Tensor):
         return values
     tensor = torch.as_tensor(values)
     return torch.as_tensor(values, dtype=torch.float64) if tensor.is_floating_point() else tensor
+
+
+def as_floats(values: Values) -> Tensor:
+    """The same for real numbers: whole ones become float64."""
+    tensor = as_tensor(values)
+    return tensor if tensor.is_floating_point() else tensor.double()
 
 
 def masked_sum(values: Values, mask: Values, dim: int | None = None) -> Tensor:
@@ -34,14 +49,24 @@ def masked_mean(values: Values, mask: Values, dim: int | None = None) -> Tensor:
     return masked_sum(values, mask, dim) / count.clamp(min=1).to(values.dtype)
 
 
-def masked_whiten(values: Values, mask: Values, *, eps: float = 1e-8) -> Tensor:
+def masked_whiten(values: Values, mask: Values, *, eps: float = 1e-8, total: Total = on_one_rank) -> Tensor:
     """Shift and scale to mean 0 and variance 1 over the mask: ``(x - mean) / sqrt(var + eps)``, 0 outside.
 
     The variance is the unbiased one; with fewer than two values it is taken as 0, so nothing becomes NaN.
+
+    Args:
+        values: any shape
+        mask: the same shape
+        eps: added to the variance
+        total: adds a scalar over all ranks, where ``values`` is one rank's part of a batch
     """
     values, mask = as_tensor(values), as_tensor(mask).bool()
-    centred = torch.where(mask, values - masked_mean(values, mask), torch.zeros_like(values))
-    variance = centred.square().sum() / (mask.sum() - 1).clamp(min=1)
+    count = total(mask.sum().to(values.dtype))
+    mean = total(masked_sum(values, mask)) / count.clamp(min=1)
+    # once more, for equal values to have no spread at all: of a rounding of the mean, 1 / sqrt(eps) makes noise
+    mean = mean + total(masked_sum(values - mean, mask)) / count.clamp(min=1)
+    centred = torch.where(mask, values - mean, torch.zeros_like(values))
+    variance = total(centred.square().sum()) / (count - 1).clamp(min=1)
     return centred * torch.rsqrt(variance + eps)
 
 

@@ -1,17 +1,23 @@
 r"""THE LOSS. One update of stage EGSPO, read from top to bottom::
 
-    L        = (1 - mu) L_EGSPO  +  mu L_SFT  +  beta KL(pi || pi_ref)
-    L_EGSPO  = -(1/N) sum_t  g_t min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )
-    r_t      = pi(y_t | s_t) / pi_old(y_t | s_t)
-    g_t      = 1 if H_t >= tau else phi_t                       (detached)
-    L_SFT    = -(1/N_expert) sum_t log pi(y*_t | s*_t)
+    L        = (1 - mu) L_EGSPO  +  mu L_SFT  +  beta KL(pi || pi_ref)  +  c_v L_V  -  c_h H
+    L_EGSPO  = (1/N) sum_t  s_t P_t  +  (1 - s_t) phi_t P_t
+    P_t      = -min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )
+    r_t      = pi(y_t | x_t) / pi_old(y_t | x_t)
+    s_t      = 1 if H_t >= tau else 0:  the weight of a token, g_t, is 1 where it is high and phi_t elsewhere
+    L_SFT    = -(1/N_expert) sum_t log pi(y*_t | x*_t)
+    L_V      = (1/N) sum_t 1/2 (V_t - R_t)^2, clipped
 
 after EGSPO (arXiv 2602.03309), of which only the abstract was at hand; what it leaves open is chosen by config:
 
-- H_t is the entropy of the policy that sampled, at the sampling temperature, frozen over the PPO epochs.
-- tau comes from a ``Gate``, once a rollout collection, over all ranks; phi from an ``Attenuation``.
+- H_t is the entropy of the policy that sampled, at the sampling temperature, frozen over the PPO epochs, or
+  (``gate_entropy: current``) that of the policy as it is at the update.
+- tau comes from a ``Gate``, once a rollout collection, over all ranks; phi from an ``Attenuation``. Both, and s_t, are
+  detached.
 - The gate multiplies the surrogate alone. A_t stands in both branches, so that a wrong trajectory pushes down its
-  confident tokens too; it enters ungated, after any whitening.
+  confident tokens too; it enters ungated, after any whitening. (``low_branch: nll`` is the ablation without it.)
+- phi below 1 shrinks the surrogate, against mu, beta and the clip of the gradient; ``rescale_weights`` divides g_t by
+  its mean over the collection.
 - N counts the whole update: the completion tokens (or sequences, by ``aggregation``) of all micro-batches and ranks.
   Micro-batch losses therefore add up to the loss of the update, however it is split.
 
@@ -19,17 +25,32 @@ Each value returned here is such a part: summed over the micro-batches and ranks
 """
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from egspo_lightning.errors import UserError
-from egspo_lightning.ops.gate import Attenuation, high_entropy_mask, token_weights
-from egspo_lightning.ops.losses import KLEstimator, clipped_tokens, kl_penalty, log_ratio, nll, ppo_clip
-from egspo_lightning.ops.masking import Aggregation, aggregate, masked_sum
-from egspo_lightning.types import ExpertBatch, RolloutBatch, UpdateSize
+from egspo_lightning.errors import UserError, require
+from egspo_lightning.ops.attenuation import Attenuation
+from egspo_lightning.ops.diagnostics import Metrics, policy_metrics, value_metrics
+from egspo_lightning.ops.gate import confidence_phi, high_share
+from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
+from egspo_lightning.ops.masking import Aggregation, aggregate
+from egspo_lightning.ops.schedules import ChordMu
+from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, UpdateSize
 
-Metrics = dict[str, Tensor]
+
+class Coefficients(NamedTuple):
+    """The weights of the terms at this step, as schedules and controllers have them."""
+
+    mu: float
+    """of the expert data"""
+    policy: float = 1.0
+    """of everything that trains the policy: 0 while the critic warms up"""
+    value: float = 0.0
+    """c_v"""
+    entropy: float = 0.0
+    """c_h"""
 
 
 @dataclass(frozen=True)
@@ -39,78 +60,157 @@ class Objective:
     Args:
         epsilon_low: The ratio is clipped below at 1 - epsilon_low, in [0, 1).
         epsilon_high: The ratio is clipped above at 1 + epsilon_high; above epsilon_low it is DAPO's clip-higher.
+        low_branch_epsilon_low: The same for low-entropy tokens; null is epsilon_low.
+        low_branch_epsilon_high: The same for low-entropy tokens; null is epsilon_high.
         dual_clip: Bound of the ratio where A < 0, above 1; none by default.
-        mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT.
+        gate_entropy: Whose entropy is gated: of the policy that sampled, or of the current one.
+        gate_width: Width of a soft gate, in nats: the share of a token that takes the full update is
+            sigmoid((H - tau) / width). 0 is a hard gate.
+        rescale_weights: Divide the weights of the gate by their mean over the collection.
+        low_branch: What low-entropy tokens take: ppo is the method; nll trains them towards themselves, whatever the
+            advantage, which is an ablation.
+        mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT; or CHORD's schedule of it.
+        expert_weighting: plain, or confidence, which weighs the expert's tokens by CHORD's p (1 - p).
+        expert_shaping: gamma of LUFFY's p / (p + gamma), for expert solutions among the rollouts, above 0.
         beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 keeps no reference.
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
-        aggregation: Of the surrogate and the KL: token-mean, seq-mean-token-mean, seq-mean-token-sum or
+        aggregation: Of surrogate, KL and entropy: token-mean, seq-mean-token-mean, seq-mean-token-sum or
             seq-mean-token-sum-norm (which divides by the sequences times max_completion_length).
+        mask_truncated: Leave completions that reached the length limit out of the loss, its normaliser and the gate;
+            their rewards still count for the others of their group.
     """
 
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
+    low_branch_epsilon_low: float | None = None
+    low_branch_epsilon_high: float | None = None
     dual_clip: float | None = None
-    mu: float = 0.1
+    gate_entropy: Literal["sampling", "current"] = "sampling"
+    gate_width: float = 0.0
+    rescale_weights: bool = False
+    low_branch: Literal["ppo", "nll"] = "ppo"
+    mu: ChordMu | float = 0.1  # in this order: of a union, jsonargparse tells the cause that came first
+    expert_weighting: Literal["plain", "confidence"] = "plain"
+    expert_shaping: float = 0.1
     beta: float = 0.0
     kl_estimator: KLEstimator = "k3+"
     aggregation: Aggregation = "token-mean"
+    mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        _require(0 <= self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "in [0, 1)")
-        _require(self.epsilon_high >= 0, "epsilon_high", self.epsilon_high, "at least 0")
-        _require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "above 1, or null")
-        _require(0 <= self.mu <= 1, "mu", self.mu, "in [0, 1]")
-        _require(self.beta >= 0, "beta", self.beta, "at least 0")
+        for prefix in ("", "low_branch_"):
+            low, high = getattr(self, f"{prefix}epsilon_low"), getattr(self, f"{prefix}epsilon_high")
+            require(low is None or 0 <= low < 1, f"model.objective.{prefix}epsilon_low", low, "in [0, 1)")
+            require(high is None or high >= 0, f"model.objective.{prefix}epsilon_high", high, "at least 0")
+            if self.low_branch == "nll" and prefix and (low, high) != (None, None):
+                raise UserError(
+                    "model.objective.low_branch_epsilon_low and low_branch_epsilon_high clip ratios, and "
+                    "model.objective.low_branch: nll has none. Leave them out, or set low_branch to ppo."
+                )
+        require(
+            self.dual_clip is None or self.dual_clip > 1,
+            "model.objective.dual_clip",
+            self.dual_clip,
+            "above 1, or null",
+        )
+        require(0 <= self.gate_width < float("inf"), "model.objective.gate_width", self.gate_width, "at least 0")
+        require(
+            isinstance(self.mu, ChordMu) or 0 <= self.mu <= 1, "model.objective.mu", self.mu, "in [0, 1], or a schedule"
+        )
+        require(self.expert_shaping > 0, "model.objective.expert_shaping", self.expert_shaping, "above 0")
+        require(self.beta >= 0, "model.objective.beta", self.beta, "at least 0")
+
+    @property
+    def mixes_expert_data(self) -> bool:
+        """Whether mu is ever above 0."""
+        return max(self.mu.peak, self.mu.valley) > 0 if isinstance(self.mu, ChordMu) else self.mu > 0
+
+    @property
+    def needs_every_rollout(self) -> bool:
+        """Whether rollouts of advantage 0 have a gradient here."""
+        return self.beta > 0 or self.low_branch == "nll"
+
+    def mu_at(self, step: int) -> float:
+        """mu after ``step`` optimiser steps of stage EGSPO."""
+        return self.mu.at(step) if isinstance(self.mu, ChordMu) else self.mu
 
     def hybrid_loss(
-        self, logprobs: Tensor, rollout: RolloutBatch, attenuation: Attenuation, expert_loss: Tensor | None
+        self,
+        current: Current,
+        rollout: RolloutBatch,
+        attenuation: Attenuation,
+        expert_loss: Tensor | None,
+        weights: Coefficients,
     ) -> tuple[Tensor, Metrics]:
         """L, for a micro-batch of rollouts and the SFT loss of the expert micro-batch that goes with it, if any."""
-        surrogate, metrics = self.egspo_loss(logprobs, rollout, attenuation)
-        loss = (1 - self.mu) * surrogate
-        metrics["loss/egspo"] = surrogate.detach()
+        size, mask = rollout.update_size, rollout.sampled_mask
+        terms = {"loss/egspo": ((1 - weights.mu), self.egspo_loss(current, rollout, attenuation))}
         if expert_loss is not None:
-            loss = loss + self.mu * expert_loss
-            metrics["loss/sft"] = expert_loss.detach()
+            terms["loss/sft"] = (weights.mu, expert_loss)
         if rollout.ref_logprobs is not None:
-            kl = self._reduce(
-                kl_penalty(logprobs, rollout.ref_logprobs, self.kl_estimator),
-                rollout.completion_mask,
-                rollout.update_size,
-            )
-            loss = loss + self.beta * kl
-            metrics["loss/kl"] = kl.detach()
+            kl = kl_penalty(current.logprobs, rollout.ref_logprobs, self.kl_estimator)
+            terms["loss/kl"] = (self.beta, self._reduce(kl, mask, size))
+        if weights.entropy > 0:
+            terms["loss/entropy"] = (-weights.entropy, self._reduce(current.entropies, mask, size))
+        loss = weights.policy * torch.stack([weight * term for weight, term in terms.values()]).sum()
+        metrics = {name: term.detach() for name, (_, term) in terms.items()}
+        metrics |= policy_metrics(current.logprobs.detach(), rollout, self.epsilon_low, self.epsilon_high)
         return loss, metrics
 
-    def egspo_loss(self, logprobs: Tensor, rollout: RolloutBatch, attenuation: Attenuation) -> tuple[Tensor, Metrics]:
-        """L_EGSPO: the clipped surrogate, gated token by token.
+    def egspo_loss(self, current: Current, rollout: RolloutBatch, attenuation: Attenuation) -> Tensor:
+        """L_EGSPO: the clipped surrogate, gated token by token; on experts' solutions LUFFY's, not gated."""
+        high_weight, low_weight = self.branch_weights(rollout, attenuation, current.entropies)
+        high = self._surrogate(current.logprobs, rollout, self.epsilon_low, self.epsilon_high)
+        low = self._low_branch(current.logprobs, rollout, high)
+        per_token = high_weight * high + low_weight * low
+        size = rollout.update_size
+        if size.num_sampled_tokens < size.num_active_tokens:
+            expert = off_policy(current.logprobs, rollout.advantages, shaping=self.expert_shaping)
+            per_token = torch.where(rollout.is_expert.unsqueeze(1), expert, per_token)
+        return self._reduce(per_token, rollout.completion_mask, size)
 
-        Args:
-            logprobs: (B, T) under the current policy, with gradient
-            rollout: the micro-batch
-            attenuation: gives phi
-        """
-        weights = gate_weights(rollout, attenuation)
-        per_token = ppo_clip(
-            logprobs,
-            rollout.old_logprobs,
-            rollout.advantages,
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-            dual_clip=self.dual_clip,
-        )
-        loss = self._reduce(weights * per_token, rollout.completion_mask, rollout.update_size)
-        return loss, self._policy_metrics(logprobs.detach(), rollout)
+    def branch_weights(
+        self, rollout: RolloutBatch, attenuation: Attenuation, current_entropies: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``s_t`` and ``(1 - s_t) phi_t``, both (B, T) and detached; their sum is g_t, see ``ops.gate``."""
+        entropies = rollout.entropies if self.gate_entropy == "sampling" else current_entropies.detach()
+        share = high_share(entropies, rollout.threshold, self.gate_width)
+        phi = attenuation.phi(rollout.old_logprobs, entropies, rollout.threshold).detach()
+        low = torch.where(share < 1, (1 - share) * phi, torch.zeros_like(share))
+        return share * rollout.weight_scale, low * rollout.weight_scale
 
-    def sft_loss(self, logprobs: Tensor, expert: ExpertBatch) -> Tensor:
+    def sft_loss(self, logprobs: Tensor, expert: ExpertBatch, *, weighting: Literal["plain", "confidence"]) -> Tensor:
         """L_SFT: the negative log-likelihood of the expert's completion tokens, token-mean whatever ``aggregation``.
 
         Args:
             logprobs: (B, T) under the current policy, at temperature 1, with gradient
             expert: the micro-batch
+            weighting: plain, or by phi = p (1 - p) with p of the current policy, detached (CHORD-phi)
         """
+        per_token = nll(logprobs) if weighting == "plain" else confidence_phi(logprobs) * nll(logprobs)
         size = max(expert.update_size.num_tokens, 1.0)
-        return aggregate(nll(logprobs), expert.completion_mask, "token-mean", normalizer=size)
+        return aggregate(per_token, expert.completion_mask, "token-mean", normalizer=size)
+
+    def _low_branch(self, logprobs: Tensor, rollout: RolloutBatch, high: Tensor) -> Tensor:
+        """The per-token loss of low-entropy tokens; that of high ones where nothing tells them apart."""
+        if self.low_branch == "nll":
+            return nll(logprobs)
+        clip_low, clip_high = self.low_branch_epsilon_low, self.low_branch_epsilon_high
+        if clip_low is None and clip_high is None:
+            return high
+        clip_low = self.epsilon_low if clip_low is None else clip_low
+        clip_high = self.epsilon_high if clip_high is None else clip_high
+        return self._surrogate(logprobs, rollout, clip_low, clip_high)
+
+    def _surrogate(self, logprobs: Tensor, rollout: RolloutBatch, clip_low: float, clip_high: float) -> Tensor:
+        return ppo_clip(
+            logprobs,
+            rollout.old_logprobs,
+            rollout.advantages,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=self.dual_clip,
+        )
 
     def _reduce(self, per_token: Tensor, mask: Tensor, size: UpdateSize) -> Tensor:
         divisor = size.num_tokens if self.aggregation == "token-mean" else size.num_sequences
@@ -118,56 +218,12 @@ class Objective:
             divisor = divisor * size.max_length
         return aggregate(per_token, mask, self.aggregation, normalizer=max(divisor, 1.0))
 
-    @torch.no_grad()
-    def _policy_metrics(self, logprobs: Tensor, rollout: RolloutBatch) -> Metrics:
-        below, above = clipped_tokens(
-            logprobs,
-            rollout.old_logprobs,
-            rollout.advantages,
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-        )
-        log_r = log_ratio(logprobs, rollout.old_logprobs)
-        mask, num_tokens = rollout.completion_mask, max(rollout.update_size.num_active_tokens, 1.0)
-        return {
-            "policy/approx_kl": masked_sum(-log_r, mask) / num_tokens,
-            "policy/clip_fraction_low": masked_sum(below.float(), mask) / num_tokens,
-            "policy/clip_fraction_high": masked_sum(above.float(), mask) / num_tokens,
-        }
 
-
-def gate_weights(rollout: RolloutBatch, attenuation: Attenuation) -> Tensor:
-    """``g_t``, (B, T), detached; see ``ops.gate.token_weights``."""
-    phi = attenuation.phi(rollout.old_logprobs, rollout.entropies, rollout.threshold)
-    return token_weights(rollout.entropies, rollout.threshold, phi)
-
-
-def gate_sums(rollout: RolloutBatch, attenuation: Attenuation) -> Metrics:
-    """Sums over the completion tokens of a collection, to be added over ranks before they are divided."""
-    mask = rollout.completion_mask
-    high = high_entropy_mask(rollout.entropies, mask, rollout.threshold)
-    return {
-        "tokens": mask.sum().float(),
-        "high": high.sum().float(),
-        "weight": masked_sum(gate_weights(rollout, attenuation), mask),
-        "entropy": masked_sum(rollout.entropies, mask),
-        "entropy_high": masked_sum(rollout.entropies, high),
-    }
-
-
-def gate_metrics(sums: Metrics) -> Metrics:
-    """What the gate did to a collection, from its ``gate_sums``."""
-    tokens, high = sums["tokens"].clamp(min=1), sums["high"]
-    return {
-        "gate/high_fraction": high / tokens,
-        "gate/weight_mean": sums["weight"] / tokens,
-        "gate/weight_sum": sums["weight"],
-        "policy/entropy": sums["entropy"] / tokens,
-        "policy/entropy_high": sums["entropy_high"] / high.clamp(min=1),
-        "policy/entropy_low": (sums["entropy"] - sums["entropy_high"]) / (sums["tokens"] - high).clamp(min=1),
-    }
-
-
-def _require(holds: bool, field: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"model.objective.{field} must be {allowed}, got {value}.")
+def value_loss(values: Tensor, rollout: RolloutBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
+    """L_V: the clipped error of the critic, token-mean over the update; see ``ops.losses.value_clip``."""
+    assert rollout.old_values is not None
+    assert rollout.returns is not None
+    per_token = value_clip(values, rollout.old_values, rollout.returns, clip=clip)
+    size = max(rollout.update_size.num_tokens, 1.0)
+    loss = aggregate(per_token, rollout.completion_mask, "token-mean", normalizer=size)
+    return loss, {"loss/value": loss.detach()} | value_metrics(values.detach(), rollout, clip)

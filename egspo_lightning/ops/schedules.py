@@ -1,6 +1,9 @@
 """Schedules over optimiser steps."""
 
 import math
+from dataclasses import dataclass
+
+from egspo_lightning.errors import UserError
 
 
 def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
@@ -19,3 +22,38 @@ def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, val
     if progress >= decay_steps:
         return valley
     return valley + (peak - valley) * 0.5 * (1 + math.cos(math.pi * progress / decay_steps))
+
+
+@dataclass(frozen=True)
+class ChordMu:
+    """CHORD's schedule of mu over the optimiser steps of stage EGSPO, see ``chord_mu``.
+
+    Args:
+        warmup_steps: Steps over which mu rises from 0 to peak.
+        decay_steps: Steps over which it then falls to valley.
+        peak: Largest mu, in [0, 1].
+        valley: Last mu, in [0, 1].
+    """
+
+    warmup_steps: int = 0
+    decay_steps: int = 200
+    peak: float = 0.9
+    valley: float = 0.05
+
+    def __post_init__(self) -> None:
+        for field in ("warmup_steps", "decay_steps"):
+            if getattr(self, field) < 0:
+                raise UserError(f"model.objective.mu.{field} must be at least 0, got {getattr(self, field)}.")
+        for field in ("peak", "valley"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise UserError(f"model.objective.mu.{field} must be in [0, 1], got {getattr(self, field)}.")
+
+    def at(self, step: int) -> float:
+        """mu after ``step`` optimiser steps of this stage."""
+        return chord_mu(
+            step,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            peak=self.peak,
+            valley=self.valley,
+        )

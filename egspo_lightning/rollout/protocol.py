@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from egspo_lightning.types import RolloutBatch, Scores, Stage
+from egspo_lightning.types import RolloutBatch, ScoredRollouts, Scores, Stage
 
 Measurements = Mapping[str, tuple[float, float]]
-"""Metric name to (sum, count) on this rank; the metric is the ratio of the two after summing over ranks."""
+"""Metric name to (sum, count) on this rank; the metric is their ratio over all ranks, or the sum where count is 0."""
 
 
 class RolloutPolicy(Protocol):
@@ -63,11 +63,21 @@ class RolloutPolicy(Protocol):
         ...
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
-        """Log-probabilities and entropies of given sequences, at the sampling temperature."""
+        """What the networks say of given sequences, at the sampling temperature."""
         ...
 
-    def admit(self, rollout: RolloutBatch, measurements: Measurements) -> RolloutBatch:
-        """Take a whole collection in: settle the gate's threshold on it, and log what was measured."""
+    @property
+    def min_generations(self) -> int:
+        """The least number of completions a problem that advantages can be estimated from."""
+        ...
+
+    @property
+    def takes_expert_rollouts(self) -> bool:
+        """Whether experts' solutions may stand among the rollouts."""
+        ...
+
+    def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
+        """Take a whole collection in: credit its tokens, settle the gate on them, and log what was measured."""
         ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ def test_histograms_hold_every_completion_token_and_split_at_the_threshold(tiny_
     values = rollout.entropies[rollout.completion_mask]
     assert histogram["all"].num == len(values) == sum(len(c.token_ids) for c in run.data.collection.completions)
     assert histogram["all"].sum == pytest.approx(values.sum().item(), rel=1e-5)
-    assert histogram["high"].num == (values >= rollout.threshold).sum() > 0
+    assert histogram["high"].num == (values >= rollout.threshold[0]).sum() > 0
     assert histogram["high"].num + histogram["low"].num == histogram["all"].num
-    assert histogram["high"].min >= rollout.threshold.item() - 1e-6
-    assert histogram["low"].max < rollout.threshold.item()
+    assert histogram["high"].min >= rollout.threshold[0].item() - 1e-6
+    assert histogram["low"].max < rollout.threshold[0].item()
 
 
 def test_records_are_recomputed_from_the_collection(tiny_run):
@@ -50,7 +50,7 @@ def test_records_are_recomputed_from_the_collection(tiny_run):
             row, at = next(rows), (number, start + position)
             entropy, logprob = rollout.entropies[at].item(), rollout.old_logprobs[at].item()
             p = torch.tensor(logprob).exp().item()
-            is_high = entropy >= rollout.threshold.item()
+            is_high = entropy >= rollout.threshold[0].item()
             num_high += is_high
             assert (row["collection"], row["policy_version"]) == (0, 0)
             assert (row["completion"], row["position"]) == (number, position)
@@ -62,7 +62,7 @@ def test_records_are_recomputed_from_the_collection(tiny_run):
             assert row["token_weight"] == pytest.approx(1.0 if is_high else p * (1 - p))
             assert row["advantage"] == pytest.approx(rollout.advantages[number, start].item())
             assert row["reward"] == pytest.approx(completion.reward)
-            assert row["threshold"] == pytest.approx(rollout.threshold.item())
+            assert row["threshold"] == pytest.approx(rollout.threshold[0].item())
     assert next(rows, None) is None
     total = sum(len(c.token_ids) for c in completions)
     assert num_high / total == pytest.approx(0.2, abs=1 / total + 1e-9)

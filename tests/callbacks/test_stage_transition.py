@@ -275,6 +275,31 @@ def test_sft_ckpt_starts_stage_egspo_just_as_the_run_that_wrote_it(tiny_run):
         assert torch.equal(ours, theirs)
 
 
+def test_sft_alone_goes_on_with_sft_from_sft_ckpt(tiny_run, tmp_path):
+    """The stage that the checkpoint names is that of the run that wrote it."""
+    tiny_run(StageTransition(after_epochs=2), trainer={"max_epochs": 2}, logger=True).fit()
+    (start,) = tmp_path.rglob("sft.ckpt")
+    stages = Stages()
+    more = tiny_run(StageTransition(enabled=False), stages, trainer={"max_epochs": 4})
+    more.fit(ckpt_path=start, weights_only=True)
+    assert stages.stages == stages.first_batches == [SFT, SFT]
+    assert (more.data.num_passes, more.data.num_collections, more.trainer.global_step) == (4, 0, 8)
+    more.trainer.save_checkpoint(tmp_path / "more.ckpt")
+    again = Stages()
+    tiny_run(StageTransition(enabled=False), again, trainer={"max_epochs": 5}).fit(ckpt_path=tmp_path / "more.ckpt")
+    assert again.stages == [SFT]
+
+
+def test_sft_alone_takes_the_steps_that_one_longer_stage_would_have_taken(tiny_run, tmp_path):
+    """With an optimiser that remembers nothing, four epochs are two and two."""
+    module = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
+    whole = tiny_run(StageTransition(enabled=False), module=module, trainer={"max_epochs": 4}).fit()
+    tiny_run(StageTransition(after_epochs=2), module=module, trainer={"max_epochs": 2}, logger=True).fit()
+    (start,) = tmp_path.rglob("sft.ckpt")
+    more = tiny_run(StageTransition(enabled=False), module=module, trainer={"max_epochs": 4}).fit(ckpt_path=start)
+    assert all(map(torch.equal, more.module.policy.parameters(), whole.module.policy.parameters()))
+
+
 def test_sft_ckpt_can_be_left_out(tiny_run):
     run = tiny_run(StageTransition(save_checkpoint=False), logger=True).fit()
     assert not list(Path(run.trainer.log_dir).glob("*.ckpt"))

@@ -37,6 +37,32 @@ def test_what_is_drawn_is_a_function_of_the_position_alone(pool):
     assert pool.draw(5, 20) == whole[5:25]
 
 
+@pytest.fixture(scope="module")
+def boxed(tokenizer):
+    """Six demonstrations that end in their answers."""
+    demonstrations = [Demonstration(f"d{i}", f"{i}+0=?", f"\\boxed{{{i}}}") for i in range(6)]
+    return ExpertPool.encode(demonstrations, PLAIN, tokenizer, max_prompt_length=8, max_completion_length=16, seed=3)
+
+
+def test_solutions_are_problems_with_their_answers_and_the_tokens_of_the_expert(boxed, tokenizer):
+    for problem, token_ids in boxed.solutions(0, 6):
+        number = problem.id.removeprefix("d")
+        assert (problem.problem, problem.answer) == (f"{number}+0=?", number)
+        assert token_ids == [*f"\\boxed{{{number}}}".encode(), tokenizer.eos_token_id]
+
+
+def test_solutions_have_an_endless_order_of_their_own(boxed):
+    passes = [[problem.id for problem, _ in boxed.solutions(6 * i, 6)] for i in range(4)]
+    assert all(sorted(order) == [f"d{i}" for i in range(6)] for order in passes)
+    assert boxed.solutions(4, 9) == boxed.solutions(0, 20)[4:13]
+    assert passes != [[item.demonstration.id for item in boxed.draw(6 * i, 6)] for i in range(4)]
+
+
+def test_a_solution_without_an_answer_cannot_stand_among_rollouts(pool):
+    with pytest.raises(UserError, match=r"data\.expert_fraction: demonstration '\d' has no answer in \\boxed"):
+        pool.solutions(0, 1)
+
+
 def test_what_is_too_long_is_dropped_and_counted(tokenizer):
     demonstrations = [
         Demonstration("a", "q", "x" * 7),

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,10 +29,15 @@ FSDP2 = [
 
 def fit(repository, folder, *arguments):
     """Run the quickstart in short form; the rows of its metrics, without those that measure time."""
-    command = [sys.executable, "-m", "egspo_lightning", "fit", "--config=configs/quickstart.yaml", *SHORT, *arguments]
-    command += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}"]
+    command = ["-m", "egspo_lightning", "fit", "--config=configs/quickstart.yaml", *SHORT, *arguments]
+    python(repository, *command, f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}")
+    return rows_of(folder)
+
+
+def python(repository, *arguments):
+    """Run Python in a process group of its own, with a time limit."""
     process = subprocess.Popen(
-        command,
+        [sys.executable, *arguments],
         cwd=repository,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -45,6 +51,9 @@ def fit(repository, folder, *arguments):
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 0, output
+
+
+def rows_of(folder):
     with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -80,3 +89,57 @@ def test_fsdp2_on_two_processes_equals_one(repository, tmp_path, one_process):
 @pytest.mark.slow
 def test_accumulation_on_two_processes_equals_one(repository, tmp_path, one_process):
     assert_equal_metrics(fit(repository, tmp_path, *DDP, "--trainer.accumulate_grad_batches=3"), one_process)
+
+
+# Methods that add up over ranks, or whose ranks differ in what they have to do
+
+METHODS = ["ppo", "ppo_critic", "reinforce_plus_plus", "dynamic_sampling", "luffy", "sequence_gate"]
+
+
+def fit_methods(repository, folder, strategy, methods):
+    """Rows of metrics by method."""
+    program = str(Path(__file__).with_name("ranks_program.py"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    python(repository, *([] if strategy == "alone" else torchrun), program, str(folder), strategy, *methods)
+    return {method: rows_of(folder / method) for method in methods}
+
+
+@pytest.fixture(scope="module")
+def methods_alone(repository, tmp_path_factory):
+    return fit_methods(repository, tmp_path_factory.mktemp("alone"), "alone", METHODS)
+
+
+@pytest.fixture(scope="module")
+def methods_on_two(repository, tmp_path_factory):
+    return fit_methods(repository, tmp_path_factory.mktemp("two"), "ddp", METHODS)
+
+
+@pytest.fixture(scope="module")
+def critics_sharded(repository, tmp_path_factory):
+    return fit_methods(repository, tmp_path_factory.mktemp("sharded"), "fsdp2", ["ppo", "ppo_critic"])
+
+
+SHOWN_BY = {
+    "ppo": "loss/value",
+    "ppo_critic": "loss/value",
+    "reinforce_plus_plus": "rollout/kl_coefficient",
+    "dynamic_sampling": "rollout/resampled_groups",
+    "luffy": "rollout/zero_spread_fraction",
+    "sequence_gate": "gate/threshold",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_two_processes_equals_one(methods_alone, methods_on_two, method):
+    rows = [row for row in methods_alone[method] if row.get(SHOWN_BY[method])]
+    assert len(rows) == 3  # collections
+    assert any(float(row[SHOWN_BY[method]]) != 0 for row in rows)
+    assert any(float(row["loss/egspo"]) != 0 for row in rows)
+    assert_equal_metrics(methods_on_two[method], methods_alone[method])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ppo", "ppo_critic"])
+def test_a_sharded_critic_on_two_processes_equals_one(methods_alone, critics_sharded, method):
+    assert_equal_metrics(critics_sharded[method], methods_alone[method])

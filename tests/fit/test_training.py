@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from egspo_lightning.callbacks import StageTransition
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.gate import AbsoluteGate, ConstantAttenuation, OpenGate, QuantileGate
+from egspo_lightning.ops.attenuation import ConstantAttenuation
+from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.rewards.functions import Scored
 from egspo_lightning.rewards.grading import Grade
@@ -185,7 +186,7 @@ def test_a_reward_that_forgets_completions_is_refused(tiny_run):
 def test_a_gate_or_an_attenuation_that_gives_nonsense_is_refused(tiny_run):
     class NoThreshold:
         def threshold(self, entropies):
-            return entropies.new_tensor(torch.nan)
+            return entropies.rows.new_tensor(torch.nan)
 
     class Negative:
         def phi(self, old_logprobs, entropies, threshold):
@@ -243,14 +244,18 @@ def test_a_batch_without_any_spread_moves_nothing(tiny_run):
 
 
 def test_without_spread_momentum_does_not_move_the_policy_either(tiny_run):
-    class Turn(Callback):
-        """Takes the spread away after the first collection."""
+    class Turning(FlatReward):
+        """Has no spread after the first collection."""
 
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.datamodule.reward = FlatReward()
+        num_collections = 0
+
+        def __call__(self, completions, golds):
+            self.num_collections += 1
+            verdicts = super().__call__(completions, golds)
+            return [v._replace(reward=i % 2) for i, v in enumerate(verdicts)] if self.num_collections == 1 else verdicts
 
     spy = Spy()
-    tiny_run(spy, Turn(), module=PURE_RL, trainer={"max_epochs": 2}).fit()
+    tiny_run(spy, module=PURE_RL, data={"reward": Turning()}, trainer={"max_epochs": 2}).fit()
     assert distance(*spy.weights) == 0.0
     assert spy.metrics[0]["policy/skipped_fraction"] == 1.0
 
@@ -276,8 +281,8 @@ def test_the_threshold_is_that_of_the_whole_collection(tiny_run):
     run = tiny_run(spy, module=RL | {"gate": QuantileGate(0.25)}, trainer={"max_epochs": 1}).fit()
     rollout = run.data.collection.rollout
     expected = torch.quantile(rollout.entropies[rollout.completion_mask], 0.75)
-    assert rollout.threshold.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert all(batch.rollout.threshold == rollout.threshold for batch in spy.batches)
+    assert rollout.threshold.flatten().tolist() == pytest.approx([expected.item()] * 16, rel=1e-6)
+    assert all((batch.rollout.threshold == rollout.threshold[0]).all() for batch in spy.batches)
     assert spy.metrics[0]["gate/high_fraction"] == pytest.approx(0.25, abs=0.02)
 
 

@@ -4,18 +4,25 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.gate import (
     AbsoluteGate,
-    ConfidenceAttenuation,
-    ConstantAttenuation,
+    Entropies,
     OpenGate,
     QuantileGate,
     confidence_phi,
     high_entropy_mask,
+    high_share,
     quantile_threshold,
     token_weights,
 )
+
+
+def pool(values, mask=None):
+    """What a gate sees of one rank."""
+    rows = torch.as_tensor(values, dtype=torch.float64)
+    mask = torch.ones_like(rows, dtype=torch.bool) if mask is None else torch.tensor(mask).bool()
+    return Entropies(rows, mask, rows[mask])
 
 
 def test_quantile_by_hand():
@@ -43,6 +50,7 @@ def test_an_empty_mask_makes_nothing_high():
 
 def test_a_token_at_the_threshold_is_high_and_masked_ones_never_are():
     assert high_entropy_mask([[0.5, 0.4, 0.9]], [[1, 1, 0]], 0.5).tolist() == [[True, False, False]]
+    assert high_share(torch.tensor([0.5, 0.4, 0.9]), 0.5, 0.0).tolist() == [1.0, 0.0, 1.0]
 
 
 def test_token_weights_are_one_or_phi():
@@ -54,31 +62,83 @@ def test_confidence_phi_by_hand():
     assert confidence_phi([math.log(0.5), math.log(0.9), 0.0]).tolist() == pytest.approx([0.25, 0.09, 0.0], abs=1e-12)
 
 
+def test_a_soft_gate_by_hand():
+    # (H - tau) / width = -log 3, 0, log 3: sigmoid 1/4, 1/2, 3/4
+    entropies = 2.0 + 0.5 * torch.tensor([-math.log(3), 0.0, math.log(3)], dtype=torch.float64)
+    assert high_share(entropies, 2.0, 0.5).tolist() == pytest.approx([0.25, 0.5, 0.75], abs=1e-12)
+
+
+@pytest.mark.parametrize("width", [1e-3, 1e-6, 1e-300])
+def test_a_soft_gate_of_no_width_is_the_hard_one(width):
+    entropies = torch.tensor([0.0, 0.4, 0.6, 5.0], dtype=torch.float64)
+    assert_close(high_share(entropies, 0.5, width), high_share(entropies, 0.5, 0.0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [0.0, 0.1])
+@pytest.mark.parametrize(("threshold", "share"), [(math.inf, 0.0), (-math.inf, 1.0)])
+def test_a_threshold_at_infinity_shuts_or_opens_the_gate(width, threshold, share):
+    for tau in (threshold, torch.full((2, 1), threshold)):
+        assert high_share(torch.tensor([[0.0, 3.0]] * 2), tau, width).tolist() == [[share, share]] * 2
+
+
 def test_nothing_in_the_gate_carries_a_gradient():
-    logprobs = torch.tensor([-0.5, -1.0], requires_grad=True)
-    entropies = torch.tensor([0.1, 0.9], requires_grad=True)
-    threshold = QuantileGate(0.5).threshold(entropies)
-    phi = ConfidenceAttenuation().phi(logprobs, entropies, threshold)
-    weights = token_weights(entropies, threshold, logprobs.exp())
-    assert not any(value.requires_grad for value in (threshold, phi, weights, confidence_phi(logprobs)))
+    logprobs = torch.tensor([[-0.5, -1.0]], requires_grad=True)
+    entropies = torch.tensor([[0.1, 0.9]], requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    seen = Entropies(entropies, mask, entropies[mask])
+    thresholds = [QuantileGate(0.5).threshold(seen), QuantileGate(0.5, over="sequence").threshold(seen)]
+    thresholds += [QuantileGate(0.5, running_decay=0.5).threshold(seen), AbsoluteGate(1.0).threshold(seen)]
+    phi = ConfidenceAttenuation().phi(logprobs, entropies, thresholds[0])
+    shares = [high_share(entropies, thresholds[0], width) for width in (0.0, 0.1)]
+    weights = token_weights(entropies, thresholds[0], logprobs.exp())
+    assert not any(value.requires_grad for value in (*thresholds, *shares, phi, weights, confidence_phi(logprobs)))
 
 
-def test_gates():
-    entropies = torch.linspace(0, 1, 11)
+def test_gates_by_hand():
+    entropies = pool(torch.linspace(0, 1, 11).view(1, -1))
     assert QuantileGate(0.2).threshold(entropies).item() == pytest.approx(0.8)
     assert AbsoluteGate(0.3).threshold(entropies).item() == pytest.approx(0.3)
-    assert high_entropy_mask(entropies, torch.ones(11), OpenGate().threshold(entropies)).all()
-    assert ConstantAttenuation(0.1).phi(entropies, entropies, torch.tensor(0.5)).tolist() == pytest.approx([0.1] * 11)
+    assert OpenGate().threshold(entropies).item() == -math.inf
+    assert high_entropy_mask(entropies.rows, entropies.mask, OpenGate().threshold(entropies)).all()
 
 
-@pytest.mark.parametrize("top_fraction", [0, -0.1, 1.1])
-def test_top_fraction_out_of_range(top_fraction):
-    with pytest.raises(UserError, match=r"top_fraction must be in \(0, 1\]"):
-        QuantileGate(top_fraction)
+def test_over_the_batch_it_is_the_tokens_of_all_ranks_that_are_ranked():
+    mine = torch.tensor([[0.0, 1.0]])
+    seen = Entropies(mine, torch.ones_like(mine, dtype=torch.bool), torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]))
+    assert QuantileGate(0.5).threshold(seen).item() == pytest.approx(2.0)
 
 
-def test_other_values_out_of_range():
-    with pytest.raises(UserError, match="nats must be at least 0"):
-        AbsoluteGate(-1)
-    with pytest.raises(UserError, match=r"value must be in \[0, 1\]"):
-        ConstantAttenuation(1.5)
+def test_over_each_sequence_every_row_has_its_own_threshold():
+    rows = [[9.0, 1.0, 2.0, 3.0], [0.1, 0.2, 0.3, 9.0], [7.0, 7.0, 7.0, 7.0]]
+    mask = [[0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
+    tau = QuantileGate(0.5, over="sequence").threshold(pool(rows, mask))
+    assert tau.shape == (3, 1)
+    assert tau.flatten().tolist() == pytest.approx([2.0, 0.2, math.inf])
+
+
+def test_a_running_threshold_by_hand():
+    gate = QuantileGate(1.0, running_decay=0.75)  # the least entropy of all
+    assert gate.threshold(pool([[4.0, 5.0]])).item() == pytest.approx(4.0)
+    assert gate.threshold(pool([[8.0, 9.0]])).item() == pytest.approx(0.75 * 4 + 0.25 * 8)  # 5
+    nothing = pool([[8.0, 9.0]], [[0, 0]])
+    assert gate.threshold(nothing).item() == pytest.approx(5.0)
+    assert gate.threshold(pool([[1.0, 9.0]])).item() == pytest.approx(0.75 * 5 + 0.25 * 1)  # 4
+    assert QuantileGate(1.0, running_decay=0.75).threshold(nothing).item() == math.inf
+
+
+def test_a_running_threshold_of_no_decay_is_each_collections_own():
+    gate, plain = QuantileGate(0.4, running_decay=0.0), QuantileGate(0.4)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        entropies = pool(torch.rand(2, 5))
+        assert gate.threshold(entropies).item() == plain.threshold(entropies).item()
+
+
+def test_a_running_threshold_goes_on_from_its_state():
+    gate, resumed = (QuantileGate(1.0, running_decay=0.5) for _ in range(2))
+    gate.threshold(pool([[4.0]]))
+    resumed.load_state_dict(gate.state_dict())
+    assert gate.threshold(pool([[8.0]])).item() == resumed.threshold(pool([[8.0]])).item() == pytest.approx(6.0)
+    fresh = QuantileGate(1.0, running_decay=0.5)
+    fresh.load_state_dict(QuantileGate(1.0, running_decay=0.5).state_dict())
+    assert fresh.threshold(pool([[8.0]])).item() == pytest.approx(8.0)

@@ -1,53 +1,99 @@
-"""Our operations against the field's reference implementations (each fixture names its source), in float64."""
+"""Our operations against the field's reference implementations (each fixture names its source).
+
+Everything runs in float64 to 1e-9, and again in float32 to 1e-5.
+"""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from egspo_lightning.ops.advantages import group_relative, leave_one_out
+from egspo_lightning.ops.advantages import gae, group_relative, leave_one_out, reinforce_plus_plus
+from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.gate import confidence_phi, high_entropy_mask, quantile_threshold
-from egspo_lightning.ops.losses import clipped_tokens, kl_penalty, log_ratio, nll, ppo_clip
+from egspo_lightning.ops.losses import clipped_tokens, kl_penalty, log_ratio, nll, ppo_clip, value_clip
 from egspo_lightning.ops.masking import aggregate, masked_mean
-from egspo_lightning.ops.schedules import chord_mu
+from egspo_lightning.ops.objective import Objective, value_loss
+from egspo_lightning.ops.schedules import ChordMu, chord_mu
 from egspo_lightning.ops.token_stats import token_stats_from_logits
+from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, UpdateSize
 
-TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-SINGLE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def doubles(values):
-    return torch.tensor(values, dtype=torch.float64)
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 
 
-def test_token_stats(golden):
+def near(ours, expected, dtype, tolerance):
+    """In the dtype that was asked for, and as near as it allows."""
+    assert ours.dtype == dtype
+    expected = torch.tensor(expected, dtype=torch.float64)
+    assert_close(ours.detach().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def read(case, dtype, *names):
+    return [torch.tensor(case[name], dtype=dtype) for name in names]
+
+
+def batch_of(case, dtype, **fields):
+    """A rollout batch whose gate is open, and whose update is itself."""
+    mask = torch.tensor(case["mask"]).bool()
+    rows, width = mask.shape
+    tokens = float(mask.sum())
+    zeros = torch.zeros(rows, width, dtype=dtype)
+    size = UpdateSize(tokens, float(mask.any(-1).sum()), float(width), tokens, tokens)
+    given = {"old_logprobs": zeros, "advantages": zeros, "old_values": None, "returns": None} | fields
+    return RolloutBatch(
+        input_ids=torch.zeros(rows, width, dtype=torch.long),
+        completion_mask=mask,
+        entropies=zeros,
+        ref_logprobs=None,
+        rewards=zeros[:, 0],
+        is_expert=torch.zeros(rows, dtype=torch.bool),
+        threshold=torch.full((rows, 1), -torch.inf, dtype=dtype),
+        weight_scale=torch.ones(rows, 1, dtype=dtype),
+        policy_version=0,
+        update_size=size,
+        **given,
+    )
+
+
+@PRECISIONS
+def test_token_stats(golden, dtype, tolerance):
     for case in golden("token_stats"):
-        stats = token_stats_from_logits(doubles(case["logits"]), torch.tensor(case["ids"]))
-        assert_close(stats.logprobs, doubles(case["logprobs"]), **TIGHT)
-        assert_close(stats.entropies, doubles(case["entropies"]), **TIGHT)
+        stats = token_stats_from_logits(*read(case, dtype, "logits"), torch.tensor(case["ids"]))
+        near(stats.logprobs, case["logprobs"], dtype, tolerance)
+        near(stats.entropies, case["entropies"], dtype, tolerance)
 
 
-def test_token_stats_in_float32(golden):
-    for case in golden("token_stats"):
-        stats = token_stats_from_logits(doubles(case["logits"]).float(), torch.tensor(case["ids"]))
-        assert stats.logprobs.dtype == torch.float32
-        assert_close(stats.logprobs.double(), doubles(case["logprobs"]), **SINGLE)
-        assert_close(stats.entropies.double(), doubles(case["entropies"]), **SINGLE)
-
-
-def test_ppo_clip_loss_gradient_and_diagnostics(golden):
+@PRECISIONS
+def test_ppo_clip_loss_gradient_and_diagnostics(golden, dtype, tolerance):
     for case in golden("ppo_clip"):
-        logprobs = doubles(case["logprobs"]).requires_grad_()
-        old, advantages, mask = (doubles(case[key]) for key in ("old_logprobs", "advantages", "mask"))
+        logprobs, old, advantages, mask = read(case, dtype, "logprobs", "old_logprobs", "advantages", "mask")
+        logprobs.requires_grad_()
         clip = {"clip_low": case["clip_low"], "clip_high": case["clip_high"]}
         per_token = ppo_clip(logprobs, old, advantages, **clip, dual_clip=case["dual_clip"])
         loss = aggregate(per_token, mask, case["aggregation"])
         loss.backward()
-        assert loss.item() == pytest.approx(case["loss"], rel=1e-9, abs=1e-9)
-        assert_close(logprobs.grad, doubles(case["grad_logprobs"]), **TIGHT)
+        near(loss, case["loss"], dtype, tolerance)
+        near(logprobs.grad, case["grad_logprobs"], dtype, tolerance)
         below, above = clipped_tokens(logprobs.detach(), old, advantages, **clip)
         assert masked_mean((below | above).double(), mask).item() == pytest.approx(case["clip_fraction"], abs=1e-12)
-        kl = masked_mean(-log_ratio(logprobs.detach(), old), mask).item()
-        assert kl == pytest.approx(case["approx_kl"], rel=1e-9, abs=1e-9)
+        near(masked_mean(-log_ratio(logprobs.detach(), old), mask), case["approx_kl"], dtype, tolerance)
+
+
+@PRECISIONS
+def test_the_objective_with_an_open_gate_is_that_ppo(golden, dtype, tolerance):
+    for case in golden("ppo_clip"):
+        logprobs, old, advantages = read(case, dtype, "logprobs", "old_logprobs", "advantages")
+        logprobs.requires_grad_()
+        objective = Objective(
+            epsilon_low=case["clip_low"],
+            epsilon_high=case["clip_high"],
+            dual_clip=case["dual_clip"],
+            aggregation=case["aggregation"],
+        )
+        rollout = batch_of(case, dtype, old_logprobs=old, advantages=advantages)
+        loss = objective.egspo_loss(Current(logprobs, torch.zeros_like(old)), rollout, ConfidenceAttenuation())
+        loss.backward()
+        near(loss, case["loss"], dtype, tolerance)
+        near(logprobs.grad, case["grad_logprobs"], dtype, tolerance)
 
 
 def test_ppo_clip_takes_plain_sequences(golden):
@@ -64,31 +110,63 @@ def test_ppo_clip_takes_plain_sequences(golden):
         assert loss == pytest.approx(case["loss"], rel=1e-9, abs=1e-9)
 
 
-def test_kl_penalty(golden):
+@PRECISIONS
+def test_kl_penalty(golden, dtype, tolerance):
     for case in golden("kl"):
-        kl = kl_penalty(doubles(case["logprobs"]), doubles(case["ref_logprobs"]), case["estimator"])
-        assert_close(kl, doubles(case["kl"]), **TIGHT)
+        kl = kl_penalty(*read(case, dtype, "logprobs", "ref_logprobs"), case["estimator"])
+        near(kl, case["kl"], dtype, tolerance)
 
 
-def test_group_relative(golden):
+@PRECISIONS
+def test_group_relative(golden, dtype, tolerance):
     for case in golden("group_advantage"):
-        advantages = group_relative(
-            doubles(case["rewards"]), case["group_size"], scale_by_std=case["scale_by_std"], eps=case["eps"]
-        )
-        assert_close(advantages, doubles(case["advantages"]), **TIGHT)
+        (rewards,) = read(case, dtype, "rewards")
+        advantages = group_relative(rewards, case["group_size"], scale_by_std=case["scale_by_std"], eps=case["eps"])
+        near(advantages, case["advantages"], dtype, tolerance)
 
 
-def test_leave_one_out(golden):
+@PRECISIONS
+def test_leave_one_out(golden, dtype, tolerance):
     for case in golden("rloo"):
-        advantages = leave_one_out(doubles(case["rewards"]), case["group_size"])
-        assert_close(advantages, doubles(case["advantages"]), **TIGHT)
+        near(leave_one_out(*read(case, dtype, "rewards"), case["group_size"]), case["advantages"], dtype, tolerance)
 
 
-def test_quantile_threshold_and_high_entropy_mask(golden):
+@PRECISIONS
+def test_gae(golden, dtype, tolerance):
+    for case in golden("gae"):
+        inputs = read(case, dtype, "token_rewards", "values", "mask")
+        advantages, returns = gae(*inputs, gamma=case["gamma"], lam=case["lam"])
+        near(advantages, case["advantages_whitened"], dtype, tolerance)
+        near(returns, case["returns"], dtype, tolerance)
+
+
+@PRECISIONS
+def test_reinforce_plus_plus(golden, dtype, tolerance):
+    for case in golden("reinforce_plus_plus"):
+        advantages = reinforce_plus_plus(*read(case, dtype, "token_rewards", "mask"), gamma=case["gamma"])
+        near(advantages, case["advantages"], dtype, tolerance)
+
+
+@PRECISIONS
+def test_value_loss(golden, dtype, tolerance):
+    for case in golden("value_loss"):
+        values, old, returns, mask = read(case, dtype, "values", "old_values", "returns", "mask")
+        per_token = value_clip(values, old, returns, clip=case["clip"])
+        near(aggregate(per_token, mask, "token-mean"), case["loss"], dtype, tolerance)
+        is_clipped = per_token > value_clip(values, old, returns, clip=None)
+        assert masked_mean(is_clipped.double(), mask).item() == pytest.approx(case["clip_fraction"], abs=1e-12)
+        rollout = batch_of(case, dtype, old_values=old, returns=returns)
+        loss, metrics = value_loss(values, rollout, clip=case["clip"])
+        near(loss, case["loss"], dtype, tolerance)
+        near(metrics["loss/value"], case["loss"], dtype, tolerance)
+
+
+@PRECISIONS
+def test_quantile_threshold_and_high_entropy_mask(golden, dtype, tolerance):
     for case in golden("high_entropy_mask"):
-        entropies, mask = doubles(case["entropies"]), torch.tensor(case["mask"])
+        entropies, mask = *read(case, dtype, "entropies"), torch.tensor(case["mask"])
         threshold = quantile_threshold(entropies, mask, case["top_fraction"])
-        assert threshold.item() == pytest.approx(case["threshold"], rel=1e-9, abs=1e-9)
+        near(threshold, case["threshold"], dtype, tolerance)
         high = high_entropy_mask(entropies, mask, threshold)
         assert high.tolist() == [[bool(v) for v in row] for row in case["is_high_entropy"]]
 
@@ -98,12 +176,18 @@ def test_chord_mu(golden):
         schedule = {key: case[key] for key in ("warmup_steps", "decay_steps", "peak", "valley")}
         ours = [chord_mu(step, **schedule) for step in case["steps"]]
         assert ours == pytest.approx(case["mu"], rel=1e-9, abs=1e-9)
+        objective = Objective(mu=ChordMu(**schedule))
+        assert [objective.mu_at(step) for step in case["steps"]] == pytest.approx(case["mu"], rel=1e-9, abs=1e-9)
 
 
-def test_chord_phi(golden):
+@PRECISIONS
+def test_chord_phi(golden, dtype, tolerance):
     for case in golden("chord_phi_sft"):
-        logprobs, mask = doubles(case["logprobs"]), doubles(case["mask"])
+        logprobs, mask = read(case, dtype, "logprobs", "mask")
         phi = confidence_phi(logprobs)
-        assert_close(phi, doubles(case["phi"]), **TIGHT)
-        assert aggregate(phi * nll(logprobs), mask, "token-mean").item() == pytest.approx(case["loss"], rel=1e-9)
-        assert aggregate(nll(logprobs), mask, "token-mean").item() == pytest.approx(case["nll"], rel=1e-9)
+        near(phi, case["phi"], dtype, tolerance)
+        near(aggregate(phi * nll(logprobs), mask, "token-mean"), case["loss"], dtype, tolerance)
+        rollout = batch_of(case, dtype)
+        expert = ExpertBatch(rollout.input_ids, rollout.completion_mask, rollout.update_size)
+        near(Objective().sft_loss(logprobs, expert, weighting="confidence"), case["loss"], dtype, tolerance)
+        near(Objective().sft_loss(logprobs, expert, weighting="plain"), case["nll"], dtype, tolerance)

@@ -95,3 +95,28 @@ def test_against_a_slow_loop():
 def test_an_unknown_mode_names_the_known_ones():
     with pytest.raises(ValueError, match="token-mean, seq-mean-token-mean"):
         aggregate(VALUES, MASK, "mean")
+
+
+def test_whitening_over_ranks_is_that_of_the_whole(on_ranks):
+    torch.manual_seed(2)
+    values, mask = 3 + torch.randn(9, 5, dtype=torch.float64), torch.rand(9, 5) < 0.6
+    mask[7:] = False  # a rank without tokens
+    parts = list(zip(values.split([4, 3, 2]), mask.split([4, 3, 2]), strict=True))
+    shared = on_ranks(lambda rank, part: masked_whiten(*part, total=rank.sum_over_ranks), parts)
+    assert torch.allclose(torch.cat(shared), masked_whiten(values, mask), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(masked_whiten(*parts[0]), shared[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [[1000], [300, 700], [999, 1]])
+def test_equal_values_are_whitened_to_exactly_zero(on_ranks, sizes):
+    # a mean that is off by a rounding, divided by sqrt(1e-8), would be noise of 1e-3
+    for value in (0.1, 0.7, 1.1, -7.7):
+        parts = [torch.full((size, 1), value) for size in sizes]
+        whitened = on_ranks(lambda rank, x: masked_whiten(x, x != 0, total=rank.sum_over_ranks), parts)
+        assert not torch.cat(whitened).any()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_values_for_a_variance_are_whitened_to_zero(count):
+    mask = torch.arange(3) < count
+    assert masked_whiten([5.0, 6.0, 7.0], mask).tolist() == [0.0, 0.0, 0.0]

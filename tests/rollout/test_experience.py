@@ -2,14 +2,18 @@ import pytest
 import torch
 
 from egspo_lightning.rollout import experience
-from egspo_lightning.rollout.experience import measure
+from egspo_lightning.rollout.collector import Group, Sampled
+from egspo_lightning.rollout.experience import collection_rows, measure
+from egspo_lightning.rollout.sampling import Prompt
 from egspo_lightning.types import Completion, Problem
+
+PROBLEM = Problem("1", "1+1=?", "2")
 
 
 def completion(length: int, reward: float, **fields) -> Completion:
     status = fields.pop("status", "graded")
     return Completion(
-        problem=Problem("1", "1+1=?", "2"),
+        problem=PROBLEM,
         token_ids=[7] * length,
         logprobs=[0.0] * length,
         text="",
@@ -21,6 +25,18 @@ def completion(length: int, reward: float, **fields) -> Completion:
     )
 
 
+def sampled(completions: list[Completion], size: int, num_discarded: int = 0, expert: int | None = None) -> Sampled:
+    """Groups of ``size``; the last ``num_discarded`` were put aside, and group ``expert`` has an expert's solution."""
+    groups = [
+        Group(i, Prompt(PROBLEM, [1], ""), completions[i * size : (i + 1) * size], None)
+        for i in range(len(completions) // size)
+    ]
+    if expert is not None:
+        groups[expert] = groups[expert]._replace(expert=completion(9, 1.0, status="timeout"))
+    kept = len(groups) - num_discarded
+    return Sampled(groups[:kept], groups[kept:], 0.5)
+
+
 def test_measurements_by_hand():
     completions = [
         completion(3, 1.0),
@@ -30,16 +46,18 @@ def test_measurements_by_hand():
         completion(6, 0.0, status="timeout"),
         completion(1, 0.0, is_truncated=True),
     ]
-    found = measure(completions, 2, {"time/sample_and_grade": 0.5, "time/score": 0.25})
+    found = measure(sampled(completions, 2), {"time/sample_and_grade": 0.5, "time/score": 0.25})
     assert {name: (pytest.approx(value[0]), value[1]) for name, value in found.items()} == {
         "rollout/reward_mean": (1.0, 6),
         "rollout/reward_std": (2**-0.5, 3),  # of (1, 0), with Bessel's correction; the other groups have none
         "rollout/accuracy": (1, 6),
         "rollout/zero_spread_fraction": (2, 3),
+        "rollout/skipped_groups": (2, 0),
+        "rollout/resampled_groups": (0, 0),
         "rollout/length_mean": (21, 6),
         "rollout/truncated_fraction": (2, 6),
-        "rollout/grader_timeouts": (2, 1),
-        "rollout/grader_crashes": (1, 1),
+        "rollout/grader_timeouts": (2, 0),
+        "rollout/grader_crashes": (1, 0),
         "rollout/tokens_per_second": (21, 0.5),
         "time/sample_and_grade": (0.5, 1),
         "time/score": (0.25, 1),
@@ -47,9 +65,29 @@ def test_measurements_by_hand():
 
 
 def test_groups_of_one_have_no_spread():
-    found = measure([completion(3, 1.0), completion(5, 0.0)], 1, {"time/sample_and_grade": 1.0})
+    found = measure(sampled([completion(3, 1.0), completion(5, 0.0)], 1), {"time/sample_and_grade": 1.0})
     assert found["rollout/reward_std"] == (0.0, 2)
     assert found["rollout/zero_spread_fraction"] == (2, 2)
+
+
+def test_groups_that_were_put_aside_count_except_as_skipped_and_experts_do_not_count():
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]  # groups: mixed; flat; flat, with an expert; flat, put aside
+    found = measure(
+        sampled([completion(2, reward) for reward in rewards], 2, num_discarded=1, expert=2),
+        {"time/sample_and_grade": 1.0},
+    )
+    assert found["rollout/reward_mean"] == (3.0, 8)
+    assert found["rollout/zero_spread_fraction"] == (3, 4)
+    assert found["rollout/skipped_groups"] == (1, 0)
+    assert found["rollout/resampled_groups"] == (1, 0)
+    assert found["rollout/length_mean"] == (16, 8)
+    assert found["rollout/grader_timeouts"] == (0, 0)
+
+
+def test_experts_solutions_stand_behind_the_sampled_rows():
+    completions = [completion(i + 1, 0.0) for i in range(4)]
+    rows = collection_rows(sampled(completions, 2, expert=0).groups)
+    assert [len(row.token_ids) for row in rows] == [1, 2, 3, 4, 9]
 
 
 @pytest.mark.parametrize("tokens_per_scoring_batch", [16_384, 40, 1])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from egspo_lightning.ops.padding import split_evenly
-from egspo_lightning.rollout.minibatches import count_updates, micro_batches, plan_updates
+from egspo_lightning.rollout.minibatches import count_updates, cut_updates, micro_batches, plan_updates
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
 SHAPES = [
@@ -66,15 +66,47 @@ def test_the_order_is_a_function_of_the_seed_and_differs_between_epochs_and_seed
     assert {frozenset(rows) for rows in plan[:2]} != {frozenset(rows) for rows in plan[2:]}
 
 
+def test_an_experts_row_comes_once_an_epoch_each_time_in_the_next_update():
+    numbers = [1, 3, 5, 7]  # of the second of two ranks
+    plan = plan_updates(numbers, 2, 3, 4, seed="1/0", expert_groups=[0, 2])
+    assert plan_updates(numbers, 2, 3, 4, seed="1/0") == [[row for row in rows if row < 8] for rows in plan]
+    for epoch in range(4):
+        found = {row: k for k, rows in enumerate(plan[3 * epoch : 3 * epoch + 3]) for row in rows if row >= 8}
+        assert found == {8: (1 + epoch) % 3, 9: (5 + epoch) % 3}
+
+
+def test_experts_tokens_are_active_and_not_sampled():
+    updates = [[0, 3], [1, 2], [4]]  # the last two rows are experts', of which the last has advantage 0
+    counts = count_updates(collection(num_experts=2), updates, keep_inactive=False)
+    assert counts.tolist() == [[7.0, 2.0, 7.0, 3.0], [3.0, 2.0, 2.0, 2.0], [2.0, 1.0, 0.0, 0.0]]
+    everything = count_updates(collection(num_experts=2), updates, keep_inactive=True)
+    assert everything[:, 2:].tolist() == [[7.0, 3.0], [3.0, 3.0], [2.0, 0.0]]
+
+
+def test_every_update_of_a_plan_is_stamped_with_its_size_over_all_ranks():
+    whole, plan = collection(num_experts=1), [[0, 4], [1, 2, 3]]
+    cut = list(cut_updates(whole, plan, 2, keep_inactive=False, total=lambda counts: 2 * counts))
+    assert [len(parts) for parts in cut] == [2, 2]
+    assert [parts[0].update_size for parts in cut] == [
+        UpdateSize(10.0, 4.0, 4.0, 6.0, 6.0),
+        UpdateSize(14.0, 6.0, 4.0, 12.0, 12.0),
+    ]
+    assert all(part.update_size == parts[0].update_size for parts in cut for part in parts)
+    assert [sorted(row for part in parts for row in rows_of(part) if part.completion_mask.any()) for parts in cut] == [
+        [0],
+        [2, 3],
+    ]
+
+
 # A collection of five rows by hand: prompt lengths 1 to 2, completion lengths 3, 1, 2, 4, 2
 
 PROMPTS, COMPLETIONS = [2, 1, 2, 1, 2], [3, 1, 2, 4, 2]
 ADVANTAGES = [1.0, 0.0, -1.0, 0.5, 0.0]
 WIDTH = 6
-SIZE = UpdateSize(num_tokens=12.0, num_sequences=5.0, max_length=4.0, num_active_tokens=7.0)
+SIZE = UpdateSize(num_tokens=12.0, num_sequences=5.0, max_length=4.0, num_active_tokens=7.0, num_sampled_tokens=7.0)
 
 
-def collection(with_reference: bool = False) -> RolloutBatch:
+def collection(with_reference: bool = False, num_experts: int = 0) -> RolloutBatch:
     mask = torch.zeros(5, WIDTH, dtype=torch.bool)
     for row, (start, length) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         mask[row, start : start + length] = True
@@ -87,9 +119,13 @@ def collection(with_reference: bool = False) -> RolloutBatch:
         ref_logprobs=-2.0 * grid if with_reference else None,
         advantages=torch.tensor(ADVANTAGES).unsqueeze(1) * mask,
         rewards=torch.tensor([10.0, 11.0, 12.0, 13.0, 14.0]),
-        threshold=torch.tensor(0.7),
+        returns=3.0 * grid if with_reference else None,
+        old_values=4.0 * grid if with_reference else None,
+        is_expert=torch.tensor([False] * (5 - num_experts) + [True] * num_experts),
+        threshold=0.1 * torch.arange(5).unsqueeze(1),
+        weight_scale=1.0 + torch.arange(5).unsqueeze(1),
         policy_version=3,
-        update_size=UpdateSize(0, 0, 0, 0),
+        update_size=UpdateSize(0, 0, 4.0, 0, 0),
     )
 
 
@@ -100,13 +136,18 @@ def rows_of(batch: RolloutBatch) -> list[int]:
 def test_an_advantage_outside_the_completion_does_not_make_a_row_active():
     rollout = collection()
     rollout.advantages[1, 0] = 5.0
-    assert count_updates(rollout, [[1]], keep_inactive=False).tolist() == [[1.0, 1.0, 0.0]]
+    assert count_updates(rollout, [[1]], keep_inactive=False).tolist() == [[1.0, 1.0, 0.0, 0.0]]
 
 
 def test_updates_are_counted_by_hand():
     updates = [[0, 1], [2, 3, 4], [1, 4], []]
     counts = count_updates(collection(), updates, keep_inactive=False)
-    assert counts.tolist() == [[4.0, 2.0, 3.0], [8.0, 3.0, 6.0], [3.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    assert counts.tolist() == [
+        [4.0, 2.0, 3.0, 3.0],
+        [8.0, 3.0, 6.0, 6.0],
+        [3.0, 2.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0],
+    ]
     assert counts.dtype == torch.float64
     everything = count_updates(collection(), updates, keep_inactive=True)
     assert everything[:, 2].tolist() == everything[:, 0].tolist() == [4.0, 8.0, 3.0, 0.0]
@@ -131,14 +172,16 @@ def test_micro_batches_hold_rows_of_like_length_each_cut_to_its_longest():
 
 
 def test_a_micro_batch_carries_its_rows_of_everything():
-    whole = collection(True)
+    whole = collection(True, num_experts=2)
     for batch in micro_batches(whole, [3, 1, 0, 4, 2], 3, SIZE, keep_inactive=True):
         rows, width = rows_of(batch), batch.input_ids.shape[1]
-        for field in ("input_ids", "completion_mask", "old_logprobs", "entropies", "ref_logprobs", "advantages"):
+        per_token = ("input_ids", "completion_mask", "old_logprobs", "entropies", "ref_logprobs", "advantages")
+        for field in (*per_token, "returns", "old_values"):
             assert torch.equal(getattr(batch, field), getattr(whole, field)[rows, :width]), field
-        assert torch.equal(batch.rewards, whole.rewards[rows])
+        for field in ("rewards", "is_expert", "threshold", "weight_scale"):
+            assert torch.equal(getattr(batch, field), getattr(whole, field)[rows]), field
         assert batch.completion_mask.sum() == whole.completion_mask[rows].sum()  # nothing was cut off
-        assert (batch.policy_version, batch.threshold.item()) == (3, pytest.approx(0.7))
+        assert batch.policy_version == 3
 
 
 @pytest.mark.parametrize("rows", [[1, 4], []])

@@ -1,0 +1,152 @@
+"""How a scored collection becomes one to train on: each token is credited, then the gate is settled.
+
+It is done once a collection, before its first update, over the tokens of all ranks.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.attenuation import Attenuation
+from egspo_lightning.ops.controllers import EntropyBonus, KLReward
+from egspo_lightning.ops.credit import estimate_credit, reward_kl
+from egspo_lightning.ops.diagnostics import Metrics, collection_metrics, collection_sums
+from egspo_lightning.ops.estimators import Advantage
+from egspo_lightning.ops.gate import Entropies, Gate
+from egspo_lightning.ops.masking import masked_sum
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.types import RolloutBatch, ScoredRollouts, UpdateSize
+
+
+class Ranks(Protocol):
+    """The other processes that share a collection."""
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of equally shaped tensors over all ranks."""
+        ...
+
+    def gather_over_ranks(self, values: Tensor) -> Tensor:
+        """Concatenate vectors of different lengths over all ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Advantage estimator, gate and controllers, and their order.
+
+    Args:
+        objective: Hyperparameters of the loss.
+        gate: Gives tau.
+        attenuation: Gives phi.
+        advantage: Gives A_t.
+        kl_reward: KL to the reference as a part of the reward, if any.
+        entropy_bonus: Answers to the entropy of each collection, if there is one.
+    """
+
+    objective: Objective
+    gate: Gate
+    attenuation: Attenuation
+    advantage: Advantage
+    kl_reward: KLReward | None
+    entropy_bonus: EntropyBonus | None
+
+    def admit(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[RolloutBatch, Metrics]:
+        """This rank's part of a collection, ready for updates, and what there is to log of the whole."""
+        penalty, metrics = self._penalise_kl(rollouts, ranks)
+        rollout = self._credit(rollouts, penalty, ranks)
+        started = time.perf_counter()
+        rollout, weights = self._settle_gate(rollout, ranks)
+        metrics["time/gate"] = torch.tensor(time.perf_counter() - started)
+        sums = collection_sums(rollout, weights)
+        summed = ranks.sum_over_ranks(torch.stack(list(sums.values())))
+        totals = dict(zip(sums, summed, strict=True))
+        metrics |= collection_metrics(totals)
+        if self.entropy_bonus is not None:
+            if totals["tokens"] > 0:  # a collection without tokens has no entropy to answer to
+                self.entropy_bonus.update(metrics["policy/entropy"].item())
+            metrics["policy/entropy_coefficient"] = torch.tensor(self.entropy_bonus.current)
+        return rollout, metrics
+
+    def _penalise_kl(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[Tensor | None, Metrics]:
+        """``coefficient KL_t`` (B, T); the coefficient then answers to the collection's mean KL."""
+        control = self.kl_reward
+        if control is None:
+            return None, {}
+        kl = reward_kl(rollouts, control.estimator)
+        mask = rollouts.completion_mask[: rollouts.num_sampled]
+        counts = torch.stack([kl[: rollouts.num_sampled].sum(), mask.sum().float(), mask.any(-1).sum().float()])
+        total, num_tokens, num_completions = ranks.sum_over_ranks(counts).tolist()
+        mean, used = total / max(num_tokens, 1.0), control.current
+        control.update(mean, int(num_completions))
+        return used * kl, {"rollout/kl": torch.tensor(mean), "rollout/kl_coefficient": torch.tensor(used)}
+
+    def _credit(self, rollouts: ScoredRollouts, penalty: Tensor | None, ranks: Ranks) -> RolloutBatch:
+        """Advantages and returns; the gate is still open."""
+        estimate = estimate_credit(rollouts, self.advantage, penalty=penalty, total=ranks.sum_over_ranks)
+        mask, scores = rollouts.completion_mask, rollouts.scores
+        if self.objective.mask_truncated:
+            mask = mask & ~rollouts.is_truncated.unsqueeze(1)
+        rows = torch.arange(mask.shape[0], device=mask.device)
+        return RolloutBatch(
+            input_ids=rollouts.input_ids,
+            completion_mask=mask,
+            old_logprobs=scores.logprobs,
+            entropies=scores.entropies,
+            ref_logprobs=scores.ref_logprobs if self.objective.beta > 0 else None,
+            old_values=scores.values,
+            advantages=torch.where(mask, estimate.advantages, 0.0),
+            returns=estimate.returns,
+            rewards=rollouts.rewards,
+            is_expert=rows >= rollouts.num_sampled,
+            threshold=scores.entropies.new_full((len(rows), 1), -torch.inf),
+            weight_scale=scores.entropies.new_ones(len(rows), 1),
+            policy_version=rollouts.policy_version,
+            update_size=UpdateSize(0, 0, float(rollouts.max_length), 0, 0),
+        )
+
+    def _settle_gate(self, rollout: RolloutBatch, ranks: Ranks) -> tuple[RolloutBatch, Tensor]:
+        """tau and, where asked for, the scale of the weights; with the weights g_t, (B, T)."""
+        mask = rollout.sampled_mask
+        pooled = ranks.gather_over_ranks(rollout.entropies[mask])
+        tau = self.gate.threshold(Entropies(rollout.entropies, mask, pooled))
+        rollout = rollout._replace(threshold=tau.reshape(-1, 1).expand_as(rollout.threshold))
+        weights = torch.stack(self.objective.branch_weights(rollout, self.attenuation, rollout.entropies)).sum(0)
+        self._require_sound(tau, weights[mask], ranks)
+        if self.objective.rescale_weights:
+            total, count = ranks.sum_over_ranks(torch.stack([masked_sum(weights, mask), mask.sum().float()]))
+            scale = torch.where(total > 0, count / total, 1.0)
+            rollout, weights = rollout._replace(weight_scale=rollout.weight_scale * scale), weights * scale
+        return rollout, weights
+
+    def _require_sound(self, tau: Tensor, weights: Tensor, ranks: Ranks) -> None:
+        """Look at what a gate and an attenuation, which may be the user's own, made of a collection on any rank."""
+        is_sound = (weights >= 0) & weights.isfinite()
+        unsound = torch.stack([tau.isnan().any(), ~is_sound.all()]).float()
+        no_threshold, no_weight = ranks.sum_over_ranks(unsound).tolist()
+        if no_threshold:
+            raise UserError(f"model.gate: {type(self.gate).__name__} gave NaN as the threshold.")
+        if no_weight:
+            raise UserError(
+                f"model.attenuation: {type(self.attenuation).__name__} gave a weight below 0, infinite or NaN. phi "
+                "must be at least 0: a negative one would turn the update round."
+            )
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What gate and controllers remember from one collection to the next."""
+        return {name: {"class": type(part).__name__, "state": part.state_dict()} for name, part in self._remembering()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; a part of another class than the saved one starts anew."""
+        for name, part in self._remembering():
+            if state.get(name, {}).get("class") == type(part).__name__:
+                part.load_state_dict(state[name]["state"])
+
+    def _remembering(self) -> list[tuple[str, Any]]:
+        parts = {"gate": self.gate, "kl_reward": self.kl_reward, "entropy_bonus": self.entropy_bonus}
+        return [(name, part) for name, part in parts.items() if hasattr(part, "state_dict")]

@@ -1,0 +1,62 @@
+"""phi, the weight of the low-entropy tokens, as a config names it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.gate import confidence_phi
+
+
+class Attenuation(Protocol):
+    """Gives phi, the weight of the low-entropy tokens."""
+
+    def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
+        """phi per token, (B, T), at least 0; also asked for at high tokens, where it is not used.
+
+        Args:
+            old_logprobs: (B, T), nats
+            entropies: (B, T), nats
+            threshold: () or (B, 1), nats
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ConfidenceAttenuation:
+    """phi = p (1 - p), CHORD's (default)."""
+
+    def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
+        """See ``ops.gate.confidence_phi``."""
+        return confidence_phi(old_logprobs)
+
+
+@dataclass(frozen=True)
+class ConstantAttenuation:
+    """phi is the same for every low-entropy token: 0 drops them ("80/20"), 1 is plain PPO.
+
+    Args:
+        value: phi, in [0, 1]; above 1 the low-entropy tokens would weigh more than the high ones.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise UserError(f"ConstantAttenuation.value must be in [0, 1], got {self.value}.")
+
+    def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
+        """phi everywhere."""
+        return torch.full_like(old_logprobs, self.value)
+
+
+@dataclass(frozen=True)
+class EntropyRatioAttenuation:
+    """phi = H_t / tau: the weight falls linearly from 1 at the threshold to 0 at no entropy (ours)."""
+
+    def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
+        """In [0, 1]; 0 where tau is 0 or infinite."""
+        ratio = entropies / threshold
+        return torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio)).clamp(0.0, 1.0)

@@ -1,0 +1,94 @@
+"""What is logged of an update and of a collection. Every value is detached, and a part: parts add up over ranks."""
+
+import torch
+from torch import Tensor
+
+from egspo_lightning.ops.gate import high_entropy_mask
+from egspo_lightning.ops.losses import clipped_tokens, log_ratio
+from egspo_lightning.ops.masking import masked_sum
+from egspo_lightning.types import RolloutBatch
+
+Metrics = dict[str, Tensor]
+
+
+@torch.no_grad()
+def policy_metrics(logprobs: Tensor, rollout: RolloutBatch, clip_low: float, clip_high: float) -> Metrics:
+    """How far the policy is from the one that sampled, over the tokens that it sampled and that take part.
+
+    Tokens count as clipped by the range given, that of high-entropy tokens, whichever branch they take.
+    """
+    old, mask = rollout.old_logprobs, rollout.sampled_mask
+    below, above = clipped_tokens(logprobs, old, rollout.advantages, clip_low=clip_low, clip_high=clip_high)
+    num_tokens = max(rollout.update_size.num_sampled_tokens, 1.0)
+    return {
+        "policy/approx_kl": masked_sum(-log_ratio(logprobs, old), mask) / num_tokens,
+        "policy/clip_fraction_low": masked_sum(below.float(), mask) / num_tokens,
+        "policy/clip_fraction_high": masked_sum(above.float(), mask) / num_tokens,
+    }
+
+
+@torch.no_grad()
+def value_metrics(values: Tensor, rollout: RolloutBatch, clip: float | None) -> Metrics:
+    """Share of values that moved by more than the clip, over the tokens of the update."""
+    assert rollout.old_values is not None
+    if clip is None:
+        return {}
+    moved = ((values - rollout.old_values).abs() > clip).float()
+    num_tokens = max(rollout.update_size.num_active_tokens, 1.0)
+    return {"value/moved_fraction": masked_sum(moved, rollout.completion_mask) / num_tokens}
+
+
+@torch.no_grad()
+def collection_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
+    """Sums over the sampled tokens of a collection, to be added over ranks before they are divided.
+
+    Args:
+        rollout: this rank's collection
+        weights: (B, T), g_t
+    """
+    mask = rollout.sampled_mask
+    high = high_entropy_mask(rollout.entropies, mask, rollout.threshold)
+    has_tokens = mask.any(-1) & torch.isfinite(rollout.threshold.squeeze(1))
+    sums = {
+        "tokens": mask.sum(),
+        "high": high.sum(),
+        "weight": masked_sum(weights, mask),
+        "entropy": masked_sum(rollout.entropies, mask),
+        "entropy_high": masked_sum(rollout.entropies, high),
+        "rows": has_tokens.sum(),
+        "threshold": masked_sum(rollout.threshold.squeeze(1), has_tokens),
+    }
+    if rollout.returns is not None and rollout.old_values is not None:
+        error = rollout.returns - rollout.old_values
+        sums |= {
+            "value": masked_sum(rollout.old_values, mask),
+            "return": masked_sum(rollout.returns, mask),
+            "return_squared": masked_sum(rollout.returns.square(), mask),
+            "error": masked_sum(error, mask),
+            "error_squared": masked_sum(error.square(), mask),
+        }
+    return {name: value.float() for name, value in sums.items()}
+
+
+def collection_metrics(sums: Metrics) -> Metrics:
+    """What the gate and the critic made of a collection, from its ``collection_sums`` over all ranks."""
+    tokens, high = sums["tokens"].clamp(min=1), sums["high"]
+    metrics = {
+        "gate/high_fraction": high / tokens,
+        "gate/weight_mean": sums["weight"] / tokens,
+        "gate/weight_sum": sums["weight"],
+        "policy/entropy": sums["entropy"] / tokens,
+        "policy/entropy_high": sums["entropy_high"] / high.clamp(min=1),
+        "policy/entropy_low": (sums["entropy"] - sums["entropy_high"]) / (sums["tokens"] - high).clamp(min=1),
+    }
+    if sums["rows"] > 0:
+        metrics["gate/threshold"] = sums["threshold"] / sums["rows"]
+    if "value" in sums:
+        unexplained = sums["error_squared"] / tokens - (sums["error"] / tokens).square()
+        spread = sums["return_squared"] / tokens - (sums["return"] / tokens).square()
+        metrics |= {
+            "value/mean": sums["value"] / tokens,
+            "value/return_mean": sums["return"] / tokens,
+            "value/explained_variance": 1 - unexplained / spread.clamp(min=1e-8),
+        }
+    return metrics

@@ -1,0 +1,249 @@
+"""The networks of a run as a LightningModule, and what rollouts ask of them (``rollout.protocol.RolloutPolicy``).
+
+How they are trained is ``EGSPOModule``'s; how they are held, sharded, sampled from, scored and saved stands here.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from egspo_lightning.checkpoints import adapt_optimizer, adapt_weights
+from egspo_lightning.critic import Critic, CriticConfig
+from egspo_lightning.errors import UserError
+from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
+from egspo_lightning.sharding import gathered, shard
+from egspo_lightning.types import Current, Scores, Stage
+
+
+class PolicyModule(LightningModule):
+    """Policy, reference and critic: built, sharded, optimised, sampled from, scored and saved.
+
+    Args:
+        policy: The model.
+        critic: What estimates values; None has no critic.
+        has_reference: Whether to keep the policy of the end of SFT beside the one in training.
+        temperature: Sampling temperature of the rollouts.
+        optimizer: The optimiser, over all trainable parameters.
+        lr_scheduler: Learning-rate schedule over optimiser steps; None is constant.
+        stage: The stage to start in.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        critic: CriticConfig | None,
+        has_reference: bool,
+        temperature: float,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        stage: Stage,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise UserError(f"model.temperature must be above 0, got {temperature}: rollouts have to differ.")
+        self.policy_config, self.critic_config, self.has_reference = policy, critic, has_reference
+        self.temperature = temperature
+        self.stage = stage
+        self.policy: Policy | None = None
+        self.reference: Policy | None = None
+        self.critic: Critic | None = None
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._phase_version = self._entered_step = 0
+        self._is_sampling = False
+
+    # Set-up
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer, loaded when first asked for."""
+        return self.policy_config.load_tokenizer()
+
+    def setup(self, stage: str) -> None:
+        """Refuse precisions under which Lightning would round the rollouts' log-probabilities."""
+        if str(self.trainer.precision) in ("bf16-true", "16-true"):
+            raise UserError(
+                f"trainer.precision {self.trainer.precision} rounds old log-probabilities and advantages to half "
+                "precision. Use bf16-mixed, or 32-true with model.policy.dtype: bfloat16 for weights in half precision."
+            )
+
+    def configure_model(self) -> None:
+        """Build the networks."""
+        if self.policy is not None:
+            return
+        critic = self.critic_config
+        self.policy = self.policy_config.build(with_value_head=critic is not None and critic.trunk == "shared")
+        self.critic = None if critic is None else critic.build(self.policy_config)
+        if self.has_reference:
+            self.reference = self.policy_config.build().requires_grad_(False).eval()
+        self.branch_off()
+        if self.device_mesh is not None:  # ModelParallelStrategy
+            for network in self._networks:
+                shard(network, self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over what is trained, and its schedule over steps."""
+        optimizer = self._build_optimizer()
+        if self._lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def _build_optimizer(self) -> Optimizer:
+        policy, critic = self._trained_parameters()
+        if not critic:
+            return self._optimizer(policy)
+        rate = self.critic_config.learning_rate if self.critic_config is not None else None
+        return self._optimizer([{"params": policy}, {"params": critic} | ({} if rate is None else {"lr": rate})])
+
+    def _trained_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Of the policy, and of the critic."""
+        heads = [part for part in (self._policy.value_head, self.critic) if part is not None]
+        critic = [p for part in heads for p in part.parameters() if p.requires_grad]
+        return [p for p in self._policy.lm.parameters() if p.requires_grad], critic
+
+    def branch_off(self) -> None:
+        """Let the reference, and the trunk of a critic of its own, be the policy as it is now."""
+        self._entered_step = self.global_step
+        with torch.no_grad():
+            if self.critic is not None:
+                self.critic.start_from(self._policy)
+            if self.reference is not None:
+                pairs = zip(self.reference.lm.parameters(), self._policy.lm.parameters(), strict=True)
+                for frozen, current in pairs:
+                    frozen.copy_(current)
+
+    def restart_optimizer(self, learning_rate: float | None) -> None:
+        """Forget the optimiser's moments, and start its schedule anew from the given or the configured rate.
+
+        A critic with a rate of its own keeps it.
+        """
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, Optimizer)
+        optimizer.state.clear()
+        critic_rate = None if self.critic_config is None else self.critic_config.learning_rate
+        for rate, group in zip((learning_rate, critic_rate or learning_rate), optimizer.param_groups, strict=False):
+            group.pop("initial_lr", None)
+            group["lr"] = optimizer.defaults["lr"] if rate is None else rate
+        for config in self.trainer.lr_scheduler_configs:
+            assert self._lr_scheduler is not None
+            config.scheduler = self._lr_scheduler(optimizer)
+
+    # What rollouts need
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model was made for, in tokens; None where its config does not say."""
+        return getattr(self._policy.lm.config, "max_position_embeddings", None)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end a completion."""
+        return end_of_sequence_ids(self._policy.lm, self.tokenizer)
+
+    @property
+    def policy_version(self) -> int:
+        """Optimiser steps taken."""
+        return self.global_step
+
+    @contextmanager
+    def sampling(self) -> Iterator[Any]:
+        """The causal language model in eval mode, without gradients, in the precision of training.
+
+        May be entered again within itself. With a sharded policy, all ranks must enter it together.
+        """
+        policy = self._policy
+        if self._is_sampling:
+            yield policy.lm
+            return
+        was_training = policy.training
+        policy.eval()  # gradient checkpointing in train mode breaks the cache
+        self._is_sampling = True
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(self.trainer.precision_plugin.forward_context())
+                for network in self._networks:
+                    stack.enter_context(gathered(network))
+                yield policy.lm
+        finally:
+            self._is_sampling = False
+            policy.train(was_training)
+
+    def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
+        """Statistics of given sequences under the policy and, where there are such, the reference and the critic."""
+        input_ids, mask = input_ids.to(self.device), completion_mask.to(self.device)
+        with self.sampling():
+            current = self.evaluate(input_ids, mask)
+            reference = None if self.reference is None else self.reference(input_ids, mask, self.temperature).logprobs
+        return Scores(current.logprobs, current.entropies, reference, current.values)
+
+    def evaluate(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
+        """What policy and critic say of sequences, at the sampling temperature, with gradient where it is on."""
+        current: Current = self._policy(input_ids, completion_mask, self.temperature)
+        if self.critic is None:
+            return current
+        return current._replace(values=self.critic(input_ids, completion_mask))
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of equally shaped tensors over all ranks."""
+        if self.trainer.world_size == 1:
+            return values
+        return self._all_gather(values.to(self.device)).sum(0)
+
+    def gather_over_ranks(self, values: Tensor) -> Tensor:
+        """Concatenate vectors of different lengths over all ranks."""
+        if self.trainer.world_size == 1:
+            return values
+        sizes = self._all_gather(torch.tensor(values.numel(), device=values.device)).tolist()
+        padded = torch.nn.functional.pad(values, (0, max(sizes) - values.numel()))
+        return torch.cat([row[:size] for row, size in zip(self._all_gather(padded), sizes, strict=True)])
+
+    def _all_gather(self, values: Tensor) -> Tensor:
+        """(ranks, ...)"""
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the stage, and the steps taken at the start of the phase and of the stage."""
+        checkpoint["egspo"] = {
+            "stage": str(self.stage),
+            "phase_version": self._phase_version,
+            "entered_step": self._entered_step,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the stage; fit the checkpoint's networks to this run's."""
+        if "egspo" not in checkpoint:
+            raise UserError("ckpt_path: this checkpoint was not written by EGSPOModule.")
+        state = checkpoint["egspo"]
+        self.stage, self._phase_version = Stage(state["stage"]), state["phase_version"]
+        self._entered_step = state["entered_step"]
+        is_entry = self.stage == Stage.EGSPO and checkpoint["global_step"] == self._entered_step
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING  # whoever only measures needs the policy alone
+        is_exact = is_entry or self.stage == Stage.SFT or not is_fit
+        weights = checkpoint.get("state_dict", {})
+        adapt_weights(weights, self.state_dict() if weights else {}, is_exact=is_exact)
+        if is_fit and checkpoint.get("optimizer_states"):
+            adapt_optimizer(checkpoint["optimizer_states"], self._build_optimizer().state_dict(), is_entry=is_entry)
+
+    @property
+    def _networks(self) -> list[Any]:
+        return [network for network in (self.policy, self.reference, self.critic) if network is not None]
+
+    @property
+    def _policy(self) -> Policy:
+        assert self.policy is not None, "configure_model has not run"
+        return self.policy

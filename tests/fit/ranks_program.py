@@ -1,0 +1,71 @@
+"""Runs methods one after another, as one process or as one of the ranks that torchrun has started.
+
+    python ranks_program.py FOLDER STRATEGY METHOD ...
+
+The metrics of each go to FOLDER/METHOD. It is a program of its own so that torchrun and its imports are paid for once.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from egspo_lightning.cli import run
+from egspo_lightning.rewards.functions import Scored
+from egspo_lightning.rewards.grading import Grade
+
+SHORT = [
+    "--config=configs/quickstart.yaml",
+    "--trainer.max_epochs=4",
+    "--trainer.logger=CSVLogger",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_checkpointing=false",
+    "--data.demonstrations.init_args.num_demonstrations=32",
+    "--data.sft_batch_size=16",
+    "--data.benchmarks=null",
+    "--data.num_problems=4",
+    "--data.num_generations=4",
+    "--data.max_completion_length=40",
+    "--data.reward=ranks_program.Uneven",
+    "--stage_transition.after_epochs=1",
+    "--stage_transition.learning_rate=1e-3",
+    "--hf_export.enabled=false",
+    "--entropy_histogram.record_every_n_collections=0",
+]
+METHODS = {
+    "ppo": ["--config=configs/methods/ppo.yaml", "--model.critic.warmup_steps=1"],
+    "ppo_critic": ["--config=configs/methods/ppo_critic.yaml", "--model.critic.warmup_steps=1"],
+    "reinforce_plus_plus": ["--config=configs/methods/reinforce_plus_plus.yaml", "--model.kl_reward.target=0.01"],
+    "dynamic_sampling": ["--config=configs/methods/grpo.yaml", "--data.max_resampling=2"],
+    "luffy": ["--config=configs/methods/luffy.yaml", "--data.expert_fraction=0.75", "--data.max_resampling=1"],
+    "sequence_gate": ["--model.gate.over=sequence", "--model.objective.rescale_weights=true"],
+}
+STRATEGIES = {
+    "alone": [],
+    "ddp": ["--trainer.strategy=ddp", "--trainer.devices=2"],
+    "fsdp2": [
+        "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+        "--trainer.strategy.data_parallel_size=2",
+        "--trainer.strategy.tensor_parallel_size=1",
+        "--trainer.devices=2",
+    ],
+}
+
+
+class Uneven:
+    """The share of even bytes, so that a policy that knows nothing yet has some to learn from; flat on even sums."""
+
+    def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[Scored]:
+        return [
+            Scored(
+                0.5 if int(gold) % 2 == 0 else sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1),
+                Grade(False, "no_answer", None, 0.0),
+            )
+            for text, gold in zip(completions, golds, strict=True)
+        ]
+
+
+if __name__ == "__main__":
+    folder, strategy, *methods = sys.argv[1:]
+    for method in methods:
+        place = f"{folder}/{method}"
+        folders = [f"--trainer.default_root_dir={place}", f"--trainer.logger.save_dir={place}"]
+        run(["fit", *SHORT, *METHODS[method], *STRATEGIES[strategy], *folders])

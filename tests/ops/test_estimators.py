@@ -1,0 +1,110 @@
+"""The estimators of a config: which function each is, and what it may look at."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.advantages import gae, group_relative, leave_one_out, reinforce_plus_plus
+from egspo_lightning.ops.estimators import GAE, Experience, GroupRelative, LeaveOneOut, ReinforcePlusPlus
+
+ALL = [
+    GroupRelative(),
+    GroupRelative(scale_by_std=False),
+    LeaveOneOut(),
+    ReinforcePlusPlus(),
+    ReinforcePlusPlus(0.9),
+    GAE(),
+    GAE(0.9, 0.5),
+]
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def make(rows=12, group_size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn():
+        return torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+
+    mask = (torch.arange(5) >= 1) & (torch.arange(5) < torch.randint(2, 6, (rows, 1), generator=generator))
+    return Experience(randn() * mask, mask, randn() * mask, group_size, lambda values: values)
+
+
+@pytest.mark.parametrize("scale_by_std", [True, False])
+def test_the_reward_of_a_row_is_the_sum_over_its_tokens_and_its_advantage_stands_at_each(scale_by_std):
+    experience = make()
+    rewards = [
+        sum(r for r, m in zip(*row, strict=True) if m)
+        for row in zip(*(x.tolist() for x in experience[:2]), strict=True)
+    ]
+    assert experience.rewards.tolist() == pytest.approx(rewards, abs=1e-12)
+    for estimator, per_row in (
+        (GroupRelative(scale_by_std), group_relative(rewards, 4, scale_by_std=scale_by_std)),
+        (LeaveOneOut(), leave_one_out(rewards, 4)),
+    ):
+        estimate = estimator.estimate(experience)
+        assert_close(estimate.advantages, per_row.unsqueeze(1) * experience.mask, **EXACT)
+        assert estimate.returns is None
+        assert (estimator.min_generations, estimator.needs_values) == (2, False)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.0, 1.0)])
+def test_gae_and_reinforce_plus_plus_pass_their_settings_on(gamma, lam):
+    rewards, mask, values, _, _ = experience = make()
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    estimate = GAE(gamma, lam).estimate(experience)
+    assert_close(estimate.advantages, advantages, **EXACT)
+    assert_close(estimate.returns, returns, **EXACT)
+    to_go = ReinforcePlusPlus(gamma).estimate(experience)
+    assert_close(to_go.advantages, reinforce_plus_plus(rewards, mask, gamma=gamma), **EXACT)
+    assert to_go.returns is None
+    assert GAE().needs_values
+    assert not ReinforcePlusPlus().needs_values
+    assert GAE().min_generations == ReinforcePlusPlus().min_generations == 1
+
+
+@pytest.mark.parametrize("estimator", ALL[:3])
+def test_group_estimators_look_at_one_group_at_a_time(estimator):
+    whole = make()
+    apart = [
+        estimator.estimate(whole._replace(token_rewards=r, mask=m)).advantages
+        for r, m in zip(whole.token_rewards.split(4), whole.mask.split(4), strict=True)
+    ]
+    assert_close(estimator.estimate(whole).advantages, torch.cat(apart), **EXACT)
+
+
+@pytest.mark.parametrize("estimator", ALL)
+def test_what_lies_outside_the_mask_is_not_looked_at(estimator):
+    clean = make()
+    rewards, values = (torch.where(clean.mask, x, torch.nan) for x in (clean.token_rewards, clean.values))
+    dirty = clean._replace(token_rewards=rewards, values=values)
+    for ours, expected in zip(estimator.estimate(dirty), estimator.estimate(clean), strict=True):
+        assert (ours is None and expected is None) or torch.equal(ours, expected)
+    assert torch.equal(
+        estimator.estimate(clean).advantages[~clean.mask], torch.zeros(int((~clean.mask).sum())).double()
+    )
+
+
+@pytest.mark.parametrize("estimator", ALL)
+@pytest.mark.parametrize("rows", [0, 4])
+@pytest.mark.filterwarnings("ignore:std")
+def test_nothing_at_all_gives_zeros(estimator, rows):
+    nothing = torch.zeros(rows, 5)
+    estimate = estimator.estimate(Experience(nothing, nothing.bool(), nothing, 4, lambda values: values))
+    assert torch.equal(estimate.advantages, nothing)
+
+
+def test_an_expert_stands_against_the_policys_own_completions():
+    rewards, groups = torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    scaled = GroupRelative().estimate_expert(rewards, groups)
+    assert scaled.tolist() == pytest.approx([1.5, 1.0], abs=1e-5)
+    for estimator in (GroupRelative(scale_by_std=False), LeaveOneOut()):
+        assert estimator.estimate_expert(rewards, groups).tolist() == pytest.approx([0.75, 1.0], abs=1e-7)
+    assert not any(hasattr(estimator, "estimate_expert") for estimator in (GAE(), ReinforcePlusPlus()))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize(("estimator", "field"), [(GAE, "gamma"), (GAE, "lam"), (ReinforcePlusPlus, "gamma")])
+def test_discounts_out_of_range_are_refused(estimator, field, value):
+    with pytest.raises(UserError, match=rf"{estimator.__name__}\.{field} must be in \[0, 1\], got {value}"):
+        estimator(**{field: value})

@@ -1,0 +1,291 @@
+"""Collections against a scripted engine: which problems are drawn, which groups are replaced, and in what order."""
+
+import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.functions import Scored
+from egspo_lightning.rewards.grading import Grade
+from egspo_lightning.rollout.collector import Collector
+from egspo_lightning.rollout.engine import Sample
+from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
+from egspo_lightning.types import Completion, ExpertSolution, Problem
+
+FLAT, SPREAD = "flat", "spread"
+
+
+class Echo:
+    """An engine whose completions are the names of their random streams."""
+
+    def generate(self, lm, requests, sampling, *, eos_ids, pad_id):
+        streams = [list(request.seed.encode()) for request in requests]
+        return [Sample(ids, False, [0.0] * len(ids)) for ids in streams]
+
+
+def by_gold(completions, golds):
+    """No spread where the gold says so, else 0 and 1 in turn."""
+    rewards = [1.0 if gold == FLAT else float(text[-1]) % 2 for text, gold in zip(completions, golds, strict=True)]
+    return [Scored(reward, Grade(reward > 0, "graded", None, 0.0)) for reward in rewards]
+
+
+class Alone:
+    """A policy of which only the tokenizer is asked."""
+
+    temperature = 1.0
+    eos_ids = ()
+    tokenizer = SimpleNamespace(
+        pad_token_id=0, batch_decode=lambda rows, skip_special_tokens: [bytes(row).decode() for row in rows]
+    )
+
+    @contextmanager
+    def sampling(self):
+        yield None
+
+    def sum_over_ranks(self, values):
+        return values
+
+
+class OneOfTwo(Alone):
+    """The same on one of two threads, which add up over both; each must enter ``sampling`` as often as the other."""
+
+    def __init__(self, rank, box, barrier):
+        self.rank, self.box, self.barrier = rank, box, barrier
+
+    @contextmanager
+    def sampling(self):
+        self.barrier.wait(timeout=10)
+        yield None
+
+    def sum_over_ranks(self, values):
+        self.box[self.rank] = values
+        self.barrier.wait(timeout=10)
+        total = self.box[0] + self.box[1]
+        self.barrier.wait(timeout=10)
+        return total
+
+
+def collector(flat=(), *, drawn=None, **options):
+    """Over problems "0", "1", ... of which some give groups without spread; draws are noted in ``drawn``."""
+
+    def draw(start, count):
+        if drawn is not None:
+            drawn.extend(range(start, start + count))
+        return [Problem(str(i), "q", FLAT if i in flat else SPREAD) for i in range(start, start + count)]
+
+    def draw_experts(start, count):
+        return [
+            ExpertSolution(Problem(f"expert-{i}", "q", options.get("expert_gold", SPREAD)), [*f"solution {i}".encode()])
+            for i in range(start, start + count)
+        ]
+
+    fields = {
+        "engine": Echo(),
+        "reward": by_gold,
+        "draw": draw,
+        "draw_experts": draw_experts,
+        "encode": lambda problem: [1],
+        "num_problems": 4,
+        "num_experts": 0,
+        "num_generations": 2,
+        "max_completion_length": 40,
+        "max_resampling": 0,
+        "length_penalty": None,
+        "seed": 7,
+    }
+    return Collector(**fields | {k: v for k, v in options.items() if k != "expert_gold"})
+
+
+def ids(groups):
+    return [group.prompt.problem.id for group in groups]
+
+
+def test_a_collection_holds_its_problems_in_order_each_with_streams_of_its_own():
+    drawn = []
+    source = collector(drawn=drawn)
+    for number in range(2):
+        sampled = source.sample(Alone(), number, 0, 1)
+        assert ids(sampled.groups) == [str(4 * number + i) for i in range(4)]
+        assert [group.number for group in sampled.groups] == [0, 1, 2, 3]
+        texts = [completion.text for group in sampled.groups for completion in group.completions]
+        assert texts == [f"7/{number}/{place}/{i}" for place in range(4) for i in range(2)]
+        assert sampled.discarded == []
+    assert drawn == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("max_resampling", "kept", "discarded"),
+    [
+        (0, ["0", "1", "2", "3"], []),
+        (1, ["0", "4", "2", "5"], ["1", "3"]),
+        (2, ["0", "6", "2", "5"], ["1", "3", "4"]),  # 4 was flat too
+        (3, ["0", "7", "2", "5"], ["1", "3", "4", "6"]),
+        (9, ["0", "7", "2", "5"], ["1", "3", "4", "6"]),  # no round is spent without need
+    ],
+)
+def test_groups_without_spread_are_replaced_in_their_places_up_to_the_limit(max_resampling, kept, discarded):
+    drawn = []
+    source = collector({1, 3, 4, 6}, drawn=drawn, max_resampling=max_resampling)
+    sampled = source.sample(Alone(), 0, 0, 1)
+    assert ids(sampled.groups) == kept
+    assert ids(sampled.discarded) == discarded
+    assert [group.number for group in sampled.groups] == [0, 1, 2, 3]
+    source.sample(Alone(), 1, 0, 1)
+    assert drawn == list(range(len(drawn)))  # without gaps or repeats
+    assert source.num_drawn == len(drawn) >= 8 + len(discarded)
+
+
+def test_every_round_samples_from_streams_of_its_own():
+    sampled = collector({1, 4, 5}, max_resampling=2).sample(Alone(), 3, 0, 1)
+    groups = [group for group in (*sampled.discarded, *sampled.groups) if group.number == 1]
+    assert [group.completions[0].text for group in groups] == ["7/3/1/0", "7/3/1/1/0", "7/3/1/2/0"]
+
+
+def test_a_collector_that_is_put_where_another_was_goes_on_as_it_would_have():
+    one, other = (collector({1, 5, 6, 9}, max_resampling=2) for _ in range(2))
+    one.sample(Alone(), 0, 0, 1)
+    other.num_drawn = one.num_drawn
+    assert one.sample(Alone(), 1, 0, 1)[:2] == other.sample(Alone(), 1, 0, 1)[:2]
+
+
+@pytest.mark.parametrize("flat", [(), (1, 3, 4, 6), (0, 2, 5), range(5), range(99)])
+def test_two_ranks_sample_what_one_does(flat):
+    """Also where all that is flat stands on one rank, so that the other has nothing to sample in a round."""
+    options = {"max_resampling": 2, "num_experts": 1}
+    box, barrier = {}, threading.Barrier(2)
+    found = [[], []]
+    drawn = [[], []]
+
+    def work(rank):
+        source = collector(set(flat), drawn=drawn[rank], **options)
+        for number in range(2):
+            found[rank].append(source.sample(OneOfTwo(rank, box, barrier), number, rank, 2))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    alone_drawn = []
+    alone = collector(set(flat), drawn=alone_drawn, **options)
+    for number in range(2):
+        whole = alone.sample(Alone(), number, 0, 1)
+        parts = [found[rank][number] for rank in range(2)]
+        assert sorted(parts[0].groups + parts[1].groups) == sorted(whole.groups)
+        assert sorted(parts[0].discarded + parts[1].discarded) == sorted(whole.discarded)
+    assert drawn == [alone_drawn, alone_drawn]
+
+
+# Experts
+
+
+def test_experts_problems_come_first_with_their_solutions_graded():
+    drawn = []
+    source = collector(drawn=drawn, num_experts=2)
+    for number in range(2):
+        groups = source.sample(Alone(), number, 0, 1).groups
+        expected = [f"expert-{2 * number}", f"expert-{2 * number + 1}", str(2 * number), str(2 * number + 1)]
+        assert ids(groups) == expected
+        assert [group.expert is None for group in groups] == [False, False, True, True]
+        for i, group in enumerate(groups[:2]):
+            solution = 2 * number + i
+            assert group.expert.text == f"solution {solution}"
+            assert group.expert.token_ids == list(f"solution {solution}".encode())
+            assert group.expert.reward == solution % 2
+            assert not group.expert.is_truncated
+            assert len(group.completions) == 2
+    assert drawn == [0, 1, 2, 3]  # only problems without an expert are drawn
+
+
+def test_a_group_with_an_expert_is_not_replaced():
+    """It can be learned from without spread: the expert's reward is compared with the group's."""
+    sampled = collector(num_experts=2, expert_gold=FLAT, max_resampling=3).sample(Alone(), 0, 0, 1)
+    assert sampled.groups[0].is_flat
+    assert sampled.discarded == []
+
+
+def test_all_problems_may_be_experts():
+    drawn = []
+    groups = collector(drawn=drawn, num_experts=4).sample(Alone(), 0, 0, 1).groups
+    assert drawn == []
+    assert all(group.expert is not None for group in groups)
+
+
+# Length penalty
+
+
+def answer(length):
+    return Completion(Problem("1", "q", "2"), [7] * length, [0.0] * length, "", False, 1.0, True, "2", "graded")
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"),
+    [(1, 0.0), (15, 0.0), (16, 0.0), (17, 0.125), (18, 0.25), (19, 0.375), (20, 0.5), (21, 0.5)],
+)
+def test_the_length_penalty_by_hand(length, penalty):
+    """Limit 20, buffer 4, weight 1/2: nothing up to 16 tokens, then an eighth a token."""
+    found = SoftLengthPenalty(buffer=4, weight=0.5).apply(answer(length), 20)
+    assert found.reward == pytest.approx(1.0 - penalty)
+    assert found.correct
+    assert found == answer(length)._replace(reward=found.reward)
+
+
+def test_a_buffer_as_long_as_the_limit_punishes_from_the_first_token():
+    assert SoftLengthPenalty(buffer=20).apply(answer(1), 20).reward == pytest.approx(0.95)
+
+
+def test_the_length_penalty_gives_spread_where_the_rewards_have_none():
+    """A group is flat when the rewards that it is trained on are."""
+
+    class Growing(Echo):
+        def generate(self, lm, requests, sampling, **kwargs):
+            samples = super().generate(lm, requests, sampling, **kwargs)
+            return [Sample([48] * (5 + i), False, [0.0] * (5 + i)) for i, _ in enumerate(samples)]
+
+    options = {"engine": Growing(), "max_completion_length": 12, "max_resampling": 1}
+    flat = set(range(4))
+    assert len(collector(flat, **options).sample(Alone(), 0, 0, 1).discarded) == 4
+    sampled = collector(flat, length_penalty=SoftLengthPenalty(4), **options).sample(Alone(), 0, 0, 1)
+    # 5 to 12 tokens, two a group: nothing is taken off up to 8
+    assert [completion.reward for group in sampled.groups[2:] for completion in group.completions] == pytest.approx(
+        [0.75, 0.5, 0.25, 0.0]
+    )
+    assert [group.number for group in sampled.discarded] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_resampling": -1}, r"data\.max_resampling must be at least 0, got -1"),
+        ({"max_resampling": 2, "num_generations": 1}, r"data\.max_resampling = 2 .* data\.num_generations = 1"),
+        ({"length_penalty": SoftLengthPenalty(41)}, r"data\.length_penalty\.buffer = 41 .* = 40"),
+        ({"num_problems": 0}, r"data\.num_problems must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        collector(**options)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("buffer", 0), ("weight", 0.0), ("weight", -1.0), ("weight", float("nan"))]
+)
+def test_penalties_that_make_no_sense_are_refused(field, value):
+    with pytest.raises(UserError, match=rf"data\.length_penalty\.{field} must be "):
+        SoftLengthPenalty(**{"buffer": 4, field: value})
+
+
+def test_flat_places_are_counted_over_ranks_in_a_tensor():
+    """A rank without any flat group still takes part in the sum."""
+    calls = []
+
+    class Counting(Alone):
+        def sum_over_ranks(self, values):
+            calls.append(values.tolist())
+            return torch.zeros_like(values)
+
+    collector(max_resampling=2).sample(Counting(), 0, 0, 1)
+    assert calls == [[0.0] * 4]
