@@ -8,13 +8,13 @@ import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
 from egspo_lightning.answers import boxed_answer, normalise_problem
-from egspo_lightning.arithmetic import ArithmeticTask
-from egspo_lightning.data.arithmetic import ArithmeticDemonstrations, ArithmeticProblems
+from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.data.hub import HubDemonstrations, HubProblems
 from egspo_lightning.data.jsonl import JsonlDemonstrations, JsonlProblems
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
 from egspo_lightning.errors import UserError
 from egspo_lightning.jsonl import read_rows
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.types import Problem
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -230,9 +230,9 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("kind", "class_path", "init_args", "expected"),
         [
-            (DemonstrationSource, "arithmetic.ArithmeticDemonstrations", {"task": {"num_terms": 3}},
-             ArithmeticDemonstrations(task=ArithmeticTask(num_terms=3))),
-            (ProblemSource, "arithmetic.ArithmeticProblems", {}, ArithmeticProblems()),
+            (DemonstrationSource, "generated.GeneratedDemonstrations", {"task": {"num_terms": 3}},
+             GeneratedDemonstrations(task=ArithmeticTask(num_terms=3))),
+            (ProblemSource, "generated.GeneratedProblems", {}, GeneratedProblems()),
             (DemonstrationSource, "jsonl.JsonlDemonstrations", {"path": "a", "solution_format": "gsm8k"},
              JsonlDemonstrations("a", solution_format="gsm8k")),
             (ProblemSource, "jsonl.JsonlProblems", {"path": "a", "limit": 5}, JsonlProblems("a", limit=5)),
