@@ -5,6 +5,7 @@ import pytest
 from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.errors import UserError
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.expressions import ExpressionTask
 
 
 def test_demonstrations_are_distinct_reproducible_and_of_the_train_split():
@@ -53,3 +54,21 @@ def test_neighbouring_positions_differ():
     problems = source.draw(0, 400)
     assert sum(a == b for a, b in pairwise(problems)) <= 2
     assert len({p.problem for p in problems}) > 350
+
+
+def test_any_family_serves():
+    task = ExpressionTask(num_operators=3)
+    demonstrations, source = GeneratedDemonstrations(50, task=task).load(), GeneratedProblems(task)
+    assert all(task.contains(d.problem, "train") for d in demonstrations)
+    held_out, other = task.distinct(0, "test", 5), ArithmeticTask().distinct(0, "train", 5)
+    assert source.prepare(0, frozenset(p.problem for p in (*held_out, *other))) == 0
+    assert all(task.contains(p.problem, "train") for p in source.draw(0, 50))
+
+
+def test_the_seed_chooses_problems_and_solutions():
+    task = ExpressionTask()
+    zero, one = (GeneratedDemonstrations(50, seed, task).load() for seed in (0, 1))
+    problems = task.distinct("demonstrations/0", "train", 50)
+    assert zero == [task.solve(p, 0) for p in problems]
+    assert zero != [task.solve(p, 1) for p in problems]
+    assert {d.problem for d in zero} != {d.problem for d in one}

@@ -15,6 +15,7 @@ from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, Pr
 from egspo_lightning.errors import UserError
 from egspo_lightning.jsonl import read_rows
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.types import Problem
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -224,6 +225,9 @@ class TestHub:
             HubProblems("openai/gsm8k", "main").load()
 
 
+TASKS = "egspo_lightning.tasks"
+
+
 class TestConfig:
     """Each source is a class_path with init_args under the type that the datamodule asks for."""
 
@@ -233,6 +237,9 @@ class TestConfig:
             (DemonstrationSource, "generated.GeneratedDemonstrations", {"task": {"num_terms": 3}},
              GeneratedDemonstrations(task=ArithmeticTask(num_terms=3))),
             (ProblemSource, "generated.GeneratedProblems", {}, GeneratedProblems()),
+            (ProblemSource, "generated.GeneratedProblems",
+             {"task": {"class_path": f"{TASKS}.expressions.ExpressionTask", "init_args": {"num_operators": 3}}},
+             GeneratedProblems(ExpressionTask(num_operators=3))),
             (DemonstrationSource, "jsonl.JsonlDemonstrations", {"path": "a", "solution_format": "gsm8k"},
              JsonlDemonstrations("a", solution_format="gsm8k")),
             (ProblemSource, "jsonl.JsonlProblems", {"path": "a", "limit": 5}, JsonlProblems("a", limit=5)),

@@ -16,6 +16,7 @@ from egspo_lightning.evaluation.benchmarks import (
     KnownBenchmark,
 )
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.types import Problem
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -77,6 +78,16 @@ def test_arithmetic_problems_are_distinct_and_never_trained_on():
     assert not benchmark & {p.problem for p in source.draw(0, 3000)}
     validation = {p.problem for p in GeneratedBenchmark(split="validation").load()}
     assert not benchmark & validation
+
+
+def test_a_generated_benchmark_is_called_by_its_task_or_by_a_name_of_its_own():
+    task = ExpressionTask()
+    assert GeneratedBenchmark().name == "arithmetic"
+    assert GeneratedBenchmark(task=task).name == "expressions"
+    assert GeneratedBenchmark("mine", task=task).name == "mine"
+    with pytest.raises(UserError, match="name must be non-empty"):
+        GeneratedBenchmark("", task=task)
+    assert all(task.contains(p.problem, "validation") for p in GeneratedBenchmark("v", "validation", 9, 0, task).load())
 
 
 def test_too_small_a_task_is_refused():

@@ -105,19 +105,6 @@ def test_negative_running_totals_are_not_of_the_family():
     assert not any(ArithmeticTask(3, 2, "+-").contains("12-47+90=?", split) for split in SPLITS)
 
 
-def test_distinct_problems_are_distinct_and_a_prefix_of_more():
-    task = ArithmeticTask()
-    problems = task.distinct(0, "test", 512)
-    assert len({p.problem for p in problems}) == len({p.id for p in problems}) == 512
-    assert task.distinct(0, "test", 100) == problems[:100]
-    assert task.distinct(1, "test", 512) != problems
-
-
-def test_too_many_distinct_problems_are_refused_with_numbers():
-    with pytest.raises(UserError, match=r"500 different problems of split 'test'.*only \d+ came up.*num_digits=1"):
-        ArithmeticTask(num_digits=1).distinct(0, "test", 500)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"num_terms": 1}, "num_terms"), ({"num_digits": 0}, "num_digits"), ({"operators": "*"}, "operators")],
@@ -125,10 +112,3 @@ def test_too_many_distinct_problems_are_refused_with_numbers():
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         ArithmeticTask(**arguments)
-
-
-def test_an_unknown_split_and_an_empty_count_are_refused():
-    with pytest.raises(UserError, match="train, validation, test"):
-        ArithmeticTask().problem(0, "dev", 0)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="at least 1"):
-        ArithmeticTask().distinct(0, "test", 0)
