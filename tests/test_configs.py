@@ -9,8 +9,10 @@ from egspo_lightning.cli import EgspoCLI, run
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.gate import ConstantAttenuation, OpenGate
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.expressions import ExpressionTask
 
-RECIPES = ["quickstart", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
+RECIPES = ["quickstart", "expressions", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
 METHODS = ["sft", "grpo", "top_entropy", "egspo", "egspo_constant_phi", "egspo_no_mixing"]
 
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
@@ -51,6 +53,15 @@ def test_recipes_build(build, name):
     cli = build(f"--config=configs/{name}.yaml", *ON_THIS_MACHINE)
     assert isinstance(cli.model, EGSPOModule)
     assert isinstance(cli.datamodule, HybridDataModule)
+
+
+@pytest.mark.parametrize(("name", "family"), [("quickstart", ArithmeticTask), ("expressions", ExpressionTask)])
+def test_recipes_of_generated_tasks_name_one_task_throughout(build, name, family):
+    data = build(f"--config=configs/{name}.yaml").datamodule
+    assert data.demonstrations.task == data.problems.task == data.benchmarks[0].task == family()
+    assert data.benchmarks[0].split == "test"
+    longest = max(len(d.solution) for d in data.demonstrations.load())
+    assert longest < data.max_completion_length  # and its EOS
 
 
 @pytest.mark.parametrize("method", METHODS)

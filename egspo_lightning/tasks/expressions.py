@@ -1,8 +1,8 @@
 r"""Expressions reduced one operation at a time, in one of many orders.
 
-A problem reads ``3*(5+4)-8-6=?`` and its solution is a chain of expressions of equal value, each with an operation
-less than the one before: ``3*9-8-6=27-8-6=27-14=\boxed{13}``. Which operation goes next is a free choice, so the first
-token after it has entropy; the result is a computation that can be wrong, and spoils all that follows.
+A problem reads ``3*(5-1)-4-2=?`` and its solution is a chain of expressions of equal value, each with an operation
+less than the one before: ``3*4-4-2=12-4-2=12-6=\boxed{6}``. Which operation goes next is a free choice, so the tokens
+that tell it have entropy; its result is a computation that can be wrong, and spoils all that follows.
 """
 
 import random

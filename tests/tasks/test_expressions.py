@@ -107,8 +107,7 @@ def test_problems_and_solutions_are_short():
 @pytest.mark.parametrize("text", ["(4+5)*3-8-6", "3*(4+5)-6-8", "(5+4)*3-6-8"])
 def test_problems_in_another_order_share_a_split(text):
     task = ExpressionTask(max_number=8, max_value=50)
-    for split in SPLITS:
-        assert task.contains(EXAMPLE.problem, split) == task.contains(f"{text}=?", split)
+    assert task.key(EXAMPLE.problem) == task.key(f"{text}=?")
     assert task.key(EXAMPLE.problem) != task.key("3*(5-4)-8-6=?")
     assert task.key(EXAMPLE.problem) != task.key("3*(5+4)+8-6=?")
 
