@@ -178,8 +178,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         print(
-            f"error: ckpt_path: this sharded checkpoint does not fit the run: {reason} A run that starts from one "
-            "needs the networks that it holds: the same model.policy, model.critic, objective.beta and model.kl_reward.",
+            f"error: ckpt_path: this sharded checkpoint does not fit the run: {reason} Start from one with the same "
+            "networks: model.policy, model.critic, model.objective.beta and model.kl_reward decide on them.",
             file=sys.stderr,
         )
         sys.exit(2)

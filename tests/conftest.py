@@ -13,14 +13,14 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from egspo_lightning.arithmetic import ArithmeticTask
-from egspo_lightning.data.arithmetic import ArithmeticDemonstrations, ArithmeticProblems
+from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.rewards.functions import Scored
 from egspo_lightning.rewards.grading import Grade
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -120,8 +120,8 @@ def tiny_run(small_model: str, tmp_path: Path) -> Callable[..., TinyRun]:
             "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0),
         }
         in_data = {
-            "demonstrations": ArithmeticDemonstrations(num_demonstrations=32, task=DIGITS),
-            "problems": ArithmeticProblems(task=DIGITS),
+            "demonstrations": GeneratedDemonstrations(num_demonstrations=32, task=DIGITS),
+            "problems": GeneratedProblems(task=DIGITS),
             "reward": EvenBytes(),
             "prompt": PromptTemplate(plain="{problem}"),
             "sft_batch_size": 16,

@@ -23,7 +23,7 @@ def source(class_path: str, **arguments: Any) -> Config:
 
 
 def benchmark(**arguments: Any) -> Config:
-    return source("evaluation.benchmarks.ArithmeticBenchmark", num_problems=2, **arguments)
+    return source("evaluation.benchmarks.GeneratedBenchmark", num_problems=2, **arguments)
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def config(small_model: str, tmp_path: Path) -> Config:
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path / "logs")},
         "model": {"policy": {"name_or_path": small_model, "from_scratch": True}},
         "data": {
-            "demonstrations": source("data.arithmetic.ArithmeticDemonstrations", num_demonstrations=8),
-            "problems": source("data.arithmetic.ArithmeticProblems"),
+            "demonstrations": source("data.generated.GeneratedDemonstrations", num_demonstrations=8),
+            "problems": source("data.generated.GeneratedProblems"),
             "prompt": {"system": "", "plain": "{problem}"},
             "num_problems": 2,
             "num_generations": 2,
@@ -312,7 +312,7 @@ def test_a_folder_without_a_model_is_told(config, refused, tmp_path):
 
 def test_predict_needs_a_finite_source(config, refused):
     message = refused(config, subcommand="predict")
-    for word in ("data.problems", "ArithmeticProblems", "JsonlProblems"):
+    for word in ("data.problems", "GeneratedProblems", "JsonlProblems"):
         assert word in message
 
 

@@ -17,9 +17,11 @@ from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, Rein
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
 
-RECIPES = ["quickstart", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
+RECIPES = ["quickstart", "expressions", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
 
 EGSPO = {
     "objective": Objective(mu=0.1),
@@ -118,6 +120,15 @@ def test_recipes_build(build, name):
     cli = build(f"--config=configs/{name}.yaml", *ON_THIS_MACHINE)
     assert isinstance(cli.model, EGSPOModule)
     assert isinstance(cli.datamodule, HybridDataModule)
+
+
+@pytest.mark.parametrize(("name", "family"), [("quickstart", ArithmeticTask), ("expressions", ExpressionTask)])
+def test_recipes_of_generated_tasks_name_one_task_throughout(build, name, family):
+    data = build(f"--config=configs/{name}.yaml").datamodule
+    assert data.demonstrations.task == data.problems.task == data.benchmarks[0].task == family()
+    assert data.benchmarks[0].split == "test"
+    longest = max(len(d.solution) for d in data.demonstrations.load())
+    assert longest < data.max_completion_length  # and its EOS
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ NAME = PACKAGE.name
 LAYERS = [
     ["errors"],
     ["types", "jsonl", "flags", "checkpoints", "sharding"],
-    ["ops", "rewards", "arithmetic"],
+    ["ops", "rewards", "tasks"],
     ["answers", "evaluation.metrics"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy"],
@@ -93,7 +93,7 @@ def test_ops_import_torch_alone(path):
     assert not any(name.startswith("torch.distributed") for name in imports(path))
 
 
-@pytest.mark.parametrize("path", files_of("rewards", "errors", "jsonl", "arithmetic", "answers", "rows"), ids=dotted)
+@pytest.mark.parametrize("path", files_of("rewards", "errors", "jsonl", "tasks", "answers", "rows"), ids=dotted)
 def test_text_needs_no_torch(path):
     assert not top_level(path) & {"torch", "lightning", "transformers"}
 

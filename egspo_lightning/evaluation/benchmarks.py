@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal, NamedTuple
 
 from egspo_lightning.answers import AnswerExtractor
-from egspo_lightning.arithmetic import ArithmeticTask, Split
 from egspo_lightning.errors import UserError
 from egspo_lightning.jsonl import read_rows
 from egspo_lightning.rows import hub_rows, problem_of
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.family import ProblemFamily, Split
 from egspo_lightning.types import Problem
 
 
@@ -82,11 +83,11 @@ class Benchmark(ABC):
             )
 
 
-class ArithmeticBenchmark(Benchmark):
-    """Different problems of the built-in arithmetic task, from a split that training never sees.
+class GeneratedBenchmark(Benchmark):
+    """Different problems of a generated task, from a split that training never sees.
 
     Args:
-        name: The name in metrics.
+        name: The name in metrics; null for the task's own.
         split: The split; "train" tells how well the training problems are learned.
         num_problems: How many; the first ones of a larger set are the smaller set.
         seed: Which ones.
@@ -98,14 +99,14 @@ class ArithmeticBenchmark(Benchmark):
 
     def __init__(
         self,
-        name: str = "arithmetic",
+        name: str | None = None,
         split: Split = "test",
         num_problems: int = 512,
         seed: int = 0,
-        task: ArithmeticTask = ArithmeticTask(),  # noqa: B008 - frozen
+        task: ProblemFamily = ArithmeticTask(),  # noqa: B008 - frozen
         **sampling: Any,
     ) -> None:
-        super().__init__(name, **sampling)
+        super().__init__(task.name if name is None else name, **sampling)
         self.split: Split = split
         self.num_problems = num_problems
         self.seed = seed

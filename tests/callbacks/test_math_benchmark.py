@@ -2,18 +2,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from egspo_lightning.arithmetic import ArithmeticTask
 from egspo_lightning.callbacks import MathBenchmark, StageTransition
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.benchmarks import ArithmeticBenchmark
+from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 DIGITS = ArithmeticTask(num_digits=1)
 
 
-def benchmarks() -> dict[str, list[ArithmeticBenchmark]]:
-    greedy = ArithmeticBenchmark("greedy", num_problems=5, task=DIGITS)
-    sampled = ArithmeticBenchmark("sampled", num_problems=3, task=DIGITS, num_samples=2, temperature=1.0)
+def benchmarks() -> dict[str, list[GeneratedBenchmark]]:
+    greedy = GeneratedBenchmark("greedy", num_problems=5, task=DIGITS)
+    sampled = GeneratedBenchmark("sampled", num_problems=3, task=DIGITS, num_samples=2, temperature=1.0)
     return {"benchmarks": [greedy, sampled], "eval_batch_size": 2}
 
 
@@ -52,7 +52,7 @@ def test_metrics_stand_in_callback_metrics_and_in_tensorboard(tiny_run, events):
 def test_the_values_are_those_of_a_naive_loop(tiny_run):
     """After enough SFT on few problems some answers are right; count them with transformers' generate."""
     in_data = benchmarks() | {"sft_batch_size": 8}
-    trained = [ArithmeticBenchmark("trained", split="train", num_problems=12, task=DIGITS)]
+    trained = [GeneratedBenchmark("trained", split="train", num_problems=12, task=DIGITS)]
     run = tiny_run(data=in_data, trainer={"max_epochs": 30}).fit()
     module, tokenizer = run.module, run.module.tokenizer
     benchmark = MathBenchmark()
@@ -171,7 +171,7 @@ def test_a_run_that_starts_from_another_measures_its_own_benchmarks(tiny_run, tm
     """The checkpoint brings results of a benchmark that this run does not have, at the very same step."""
 
     def benchmark(name):
-        return ArithmeticBenchmark(name, num_problems=4, task=ArithmeticTask(num_digits=1))
+        return GeneratedBenchmark(name, num_problems=4, task=ArithmeticTask(num_digits=1))
 
     tiny_run(
         MathBenchmark(every_n_epochs=1),

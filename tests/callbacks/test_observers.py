@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from egspo_lightning.arithmetic import ArithmeticTask
 from egspo_lightning.callbacks import (
     EntropyHistogram,
     MathBenchmark,
@@ -11,14 +10,15 @@ from egspo_lightning.callbacks import (
     RolloutSamples,
     StageTransition,
 )
-from egspo_lightning.evaluation.benchmarks import ArithmeticBenchmark
+from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 
-def benchmarks() -> list[ArithmeticBenchmark]:
+def benchmarks() -> list[GeneratedBenchmark]:
     task = ArithmeticTask(num_digits=1)
     return [
-        ArithmeticBenchmark("greedy", num_problems=3, task=task),
-        ArithmeticBenchmark("sampled", num_problems=3, task=task, num_samples=2, temperature=1.0),
+        GeneratedBenchmark("greedy", num_problems=3, task=task),
+        GeneratedBenchmark("sampled", num_problems=3, task=task, num_samples=2, temperature=1.0),
     ]
 
 

@@ -49,5 +49,5 @@ def test_the_folder_can_be_chosen(tiny_run, problems, tmp_path):
 
 def test_problems_without_end_are_refused(tiny_run):
     run = tiny_run(PredictionWriter())
-    with pytest.raises(UserError, match=r"data.problems: ArithmeticProblems never ends.*JsonlProblems"):
+    with pytest.raises(UserError, match=r"data.problems: GeneratedProblems never ends.*JsonlProblems"):
         run.trainer.predict(run.module, run.data)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.arithmetic import ArithmeticTask
 from egspo_lightning.callbacks import MathBenchmark, StageTransition
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.benchmarks import ArithmeticBenchmark
+from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.ops.objective import Objective
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.types import Stage
 
 
@@ -70,7 +70,7 @@ def test_a_benchmark_that_is_not_measured_cannot_be_waited_for(tiny_run):
 def test_a_benchmark_counts_only_when_it_was_measured(tiny_run):
     """Measured every second epoch, and never better: patience 2 ends SFT at the third measurement, not before."""
     stages = Stages()
-    benchmark = ArithmeticBenchmark("held_out", num_problems=4, task=ArithmeticTask(num_digits=1))
+    benchmark = GeneratedBenchmark("held_out", num_problems=4, task=ArithmeticTask(num_digits=1))
     tiny_run(
         MathBenchmark(every_n_epochs=2, at_start=False),
         StageTransition(monitor="eval/held_out/avg@1", mode="max", patience=2, min_delta=1.0),
@@ -146,14 +146,14 @@ def test_a_metric_that_training_logs_can_be_monitored(tiny_run):
 
 
 def test_what_math_benchmark_measures_can_be_monitored(tiny_run):
-    stages, data = Stages(), {"benchmarks": [ArithmeticBenchmark("sums", num_problems=2, task=digits())]}
+    stages, data = Stages(), {"benchmarks": [GeneratedBenchmark("sums", num_problems=2, task=digits())]}
     transition = StageTransition(None, "eval/sums/avg@1", mode="max", target=0.0)
     tiny_run(MathBenchmark(every_n_epochs=1), transition, stages, data=data, trainer={"max_epochs": 2}).fit()
     assert stages.stages == [SFT, EGSPO]
 
 
 def digits():
-    from egspo_lightning.arithmetic import ArithmeticTask
+    from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
     return ArithmeticTask(num_digits=1)
 

@@ -8,13 +8,14 @@ import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
 from egspo_lightning.answers import boxed_answer, normalise_problem
-from egspo_lightning.arithmetic import ArithmeticTask
-from egspo_lightning.data.arithmetic import ArithmeticDemonstrations, ArithmeticProblems
+from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.data.hub import HubDemonstrations, HubProblems
 from egspo_lightning.data.jsonl import JsonlDemonstrations, JsonlProblems
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
 from egspo_lightning.errors import UserError
 from egspo_lightning.jsonl import read_rows
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.types import Problem
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -224,15 +225,21 @@ class TestHub:
             HubProblems("openai/gsm8k", "main").load()
 
 
+TASKS = "egspo_lightning.tasks"
+
+
 class TestConfig:
     """Each source is a class_path with init_args under the type that the datamodule asks for."""
 
     @pytest.mark.parametrize(
         ("kind", "class_path", "init_args", "expected"),
         [
-            (DemonstrationSource, "arithmetic.ArithmeticDemonstrations", {"task": {"num_terms": 3}},
-             ArithmeticDemonstrations(task=ArithmeticTask(num_terms=3))),
-            (ProblemSource, "arithmetic.ArithmeticProblems", {}, ArithmeticProblems()),
+            (DemonstrationSource, "generated.GeneratedDemonstrations", {"task": {"num_terms": 3}},
+             GeneratedDemonstrations(task=ArithmeticTask(num_terms=3))),
+            (ProblemSource, "generated.GeneratedProblems", {}, GeneratedProblems()),
+            (ProblemSource, "generated.GeneratedProblems",
+             {"task": {"class_path": f"{TASKS}.expressions.ExpressionTask", "init_args": {"num_operators": 3}}},
+             GeneratedProblems(ExpressionTask(num_operators=3))),
             (DemonstrationSource, "jsonl.JsonlDemonstrations", {"path": "a", "solution_format": "gsm8k"},
              JsonlDemonstrations("a", solution_format="gsm8k")),
             (ProblemSource, "jsonl.JsonlProblems", {"path": "a", "limit": 5}, JsonlProblems("a", limit=5)),

@@ -5,17 +5,18 @@ from typing import get_args, get_type_hints
 import pytest
 from jsonargparse import ArgumentParser
 
-from egspo_lightning.arithmetic import ArithmeticTask
-from egspo_lightning.data.arithmetic import ArithmeticDemonstrations, ArithmeticProblems
+from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import (
     KNOWN,
-    ArithmeticBenchmark,
     Benchmark,
+    GeneratedBenchmark,
     HubBenchmark,
     JsonlBenchmark,
     KnownBenchmark,
 )
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.types import Problem
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -69,19 +70,29 @@ def test_no_problems_are_refused():
 
 
 def test_arithmetic_problems_are_distinct_and_never_trained_on():
-    benchmark = {p.problem for p in ArithmeticBenchmark().load()}
+    benchmark = {p.problem for p in GeneratedBenchmark().load()}
     assert len(benchmark) == 512
-    assert not benchmark & {d.problem for d in ArithmeticDemonstrations(num_demonstrations=3000).load()}
-    source = ArithmeticProblems()
+    assert not benchmark & {d.problem for d in GeneratedDemonstrations(num_demonstrations=3000).load()}
+    source = GeneratedProblems()
     assert source.prepare(0, frozenset(benchmark)) == 0
     assert not benchmark & {p.problem for p in source.draw(0, 3000)}
-    validation = {p.problem for p in ArithmeticBenchmark(split="validation").load()}
+    validation = {p.problem for p in GeneratedBenchmark(split="validation").load()}
     assert not benchmark & validation
+
+
+def test_a_generated_benchmark_is_called_by_its_task_or_by_a_name_of_its_own():
+    task = ExpressionTask()
+    assert GeneratedBenchmark().name == "arithmetic"
+    assert GeneratedBenchmark(task=task).name == "expressions"
+    assert GeneratedBenchmark("mine", task=task).name == "mine"
+    with pytest.raises(UserError, match="name must be non-empty"):
+        GeneratedBenchmark("", task=task)
+    assert all(task.contains(p.problem, "validation") for p in GeneratedBenchmark("v", "validation", 9, 0, task).load())
 
 
 def test_too_small_a_task_is_refused():
     with pytest.raises(UserError, match="512 different problems of split 'test'"):
-        ArithmeticBenchmark(task=ArithmeticTask(num_digits=1)).load()
+        GeneratedBenchmark(task=ArithmeticTask(num_digits=1)).load()
 
 
 def test_jsonl_benchmark(tmp_path):
@@ -165,7 +176,7 @@ def test_benchmarks_and_their_sampling_are_config_values():
     arithmetic = {"task": {"num_terms": 3}, "num_problems": 7, "num_samples": 4, "temperature": 1.0}
     known = {"name": "math500", "limit": 3}
     values = [
-        {"class_path": f"{module}.ArithmeticBenchmark", "init_args": arithmetic},
+        {"class_path": f"{module}.GeneratedBenchmark", "init_args": arithmetic},
         {"class_path": f"{module}.KnownBenchmark", "init_args": known},
     ]
     config = parser.instantiate(parser.parse_object({"benchmarks": values}))

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.cli import main, run
-from egspo_lightning.data.arithmetic import ArithmeticProblems
+from egspo_lightning.data.generated import GeneratedProblems
 
 SHORT = [
     "--trainer.max_epochs=3",
@@ -123,7 +123,7 @@ def test_the_console_script_is_the_same_command():
 def test_another_seed_changes_the_order_and_not_the_task(quickstart):
     cli, _ = quickstart
     assert cli.datamodule.seed == 1
-    one, two = ArithmeticProblems(), ArithmeticProblems()
+    one, two = GeneratedProblems(), GeneratedProblems()
     one.prepare(1, frozenset())
     two.prepare(2, frozenset())
     assert one.draw(0, 8) != two.draw(0, 8)

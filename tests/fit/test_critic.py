@@ -276,11 +276,11 @@ def test_an_optimiser_of_other_parameters_is_refused(tiny_run, checkpoint, saved
 
 @pytest.mark.parametrize(("saved", "loaded"), [("ppo", {}), ({}, "ppo_critic"), ({}, "beta")])
 def test_a_policy_alone_is_measured_whatever_was_trained_beside_it(tiny_run, checkpoint, saved, loaded):
-    from egspo_lightning.arithmetic import ArithmeticTask
-    from egspo_lightning.evaluation.benchmarks import ArithmeticBenchmark
+    from egspo_lightning.tasks.arithmetic import ArithmeticTask
+    from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 
     path = checkpoint(METHODS[saved] if saved else {}, 3)
-    benchmarks = [ArithmeticBenchmark("sums", num_problems=2, task=ArithmeticTask(num_digits=1))]
+    benchmarks = [GeneratedBenchmark("sums", num_problems=2, task=ArithmeticTask(num_digits=1))]
     run = tiny_run(module=METHODS[loaded] if loaded else {}, data={"benchmarks": benchmarks})
     run.trainer.test(run.module, run.data, ckpt_path=path)
     weights = torch.load(path, weights_only=True)["state_dict"]

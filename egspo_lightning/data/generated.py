@@ -1,21 +1,22 @@
-"""Training data of the built-in arithmetic task: nothing to download."""
+"""Training data of the generated tasks: nothing to download."""
 
 from dataclasses import dataclass, field
 
-from egspo_lightning.arithmetic import ArithmeticTask, solve
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.family import ProblemFamily
 from egspo_lightning.types import Demonstration, Problem
 
 DEFAULT_TASK = ArithmeticTask()
 
 
 @dataclass
-class ArithmeticDemonstrations(DemonstrationSource):
+class GeneratedDemonstrations(DemonstrationSource):
     """Worked solutions of different problems of the task's train split.
 
     Args:
         num_demonstrations: How many; the first ones of a larger set are the smaller set.
-        seed: Which ones; independent of the seed of the run.
+        seed: Which problems, and which of their solutions; independent of the seed of the run.
         task: The family of problems; keep it equal to that of the problems and the benchmark.
 
     Raises:
@@ -24,23 +25,23 @@ class ArithmeticDemonstrations(DemonstrationSource):
 
     num_demonstrations: int = 800
     seed: int = 0
-    task: ArithmeticTask = DEFAULT_TASK
+    task: ProblemFamily = DEFAULT_TASK
 
     def load(self) -> list[Demonstration]:
         """The demonstrations."""
-        stream = f"demonstrations/{self.seed}"
-        return [solve(p) for p in self.task.distinct(stream, "train", self.num_demonstrations)]
+        problems = self.task.distinct(f"demonstrations/{self.seed}", "train", self.num_demonstrations)
+        return [self.task.solve(problem, self.seed) for problem in problems]
 
 
 @dataclass
-class ArithmeticProblems(ProblemSource):
+class GeneratedProblems(ProblemSource):
     """An endless stream of draws, with replacement, from the task's train split.
 
     Args:
         task: The family of problems; keep it equal to that of the demonstrations and the benchmark.
     """
 
-    task: ArithmeticTask = DEFAULT_TASK
+    task: ProblemFamily = DEFAULT_TASK
 
     _stream: str | None = field(default=None, init=False, repr=False)
     _excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
@@ -55,6 +56,6 @@ class ArithmeticProblems(ProblemSource):
     def draw(self, start: int, count: int) -> list[Problem]:
         """Problems of the stream, the next draw in place of an excluded one; see ``ProblemSource.draw``."""
         if self._stream is None:
-            raise RuntimeError("ArithmeticProblems.draw was called before prepare")
+            raise RuntimeError("GeneratedProblems.draw was called before prepare")
         positions = range(start, start + count)
         return [self.task.problem(self._stream, "train", i, self._excluded) for i in positions]

@@ -1,14 +1,13 @@
 import re
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egspo_lightning.answers import boxed_answer
-from egspo_lightning.arithmetic import SPLITS, ArithmeticTask, solve
-from egspo_lightning.data.arithmetic import ArithmeticDemonstrations, ArithmeticProblems
 from egspo_lightning.errors import UserError
+from egspo_lightning.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.tasks.family import SPLITS
 from egspo_lightning.types import Problem
 
 TASKS = st.builds(
@@ -24,7 +23,7 @@ def value(expression: str) -> int:
 
 
 def test_the_solutions_are_these():
-    problem = Problem("1", "47+85=?", "132")
+    problem, solve = Problem("1", "47+85=?", "132"), ArithmeticTask().solve
     assert solve(problem).solution == r"7+5=12 4+8+1=13 \boxed{132}"
     chain = solve(problem._replace(problem="47+85+59=?")).solution
     assert chain == "7+5=12 4+8+1=13 47+85=132\n2+9=11 3+5+1=9 1+0=1 \\boxed{191}"
@@ -42,7 +41,7 @@ def test_every_step_and_the_answer_are_true(task, split, seed, index):
     assert len(numbers) == task.num_terms
     assert {len(number) for number in numbers} == {task.num_digits}
 
-    solution = solve(problem).solution
+    solution = task.solve(problem).solution
     assert boxed_answer(solution) == problem.answer
     equations = re.findall(r"([\d+-]+)=(\d+)", solution)
     assert len(equations) >= task.num_terms - 1
@@ -53,14 +52,15 @@ def test_every_step_and_the_answer_are_true(task, split, seed, index):
 @given(task=TASKS, index=st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
 def test_the_digits_of_the_answer_are_those_of_the_last_steps(task, index):
-    last_line = solve(task.problem(0, "train", index)).solution.splitlines()[-1]
+    last_line = task.solve(task.problem(0, "train", index)).solution.splitlines()[-1]
     columns = re.findall(r"=(\d+)", last_line)
     digits = "".join(column[-1] for column in columns[:-1])[::-1]
     assert int(columns[-1] + digits) == int(boxed_answer(last_line))
 
 
 def test_solutions_are_short():
-    assert all(len(d.solution) <= 45 for d in ArithmeticDemonstrations(num_demonstrations=800).load())
+    task = ArithmeticTask()
+    assert all(len(task.solve(p).solution) <= 45 for p in task.distinct(0, "train", 800))
 
 
 def test_splits_are_disjoint_and_of_the_announced_size():
@@ -105,19 +105,6 @@ def test_negative_running_totals_are_not_of_the_family():
     assert not any(ArithmeticTask(3, 2, "+-").contains("12-47+90=?", split) for split in SPLITS)
 
 
-def test_distinct_problems_are_distinct_and_a_prefix_of_more():
-    task = ArithmeticTask()
-    problems = task.distinct(0, "test", 512)
-    assert len({p.problem for p in problems}) == len({p.id for p in problems}) == 512
-    assert task.distinct(0, "test", 100) == problems[:100]
-    assert task.distinct(1, "test", 512) != problems
-
-
-def test_too_many_distinct_problems_are_refused_with_numbers():
-    with pytest.raises(UserError, match=r"500 different problems of split 'test'.*only \d+ came up.*num_digits=1"):
-        ArithmeticTask(num_digits=1).distinct(0, "test", 500)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"num_terms": 1}, "num_terms"), ({"num_digits": 0}, "num_digits"), ({"operators": "*"}, "operators")],
@@ -125,58 +112,3 @@ def test_too_many_distinct_problems_are_refused_with_numbers():
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         ArithmeticTask(**arguments)
-
-
-def test_an_unknown_split_and_an_empty_count_are_refused():
-    with pytest.raises(UserError, match="train, validation, test"):
-        ArithmeticTask().problem(0, "dev", 0)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="at least 1"):
-        ArithmeticTask().distinct(0, "test", 0)
-
-
-def test_demonstrations_are_distinct_reproducible_and_of_the_train_split():
-    demonstrations = ArithmeticDemonstrations(num_demonstrations=200).load()
-    assert demonstrations == ArithmeticDemonstrations(num_demonstrations=200).load()
-    assert len({d.problem for d in demonstrations}) == 200
-    assert all(ArithmeticTask().contains(d.problem, "train") for d in demonstrations)
-    assert demonstrations != ArithmeticDemonstrations(num_demonstrations=200, seed=1).load()
-
-
-def test_problems_are_a_pure_function_of_seed_and_position():
-    source, again, other = ArithmeticProblems(), ArithmeticProblems(), ArithmeticProblems()
-    assert source.prepare(0, frozenset()) == again.prepare(0, frozenset()) == other.prepare(1, frozenset()) == 0
-    assert source.draw(0, 10) + source.draw(10, 10) == again.draw(0, 20)
-    assert source.draw(0, 20) != other.draw(0, 20)
-    assert all(ArithmeticTask().contains(p.problem, "train") for p in source.draw(0, 200))
-
-
-def test_excluded_problems_are_counted_and_replaced_alone():
-    free, barred = ArithmeticProblems(), ArithmeticProblems()
-    free.prepare(0, frozenset())
-    unbarred = free.draw(0, 50)
-    excluded = frozenset({unbarred[3].problem, unbarred[7].problem, "what is love?"})
-    assert barred.prepare(0, excluded) == 2
-    drawn = barred.draw(0, 50)
-    assert not excluded & {p.problem for p in drawn}
-    assert {i for i, pair in enumerate(zip(unbarred, drawn, strict=True)) if pair[0] != pair[1]} >= {3, 7}
-    assert sum(a != b for a, b in zip(unbarred, drawn, strict=True)) <= 4
-
-
-def test_all_problems_excluded_is_refused_at_once():
-    task = ArithmeticTask(num_digits=1)
-    every = frozenset(f"{a}+{b}=?" for a in range(10) for b in range(10))
-    with pytest.raises(UserError, match="excluded problems"):
-        ArithmeticProblems(task).prepare(0, every)
-
-
-def test_drawing_before_preparing_is_a_mistake_of_the_program():
-    with pytest.raises(RuntimeError, match="before prepare"):
-        ArithmeticProblems().draw(0, 1)
-
-
-def test_neighbouring_positions_differ():
-    source = ArithmeticProblems()
-    source.prepare(0, frozenset())
-    problems = source.draw(0, 400)
-    assert sum(a == b for a, b in pairwise(problems)) <= 2
-    assert len({p.problem for p in problems}) > 350

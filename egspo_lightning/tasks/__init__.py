@@ -1,0 +1,1 @@
+"""Families of generated problems with worked solutions: no file, no network."""
