@@ -33,7 +33,7 @@ def write_results(results: Results, path: Path) -> None:
 def _row(run: Run, result: dict[str, Any], results: Results) -> dict[str, Any]:
     start = results.get(Run(AFTER_SFT, None, run.seed), {})
     values = result | result.get("means", {}) | {"revision": result["machine"]["revision"]}
-    values |= {"method": run.label, "after_sft_accuracy": start.get("accuracy")}
+    values |= {"method": run.label, "seed": run.seed, "after_sft_accuracy": start.get("accuracy")}
     return {column: values.get(column) for column in COLUMNS}
 
 
@@ -147,10 +147,18 @@ def footer(results: Results, command: str) -> str:
 
 def _unequal(results: Results, name: str) -> list[str]:
     """A warning where methods were not given the same number of something."""
-    counts = {run.label: result[name] for run, result in results.items()}
-    if len(set(counts.values())) <= 1:
+    counts: dict[str, list[int]] = {}
+    for run, result in results.items():
+        counts.setdefault(run.label, []).append(result[name])
+    if len({number for numbers in counts.values() for number in numbers}) <= 1:
         return []
-    return [f"Not the same number of {name}: {', '.join(f'{label} {n}' for label, n in counts.items())}."]
+    shown = [f"{label} {_span(numbers)}" for label, numbers in counts.items()]
+    return [f"Not the same number of {name}: {', '.join(shown)}."]
+
+
+def _span(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _distinct(results: Results, name: str) -> str:

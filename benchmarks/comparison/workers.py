@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -120,13 +121,14 @@ def _work(connection: Connection, shared: Settings) -> None:
     """A worker's life: a run, its outcome, the next run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _log_to(shared.output / "logs" / f"worker_{os.getpid()}.log")
+    log = shared.output / "logs" / f"worker_{os.getpid()}.log"
+    _log_to(log)
     while True:
         try:
             run: Run = connection.recv()
         except (EOFError, OSError):
             return
-        connection.send(attempt(run, shared, _execute))
+        connection.send(attempt(run, shared, _execute, log))
 
 
 def _execute(run: Run, shared: Settings) -> None:
@@ -135,17 +137,34 @@ def _execute(run: Run, shared: Settings) -> None:
     execute(run, shared)
 
 
-def attempt(run: Run, shared: Settings, execute: Callable[[Run, Settings], None]) -> Failure | None:
+def attempt(run: Run, shared: Settings, execute: Callable[[Run, Settings], None], log: Path) -> Failure | None:
     """Carry out a run; what stops it is told in one line, and in full in its error file."""
     print(f"=== {run.label}, seed {run.seed}", flush=True)
+    start = log.stat().st_size if log.exists() else 0
     try:
         execute(run, shared)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if _is_asked_to_end(error):
+            raise
+        failure = _printed(log, start) if isinstance(error, SystemExit) else _cause(error)
         path = run.error_file(shared.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(traceback.format_exc())
-        return str(_cause(error))
+        path.write_text(f"{failure}\n\n{traceback.format_exc()}")
+        return failure
     return None
+
+
+def _is_asked_to_end(error: BaseException) -> bool:
+    """Whether it is Lightning's answer to SIGTERM, an exit without a code of its own."""
+    return type(error).__name__ == "SIGTERMException"
+
+
+def _printed(log: Path, start: int) -> Failure:
+    """What a parser that ends its process has printed: its last lines, as one."""
+    sys.stderr.flush()
+    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    text = "\n".join(lines).rpartition("error: ")[2]
+    return " ".join(text.split()) or "it ended its process"
 
 
 def _cause(error: Exception) -> str:
