@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from comparison.campaign import Results
+from comparison.plan import AFTER_SFT, Run
 from comparison.statistics import Scores
 
 NUM_POINTS = 81
@@ -23,7 +24,7 @@ def draw(results: Results, labels: Sequence[str], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for i, label in enumerate(labels):
-        curves = [result["curve"] for run, result in results.items() if run.label == label and result.get("curve")]
+        curves = [_from_checkpoint(run, results) for run in results if run.label == label]
         if curves:
             phases, scores = on_one_grid(curves)
             _band(axes, phases, scores, label=f"{label} ({len(curves)})", style=STYLES[(i // 7) % len(STYLES)])
@@ -35,6 +36,13 @@ def draw(results: Results, labels: Sequence[str], path: Path) -> None:
         axes.legend(title="method (seeds)", fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _from_checkpoint(run: Run, results: Results) -> list[tuple[float, float]]:
+    """(phases, accuracy); one that goes on with SFT is not measured before its first pass, but its checkpoint is."""
+    curve = results[run]["curve"]
+    start = results.get(Run(AFTER_SFT, None, run.seed))
+    return curve if start is None or curve[0][0] == 0 else [(0.0, start["accuracy"]), *curve]
 
 
 def on_one_grid(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[NDArray[np.float64], Scores]:

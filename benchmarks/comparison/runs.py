@@ -67,24 +67,24 @@ def _train_sft(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]:
 def _train_method(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]:
     """A method, from the checkpoint of its seed."""
     path = checkpoint_file(shared.output, run.seed)
-    checkpoint = _load(path)
+    checkpoint, per_phase = _load(path), updates_per_phase(shared.configs)
+    length = _length(run, shared, checkpoint, per_phase)
     arguments = [*_arguments(run, shared, workspace), f"--ckpt_path={path}"]
-    size = _length(run, shared, checkpoint, updates_per_phase(shared.configs))
-    arguments += [f"--trainer.max_epochs={size.max_epochs}", f"--math_benchmark.every_n_epochs={size.evaluate_every}"]
+    arguments.append(f"--trainer.max_epochs={length.max_epochs}")
+    arguments.append(f"--math_benchmark.every_n_epochs={length.evaluate_every}")
     if run.learning_rate is not None:
         arguments.append(f"--stage_transition.learning_rate={run.learning_rate}")
     cli = run_cli(arguments)
     _require_stage(cli, run)
-    updates = cli.trainer.global_step - int(checkpoint["global_step"])
-    logged = metrics.read(workspace / "metrics.csv")
+    logged, first_step = metrics.read(workspace / "metrics.csv"), int(checkpoint["global_step"])
     return _measured(cli) | {
-        "updates": updates,
+        "updates": cli.trainer.global_step - first_step,
         "collections": _data(cli).num_collections,
         "learning_rate": cli.trainer.optimizers[0].param_groups[0]["lr"],
         "checkpoint": _digest(checkpoint),
         "gate_seconds": metrics.total(logged, "time/gate"),
         "means": {name: metrics.mean(logged, name) for name in MEANS},
-        "curve": metrics.curve(logged, int(checkpoint["global_step"]), updates / shared.phases, _score_name(cli)),
+        "curve": metrics.curve(logged, first_step, per_phase, _score_name(cli)),
     }
 
 

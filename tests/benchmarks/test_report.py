@@ -126,3 +126,10 @@ def test_the_best_rate_is_written_and_an_edge_of_the_grid_is_told(tmp_path, caps
     told = capsys.readouterr().out
     assert "egspo: the best rate 0.0001 is at the edge of the grid" in told
     assert "grpo: the best" not in told
+
+
+def test_a_curve_starts_at_the_checkpoint(results):
+    run = Run("sft", "sft", 1)
+    results[run] = result([0, 0, 1, 1], curve=[(3.0, 0.5), (6.0, 0.5)])
+    assert curves._from_checkpoint(run, results) == [(0.0, 0.25), (3.0, 0.5), (6.0, 0.5)]
+    assert curves._from_checkpoint(Run("grpo", "grpo", 1), results) == [(0.0, 0.25), (4.0, 0.5)]
