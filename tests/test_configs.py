@@ -17,9 +17,9 @@ from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, Rein
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
+from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.tasks.expressions import ExpressionTask
-from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
 
 RECIPES = ["quickstart", "expressions", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
 

@@ -1,0 +1,1 @@
+"""Many runs of many methods from the same SFT checkpoints, and the statistics of what came out."""

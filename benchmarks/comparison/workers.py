@@ -1,0 +1,201 @@
+"""Runs in worker processes: each worker does many, since starting one costs seconds of imports.
+
+The parent waits for the workers' messages and holds no lock with them. A worker that dies takes its run with it and no
+other; a parent that dies, however suddenly, takes its workers with it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from comparison.plan import Run, Settings
+from egspo_lightning.errors import UserError
+
+REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""Lets glibc keep memory instead of mapping each tensor anew: a tenth less time a phase, measured on the quickstart."""
+
+SECONDS_TO_END = 5.0
+"""How long a worker may take to end by itself, before it is killed."""
+
+Failure = str
+"""What has stopped a run."""
+
+
+class Pool:
+    """Workers that carry out runs.
+
+    Use as a context: on leaving it, for whatever reason, no worker is left.
+    """
+
+    def __init__(self, shared: Settings, jobs: int) -> None:
+        self._shared, self._jobs = shared, jobs
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> "Pool":
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when a worker imports torch
+            os.environ[name] = str(self._shared.threads)
+        for name, value in REUSE_MEMORY.items():
+            os.environ.setdefault(name, value)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.end()
+        for worker in self._workers:
+            worker.wait()
+        self._workers = []
+
+    @property
+    def running(self) -> list[Run]:
+        """The runs under way."""
+        return [worker.run for worker in self._workers if worker.run is not None]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a run can be started."""
+        return len(self.running) < self._jobs
+
+    def start(self, run: Run) -> None:
+        """Give a run to an idle worker, or to a new one."""
+        idle = next((worker for worker in self._workers if worker.run is None), None)
+        if idle is None:
+            idle = _Worker(self._shared)
+            self._workers.append(idle)
+        idle.start(run)
+
+    def finished(self, timeout: float) -> Iterator[tuple[Run, Failure | None]]:
+        """Runs that have ended within the time, with what has stopped them if anything has."""
+        busy = {worker.connection: worker for worker in self._workers if worker.run is not None}
+        for connection in wait(list(busy), timeout):
+            assert isinstance(connection, Connection)
+            worker = busy[connection]
+            run = worker.run
+            assert run is not None
+            failure = worker.receive()
+            if not worker.is_alive:
+                self._workers.remove(worker)
+            yield run, failure
+
+
+class _Worker:
+    """A process, and the run that it carries out."""
+
+    def __init__(self, shared: Settings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.run: Run | None = None
+        self._process = context.Process(target=_work, args=(theirs, shared), daemon=False)
+        self._process.start()
+        theirs.close()  # else its end would not be noticed
+        self.is_alive = True
+
+    def start(self, run: Run) -> None:
+        self.run = run
+        with contextlib.suppress(OSError):  # it has died while idle; receive() will tell
+            self.connection.send(run)
+
+    def receive(self) -> Failure | None:
+        self.run = None
+        try:
+            failure: Failure | None = self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join(SECONDS_TO_END)
+            self.is_alive = False
+            return f"its process ended with exit code {self._process.exitcode}"
+        return failure
+
+    def end(self) -> None:
+        self.connection.close()
+        self._process.terminate()
+
+    def wait(self) -> None:
+        self._process.join(SECONDS_TO_END)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _work(connection: Connection, shared: Settings) -> None:
+    """A worker's life: a run, its outcome, the next run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    log = shared.output / "logs" / f"worker_{os.getpid()}.log"
+    _log_to(log)
+    while True:
+        try:
+            run: Run = connection.recv()
+        except (EOFError, OSError):
+            return
+        connection.send(attempt(run, shared, _execute, log))
+
+
+def _execute(run: Run, shared: Settings) -> None:
+    from comparison.runs import execute  # imports torch, which the parent does without
+
+    execute(run, shared)
+
+
+def attempt(run: Run, shared: Settings, execute: Callable[[Run, Settings], None], log: Path) -> Failure | None:
+    """Carry out a run; what stops it is told in one line, and in full in its error file."""
+    print(f"=== {run.label}, seed {run.seed}", flush=True)
+    start = log.stat().st_size if log.exists() else 0
+    try:
+        execute(run, shared)
+    except (Exception, SystemExit) as error:
+        if _is_asked_to_end(error):
+            raise
+        failure = _printed(log, start) if isinstance(error, SystemExit) else _cause(error)
+        path = run.error_file(shared.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{failure}\n\n{traceback.format_exc()}")
+        return failure
+    return None
+
+
+def _is_asked_to_end(error: BaseException) -> bool:
+    """Whether it is Lightning's answer to SIGTERM, an exit without a code of its own."""
+    return type(error).__name__ == "SIGTERMException"
+
+
+def _printed(log: Path, start: int) -> Failure:
+    """What a parser that ends its process has printed: its last lines, as one."""
+    sys.stderr.flush()
+    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    text = "\n".join(lines).rpartition("error: ")[2]
+    return " ".join(text.split()) or "it ended its process"
+
+
+def _cause(error: Exception) -> str:
+    """The user's mistake where there is one, however deeply wrapped; else the error with its type."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause) if cause is not None else f"{type(error).__name__}: {error}"
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _log_to(path: Path) -> None:
+    """Let all output of this process go to a file, that of libraries included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+
+
+def ready(waiting: Sequence[Run], has_checkpoint: Callable[[int], bool]) -> Run | None:
+    """The next run whose checkpoint is there; the SFT that makes one needs none."""
+    return next((run for run in waiting if run.method is None or has_checkpoint(run.seed)), None)

@@ -1,0 +1,20 @@
+"""Sums, means and curves of what Lightning's CSVLogger writes."""
+
+from comparison import metrics
+
+LOG = """epoch,eval/sums/avg@1,step,time/gate
+,0.2,10,
+2,,14,0.5
+,0.4,18,
+3,,18,0.25
+"""
+
+
+def test_what_is_logged_in_some_rows_alone(tmp_path):
+    (tmp_path / "metrics.csv").write_text(LOG)
+    logged = metrics.read(tmp_path / "metrics.csv")
+    assert metrics.total(logged, "time/gate") == 0.75
+    assert metrics.mean(logged, "time/gate") == 0.375
+    assert metrics.total(logged, "absent") is metrics.mean(logged, "absent") is None
+    assert metrics.curve(logged, 10, 4, "eval/sums/avg@1") == [(0.0, 0.2), (2.0, 0.4)]
+    assert metrics.curve(logged, 14, 4, "eval/sums/avg@1") == [(1.0, 0.4)]

@@ -1,0 +1,146 @@
+"""What is to be run is checked before anything is trained, and results of other settings are not mixed in."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from comparison.campaign import carry_out
+from comparison.plan import (
+    METHODS,
+    Run,
+    Settings,
+    differences,
+    read_learning_rates,
+    read_result,
+    require_methods,
+    updates_per_phase,
+)
+from comparison.workers import attempt, ready
+from egspo_lightning.errors import UserError
+
+
+@pytest.fixture
+def shared(repository, tmp_path):
+    return Settings((repository / "configs" / "quickstart.yaml",), 4, 2, 1, tmp_path)
+
+
+def finish(run, shared, **values):
+    path = run.result_file(shared.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": run.settings(shared)} | values))
+
+
+def test_differences_are_named_by_their_place():
+    old = {"a": {"b": [1, {"c": 2}]}, "d": 1}
+    assert differences(old, {"a": {"b": [1, {"c": 3}]}, "e": 1}) == [
+        "a.b[1].c: 2 there, 3 now",
+        "d: 1 there, null now",
+        "e: null there, 1 now",
+    ]
+    assert differences(old, json.loads(json.dumps(old))) == []
+
+
+def test_a_finished_run_is_read_again(shared):
+    run = Run("grpo", "grpo", 1, 1e-4)
+    assert read_result(run, shared) is None
+    finish(run, shared, accuracy=0.5)
+    assert read_result(run, shared)["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"phases": 5}, "phases: 4 there, 5 now"),
+        ({"threads": 2}, "threads: 1 there, 2 now"),
+        ({"evaluate_every": 3}, "evaluate_every: 2 there, 3 now"),
+    ],
+)
+def test_other_settings_are_told(shared, other, told):
+    finish(Run("grpo", "grpo", 1), shared)
+    with pytest.raises(UserError, match=told):
+        read_result(Run("grpo", "grpo", 1), Settings(**(vars(shared) | other)))
+
+
+def test_other_configs_and_rates_are_told(shared, tmp_path):
+    finish(Run("grpo", "grpo", 1), shared)
+    with pytest.raises(UserError, match=r"learning_rate: null there, 0.001 now"):
+        read_result(Run("grpo", "grpo", 1, 1e-3), shared)
+    config = tmp_path / "other.yaml"
+    config.write_text(shared.configs[0].read_text().replace("max_epochs: 180", "max_epochs: 7"))
+    with pytest.raises(UserError, match=r"config\[0\].trainer.max_epochs: 180 there, 7 now"):
+        read_result(Run("grpo", "grpo", 1), Settings(**(vars(shared) | {"configs": (config,)})))
+
+
+def test_nothing_is_started_where_all_is_finished(shared):
+    runs = [Run("grpo", "grpo", seed) for seed in (1, 2)]
+    for run in (*runs, Run("after_sft", None, 1), Run("after_sft", None, 2)):
+        finish(run, shared)
+    results, failures = carry_out(runs, shared, jobs=1)
+    assert [(run.label, run.seed) for run in results] == [("after_sft", 1), ("grpo", 1), ("after_sft", 2), ("grpo", 2)]
+    assert failures == {}
+
+
+def test_methods_wait_for_the_checkpoint_of_their_seed():
+    waiting = [Run("grpo", "grpo", 1), Run("egspo", "egspo", 2), Run("after_sft", None, 3)]
+    assert ready(waiting, {2}.__contains__) == waiting[1]
+    assert ready(waiting, set().__contains__) == waiting[2]
+    assert ready(waiting[:1], set().__contains__) is None
+
+
+def test_sft_is_known_by_its_overlay():
+    assert Run("sft", "sft", 1).is_sft
+    assert not Run("grpo", "grpo", 1).is_sft
+
+
+def test_updates_are_those_of_the_last_config_that_names_them(repository, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("data: {num_minibatches: 3}")
+    assert updates_per_phase([repository / "configs" / "quickstart.yaml", overlay]) == 2 * 3
+    assert updates_per_phase([overlay]) == 3
+
+
+def test_unknown_methods_are_told_with_those_that_are_there():
+    with pytest.raises(UserError, match=r"--methods: no overlay named grop in configs/methods. There are .*grpo"):
+        require_methods(["grpo", "grop"])
+    with pytest.raises(UserError, match="grpo given twice"):
+        require_methods(["grpo", "grpo"])
+    require_methods(sorted(path.stem for path in METHODS.glob("*.yaml")))
+
+
+@pytest.mark.parametrize("text", ["grpo: fast", "grpo: -1.0", "grpo: true", "other: 1.0e-4", "[1]"])
+def test_learning_rates_that_make_no_sense_are_refused(tmp_path, text):
+    path = tmp_path / "rates.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"rates.yaml"):
+        read_learning_rates(path, ["grpo"])
+
+
+def test_learning_rates_are_read_from_yaml_and_json(tmp_path):
+    for text in ("grpo: 2.0e-4", '{"grpo": 0.0002}'):
+        path = tmp_path / "rates"
+        path.write_text(text)
+        assert read_learning_rates(path, ["grpo", "egspo"]) == {"grpo": 2e-4}
+    assert read_learning_rates(None, ["grpo"]) == {}
+
+
+def test_what_stops_a_run_is_told_in_short_and_kept_in_full(shared):
+    def mistaken(run, settings):
+        try:
+            raise UserError("data.num_problems must be at least 1, got 0.")
+        except UserError as error:
+            raise ValueError("Parser key data: ...") from error
+
+    def broken(run, settings):
+        return 1 / 0
+
+    def refusing(run, settings):
+        log.write_text("before\nusage: egspo\nerror: no key\n  called x\n")
+        raise SystemExit(2)
+
+    run, log = Run("grpo", "grpo", 1), shared.output / "worker.log"
+    assert attempt(run, shared, mistaken, log) == "data.num_problems must be at least 1, got 0."
+    assert attempt(run, shared, broken, log) == "ZeroDivisionError: division by zero"
+    assert "return 1 / 0" in Path(run.error_file(shared.output)).read_text()
+    assert attempt(run, shared, refusing, log) == "no key called x"
+    assert attempt(run, shared, lambda run, settings: None, log) is None
