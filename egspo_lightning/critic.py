@@ -17,7 +17,8 @@ class CriticConfig:
         trunk: shared is a value head on the policy's trunk, own a network apart. One of the policy's architecture
             starts from the policy at the end of SFT.
         model: Another model as the trunk of its own, with the policy's tokenizer; null takes the policy's.
-        coefficient: c_v, the weight of the value loss, above 0.
+        coefficient: c_v, the weight of the value loss, above 0. trainer.gradient_clip_val clips one norm over policy
+            and critic.
         clip: Largest step of a value from where it was at sampling, in units of the return; null does not clip.
         warmup_steps: Optimiser steps at the start of stage EGSPO in which only the critic is trained; with a shared
             trunk, only its head.
@@ -44,8 +45,19 @@ class CriticConfig:
         require(rate is None or rate > 0, "model.critic.learning_rate", rate, "above 0, or null")
 
     def build(self, policy: PolicyConfig) -> "Critic | None":
-        """The network of its own, or None where it is a head on the policy's trunk."""
-        return None if self.trunk == "shared" else Critic((self.model or policy).build().lm)
+        """The network of its own, or None where it is a head on the policy's trunk.
+
+        Raises:
+            UserError: the model cannot be loaded.
+        """
+        if self.trunk == "shared":
+            return None
+        if self.model is None:
+            return Critic(policy.build().lm)
+        try:
+            return Critic(self.model.build().lm)
+        except UserError as error:
+            raise UserError(str(error).replace("model.policy.", "model.critic.model.")) from error
 
 
 class Critic(nn.Module):
@@ -65,6 +77,19 @@ class Critic(nn.Module):
         hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
         values: Tensor = self.value_head(hidden, completion_mask)
         return values
+
+    def require_fit(self, policy: Policy) -> None:
+        """Refuse a trunk that cannot read what the policy writes.
+
+        Raises:
+            UserError: its vocabulary is smaller.
+        """
+        least, size = (trunk.config.get_text_config().vocab_size for trunk in (policy.lm, self.trunk))
+        if size < least:
+            raise UserError(
+                f"model.critic.model has {size} vocabulary entries, and the policy's tokens need {least}. Choose a "
+                "model with the policy's tokenizer."
+            )
 
     def start_from(self, policy: Policy) -> None:
         """Take the weights of the policy's trunk, where the architectures are the same."""

@@ -96,6 +96,9 @@ class HybridDataModule(LightningDataModule):
             if name in ("num_ppo_epochs", "num_minibatches", "max_prompt_length") or name.endswith("_batch_size"):
                 require(value >= 1, f"data.{name}", value, "at least 1")
         require(0 <= expert_fraction <= 1, "data.expert_fraction", expert_fraction, "in [0, 1]")
+        num_experts = round(expert_fraction * num_problems)
+        allowed = f"0, or large enough to be at least one of the {num_problems} problems of data.num_problems"
+        require(num_experts > 0 or expert_fraction == 0, "data.expert_fraction", expert_fraction, allowed)
         self.num_passes = self.num_collections = 0  # of SFT data and of rollouts, begun in this run
         self.collection: Collection | None = None
         """The latest rollouts of this rank, for callbacks to look at."""
@@ -108,7 +111,7 @@ class HybridDataModule(LightningDataModule):
             draw_experts=self._draw_experts,
             encode=lambda problem: self._encoder.encode(problem),
             num_problems=num_problems,
-            num_experts=round(expert_fraction * num_problems),
+            num_experts=num_experts,
             num_generations=num_generations,
             max_completion_length=max_completion_length,
             max_resampling=max_resampling,
@@ -134,6 +137,8 @@ class HybridDataModule(LightningDataModule):
         dropped = prepare_problems(
             self.problems, self._encoder, excluded, long_problems=self.long_problems, seed=self.seed
         )
+        if self.expert_fraction > 0:
+            self._expert.require_answers()
         rank_zero_info(
             f"Data: {len(self._expert.demonstrations)} demonstrations (dropped: {num_asked} that a benchmark asks, "
             f"{self._expert.num_dropped} that are too long). Training problems dropped because a benchmark asks them: "

@@ -13,27 +13,24 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from egspo_lightning.admission import Admission
+from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.admission import Admission
-from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
-from egspo_lightning.ops.controllers import EntropyBonus, KLReward
+from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.diagnostics import Metrics
-from egspo_lightning.ops.estimators import Advantage, GroupRelative
-from egspo_lightning.ops.gate import Gate, QuantileGate
+from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
+from egspo_lightning.ops.gate import Gate, OpenGate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
-from egspo_lightning.ops.objective import Coefficients, Objective, value_loss
+from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.policy_module import PolicyModule
-from egspo_lightning.types import ExpertBatch, RolloutBatch, ScoredRollouts, Stage, TrainingBatch
+from egspo_lightning.types import ExpertBatch, Measurements, RolloutBatch, ScoredRollouts, Stage, TrainingBatch
 
 FULL_PRECISION_TOLERANCE = 1e-3
 """Largest |log(pi / pi_old)| before the first update, nats, where everything is computed in float32."""
 LOW_PRECISION_TOLERANCE = 0.5
 """The same in bfloat16 and float16: 4e-2 was seen on sharp models."""
-
-Measurements = Mapping[str, tuple[float, float]]
-"""Metric name to (sum, count) on this rank; the metric is their ratio over all ranks, or the sum where count is 0."""
 
 
 class EGSPOModule(PolicyModule):
@@ -75,6 +72,8 @@ class EGSPOModule(PolicyModule):
         self.objective, self.advantage, self.attenuation = objective, advantage, attenuation
         self.entropy_bonus = entropy_bonus
         self._require_critic()
+        self._require_gate(gate)
+        self._require_spread()
         self._phase_metrics: Metrics = {}
         self._skip_update = False
 
@@ -89,6 +88,31 @@ class EGSPOModule(PolicyModule):
             raise UserError(
                 f"model.critic is set, but model.advantage {name} uses no values. Leave model.critic out, or set "
                 "model.advantage to egspo_lightning.ops.estimators.GAE."
+            )
+
+    def _require_gate(self, gate: Gate) -> None:
+        """Refuse settings of a low-entropy branch that no token takes, or that has no weight."""
+        asked = self.objective.low_branch_settings
+        if isinstance(gate, OpenGate) and asked:
+            raise UserError(
+                f"model.objective.{asked[0]} is a setting of the gate, and with model.gate OpenGate there is none. "
+                "Leave it out, or choose another gate."
+            )
+        no_weight = isinstance(self.attenuation, ConstantAttenuation) and self.attenuation.value == 0
+        if no_weight and "low_branch" in asked:
+            raise UserError(
+                "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
+                "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
+            )
+
+    def _require_spread(self) -> None:
+        """The KL in the reward gives every group a spread, which must not be scaled up to 1."""
+        estimator = self.advantage
+        if self.admission.kl_reward is not None and isinstance(estimator, GroupRelative) and estimator.scale_by_std:
+            raise UserError(
+                "model.kl_reward with model.advantage GroupRelative would turn the KL of groups whose rewards are "
+                "equal into advantages of full size. Set model.advantage.scale_by_std to false, choose another "
+                "advantage, or put the KL into the loss by model.objective.beta."
             )
 
     @property
@@ -109,7 +133,7 @@ class EGSPOModule(PolicyModule):
     @property
     def takes_expert_rollouts(self) -> bool:
         """Whether experts' solutions may stand among the rollouts."""
-        return hasattr(self.advantage, "estimate_expert")
+        return isinstance(self.advantage, ExpertAdvantage)
 
     # Training
 
@@ -138,15 +162,17 @@ class EGSPOModule(PolicyModule):
     def _sft_step(self, expert: ExpertBatch) -> tuple[Tensor, Metrics]:
         self._skip_update = False
         stats = self._policy(expert.input_ids, expert.completion_mask)
-        loss = self.objective.sft_loss(stats.logprobs, expert, weighting="plain")
+        loss = sft_loss(stats.logprobs, expert, weighting="plain")
         return loss + self._untouched(stats.values), {"loss/sft": loss.detach()}
 
     def _egspo_step(self, rollout: RolloutBatch, expert: ExpertBatch | None) -> tuple[Tensor, Metrics]:
         self._refuse_stale(rollout)
-        self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
-        current = self.evaluate(rollout.input_ids, rollout.completion_mask)
-        self._check_first_ratio(current.logprobs.detach(), rollout)
         weights = self._coefficients()
+        if weights.mu == 0:
+            expert = None  # a schedule may end there
+        self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
+        current = self.statistics(rollout.input_ids, rollout.completion_mask)
+        self._check_first_ratio(current.logprobs.detach(), rollout)
         self._log({"policy/mu": weights.mu})
         expert_loss = None if expert is None else self._expert_loss(expert)
         loss, metrics = self.objective.hybrid_loss(current, rollout, self.attenuation, expert_loss, weights)
@@ -157,20 +183,20 @@ class EGSPOModule(PolicyModule):
 
     def _expert_loss(self, expert: ExpertBatch) -> Tensor:
         stats = self._policy(expert.input_ids, expert.completion_mask)
-        loss = self.objective.sft_loss(stats.logprobs, expert, weighting=self.objective.expert_weighting)
-        return loss if stats.values is None else loss + 0.0 * stats.values.sum()
+        loss = sft_loss(stats.logprobs, expert, weighting=self.objective.expert_weighting)
+        return loss if stats.values is None else loss + self._untouched(stats.values)
 
     def _untouched(self, values: Tensor | None) -> Tensor | float:
         """0, with a gradient of 0 for a critic that this step does not train: DDP waits for one of everything."""
         if values is not None:
             return 0.0 * values.sum()
-        if self.critic is None or self.device_mesh is not None:
+        if self.critic is None or self.device_mesh is not None or self.trainer.world_size == 1:
             return 0.0
-        return 0.0 * torch.stack([p.sum() for p in self.critic.parameters()]).sum()
+        return 0.0 * torch.stack([p.flatten()[0] for p in self.critic.parameters()]).sum()
 
     def _coefficients(self) -> Coefficients:
         """The weights of the loss's terms at this step of stage EGSPO."""
-        step = self.global_step - self._entered_step
+        step = self.global_step - self.entered_step
         critic, bonus = self.critic_config, self.entropy_bonus
         return Coefficients(
             mu=self.objective.mu_at(step),
@@ -183,7 +209,7 @@ class EGSPOModule(PolicyModule):
     def _is_warming_up(self) -> bool:
         """Whether only the critic is trained as yet."""
         critic = self.critic_config
-        return critic is not None and self.global_step - self._entered_step < critic.warmup_steps
+        return critic is not None and self.global_step - self.entered_step < critic.warmup_steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """What is not trained in this step must not be moved by the optimiser's momentum or weight decay either."""
@@ -195,7 +221,8 @@ class EGSPOModule(PolicyModule):
 
     def _log(self, metrics: Mapping[str, Tensor | float], reduce_fx: str = "mean") -> None:
         """Log once a phase, reduced over its micro-batches and over ranks."""
-        self.log_dict(dict(metrics), on_step=False, on_epoch=True, sync_dist=True, batch_size=1, reduce_fx=reduce_fx)
+        metrics = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in metrics.items()}
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1, reduce_fx=reduce_fx)
 
     def _refuse_stale(self, rollout: RolloutBatch) -> None:
         if rollout.policy_version != self._phase_version:

@@ -56,8 +56,10 @@ class PolicyModule(LightningModule):
         self.reference: Policy | None = None
         self.critic: Critic | None = None
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._phase_version = self._entered_step = 0
-        self._is_sampling = False
+        self._phase_version = 0
+        self.entered_step = 0
+        """Optimiser steps taken when stage EGSPO was entered."""
+        self._whole: list[Any] = []  # the networks that are held for inference
 
     # Set-up
 
@@ -75,13 +77,16 @@ class PolicyModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Build the networks."""
+        """Build the networks; to measure a policy, it alone is enough."""
         if self.policy is not None:
             return
-        critic = self.critic_config
+        is_training = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
+        critic = self.critic_config if is_training else None
         self.policy = self.policy_config.build(with_value_head=critic is not None and critic.trunk == "shared")
         self.critic = None if critic is None else critic.build(self.policy_config)
-        if self.has_reference:
+        if self.critic is not None:
+            self.critic.require_fit(self.policy)
+        if self.has_reference and is_training:
             self.reference = self.policy_config.build().requires_grad_(False).eval()
         self.branch_off()
         if self.device_mesh is not None:  # ModelParallelStrategy
@@ -112,8 +117,8 @@ class PolicyModule(LightningModule):
         return [p for p in self._policy.lm.parameters() if p.requires_grad], critic
 
     def branch_off(self) -> None:
-        """Let the reference, and the trunk of a critic of its own, be the policy as it is now."""
-        self._entered_step = self.global_step
+        """Let the reference, and the trunk of a critic of its own, be the policy as it is now: EGSPO starts here."""
+        self.entered_step = self.global_step
         with torch.no_grad():
             if self.critic is not None:
                 self.critic.start_from(self._policy)
@@ -161,33 +166,44 @@ class PolicyModule(LightningModule):
 
         May be entered again within itself. With a sharded policy, all ranks must enter it together.
         """
-        policy = self._policy
-        if self._is_sampling:
-            yield policy.lm
-            return
-        was_training = policy.training
-        policy.eval()  # gradient checkpointing in train mode breaks the cache
-        self._is_sampling = True
+        with self._inferring([self._policy]):
+            yield self._policy.lm
+
+    @contextmanager
+    def scoring(self) -> Iterator[Any]:
+        """The same, with reference and critic gathered as well."""
+        with self._inferring(self._networks):
+            yield self._policy.lm
+
+    @contextmanager
+    def _inferring(self, networks: list[Any]) -> Iterator[None]:
+        """Hold networks whole and in eval mode; those that already are stay as they are."""
+        fresh = [network for network in networks if network not in self._whole]
+        was_training = [network.training for network in fresh]
+        for network in fresh:
+            network.eval()  # gradient checkpointing in train mode breaks the cache
+        self._whole += fresh
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(self.trainer.precision_plugin.forward_context())
-                for network in self._networks:
+                for network in fresh:
                     stack.enter_context(gathered(network))
-                yield policy.lm
+                yield
         finally:
-            self._is_sampling = False
-            policy.train(was_training)
+            for network, training in zip(fresh, was_training, strict=True):
+                self._whole.remove(network)
+                network.train(training)
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
         """Statistics of given sequences under the policy and, where there are such, the reference and the critic."""
         input_ids, mask = input_ids.to(self.device), completion_mask.to(self.device)
-        with self.sampling():
-            current = self.evaluate(input_ids, mask)
+        with self.scoring():
+            current = self.statistics(input_ids, mask)
             reference = None if self.reference is None else self.reference(input_ids, mask, self.temperature).logprobs
         return Scores(current.logprobs, current.entropies, reference, current.values)
 
-    def evaluate(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
+    def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
         """What policy and critic say of sequences, at the sampling temperature, with gradient where it is on."""
         current: Current = self._policy(input_ids, completion_mask, self.temperature)
         if self.critic is None:
@@ -221,7 +237,7 @@ class PolicyModule(LightningModule):
         checkpoint["egspo"] = {
             "stage": str(self.stage),
             "phase_version": self._phase_version,
-            "entered_step": self._entered_step,
+            "entered_step": self.entered_step,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -230,8 +246,8 @@ class PolicyModule(LightningModule):
             raise UserError("ckpt_path: this checkpoint was not written by EGSPOModule.")
         state = checkpoint["egspo"]
         self.stage, self._phase_version = Stage(state["stage"]), state["phase_version"]
-        self._entered_step = state["entered_step"]
-        is_entry = self.stage == Stage.EGSPO and checkpoint["global_step"] == self._entered_step
+        self.entered_step = state["entered_step"]
+        is_entry = self.stage == Stage.EGSPO and checkpoint["global_step"] == self.entered_step
         is_fit = self.trainer.state.fn == TrainerFn.FITTING  # whoever only measures needs the policy alone
         is_exact = is_entry or self.stage == Stage.SFT or not is_fit
         weights = checkpoint.get("state_dict", {})

@@ -8,12 +8,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from egspo_lightning.policy import ValueHead
+
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     """Shard each transformer block, and what is left (embeddings, final norm, heads) with the network as the root."""
     names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     for module in network.modules():
-        if type(module).__name__ in names:
+        if type(module).__name__ in names or isinstance(module, ValueHead):  # whose type is not that of the trunk
             fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh)
 

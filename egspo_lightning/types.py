@@ -9,6 +9,7 @@ of the state before it). ``completion_mask`` is true on the completion and its E
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +18,10 @@ from egspo_lightning.errors import UserError
 
 if TYPE_CHECKING:  # the grader's workers import this package without torch
     from torch import Tensor
+
+
+Measurements = Mapping[str, tuple[float, float]]
+"""Metric name to (sum, count) on this rank; the metric is their ratio over all ranks, or the sum where count is 0."""
 
 
 class Stage(StrEnum):

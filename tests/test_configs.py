@@ -8,11 +8,11 @@ import yaml
 
 from egspo_lightning.callbacks import StageTransition
 from egspo_lightning.cli import EgspoCLI, run
+from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
-from egspo_lightning.ops.controllers import EntropyBonus, KLReward
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective

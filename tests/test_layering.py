@@ -11,12 +11,13 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "checkpoints", "sharding"],
+    ["types", "jsonl", "flags", "checkpoints"],
     ["ops", "rewards", "tasks"],
-    ["answers", "evaluation.metrics"],
+    ["controllers", "answers", "evaluation.metrics"],
+    ["admission"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy"],
-    ["critic", "answering"],
+    ["critic", "sharding", "answering"],
     ["policy_module"],
     ["module", "datamodule"],
     ["callbacks"],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from egspo_lightning.callbacks.access import module_of
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark
@@ -69,14 +70,14 @@ class StageTransition(Callback):
         )
         self.num_epochs = self.num_bad_epochs = 0
         self.best: float | None = None
-        self.entered_step: int | None = None
-        """Optimiser steps taken when stage EGSPO was entered."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that starts from another's ``sft.ckpt`` takes its own learning rate, and starts its own critic."""
-        if self.entered_step is not None and self.entered_step == trainer.global_step:
-            module_of(pl_module).branch_off()
-            self._restart(module_of(pl_module))
+        """A run that starts where SFT ended takes its own learning rate, and starts its own critic."""
+        module = module_of(pl_module)
+        has_left_sft = module.stage == Stage.EGSPO or module.entered_step > 0
+        if has_left_sft and module.entered_step == trainer.global_step:
+            module.branch_off()
+            self._restart(module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """SFT alone goes on with SFT, also from a checkpoint at which another run left it."""
@@ -84,7 +85,12 @@ class StageTransition(Callback):
             module_of(pl_module).stage = Stage.SFT
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to wait for a benchmark that is not measured."""
+        """Refuse to wait for a benchmark that is not measured, and SFT alone that would begin after SFT."""
+        if stage == TrainerFn.FITTING and not self.enabled and module_of(pl_module).stage == Stage.EGSPO:
+            raise UserError(
+                "stage_transition.enabled: false is SFT alone, but model.initial_stage: egspo leaves SFT out. Set one "
+                "of them otherwise."
+            )
         benchmark = _benchmark(trainer)
         is_measured = benchmark is not None and benchmark.every_n_epochs > 0
         if self.monitor is not None and self.monitor.startswith("eval/") and not is_measured:
@@ -141,7 +147,6 @@ class StageTransition(Callback):
 
     def _enter_egspo(self, trainer: Trainer, module: EGSPOModule, reason: str) -> None:
         module.stage = Stage.EGSPO
-        self.entered_step = trainer.global_step
         module.branch_off()
         self._restart(module)
         log_dir = trainer.log_dir
@@ -160,13 +165,12 @@ class StageTransition(Callback):
             "num_epochs": self.num_epochs,
             "num_bad_epochs": self.num_bad_epochs,
             "best": self.best,
-            "entered_step": self.entered_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.num_epochs, self.num_bad_epochs = state_dict["num_epochs"], state_dict["num_bad_epochs"]
-        self.best, self.entered_step = state_dict["best"], state_dict["entered_step"]
+        self.best = state_dict["best"]
 
 
 def _benchmark(trainer: Trainer) -> MathBenchmark | None:

@@ -73,12 +73,17 @@ class ExpertPool:
         """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once a pass."""
         return [self.demonstrations[self._order[position]] for position in range(start, start + count)]
 
-    def solutions(self, start: int, count: int) -> list[ExpertSolution]:
-        """The same of another order, as problems with their answers, to stand among rollouts.
+    def require_answers(self) -> None:
+        """Refuse now what could not be graded among rollouts later.
 
         Raises:
-            UserError: a demonstration does not end in an answer, so it cannot be graded.
+            UserError: a demonstration does not end in an answer.
         """
+        for item in self.demonstrations:
+            _as_problem(item.demonstration)
+
+    def solutions(self, start: int, count: int) -> list[ExpertSolution]:
+        """The same of another order, as problems with their answers, to stand among rollouts."""
         chosen = [self.demonstrations[self._solution_order[position]] for position in range(start, start + count)]
         return [ExpertSolution(_as_problem(item.demonstration), item.completion_ids) for item in chosen]
 

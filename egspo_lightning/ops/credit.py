@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from egspo_lightning.ops.estimators import Advantage, Estimate, Experience
+from egspo_lightning.ops.estimators import Advantage, Estimate, Experience, ExpertAdvantage
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty
 from egspo_lightning.ops.masking import Total
 from egspo_lightning.types import ScoredRollouts
@@ -49,6 +49,7 @@ def estimate_credit(
     if rollouts.expert_groups.numel() == 0:
         return estimate
     groups = rollouts.rewards[sampled].view(-1, rollouts.group_size)[rollouts.expert_groups]  # no KL, as the expert's
-    expert = advantage.estimate_expert(rollouts.rewards[rollouts.num_sampled :], groups)  # type: ignore[attr-defined]
+    assert isinstance(advantage, ExpertAdvantage)
+    expert = advantage.estimate_expert(rollouts.rewards[rollouts.num_sampled :], groups)
     expert_rows = expert.unsqueeze(1) * rollouts.completion_mask[rollouts.num_sampled :]
     return Estimate(torch.cat([estimate.advantages, expert_rows]), None)

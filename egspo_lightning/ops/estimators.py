@@ -1,7 +1,7 @@
 """Advantage estimators as a config names them: from the rewards of a whole collection to A_t."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -52,6 +52,15 @@ class Advantage(Protocol):
 
     def estimate(self, experience: Experience) -> Estimate:
         """Advantages of a collection; what lies outside the mask is not looked at."""
+        ...
+
+
+@runtime_checkable
+class ExpertAdvantage(Protocol):
+    """An ``Advantage`` that can also credit an expert's solution beside a group."""
+
+    def estimate_expert(self, rewards: Tensor, group_rewards: Tensor) -> Tensor:
+        """(P,) rewards of experts' solutions, beside the (P, G) of the policy's completions, to (P,) advantages."""
         ...
 
 

@@ -1,10 +1,9 @@
 r"""THE LOSS. One update of stage EGSPO, read from top to bottom::
 
     L        = (1 - mu) L_EGSPO  +  mu L_SFT  +  beta KL(pi || pi_ref)  +  c_v L_V  -  c_h H
-    L_EGSPO  = (1/N) sum_t  s_t P_t  +  (1 - s_t) phi_t P_t
-    P_t      = -min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )
+    L_EGSPO  = -(1/N) sum_t  g_t min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )
     r_t      = pi(y_t | x_t) / pi_old(y_t | x_t)
-    s_t      = 1 if H_t >= tau else 0:  the weight of a token, g_t, is 1 where it is high and phi_t elsewhere
+    g_t      = s_t + (1 - s_t) phi_t,   s_t = 1 if H_t >= tau else 0
     L_SFT    = -(1/N_expert) sum_t log pi(y*_t | x*_t)
     L_V      = (1/N) sum_t 1/2 (V_t - R_t)^2, clipped
 
@@ -24,7 +23,7 @@ after EGSPO (arXiv 2602.03309), of which only the abstract was at hand; what it 
 Each value returned here is such a part: summed over the micro-batches and ranks of an update it is the update's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,7 +54,7 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """The hyperparameters of the loss; calling it computes the loss and nothing else.
+    """The hyperparameters of the loss, and the loss.
 
     Args:
         epsilon_low: The ratio is clipped below at 1 - epsilon_low, in [0, 1).
@@ -63,10 +62,12 @@ class Objective:
         low_branch_epsilon_low: The same for low-entropy tokens; null is epsilon_low.
         low_branch_epsilon_high: The same for low-entropy tokens; null is epsilon_high.
         dual_clip: Bound of the ratio where A < 0, above 1; none by default.
-        gate_entropy: Whose entropy is gated: of the policy that sampled, or of the current one.
+        gate_entropy: Whose entropy is gated: of the policy that sampled, or of the current one, which differs from
+            the second update on a collection on. tau, and the gate's metrics, are those of the policy that sampled.
         gate_width: Width of a soft gate, in nats: the share of a token that takes the full update is
             sigmoid((H - tau) / width). 0 is a hard gate.
-        rescale_weights: Divide the weights of the gate by their mean over the collection.
+        rescale_weights: Divide the weights of the gate by their mean over the collection, at the entropies of the
+            policy that sampled.
         low_branch: What low-entropy tokens take: ppo is the method; nll trains them towards themselves, whatever the
             advantage, which is an ablation.
         mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT; or CHORD's schedule of it.
@@ -74,7 +75,7 @@ class Objective:
         expert_shaping: gamma of LUFFY's p / (p + gamma), for expert solutions among the rollouts, above 0.
         beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 keeps no reference.
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
-        aggregation: Of surrogate, KL and entropy: token-mean, seq-mean-token-mean, seq-mean-token-sum or
+        aggregation: Of surrogate, KL and entropy, which share N: token-mean, seq-mean-token-mean, seq-mean-token-sum or
             seq-mean-token-sum-norm (which divides by the sequences times max_completion_length).
         mask_truncated: Leave completions that reached the length limit out of the loss, its normaliser and the gate;
             their rewards still count for the others of their group.
@@ -119,11 +120,23 @@ class Objective:
         )
         require(self.expert_shaping > 0, "model.objective.expert_shaping", self.expert_shaping, "above 0")
         require(self.beta >= 0, "model.objective.beta", self.beta, "at least 0")
+        if self.expert_weighting == "confidence" and not self.mixes_expert_data:
+            raise UserError(
+                "model.objective.expert_weighting: confidence weighs expert data, and model.objective.mu = 0 mixes "
+                "none in. Set mu above 0, or expert_weighting to plain."
+            )
 
     @property
     def mixes_expert_data(self) -> bool:
         """Whether mu is ever above 0."""
         return max(self.mu.peak, self.mu.valley) > 0 if isinstance(self.mu, ChordMu) else self.mu > 0
+
+    @property
+    def low_branch_settings(self) -> list[str]:
+        """Names of the fields, other than their defaults, that only matter where a gate tells tokens apart."""
+        names = ("low_branch", "low_branch_epsilon_low", "low_branch_epsilon_high", "gate_width", "gate_entropy")
+        defaults = {field.name: field.default for field in fields(self)}
+        return [name for name in (*names, "rescale_weights") if getattr(self, name) != defaults[name]]
 
     @property
     def needs_every_rollout(self) -> bool:
@@ -179,18 +192,6 @@ class Objective:
         low = torch.where(share < 1, (1 - share) * phi, torch.zeros_like(share))
         return share * rollout.weight_scale, low * rollout.weight_scale
 
-    def sft_loss(self, logprobs: Tensor, expert: ExpertBatch, *, weighting: Literal["plain", "confidence"]) -> Tensor:
-        """L_SFT: the negative log-likelihood of the expert's completion tokens, token-mean whatever ``aggregation``.
-
-        Args:
-            logprobs: (B, T) under the current policy, at temperature 1, with gradient
-            expert: the micro-batch
-            weighting: plain, or by phi = p (1 - p) with p of the current policy, detached (CHORD-phi)
-        """
-        per_token = nll(logprobs) if weighting == "plain" else confidence_phi(logprobs) * nll(logprobs)
-        size = max(expert.update_size.num_tokens, 1.0)
-        return aggregate(per_token, expert.completion_mask, "token-mean", normalizer=size)
-
     def _low_branch(self, logprobs: Tensor, rollout: RolloutBatch, high: Tensor) -> Tensor:
         """The per-token loss of low-entropy tokens; that of high ones where nothing tells them apart."""
         if self.low_branch == "nll":
@@ -217,6 +218,19 @@ class Objective:
         if self.aggregation == "seq-mean-token-sum-norm":
             divisor = divisor * size.max_length
         return aggregate(per_token, mask, self.aggregation, normalizer=max(divisor, 1.0))
+
+
+def sft_loss(logprobs: Tensor, expert: ExpertBatch, *, weighting: Literal["plain", "confidence"]) -> Tensor:
+    """L_SFT: the negative log-likelihood of the expert's completion tokens, token-mean whatever ``aggregation``.
+
+    Args:
+        logprobs: (B, T) under the current policy, at temperature 1, with gradient
+        expert: the micro-batch
+        weighting: plain, or by phi = p (1 - p) with p of the current policy, detached (CHORD-phi)
+    """
+    per_token = nll(logprobs) if weighting == "plain" else confidence_phi(logprobs) * nll(logprobs)
+    size = max(expert.update_size.num_tokens, 1.0)
+    return aggregate(per_token, expert.completion_mask, "token-mean", normalizer=size)
 
 
 def value_loss(values: Tensor, rollout: RolloutBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:

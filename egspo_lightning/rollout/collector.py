@@ -87,6 +87,11 @@ class Collector:
                 f"data.max_resampling = {self.max_resampling} replaces groups without spread, and with "
                 "data.num_generations = 1 no group has any. Set max_resampling to 0, or num_generations to 2 or more."
             )
+        if self.max_resampling > 0 and self.num_experts == self.num_problems:
+            raise UserError(
+                f"data.max_resampling = {self.max_resampling} replaces groups without an expert, and with "
+                "data.expert_fraction every group has one. Set max_resampling to 0, or lower expert_fraction."
+            )
         if self.length_penalty is not None and self.length_penalty.buffer > self.max_completion_length:
             raise UserError(
                 f"data.length_penalty.buffer = {self.length_penalty.buffer} is more than data.max_completion_length = "
@@ -124,9 +129,7 @@ class Collector:
     def _complete(self, policy: RolloutPolicy, prompts: dict[int, Prompt]) -> dict[int, Group]:
         sampling = Sampling(self.max_completion_length, policy.temperature)
         size = self.num_generations
-        flat = complete(policy, self.engine, self.reward, list(prompts.values()), size, sampling)
-        if self.length_penalty is not None:
-            flat = [self.length_penalty.apply(completion, self.max_completion_length) for completion in flat]
+        flat = self._penalised(complete(policy, self.engine, self.reward, list(prompts.values()), size, sampling))
         return {
             place: Group(place, prompt, flat[i * size : (i + 1) * size], None)
             for i, (place, prompt) in enumerate(prompts.items())
@@ -143,5 +146,11 @@ class Collector:
     def _with_expert(self, policy: RolloutPolicy, group: Group, solution: ExpertSolution) -> Group:
         """The group, with the expert's solution graded as any other."""
         sample = Sample(solution.token_ids, False, [0.0] * len(solution.token_ids))
-        (expert,) = grade(policy, self.reward, [solution.problem], [sample])
+        (expert,) = self._penalised(grade(policy, self.reward, [solution.problem], [sample]))
         return group._replace(expert=expert)
+
+    def _penalised(self, completions: list[Completion]) -> list[Completion]:
+        penalty = self.length_penalty
+        if penalty is None:
+            return completions
+        return [penalty.apply(completion, self.max_completion_length) for completion in completions]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from egspo_lightning.ops.padding import pad_right, row_lengths
 from egspo_lightning.rollout.collector import Group, Sampled
-from egspo_lightning.rollout.protocol import Measurements, RolloutPolicy
-from egspo_lightning.types import Completion, RolloutBatch, ScoredRollouts, Scores
+from egspo_lightning.rollout.protocol import RolloutPolicy
+from egspo_lightning.types import Completion, Measurements, RolloutBatch, ScoredRollouts, Scores
 
 MAX_SAMPLER_GAP = 0.1
 """Mean distance of the engine's log-probabilities from the scorer's, nats a token, that is not a matter of rounding."""
@@ -40,7 +40,7 @@ def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[Sco
     prompts += [group.prompt for group in sampled.groups if group.expert is not None]
     pairs = [(prompt.token_ids, row.token_ids) for prompt, row in zip(prompts, rows, strict=True)]
     input_ids, mask = pad_right(pairs, policy.tokenizer.pad_token_id)
-    with policy.sampling():
+    with policy.scoring():
         scores = _score(policy, input_ids, mask)
     device = scores.logprobs.device
     experts = [i for i, group in enumerate(sampled.groups) if group.expert is not None]
@@ -83,7 +83,7 @@ def _sampler_gap(completions: Sequence[Completion], scored: Tensor) -> tuple[flo
 def measure(sampled: Sampled, seconds: dict[str, float]) -> Measurements:
     """What the rollouts were like, as (sum, count) by metric name.
 
-    Groups that were put aside count as well, or the policy would look better than it is; ``rollout/skipped_groups``
+    Groups that were put aside count as well, or the policy would look better than it is; ``rollout/flat_groups``
     alone speaks of those that were kept.
     """
     groups = [*sampled.groups, *sampled.discarded]
@@ -97,7 +97,7 @@ def measure(sampled: Sampled, seconds: dict[str, float]) -> Measurements:
         "rollout/reward_std": (std, len(groups)),
         "rollout/accuracy": (sum(completion.correct for completion in completions), count),
         "rollout/zero_spread_fraction": (sum(group.is_flat for group in groups), len(groups)),
-        "rollout/skipped_groups": (sum(group.is_flat and group.expert is None for group in sampled.groups), 0),
+        "rollout/flat_groups": (sum(group.is_flat and group.expert is None for group in sampled.groups), 0),
         "rollout/resampled_groups": (len(sampled.discarded), 0),
         "rollout/length_mean": (num_tokens, count),
         "rollout/truncated_fraction": (sum(completion.is_truncated for completion in completions), count),

@@ -1,15 +1,11 @@
 """What rollouts need of the thing that is trained; the LightningModule is one such thing."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from egspo_lightning.types import RolloutBatch, ScoredRollouts, Scores, Stage
-
-Measurements = Mapping[str, tuple[float, float]]
-"""Metric name to (sum, count) on this rank; the metric is their ratio over all ranks, or the sum where count is 0."""
+from egspo_lightning.types import Measurements, RolloutBatch, ScoredRollouts, Scores, Stage
 
 
 class RolloutPolicy(Protocol):
@@ -60,6 +56,10 @@ class RolloutPolicy(Protocol):
 
         All ranks must enter it, equally often; within it they are independent of one another.
         """
+        ...
+
+    def scoring(self) -> AbstractContextManager[Any]:
+        """The same for ``score``, with all networks at hand; may hold ``sampling``'s own."""
         ...
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import StageTransition
+from egspo_lightning.controllers import KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.controllers import KLReward
 from egspo_lightning.ops.estimators import GAE, ReinforcePlusPlus
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.policy import PolicyConfig

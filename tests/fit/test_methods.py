@@ -8,9 +8,9 @@ from lightning.pytorch import Callback
 from torch.testing import assert_close
 
 from egspo_lightning.callbacks import StageTransition
+from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation
-from egspo_lightning.ops.controllers import EntropyBonus, KLReward
 from egspo_lightning.ops.estimators import GroupRelative, LeaveOneOut, ReinforcePlusPlus
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
@@ -91,7 +91,7 @@ def test_flat_groups_are_replaced_and_what_is_left_of_them_is_skipped(tiny_run, 
         num_left = sum(map(is_flat, places))
         num_flat_seen = num_left + num_resampled
         assert metrics["rollout/resampled_groups"] == num_resampled
-        assert metrics["rollout/skipped_groups"] == num_left
+        assert metrics["rollout/flat_groups"] == num_left
         assert metrics["rollout/zero_spread_fraction"] == pytest.approx(num_flat_seen / (4 + num_resampled))
         lengths = collection.rollout.completion_mask.view(4, 4, -1).sum((1, 2)).tolist()
         active = sum(length for length, problem in zip(lengths, places, strict=True) if not is_flat(problem))
@@ -207,7 +207,7 @@ def test_experts_teach_a_group_without_spread(tiny_run):
     tiny_run(phases, module=PURE_RL, data={"reward": Flat(), "expert_fraction": 1.0}, trainer={"max_epochs": 1}).fit()
     metrics, collection = phases.metrics[0], phases.collections[0]
     assert metrics["rollout/zero_spread_fraction"] == 1.0
-    assert metrics["rollout/skipped_groups"] == 0.0
+    assert metrics["rollout/flat_groups"] == 0.0
     assert metrics["policy/skipped_fraction"] == 0.0
     assert collection.rollout.advantages[16:].amax(-1).tolist() == [1.0] * 4
     trained = [batch.rollout for batch in phases.batches[0]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egspo_lightning.ops.admission import Admission
+from egspo_lightning.admission import Admission
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.estimators import GroupRelative
 from egspo_lightning.ops.gate import QuantileGate

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.advantages import gae, reinforce_plus_plus
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
-from egspo_lightning.ops.controllers import EntropyBonus, KLReward
 from egspo_lightning.ops.credit import token_rewards
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
 from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate

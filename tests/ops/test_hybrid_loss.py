@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation, EntropyRatioAttenuation
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut
 from egspo_lightning.ops.gate import QuantileGate
-from egspo_lightning.ops.objective import Coefficients, Objective, value_loss
+from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.types import Current, ExpertBatch, UpdateSize
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -47,7 +47,7 @@ def test_mu_one_has_the_gradient_of_sft_and_mu_zero_that_of_pure_rl(make_rollout
     objective, expert = Objective(), expert_batch(torch.tensor([[False, True, True], [True, False, False]]))
     theirs = torch.tensor([[0.0, 0.5, 0.9], [0.2, 0.0, 0.0]], dtype=torch.float64).clamp(min=0.1).log()
     theirs.requires_grad_()
-    sft = objective.sft_loss(theirs, expert, weighting=weighting)
+    sft = sft_loss(theirs, expert, weighting=weighting)
     weights = {0.5: 0.25, 0.9: 0.09, 0.2: 0.16} if weighting == "confidence" else {0.5: 1.0, 0.9: 1.0, 0.2: 1.0}
     assert sft.item() == pytest.approx(-sum(w * math.log(p) for p, w in weights.items()) / 3, abs=1e-12)
     alone = objective.egspo_loss(current, rollout, PHI)
@@ -106,7 +106,7 @@ def test_a_policy_weight_of_zero_leaves_nothing_for_the_policy(make_rollout):
     parts = {"objective": objective, "advantage": GAE()}
     rollout, current = make_rollout(parts, with_reference=True, with_values=True)
     theirs = torch.full((1, 2), -0.7, dtype=torch.float64, requires_grad=True)
-    sft = objective.sft_loss(theirs, expert_batch(torch.ones(1, 2, dtype=torch.bool)), weighting="plain")
+    sft = sft_loss(theirs, expert_batch(torch.ones(1, 2, dtype=torch.bool)), weighting="plain")
     weights = Coefficients(mu=0.25, policy=0.0, value=0.5, entropy=0.1)
     loss, metrics = objective.hybrid_loss(current, rollout, PHI, sft, weights)
     assert loss.item() == 0.0
@@ -193,7 +193,7 @@ def test_an_empty_micro_batch_gives_zeros(make_rollout, mode):
     weights = Coefficients(mu=0.0, entropy=0.1)
     loss, metrics = objective.hybrid_loss(current, nothing, PHI, None, weights)
     error, more = value_loss(current.values, nothing, clip=0.2)
-    sft = objective.sft_loss(
+    sft = sft_loss(
         current.logprobs, ExpertBatch(None, nothing.completion_mask, nothing.update_size), weighting="confidence"
     )
     for grad in gradients(loss + error + sft, *current):

@@ -52,7 +52,7 @@ def test_measurements_by_hand():
         "rollout/reward_std": (2**-0.5, 3),  # of (1, 0), with Bessel's correction; the other groups have none
         "rollout/accuracy": (1, 6),
         "rollout/zero_spread_fraction": (2, 3),
-        "rollout/skipped_groups": (2, 0),
+        "rollout/flat_groups": (2, 0),
         "rollout/resampled_groups": (0, 0),
         "rollout/length_mean": (21, 6),
         "rollout/truncated_fraction": (2, 6),
@@ -78,7 +78,7 @@ def test_groups_that_were_put_aside_count_except_as_skipped_and_experts_do_not_c
     )
     assert found["rollout/reward_mean"] == (3.0, 8)
     assert found["rollout/zero_spread_fraction"] == (3, 4)
-    assert found["rollout/skipped_groups"] == (1, 0)
+    assert found["rollout/flat_groups"] == (1, 0)
     assert found["rollout/resampled_groups"] == (1, 0)
     assert found["rollout/length_mean"] == (16, 8)
     assert found["rollout/grader_timeouts"] == (0, 0)

@@ -1,6 +1,6 @@
 import pytest
 
-from egspo_lightning.ops.controllers import EntropyBonus, KLReward
+from egspo_lightning.controllers import EntropyBonus, KLReward
 
 
 def test_the_kl_coefficient_follows_its_target_by_hand():

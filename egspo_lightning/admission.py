@@ -4,15 +4,15 @@ It is done once a collection, before its first update, over the tokens of all ra
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation
-from egspo_lightning.ops.controllers import EntropyBonus, KLReward
 from egspo_lightning.ops.credit import estimate_credit, reward_kl
 from egspo_lightning.ops.diagnostics import Metrics, collection_metrics, collection_sums
 from egspo_lightning.ops.estimators import Advantage
@@ -138,7 +138,7 @@ class Admission:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What gate and controllers remember from one collection to the next."""
+        """What its parts remember from one collection to the next."""
         return {name: {"class": type(part).__name__, "state": part.state_dict()} for name, part in self._remembering()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,5 +148,5 @@ class Admission:
                 part.load_state_dict(state[name]["state"])
 
     def _remembering(self) -> list[tuple[str, Any]]:
-        parts = {"gate": self.gate, "kl_reward": self.kl_reward, "entropy_bonus": self.entropy_bonus}
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return [(name, part) for name, part in parts.items() if hasattr(part, "state_dict")]
