@@ -200,6 +200,45 @@ def test_a_wrong_flag_is_told(config, refused, arguments, words):
             ["data.expert_fraction = 1.0", "model.advantage", "expert_fraction to 0"],
         ),
         (
+            {"data.expert_fraction": 1.0, "data.max_resampling": 1},
+            ["data.max_resampling = 1", "data.expert_fraction", "max_resampling to 0"],
+        ),
+        (
+            {"data.expert_fraction": 0.2, "data.num_problems": 2},
+            ["data.expert_fraction", "got 0.2", "data.num_problems"],
+        ),
+        (
+            {"model.objective.gate_width": 0.1, "model.gate": source("ops.gate.OpenGate")},
+            ["model.objective.gate_width", "model.gate OpenGate"],
+        ),
+        (
+            {"model.objective.rescale_weights": True, "model.gate": source("ops.gate.OpenGate")},
+            ["model.objective.rescale_weights", "model.gate OpenGate"],
+        ),
+        (
+            {
+                "model.objective.low_branch": "nll",
+                "model.attenuation": source("ops.attenuation.ConstantAttenuation", value=0.0),
+            },
+            ["model.objective.low_branch", "model.attenuation ConstantAttenuation", "Raise value"],
+        ),
+        (
+            {"model.objective.expert_weighting": "confidence", "model.objective.mu": 0.0},
+            ["model.objective.expert_weighting", "model.objective.mu = 0"],
+        ),
+        (
+            {"model.kl_reward": {"coefficient": 0.1}},
+            ["model.kl_reward", "GroupRelative", "model.advantage.scale_by_std", "model.objective.beta"],
+        ),
+        (
+            {"model.initial_stage": "egspo", "stage_transition.enabled": False},
+            ["stage_transition.enabled: false", "model.initial_stage: egspo"],
+        ),
+        (
+            {"model.advantage": GAE, "model.critic": {"trunk": "own", "model": {"name_or_path": "./nowhere"}}},
+            ["model.critic.model.name_or_path", "./nowhere", "not a folder"],
+        ),
+        (
             {"data.num_generations": 1, "model.advantage": source("ops.estimators.LeaveOneOut")},
             ["data.num_generations", "got 1", "at least 2", "model.advantage"],
         ),
