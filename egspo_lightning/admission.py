@@ -12,11 +12,11 @@ from torch import Tensor
 
 from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.attenuation import Attenuation
+from egspo_lightning.ops.attenuation import Attenuation, ConstantAttenuation
 from egspo_lightning.ops.credit import estimate_credit, reward_kl
 from egspo_lightning.ops.diagnostics import Metrics, collection_metrics, collection_sums
-from egspo_lightning.ops.estimators import Advantage
-from egspo_lightning.ops.gate import Entropies, Gate
+from egspo_lightning.ops.estimators import Advantage, GroupRelative
+from egspo_lightning.ops.gate import Entropies, Gate, OpenGate
 from egspo_lightning.ops.masking import masked_sum
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.types import RolloutBatch, ScoredRollouts, UpdateSize
@@ -36,7 +36,7 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class Admission:
-    """Advantage estimator, gate and controllers, and their order.
+    """Advantage estimator, gate and controllers: whether they fit together, and their order.
 
     Args:
         objective: Hyperparameters of the loss.
@@ -53,6 +53,40 @@ class Admission:
     advantage: Advantage
     kl_reward: KLReward | None
     entropy_bonus: EntropyBonus | None
+
+    def require_sense(self) -> None:
+        """Refuse settings that have no effect or no sense with the others.
+
+        Raises:
+            UserError: there is one.
+        """
+        self._require_gate()
+        self._require_spread()
+
+    def _require_gate(self) -> None:
+        """Refuse settings of a low-entropy branch that no token takes, or that has no weight."""
+        asked = self.objective.low_branch_settings
+        if isinstance(self.gate, OpenGate) and asked:
+            raise UserError(
+                f"model.objective.{asked[0]} is a setting of the gate, and with model.gate OpenGate there is none. "
+                "Leave it out, or choose another gate."
+            )
+        no_weight = isinstance(self.attenuation, ConstantAttenuation) and self.attenuation.value == 0
+        if no_weight and "low_branch" in asked:
+            raise UserError(
+                "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
+                "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
+            )
+
+    def _require_spread(self) -> None:
+        """The KL in the reward gives every group a spread, which must not be scaled up to 1."""
+        estimator = self.advantage
+        if self.kl_reward is not None and isinstance(estimator, GroupRelative) and estimator.scale_by_std:
+            raise UserError(
+                "model.kl_reward with model.advantage GroupRelative would turn the KL of groups whose rewards are "
+                "equal into advantages of full size. Set model.advantage.scale_by_std to false, choose another "
+                "advantage, or put the KL into the loss by model.objective.beta."
+            )
 
     def admit(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[RolloutBatch, Metrics]:
         """This rank's part of a collection, ready for updates, and what there is to log of the whole."""

@@ -17,10 +17,10 @@ from egspo_lightning.admission import Admission
 from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation, ConstantAttenuation
+from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
-from egspo_lightning.ops.gate import Gate, OpenGate, QuantileGate
+from egspo_lightning.ops.gate import Gate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.policy import PolicyConfig
@@ -71,9 +71,8 @@ class EGSPOModule(PolicyModule):
         self.admission = Admission(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
         self.objective, self.advantage, self.attenuation = objective, advantage, attenuation
         self.entropy_bonus = entropy_bonus
+        self.admission.require_sense()
         self._require_critic()
-        self._require_gate(gate)
-        self._require_spread()
         self._phase_metrics: Metrics = {}
         self._skip_update = False
 
@@ -88,31 +87,6 @@ class EGSPOModule(PolicyModule):
             raise UserError(
                 f"model.critic is set, but model.advantage {name} uses no values. Leave model.critic out, or set "
                 "model.advantage to egspo_lightning.ops.estimators.GAE."
-            )
-
-    def _require_gate(self, gate: Gate) -> None:
-        """Refuse settings of a low-entropy branch that no token takes, or that has no weight."""
-        asked = self.objective.low_branch_settings
-        if isinstance(gate, OpenGate) and asked:
-            raise UserError(
-                f"model.objective.{asked[0]} is a setting of the gate, and with model.gate OpenGate there is none. "
-                "Leave it out, or choose another gate."
-            )
-        no_weight = isinstance(self.attenuation, ConstantAttenuation) and self.attenuation.value == 0
-        if no_weight and "low_branch" in asked:
-            raise UserError(
-                "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
-                "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
-            )
-
-    def _require_spread(self) -> None:
-        """The KL in the reward gives every group a spread, which must not be scaled up to 1."""
-        estimator = self.advantage
-        if self.admission.kl_reward is not None and isinstance(estimator, GroupRelative) and estimator.scale_by_std:
-            raise UserError(
-                "model.kl_reward with model.advantage GroupRelative would turn the KL of groups whose rewards are "
-                "equal into advantages of full size. Set model.advantage.scale_by_std to false, choose another "
-                "advantage, or put the KL into the loss by model.objective.beta."
             )
 
     @property
