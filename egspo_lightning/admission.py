@@ -15,9 +15,9 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation, ConstantAttenuation
 from egspo_lightning.ops.credit import estimate_credit, reward_kl
 from egspo_lightning.ops.diagnostics import Metrics, collection_metrics, collection_sums
-from egspo_lightning.ops.estimators import Advantage, GroupRelative
+from egspo_lightning.ops.estimators import Advantage, Estimate, GroupRelative
 from egspo_lightning.ops.gate import Entropies, Gate, OpenGate
-from egspo_lightning.ops.masking import masked_sum
+from egspo_lightning.ops.masking import masked_sum, shape_of
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.types import RolloutBatch, ScoredRollouts, UpdateSize
 
@@ -121,6 +121,7 @@ class Admission:
     def _credit(self, rollouts: ScoredRollouts, penalty: Tensor | None, ranks: Ranks) -> RolloutBatch:
         """Advantages and returns; the gate is still open."""
         estimate = estimate_credit(rollouts, self.advantage, penalty=penalty, total=ranks.sum_over_ranks)
+        self._require_estimate(estimate, rollouts, ranks)
         mask, scores = rollouts.completion_mask, rollouts.scores
         if self.objective.mask_truncated:
             mask = mask & ~rollouts.is_truncated.unsqueeze(1)
@@ -142,11 +143,28 @@ class Admission:
             update_size=UpdateSize(0, 0, float(rollouts.max_length), 0, 0),
         )
 
+    def _require_estimate(self, estimate: Estimate, rollouts: ScoredRollouts, ranks: Ranks) -> None:
+        """Look at what an estimator, which may be the user's own, gives, on any rank."""
+        name, mask = f"model.advantage: {type(self.advantage).__name__}", rollouts.completion_mask
+        tensors = [estimate.advantages, *([estimate.returns] if self.advantage.needs_values else [])]
+        for tensor in tensors:
+            if shape_of(tensor) != tuple(mask.shape):
+                raise UserError(
+                    f"{name} must give advantages, and returns for a critic, of shape {tuple(mask.shape)}, got "
+                    f"{shape_of(tensor)}."
+                )
+        unsound = torch.stack([~tensor[mask].isfinite().all() for tensor in tensors if tensor is not None]).any()
+        if ranks.sum_over_ranks(unsound.float()) > 0:
+            raise UserError(f"{name} gave advantages or returns that are infinite or NaN.")
+
     def _settle_gate(self, rollout: RolloutBatch, ranks: Ranks) -> tuple[RolloutBatch, Tensor]:
         """tau and, where asked for, the scale of the weights; with the weights g_t, (B, T)."""
         mask = rollout.sampled_mask
         pooled = ranks.gather_over_ranks(rollout.entropies[mask])
         tau = self.gate.threshold(Entropies(rollout.entropies, mask, pooled))
+        if shape_of(tau) not in ((), (1,), (len(mask), 1)):
+            name = type(self.gate).__name__
+            raise UserError(f"model.gate: {name} must give tau of shape () or {(len(mask), 1)}, got {shape_of(tau)}.")
         rollout = rollout._replace(threshold=tau.reshape(-1, 1).expand_as(rollout.threshold))
         weights = torch.stack(self.objective.branch_weights(rollout, self.attenuation, rollout.entropies)).sum(0)
         self._require_sound(tau, weights[mask], ranks)
@@ -183,4 +201,4 @@ class Admission:
 
     def _remembering(self) -> list[tuple[str, Any]]:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return [(name, part) for name, part in parts.items() if hasattr(part, "state_dict")]
+        return [(name, part) for name, part in parts.items() if hasattr(part, "load_state_dict")]

@@ -84,6 +84,7 @@ class EgspoCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before anything is loaded; load those that are without running code."""
         config = self.config[self.subcommand]
+        _require_one_method([str(path) for path in config.get("config") or []])
         if config.get("weights_only") is None:
             config["weights_only"] = True
         path = config.get("ckpt_path")
@@ -148,6 +149,16 @@ class EgspoCLI(LightningCLI):
 
     def _callback(self, kind: type[CallbackT]) -> CallbackT:
         return next(c for c in getattr(self.trainer, "callbacks", []) if isinstance(c, kind))
+
+
+def _require_one_method(paths: Sequence[str]) -> None:
+    """An overlay holds what differs from the defaults, so a second one would train a mixture of the two."""
+    methods = [path for path in paths if Path(path).parent.name == "methods"]
+    if len(methods) > 1:
+        raise UserError(
+            f"config: {' and '.join(methods)} are methods, which do not add up: each holds what differs from the "
+            "defaults. Give one of them, and put further values into a file of your own or into flags."
+        )
 
 
 def _silence_noise() -> None:

@@ -1,5 +1,6 @@
 """The critic of GAE: a value head on the policy's trunk, or a network of its own."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,11 +39,11 @@ class CriticConfig:
                 "model.critic.model names a network, but model.critic.trunk is shared, which uses the policy's. Set "
                 "trunk to own, or leave model out."
             )
-        require(self.coefficient > 0, "model.critic.coefficient", self.coefficient, "above 0")
-        require(self.clip is None or self.clip > 0, "model.critic.clip", self.clip, "above 0, or null")
+        require(0 < self.coefficient < math.inf, "model.critic.coefficient", self.coefficient, "above 0")
+        require(self.clip is None or 0 < self.clip < math.inf, "model.critic.clip", self.clip, "above 0, or null")
         require(self.warmup_steps >= 0, "model.critic.warmup_steps", self.warmup_steps, "at least 0")
         rate = self.learning_rate
-        require(rate is None or rate > 0, "model.critic.learning_rate", rate, "above 0, or null")
+        require(rate is None or 0 < rate < math.inf, "model.critic.learning_rate", rate, "above 0, or null")
 
     def build(self, policy: PolicyConfig) -> "Critic | None":
         """The network of its own, or None where it is a head on the policy's trunk.

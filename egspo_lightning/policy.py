@@ -117,7 +117,7 @@ class ValueHead(nn.Module):
             completion_mask: (B, T) bool; never true at position 0
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            values = self.linear(hidden_states[:, :-1][completion_mask[:, 1:]].float()).squeeze(-1)
+            values = self.linear(hidden_states[:, :-1][completion_mask[:, 1:]].to(self.linear.weight.dtype)).squeeze(-1)
         return torch.zeros_like(completion_mask, dtype=values.dtype).masked_scatter(completion_mask, values)
 
 

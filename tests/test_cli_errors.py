@@ -1,6 +1,7 @@
 """What users get wrong: one message that names the field, what came and what is allowed; exit code 2, no traceback."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -141,6 +142,14 @@ def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
             "model.gate",
             source("ops.gate.QuantileGate", running_decay=0.9, over="sequence"),
             ["QuantileGate.running_decay = 0.9", "QuantileGate.over = sequence", "null", "batch"],
+        ),
+        ("model.gate", source("ops.gate.AbsoluteGate", nats=math.inf), ["AbsoluteGate.nats", "got inf"]),
+        ("model.objective.beta", math.inf, ["model.objective.beta", "got inf"]),
+        ("data.length_penalty", {"buffer": 4, "weight": math.inf}, ["data.length_penalty.weight", "got inf"]),
+        (
+            "data.reward",
+            source("rewards.functions.CorrectnessReward", correct=math.nan),
+            ["data.reward.correct", "finite", "got nan"],
         ),
         ("model.objective.mu", -0.1, ["model.objective.mu", "got -0.1", "[0, 1]"]),
         ("model.objective.mu", chord_mu(peak=1.5), ["model.objective.mu.peak", "got 1.5", "[0, 1]"]),
@@ -391,3 +400,10 @@ def test_a_process_ends_with_exit_code_2_and_one_message(config, tmp_path):
     assert done.returncode == 2
     assert "model.objective.mu must be in [0, 1], or a schedule, got 1.5" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_two_methods_do_not_add_up(config, refused):
+    methods = [f"--config=configs/methods/{name}.yaml" for name in ("ppo", "egspo")]
+    message = refused(config, *methods)
+    for word in ("configs/methods/ppo.yaml", "configs/methods/egspo.yaml", "do not add up", "Give one"):
+        assert word in message

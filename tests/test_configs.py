@@ -244,12 +244,6 @@ def test_optional_parts_of_an_overlay_are_switched_off_by_null(build):
     assert not cli.model.has_reference
 
 
-def test_overlays_of_one_method_after_another_are_the_last(build):
-    names = ["ppo_critic", "ppo"]
-    cli = build("--config=configs/quickstart.yaml", *(f"--config=configs/methods/{name}.yaml" for name in names))
-    assert settings(cli) == EGSPO | METHODS["ppo"]
-
-
 @pytest.mark.parametrize(
     "arguments",
     [

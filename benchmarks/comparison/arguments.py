@@ -47,8 +47,10 @@ def shared_settings(arguments: argparse.Namespace) -> Settings:
         read_yaml(path)
     threads = arguments.threads or max(num_cores() // arguments.jobs, 1)
     output = arguments.output
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output: {output} is a file. Give a folder, which may be a new one.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot make the folder {output}: {error.strerror}. Give another one.") from error
     return Settings(tuple(arguments.config), arguments.phases, arguments.evaluate_every, threads, output)
 
 

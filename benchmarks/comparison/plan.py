@@ -119,7 +119,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {error}. Give an existing YAML file.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}.")
@@ -153,8 +153,9 @@ def read_learning_rates(path: Path | None, methods: Sequence[str]) -> dict[str, 
     if path is None:
         return {}
     rates = read_yaml(path)
+    require_methods([str(method) for method in rates], f"--learning_rates: {path}")
     for method, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0:
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
             raise UserError(
                 f"--learning_rates: {path} gives {method}: {rate!r}, but a rate is a number above 0 (1.0e-4)."
             )

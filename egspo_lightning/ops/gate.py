@@ -5,6 +5,7 @@ The weight of a token is ``g_t = 1 if H_t >= tau else phi_t`` (EGSPO, arXiv 2602
 a gradient.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -159,7 +160,7 @@ class AbsoluteGate:
     nats: float
 
     def __post_init__(self) -> None:
-        if not self.nats >= 0:
+        if not 0 <= self.nats < math.inf:
             raise UserError(f"AbsoluteGate.nats must be at least 0, got {self.nats}. Entropies are never negative.")
 
     def threshold(self, entropies: Entropies) -> Tensor:

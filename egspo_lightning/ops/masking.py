@@ -35,6 +35,11 @@ def as_floats(values: Values) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.double()
 
 
+def shape_of(value: Any) -> tuple[int, ...] | str:
+    """Shape of a tensor; of anything else the name of its type, for an error that tells what a plug-in gave."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
 def masked_sum(values: Values, mask: Values, dim: int | None = None) -> Tensor:
     """Sum of ``values`` where ``mask`` is true; what lies outside, NaN and infinity included, has no part in it."""
     values, mask = as_tensor(values), as_tensor(mask)

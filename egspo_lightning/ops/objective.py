@@ -24,6 +24,7 @@ Each value returned here is such a part: summed over the micro-batches and ranks
 """
 
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from egspo_lightning.ops.attenuation import Attenuation
 from egspo_lightning.ops.diagnostics import Metrics, policy_metrics, value_metrics
 from egspo_lightning.ops.gate import confidence_phi, high_share
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
-from egspo_lightning.ops.masking import Aggregation, aggregate
+from egspo_lightning.ops.masking import Aggregation, aggregate, shape_of
 from egspo_lightning.ops.schedules import ChordMu
 from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, UpdateSize
 
@@ -102,7 +103,7 @@ class Objective:
         for prefix in ("", "low_branch_"):
             low, high = getattr(self, f"{prefix}epsilon_low"), getattr(self, f"{prefix}epsilon_high")
             require(low is None or 0 <= low < 1, f"model.objective.{prefix}epsilon_low", low, "in [0, 1)")
-            require(high is None or high >= 0, f"model.objective.{prefix}epsilon_high", high, "at least 0")
+            require(high is None or 0 <= high < inf, f"model.objective.{prefix}epsilon_high", high, "at least 0")
             if self.low_branch == "nll" and prefix and (low, high) != (None, None):
                 raise UserError(
                     "model.objective.low_branch_epsilon_low and low_branch_epsilon_high clip ratios, and "
@@ -114,12 +115,12 @@ class Objective:
             self.dual_clip,
             "above 1, or null",
         )
-        require(0 <= self.gate_width < float("inf"), "model.objective.gate_width", self.gate_width, "at least 0")
+        require(0 <= self.gate_width < inf, "model.objective.gate_width", self.gate_width, "at least 0")
         require(
             isinstance(self.mu, ChordMu) or 0 <= self.mu <= 1, "model.objective.mu", self.mu, "in [0, 1], or a schedule"
         )
-        require(self.expert_shaping > 0, "model.objective.expert_shaping", self.expert_shaping, "above 0")
-        require(self.beta >= 0, "model.objective.beta", self.beta, "at least 0")
+        require(0 < self.expert_shaping < inf, "model.objective.expert_shaping", self.expert_shaping, "above 0")
+        require(0 <= self.beta < inf, "model.objective.beta", self.beta, "at least 0")
         if self.expert_weighting == "confidence" and not self.mixes_expert_data:
             raise UserError(
                 "model.objective.expert_weighting: confidence weighs expert data, and model.objective.mu = 0 mixes "
@@ -188,8 +189,13 @@ class Objective:
         """``s_t`` and ``(1 - s_t) phi_t``, both (B, T) and detached; their sum is g_t, see ``ops.gate``."""
         entropies = rollout.entropies if self.gate_entropy == "sampling" else current_entropies.detach()
         share = high_share(entropies, rollout.threshold, self.gate_width)
-        phi = attenuation.phi(rollout.old_logprobs, entropies, rollout.threshold).detach()
-        low = torch.where(share < 1, (1 - share) * phi, torch.zeros_like(share))
+        phi = attenuation.phi(rollout.old_logprobs, entropies, rollout.threshold)
+        if shape_of(phi) != tuple(share.shape):
+            name = type(attenuation).__name__
+            raise UserError(
+                f"model.attenuation: {name} must give phi of shape {tuple(share.shape)}, got {shape_of(phi)}."
+            )
+        low = torch.where(share < 1, (1 - share) * phi.detach(), torch.zeros_like(share))
         return share * rollout.weight_scale, low * rollout.weight_scale
 
     def _low_branch(self, logprobs: Tensor, rollout: RolloutBatch, high: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.grading import Grade, MathGrader
 
 
@@ -44,6 +46,9 @@ class CorrectnessReward:
         deadline_s: float = 10.0,
         memory_limit_mb: int = 1024,
     ) -> None:
+        for name, value in (("correct", correct), ("incorrect", incorrect)):
+            if not math.isfinite(value):
+                raise UserError(f"data.reward.{name} must be a finite number, got {value}.")
         self.correct = correct
         self.incorrect = incorrect
         self._grader = MathGrader(num_workers=num_workers, deadline_s=deadline_s, memory_limit_mb=memory_limit_mb)

@@ -1,5 +1,6 @@
 """A reward for stopping in time."""
 
+import math
 from dataclasses import dataclass
 
 from egspo_lightning.errors import UserError
@@ -23,7 +24,7 @@ class SoftLengthPenalty:
     def __post_init__(self) -> None:
         if self.buffer < 1:
             raise UserError(f"data.length_penalty.buffer must be at least 1 token, got {self.buffer}.")
-        if not self.weight > 0:
+        if not 0 < self.weight < math.inf:
             raise UserError(f"data.length_penalty.weight must be above 0, got {self.weight}.")
 
     def apply(self, completion: Completion, max_length: int) -> Completion:

@@ -11,7 +11,7 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.ops.advantages import gae, reinforce_plus_plus
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.credit import token_rewards
-from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
+from egspo_lightning.ops.estimators import GAE, Estimate, GroupRelative, LeaveOneOut, ReinforcePlusPlus
 from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 
@@ -288,10 +288,58 @@ def test_a_threshold_of_nan_is_refused(make_scored, make_admission, admit):
         admit(lambda: make_admission(gate=Broken(float("nan"))), [make_scored()])
 
 
+class Given:
+    """A gate, an attenuation and an estimator that hand out what they are given, whatever it is."""
+
+    needs_values = False
+
+    def __init__(self, value):
+        self.value = value
+
+    def threshold(self, entropies):
+        return self.value
+
+    def phi(self, old_logprobs, entropies, threshold):
+        return self.value
+
+    def estimate(self, experience):
+        return Estimate(self.value, None)
+
+
+@pytest.mark.parametrize(("value", "found"), [(0.5, "float"), (None, "NoneType"), (torch.ones(3), r"\(3,\)")])
+@pytest.mark.parametrize("part", ["gate", "attenuation", "advantage"])
+def test_what_has_another_shape_is_told(make_scored, make_admission, admit, part, value, found):
+    with pytest.raises(UserError, match=rf"model\.{part}: Given must give .* got {found}\."):
+        admit(lambda: make_admission(**{part: Given(value)}), [make_scored()])
+
+
+class BesideABrokenRank:
+    """Ranks, of which another has counted one more of whatever is counted."""
+
+    def sum_over_ranks(self, values):
+        return values + 1
+
+    def gather_over_ranks(self, values):
+        return values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_advantages_that_would_break_the_policy_are_refused(make_scored, make_admission, admit, value):
+    scored = make_scored()
+    spoilt = torch.zeros_like(scored.scores.logprobs).masked_fill(scored.completion_mask, value)
+    with pytest.raises(UserError, match=r"model\.advantage: Given gave advantages or returns that are infinite or NaN"):
+        admit(lambda: make_admission(advantage=Given(spoilt)), [scored])
+
+
+def test_what_is_wrong_on_another_rank_is_refused_here_too(make_scored, make_admission):
+    with pytest.raises(UserError, match="infinite or NaN"):
+        make_admission().admit(make_scored(), BesideABrokenRank())
+
+
 def test_weights_of_nothing_are_not_scaled(make_scored, make_admission, admit):
     parts = {
         "objective": Objective(rescale_weights=True),
-        "gate": AbsoluteGate(float("inf")),
+        "gate": AbsoluteGate(1e9),
         "attenuation": ConstantAttenuation(0.0),
     }
     ((rollout, metrics),), _ = admit(lambda: make_admission(**parts), [make_scored()])
