@@ -339,7 +339,7 @@ def test_what_is_wrong_on_another_rank_is_refused_here_too(make_scored, make_adm
 def test_weights_of_nothing_are_not_scaled(make_scored, make_admission, admit):
     parts = {
         "objective": Objective(rescale_weights=True),
-        "gate": AbsoluteGate(1e9),
+        "gate": Broken(float("inf")),
         "attenuation": ConstantAttenuation(0.0),
     }
     ((rollout, metrics),), _ = admit(lambda: make_admission(**parts), [make_scored()])
