@@ -32,7 +32,7 @@ from egspo_lightning.callbacks import (
     StageTransition,
 )
 from egspo_lightning.datamodule import HybridDataModule
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, cause_of
 from egspo_lightning.module import EGSPOModule
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
@@ -195,9 +195,7 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         sys.exit(2)
     except (ValueError, MisconfigurationException) as error:
-        cause: BaseException | None = error  # jsonargparse wraps a mistake within a list in an error of its own
-        while cause is not None and not isinstance(cause, (UserError, MisconfigurationException)):
-            cause = cause.__cause__ or cause.__context__
+        cause = cause_of(error, UserError, MisconfigurationException)  # jsonargparse wraps mistakes within lists
         if cause is None:
             raise
         print(f"error: {cause}", file=sys.stderr)

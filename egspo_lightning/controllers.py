@@ -11,8 +11,30 @@ MAX_KL_ERROR = 0.2
 """Largest relative error of the KL that a single correction answers to."""
 
 
+class _Followed:
+    """A coefficient that starts at ``coefficient`` and, where there is a target, follows it."""
+
+    coefficient: float
+    target: float | None
+    _current: float
+
+    @property
+    def current(self) -> float:
+        """The coefficient as it is now."""
+        return self._current
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient."""
+        return {"current": self._current}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from it, where it follows a target."""
+        if self.target is not None:
+            self._current = state["current"]
+
+
 @dataclass
-class KLReward:
+class KLReward(_Followed):
     """KL to the reference as a part of the reward: ``r_t - coefficient KL_t``, by the policy that sampled.
 
     With a target the coefficient follows the collection's mean KL (arXiv 1909.08593, section 2.2)::
@@ -41,29 +63,15 @@ class KLReward:
             raise UserError("model.kl_reward.estimator k3+ differs from k3 in its gradient, and rewards have none: k3.")
         self._current = self.coefficient
 
-    @property
-    def current(self) -> float:
-        """The coefficient as it is now."""
-        return self._current
-
     def update(self, kl: float, num_completions: int) -> None:
         """Answer to the mean KL, nats a token, of a collection over all ranks."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -MAX_KL_ERROR), MAX_KL_ERROR)
             self._current *= 1 + error * min(num_completions / self.horizon, 1.0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The coefficient."""
-        return {"current": self._current}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from it, where it follows a target."""
-        if self.target is not None:
-            self._current = state["current"]
-
 
 @dataclass
-class EntropyBonus:
+class EntropyBonus(_Followed):
     """Reward for the policy's own entropy, as a term ``-coefficient H`` of the loss.
 
     With a target the coefficient rises by ``step`` after a collection of less entropy, and falls by it, not below 0,
@@ -92,21 +100,7 @@ class EntropyBonus:
             )
         self._current = self.coefficient
 
-    @property
-    def current(self) -> float:
-        """The coefficient as it is now."""
-        return self._current
-
     def update(self, entropy: float) -> None:
         """Answer to the mean entropy, nats a token, of a collection over all ranks."""
         if self.target is not None:
             self._current = max(self._current + (self.step if entropy < self.target else -self.step), 0.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The coefficient."""
-        return {"current": self._current}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from it, where it follows a target."""
-        if self.target is not None:
-            self._current = state["current"]

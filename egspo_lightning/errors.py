@@ -8,6 +8,14 @@ class UserError(ValueError):
     """
 
 
+def cause_of(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
+    """The first of the given kinds that an error is, or was raised from, however deeply libraries have wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, kinds):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
 def require(holds: bool, field: str, value: object, allowed: str) -> None:
     """Refuse the value of a field.
 

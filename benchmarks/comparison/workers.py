@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from comparison.plan import Run, Settings
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, cause_of
 
 REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 """Lets glibc keep memory instead of mapping each tensor anew: a tenth less time a phase, measured on the quickstart."""
@@ -174,9 +174,7 @@ def _printed(log: Path, start: int) -> Failure:
 
 def _cause(error: Exception) -> str:
     """The user's mistake where there is one, however deeply wrapped; else the error with its type."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__ or cause.__context__
+    cause = cause_of(error, UserError)
     return str(cause) if cause is not None else f"{type(error).__name__}: {error}"
 
 

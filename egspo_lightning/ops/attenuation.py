@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import require
 from egspo_lightning.ops.gate import confidence_phi
 
 
@@ -44,8 +44,7 @@ class ConstantAttenuation:
     value: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.value <= 1:
-            raise UserError(f"ConstantAttenuation.value must be in [0, 1], got {self.value}.")
+        require(0 <= self.value <= 1, "ConstantAttenuation.value", self.value, "in [0, 1]")
 
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
         """phi everywhere."""

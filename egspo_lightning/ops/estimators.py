@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import require
 from egspo_lightning.ops.advantages import against_group, gae, group_relative, leave_one_out, reinforce_plus_plus
 from egspo_lightning.ops.masking import Total, masked_sum
 
@@ -116,7 +116,7 @@ class ReinforcePlusPlus:
     needs_values: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _require_unit("ReinforcePlusPlus.gamma", self.gamma)
+        require(0 <= self.gamma <= 1, "ReinforcePlusPlus.gamma", self.gamma, "in [0, 1]")
 
     def estimate(self, experience: Experience) -> Estimate:
         """Whitened over the collection, on all ranks."""
@@ -140,8 +140,8 @@ class GAE:
     needs_values: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_unit("GAE.gamma", self.gamma)
-        _require_unit("GAE.lam", self.lam)
+        require(0 <= self.gamma <= 1, "GAE.gamma", self.gamma, "in [0, 1]")
+        require(0 <= self.lam <= 1, "GAE.lam", self.lam, "in [0, 1]")
 
     def estimate(self, experience: Experience) -> Estimate:
         """Whitened over the collection, on all ranks; the returns are not."""
@@ -155,8 +155,3 @@ class GAE:
             total=experience.total,
         )
         return Estimate(advantages, returns)
-
-
-def _require_unit(field: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{field} must be in [0, 1], got {value}.")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import require
 
 
 def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
@@ -42,11 +42,10 @@ class ChordMu:
 
     def __post_init__(self) -> None:
         for field in ("warmup_steps", "decay_steps"):
-            if getattr(self, field) < 0:
-                raise UserError(f"model.objective.mu.{field} must be at least 0, got {getattr(self, field)}.")
+            require(getattr(self, field) >= 0, f"model.objective.mu.{field}", getattr(self, field), "at least 0")
         for field in ("peak", "valley"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise UserError(f"model.objective.mu.{field} must be in [0, 1], got {getattr(self, field)}.")
+            value = getattr(self, field)
+            require(0 <= value <= 1, f"model.objective.mu.{field}", value, "in [0, 1]")
 
     def at(self, step: int) -> float:
         """mu after ``step`` optimiser steps of this stage."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import require
 from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, after_reasoning, extract_boxed
 from egspo_lightning.rewards.normalize import compare_fast, to_latex
 from egspo_lightning.rewards.workers import Outcome, WorkerPool
@@ -51,15 +51,15 @@ class MathGrader:
         memory_limit_mb: int = 1024,
         extraction: str = "boxed",
     ) -> None:
-        _require(num_workers >= 1, "num_workers", num_workers, "at least 1")
-        _require(deadline_s > 0, "deadline_s", deadline_s, "a positive number of seconds")
-        _require(
+        require(num_workers >= 1, "num_workers", num_workers, "at least 1")
+        require(deadline_s > 0, "deadline_s", deadline_s, "a positive number of seconds")
+        require(
             memory_limit_mb >= 256,
             "memory_limit_mb",
             memory_limit_mb,
             "at least 256: math-verify needs as much",
         )
-        _require(extraction in EXTRACTIONS, "extraction", extraction, f"one of {', '.join(EXTRACTIONS)}")
+        require(extraction in EXTRACTIONS, "extraction", repr(extraction), f"one of {', '.join(EXTRACTIONS)}")
         self._is_lenient = extraction == "lenient"
         self._pool = WorkerPool(num_workers, deadline_s, memory_limit_mb)
 
@@ -153,11 +153,6 @@ def _request(answer: str, gold: str, extraction: str) -> dict[str, Any]:
     if extraction == "boxed":
         answer, gold = to_latex(answer), to_latex(gold)
     return {"answer": answer, "gold": gold, "extraction": extraction}
-
-
-def _require(holds: bool, field: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"{field} must be {allowed}, got {value!r}.")
 
 
 def _require_pairs(answers: Sequence[str], golds: Sequence[str]) -> None:
