@@ -21,11 +21,11 @@ from egspo_lightning.data.training import LongProblems, PromptEncoder, load_demo
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.flags import require_phases
+from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import RolloutEngine
 from egspo_lightning.rollout.experience import Collection, collection_rows, score
-from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
 from egspo_lightning.rollout.minibatches import cut_updates, plan_updates
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
@@ -40,7 +40,8 @@ class HybridDataModule(LightningDataModule):
         problems: Problems to sample rollouts for; those that also stand in a benchmark are dropped and counted.
         benchmarks: What MathBenchmark, validate and test measure.
         engine: Samples completions.
-        reward: Scores completions in training.
+        reward: Scores completions in training; several at once with WeightedReward. What counts as right for
+            rollout/accuracy is the grader's affair, whatever the reward.
         prompt: How a problem is put to the model.
         sft_batch_size: Demonstrations an update in stage SFT.
         expert_batch_size: Demonstrations that an update in stage EGSPO carries where mu > 0.
@@ -50,7 +51,6 @@ class HybridDataModule(LightningDataModule):
             solution then stands beside the policy's completions as an off-policy sample (LUFFY).
         max_resampling: Rounds at most in which groups whose rewards are all equal are replaced by those of other
             problems (DAPO's dynamic sampling); 0 keeps them, and skips them in updates.
-        length_penalty: Taken off the rewards of completions near the length limit; none by default.
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
         max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
@@ -74,7 +74,6 @@ class HybridDataModule(LightningDataModule):
         num_generations: int = 8,
         expert_fraction: float = 0.0,
         max_resampling: int = 0,
-        length_penalty: SoftLengthPenalty | None = None,
         num_ppo_epochs: int = 1,
         num_minibatches: int = 1,
         max_prompt_length: int = 512,
@@ -85,7 +84,7 @@ class HybridDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.demonstrations, self.problems, self.benchmarks = demonstrations, problems, benchmarks or []
-        self.engine, self.reward, self.prompt = engine, reward, prompt
+        self.engine, self.reward, self.prompt = engine, WeightedReward.of(reward), prompt
         self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
         self.num_problems, self.num_generations = num_problems, num_generations
         self.expert_fraction = expert_fraction
@@ -106,7 +105,7 @@ class HybridDataModule(LightningDataModule):
         self._answerer = Answerer(self.benchmarks, engine, max_completion_length, seed)
         self._collector = Collector(
             engine=engine,
-            reward=reward,
+            reward=self.reward,
             draw=problems.draw,
             draw_experts=self._draw_experts,
             encode=lambda problem: self._encoder.encode(problem),
@@ -115,7 +114,6 @@ class HybridDataModule(LightningDataModule):
             num_generations=num_generations,
             max_completion_length=max_completion_length,
             max_resampling=max_resampling,
-            length_penalty=length_penalty,
             seed=seed,
         )
 
@@ -172,8 +170,7 @@ class HybridDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """End the graders' processes."""
         self._answerer.close()
-        if hasattr(self.reward, "close"):
-            self.reward.close()
+        self.reward.close()
 
     # Training
 

@@ -108,6 +108,8 @@ class Completion(NamedTuple):
     """The answer that was found in the text."""
     status: str
     """How the grader got to its verdict: graded, no_answer, timeout or crashed."""
+    reward_terms: Mapping[str, float] = {}
+    """What the reward is a weighted sum of, by name, before weights."""
 
 
 class UpdateSize(NamedTuple):

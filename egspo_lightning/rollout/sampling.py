@@ -1,12 +1,12 @@
 """Prompts to graded completions."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from egspo_lightning.errors import UserError
-from egspo_lightning.rewards.functions import Reward, Scored
+from egspo_lightning.rewards.composition import WeightedReward
+from egspo_lightning.rewards.functions import Details, Reward
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
+from egspo_lightning.rollout.overlap import OverlappedGrading
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.types import Completion, Problem, Sampling
 
@@ -30,21 +30,46 @@ def complete(
     """Sample and grade ``num_samples`` completions a prompt; those of one prompt stand next to one another.
 
     All ranks must call it equally often, some of them perhaps without prompts.
+
+    Raises:
+        UserError: the reward did not give one finite number a completion.
     """
+    return complete_timed(policy, engine, reward, prompts, num_samples, sampling)[0]
+
+
+def complete_timed(
+    policy: RolloutPolicy,
+    engine: RolloutEngine,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    sampling: Sampling,
+) -> tuple[list[Completion], float]:
+    """The same, with the seconds in which there was nothing left to sample and grades were waited for."""
+    owners = [prompt for prompt in prompts for _ in range(num_samples)]
     requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
-    samples: list[Sample] = []
-    with policy.sampling() as lm:
-        if requests:
-            pad_id = policy.tokenizer.pad_token_id
-            samples = engine.generate(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
-    problems = [prompt.problem for prompt in prompts for _ in range(num_samples)]
-    return grade(policy, reward, problems, samples)
+    composed = WeightedReward.of(reward)
+
+    def grade_some(numbers: Sequence[int], samples: Sequence[Sample]) -> list[Completion]:
+        return grade(policy, composed, [owners[i] for i in numbers], samples, sampling.max_completion_length)
+
+    with OverlappedGrading(grade_some, len(requests), num_samples) as grading:
+        with policy.sampling() as lm:
+            if requests:
+                pad_id = policy.tokenizer.pad_token_id
+                for batch in engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id):
+                    grading.add(batch)
+        return grading.finish(), grading.seconds_waited
 
 
 def grade(
-    policy: RolloutPolicy, reward: Reward, problems: Sequence[Problem], samples: Sequence[Sample]
+    policy: RolloutPolicy,
+    reward: WeightedReward,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sample],
+    max_completion_length: int,
 ) -> list[Completion]:
-    """The samples with their texts and verdicts.
+    """The samples, each of a prompt, with their texts, verdicts and rewards.
 
     Raises:
         UserError: the reward did not give one finite number a completion.
@@ -52,27 +77,26 @@ def grade(
     if not samples:
         return []
     texts = policy.tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
-    scored = reward(texts, [problem.answer for problem in problems])
-    _require_rewards(scored, len(texts), type(reward).__name__)
+    asked = policy.tokenizer.batch_decode([prompt.token_ids for prompt in prompts], skip_special_tokens=False)
+    golds = [prompt.problem.answer for prompt in prompts]
+    grades = reward.grader.grade(texts, golds)
+    details = [
+        Details(prompt.problem, text, len(sample.token_ids), max_completion_length, sample.is_truncated, verdict)
+        for prompt, text, sample, verdict in zip(prompts, asked, samples, grades, strict=True)
+    ]
+    scored = reward.score(texts, golds, details)
     return [
         Completion(
-            problem=problem,
+            problem=detail.problem,
             token_ids=sample.token_ids,
             logprobs=sample.logprobs,
             text=text,
             is_truncated=sample.is_truncated,
-            reward=verdict.reward,
-            correct=verdict.grade.correct,
-            extracted=verdict.grade.extracted,
-            status=verdict.grade.status,
+            reward=result.reward,
+            correct=detail.grade.correct,
+            extracted=detail.grade.extracted,
+            status=detail.grade.status,
+            reward_terms=result.terms,
         )
-        for problem, sample, text, verdict in zip(problems, samples, texts, scored, strict=True)
+        for sample, text, detail, result in zip(samples, texts, details, scored, strict=True)
     ]
-
-
-def _require_rewards(scored: Sequence[Scored], count: int, name: str) -> None:
-    if len(scored) != count:
-        raise UserError(f"data.reward: {name} gave {len(scored)} rewards for {count} completions. One each is needed.")
-    for verdict in scored:
-        if not math.isfinite(verdict.reward):
-            raise UserError(f"data.reward: {name} gave a reward of {verdict.reward}. Rewards must be finite numbers.")
