@@ -22,6 +22,7 @@ SHORT = [
     "--data.num_problems=4",
     "--data.num_generations=4",
     "--data.max_completion_length=40",
+    "--data.engine.max_batch_size=6",  # so that grading overlaps with sampling
     "--data.reward=ranks_program.Uneven",
     "--stage_transition.after_epochs=1",
     "--stage_transition.learning_rate=1e-3",

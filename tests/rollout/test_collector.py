@@ -22,7 +22,8 @@ class Echo:
 
     def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
         streams = [list(request.seed.encode()) for request in requests]
-        yield [(i, Sample(ids, False, [0.0] * len(ids))) for i, ids in enumerate(streams)]
+        samples = [(i, Sample(ids, False, [0.0] * len(ids))) for i, ids in enumerate(streams)]
+        yield from (samples[start : start + 3] for start in range(0, len(samples), 3))  # across groups
 
 
 def by_gold(completions, golds):
