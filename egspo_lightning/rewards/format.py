@@ -35,8 +35,8 @@ def is_well_formed(text: str, prompt: str = "") -> bool:
     if prompt.rstrip().endswith(_OPEN):
         text = _OPEN + text
     if _OPEN in text or _CLOSE in text:
-        block, close, text = text.partition(_CLOSE)
-        is_one_block = block.lstrip().startswith(_OPEN) and block.count(_OPEN) == 1 and close == _CLOSE
+        block, _, text = text.partition(_CLOSE)  # never closed: no text is left, and no box in it
+        is_one_block = block.lstrip().startswith(_OPEN) and block.count(_OPEN) == 1
         if not is_one_block or _OPEN in text or _CLOSE in text:
             return False
     num_boxes = sum(token.endswith("{") and token != r"\{" for token in _BOX_OR_ESCAPE.findall(text))

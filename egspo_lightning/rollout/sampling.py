@@ -77,7 +77,7 @@ def grade(
     if not samples:
         return []
     texts = policy.tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
-    asked = policy.tokenizer.batch_decode([prompt.token_ids for prompt in prompts], skip_special_tokens=False)
+    asked = _prompt_texts(policy, prompts)
     golds = [prompt.problem.answer for prompt in prompts]
     grades = reward.grader.grade(texts, golds)
     details = [
@@ -100,3 +100,12 @@ def grade(
         )
         for sample, text, detail, result in zip(samples, texts, details, scored, strict=True)
     ]
+
+
+def _prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
+    """The prompts with their special tokens, of which a think mark may be one; each is decoded once."""
+    keys = [tuple(prompt.token_ids) for prompt in prompts]
+    distinct = list(dict.fromkeys(keys))
+    texts = policy.tokenizer.batch_decode([list(key) for key in distinct], skip_special_tokens=False)
+    by_key = dict(zip(distinct, texts, strict=True))
+    return [by_key[key] for key in keys]

@@ -26,6 +26,7 @@ OPENED = "<|im_start|>assistant\n<think>\n"  # as the templates of reasoning mod
         (r"\boxed{}", False),
         (r"\boxed{  }", False),
         (r"\\boxed{3}", False),  # a line break and a word
+        (r"\\boxed{3} \boxed{4}", True),
         (r"\\\boxed{3}", True),  # a line break and a box
         (r"\{\boxed{3}\}", True),
         (r"\boxed 3", False),
