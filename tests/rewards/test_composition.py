@@ -75,7 +75,11 @@ def test_a_sum_may_be_a_term():
 def test_the_grader_is_that_of_the_term_that_has_one_and_else_its_own():
     correctness = CorrectnessReward(num_workers=2)
     assert WeightedReward({"length": length_of, "right": correctness}).grader is correctness.grader
-    assert [grade.correct for grade in WeightedReward.of(length_of).grader.grade([r"\boxed{2}"], ["2"])] == [True]
+    alone = WeightedReward.of(length_of)
+    assert [grade.correct for grade in alone.grader.grade([r"\boxed{x+1}"], ["1+x"])] == [True]
+    assert alone.grader.worker_pids()
+    alone.close()
+    assert alone.grader.worker_pids() == []
 
 
 @pytest.mark.parametrize(

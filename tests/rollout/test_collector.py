@@ -212,6 +212,31 @@ def test_all_problems_may_be_experts():
     assert all(group.expert is not None for group in groups)
 
 
+# Time
+
+
+def test_sampling_and_grading_are_timed_apart_over_all_rounds(monkeypatch):
+    """A round takes 10 s to sample and 1 s to grade, and so do experts' solutions."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("egspo_lightning.rollout.collector.time", clock)
+    monkeypatch.setattr("egspo_lightning.rollout.overlap.time", clock)
+
+    class Slow(Echo):
+        def stream(self, *args, **kwargs):
+            now[0] += 10
+            yield [pair for batch in super().stream(*args, **kwargs) for pair in batch]
+
+    def slow(completions, golds):
+        now[0] += 1
+        return by_gold(completions, golds)
+
+    source = collector({1}, engine=Slow(), reward=WeightedReward.of(slow), num_experts=1, max_resampling=1)
+    sampled = source.sample(Alone(), 0, 0, 1)
+    assert len(sampled.discarded) == 1
+    assert (sampled.seconds, sampled.seconds_grading) == (23.0, 3.0)
+
+
 # Length penalty
 
 
