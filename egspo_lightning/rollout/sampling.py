@@ -31,14 +31,29 @@ def complete(
 
     All ranks must call it equally often, some of them perhaps without prompts.
     """
+    samples = sample(policy, engine, prompts, num_samples, sampling)
+    return grade(policy, reward, [prompt.problem for prompt in prompts for _ in range(num_samples)], samples)
+
+
+def sample(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> list[Sample]:
+    """Sample ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+
+    All ranks must call it equally often, some of them perhaps without prompts.
+    """
     requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
-    samples: list[Sample] = []
     with policy.sampling() as lm:
-        if requests:
-            pad_id = policy.tokenizer.pad_token_id
-            samples = engine.generate(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
-    problems = [prompt.problem for prompt in prompts for _ in range(num_samples)]
-    return grade(policy, reward, problems, samples)
+        if not requests:
+            return []
+        pad_id = policy.tokenizer.pad_token_id
+        return engine.generate(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
+
+
+def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
+    """The texts of samples, without special tokens."""
+    texts: list[str] = policy.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+    return texts
 
 
 def grade(
@@ -51,7 +66,7 @@ def grade(
     """
     if not samples:
         return []
-    texts = policy.tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
+    texts = decode(policy, samples)
     scored = reward(texts, [problem.answer for problem in problems])
     _require_rewards(scored, len(texts), type(reward).__name__)
     return [
