@@ -64,11 +64,11 @@ class Answerer:
 
     def length(self, benchmark: Benchmark) -> int:
         """Tokens of an answer at most."""
-        return benchmark.max_completion_length or self.max_completion_length
+        return benchmark.sampling.within(self.max_completion_length).max_completion_length
 
     def benchmark_batches(self, benchmark: Benchmark, share: Share) -> list[ProblemBatch]:
         """A rank's share of a benchmark."""
-        sampling = Sampling(self.length(benchmark), benchmark.temperature, benchmark.top_p)
+        sampling = benchmark.sampling.within(self.max_completion_length)
         problems = self._problems[benchmark.name]
         return problem_batches(benchmark.name, problems, benchmark.num_samples, sampling, **share._asdict())
 
