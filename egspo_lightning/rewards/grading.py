@@ -61,7 +61,7 @@ class MathGrader:
             "at least 256: math-verify needs as much",
         )
         require(extraction in EXTRACTIONS, "extraction", repr(extraction), f"one of {', '.join(EXTRACTIONS)}")
-        self._is_lenient = extraction == "lenient"
+        self.extraction = extraction
         self._pool = WorkerPool(num_workers, deadline_s, memory_limit_mb)
 
     def __enter__(self) -> MathGrader:
@@ -80,7 +80,7 @@ class MathGrader:
             RuntimeError: the workers cannot be started.
         """
         _require_pairs(completions, golds)
-        if not self._is_lenient:
+        if self.extraction == "boxed":
             return self._grade([extract_boxed(text) for text in completions], golds)
         requests = [
             _request(after_reasoning(text), gold, "lenient") for text, gold in zip(completions, golds, strict=True)
