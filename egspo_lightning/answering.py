@@ -122,8 +122,8 @@ class Answerer:
             "top_p": sampling.top_p,
             "max_completion_length": sampling.max_completion_length,
             "seed": self.seed,
-            "engine": type(self.engine).__name__,
-            "extraction": self.grader.extraction,
+            "engine": type(self.engine).__name__.removeprefix("LazyInstance_"),  # jsonargparse's name for a default
+            **self.grader.settings(),
         }
 
     def remember(self, name: str, answers: Mapping[str, Sequence[Answer]]) -> None:

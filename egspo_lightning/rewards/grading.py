@@ -109,6 +109,10 @@ class MathGrader:
         bare = [[None if answer is None else _bare(answer) for answer in group] for group in groups]
         return equivalence.equivalence_classes(bare, self._compare)
 
+    def settings(self) -> dict[str, str]:
+        """What its verdicts depend on, for whoever keeps them."""
+        return {"extraction": self.extraction}
+
     def close(self) -> None:
         """End the worker processes; may be called again, and grading after it starts new ones."""
         self._pool.close()
