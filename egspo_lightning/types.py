@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     id: str
     problem: str
     answer: str
+    """Empty where it is not known: such a problem can be answered, not graded or trained on."""
     subject: str = ""
     level: str = ""
 

@@ -15,7 +15,7 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rollout.engine import RolloutEngine, Sample
 from egspo_lightning.rollout.protocol import RolloutPolicy
-from egspo_lightning.rollout.sampling import Prompt, complete_timed, grade
+from egspo_lightning.rollout.sampling import Prompt, complete, grade
 from egspo_lightning.types import Completion, ExpertSolution, Problem, Sampling
 
 
@@ -129,7 +129,7 @@ class Collector:
         """The groups by place, and the seconds in which grades were waited for."""
         sampling = Sampling(self.max_completion_length, policy.temperature)
         size = self.num_generations
-        flat, waited = complete_timed(policy, self.engine, self.reward, list(prompts.values()), size, sampling)
+        flat, waited = complete(policy, self.engine, self.reward, list(prompts.values()), size, sampling)
         groups = {
             place: Group(place, prompt, flat[i * size : (i + 1) * size], None)
             for i, (place, prompt) in enumerate(prompts.items())

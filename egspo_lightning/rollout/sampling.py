@@ -1,6 +1,6 @@
 """Prompts to graded completions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from egspo_lightning.rewards.composition import WeightedReward
@@ -26,40 +26,54 @@ def complete(
     prompts: Sequence[Prompt],
     num_samples: int,
     sampling: Sampling,
-) -> list[Completion]:
+) -> tuple[list[Completion], float]:
     """Sample and grade ``num_samples`` completions a prompt; those of one prompt stand next to one another.
 
-    All ranks must call it equally often, some of them perhaps without prompts.
+    All ranks must call it equally often, some of them perhaps without prompts. Beside the completions stand the
+    seconds in which there was nothing left to sample and grades were waited for.
 
     Raises:
         UserError: the reward did not give one finite number a completion.
     """
-    return complete_timed(policy, engine, reward, prompts, num_samples, sampling)[0]
-
-
-def complete_timed(
-    policy: RolloutPolicy,
-    engine: RolloutEngine,
-    reward: Reward,
-    prompts: Sequence[Prompt],
-    num_samples: int,
-    sampling: Sampling,
-) -> tuple[list[Completion], float]:
-    """The same, with the seconds in which there was nothing left to sample and grades were waited for."""
     owners = [prompt for prompt in prompts for _ in range(num_samples)]
-    requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
     composed = WeightedReward.of(reward)
 
     def grade_some(numbers: Sequence[int], samples: Sequence[Sample]) -> list[Completion]:
         return grade(policy, composed, [owners[i] for i in numbers], samples, sampling.max_completion_length)
 
-    with OverlappedGrading(grade_some, len(requests), num_samples) as grading:
-        with policy.sampling() as lm:
-            if requests:
-                pad_id = policy.tokenizer.pad_token_id
-                for batch in engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id):
-                    grading.add(batch)
+    with OverlappedGrading(grade_some, len(owners), num_samples) as grading:
+        for batch in _stream(policy, engine, prompts, num_samples, sampling):
+            grading.add(batch)
         return grading.finish(), grading.seconds_waited
+
+
+def sample(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> list[Sample]:
+    """Sample ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+
+    All ranks must call it equally often, some of them perhaps without prompts.
+    """
+    batches = _stream(policy, engine, prompts, num_samples, sampling)
+    done = dict(numbered for batch in batches for numbered in batch)
+    return [done[number] for number in range(len(prompts) * num_samples)]
+
+
+def _stream(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> Iterator[list[tuple[int, Sample]]]:
+    """Samples with the numbers of their requests, batch by batch, within the policy's sampling context."""
+    requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
+    with policy.sampling() as lm:
+        if requests:
+            pad_id = policy.tokenizer.pad_token_id
+            yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
+
+
+def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
+    """The texts of samples, without special tokens."""
+    texts: list[str] = policy.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+    return texts
 
 
 def grade(
@@ -76,7 +90,7 @@ def grade(
     """
     if not samples:
         return []
-    texts = policy.tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
+    texts = decode(policy, samples)
     asked = _prompt_texts(policy, prompts)
     golds = [prompt.problem.answer for prompt in prompts]
     grades = reward.grader.grade(texts, golds)

@@ -83,7 +83,7 @@ def prompts(policy, *golds, text="1+1=?"):
 def test_sampling_in_batches_is_sampling_at_once(policy, reward, batch_size):
     """Against samples that are drawn one by one and graded together."""
     asked, sampling = prompts(policy, "2", "4", "6"), Sampling(LIMIT)
-    found = complete(policy, TransformersEngine(batch_size), reward, asked, 4, sampling)
+    found, _ = complete(policy, TransformersEngine(batch_size), reward, asked, 4, sampling)
     requests = [(prompt, f"{prompt.seed}/{i}") for prompt in asked for i in range(4)]
     alone = {"eos_ids": policy.eos_ids, "pad_id": policy.tokenizer.pad_token_id}
     with policy.sampling() as lm:
@@ -113,7 +113,9 @@ GOLDS = ["1+x", r"\sqrt{2}", "7"]
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
 def test_verdicts_rewards_and_counts_are_the_same_however_samples_come(policy, reward, batch_size):
     """With the real grader, algebra, and an answer that it must give up on or refute."""
-    found = complete(policy, Scripted(policy, TEXTS, batch_size), reward, prompts(policy, *GOLDS), 2, Sampling(LIMIT))
+    found, _ = complete(
+        policy, Scripted(policy, TEXTS, batch_size), reward, prompts(policy, *GOLDS), 2, Sampling(LIMIT)
+    )
     assert [completion.text for completion in found] == TEXTS
     assert [completion.correct for completion in found] == [True, False, True, True, False, False]
     assert [completion.extracted for completion in found] == [
@@ -125,7 +127,7 @@ def test_verdicts_rewards_and_counts_are_the_same_however_samples_come(policy, r
     for completion, (correct, form, length) in zip(found, terms, strict=True):
         assert completion.reward_terms == pytest.approx({"correctness": correct, "format": form, "length": length})
         assert completion.reward == pytest.approx(correct + 0.1 * form + 0.5 * length)
-    one = complete(policy, Scripted(policy, TEXTS, 6), reward, prompts(policy, *GOLDS), 2, Sampling(LIMIT))
+    one, _ = complete(policy, Scripted(policy, TEXTS, 6), reward, prompts(policy, *GOLDS), 2, Sampling(LIMIT))
     assert found == one
 
 
@@ -187,7 +189,7 @@ def test_a_fork_while_the_thread_grades_can_grade_itself(policy, reward):
 
     slow = [r"\boxed{\sum_{k=1}^{9999999} \frac{1}{k^k}}"] * 2 + TEXTS[:4]
     engine = Scripted(policy, slow, 2, before_each)
-    found = complete(policy, engine, reward, prompts(policy, "7", *GOLDS[:2]), 2, Sampling(LIMIT))
+    found, _ = complete(policy, engine, reward, prompts(policy, "7", *GOLDS[:2]), 2, Sampling(LIMIT))
     assert [completion.correct for completion in found] == [False, False, True, False, True, True]
     (pid,) = children
     limit = time.monotonic() + 60
