@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from egspo_lightning.errors import require
 from egspo_lightning.rewards import equivalence
 from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, after_reasoning, extract_boxed
-from egspo_lightning.rewards.normalize import compare_fast, to_latex
+from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
 from egspo_lightning.rewards.workers import Outcome, WorkerPool
 
 EXTRACTIONS = ("boxed", "lenient")
@@ -168,7 +168,7 @@ def _bare_gold(gold: str) -> str:
 
 def _request(answer: str, gold: str, extraction: str) -> dict[str, Any]:
     if extraction == "boxed":
-        answer, gold = to_latex(answer), to_latex(gold)
+        answer, gold = for_algebra(answer, gold)
     return {"answer": answer, "gold": gold, "extraction": extraction}
 
 
