@@ -5,7 +5,7 @@ Proving two expressions equal takes ``simplify``; showing that they are not take
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -92,18 +92,27 @@ def _have_different_values(gold: Expr, answer: Expr) -> bool:
 @lru_cache(maxsize=4096)
 def _value(expression: Expr) -> Any:
     """The value at a fixed point, to 15 digits; None where it has none."""
-    try:
-        symbols = sorted((symbol for symbol in expression.free_symbols if isinstance(symbol, Symbol)), key=_name)
-        value = expression.evalf(_DIGITS, subs={symbol: _coordinate(symbol) for symbol in symbols})
+
+    def evaluate() -> Any:
+        point = {symbol: _coordinate(symbol) for symbol in expression.free_symbols if isinstance(symbol, Symbol)}
+        value = expression.evalf(_DIGITS, subs=point)
         return value if value.is_number and value.is_finite and not value.free_symbols else None
+
+    return attempt(evaluate, None)
+
+
+def attempt(work: Callable[[], Any], otherwise: Any) -> Any:
+    """What the work gives, or something else where it raises.
+
+    Raises:
+        MemoryError: that it has run out of memory says nothing about an answer.
+    """
+    try:
+        return work()
     except MemoryError:
         raise
     except Exception:
-        return None
-
-
-def _name(symbol: Symbol) -> str:
-    return str(symbol.name)
+        return otherwise
 
 
 def _coordinate(symbol: Symbol) -> Rational:

@@ -6,7 +6,8 @@ raises means that there is nothing to compare, except that memory has run out, w
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 from latex2sympy2_extended.math_normalization import (  # type: ignore[import-untyped]
@@ -17,7 +18,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 from math_verify.parser import parse_latex_cached
 
 from egspo_lightning.rewards import _quick_parse
-from egspo_lightning.rewards._difference import are_different
+from egspo_lightning.rewards._difference import are_different, attempt
 
 _MATH_MARKS = ("$", r"\boxed", r"\(", r"\[")
 _EXTRACTION = (LatexExtractionConfig(), ExprExtractionConfig())
@@ -39,8 +40,8 @@ def grade(answer: str, gold: str, extraction: str) -> dict[str, Any]:
     if extraction == "boxed":
         return {"correct": _equal(_parse_bare(gold), _parse_bare(answer)), "extracted": answer}
     parsed = _parse_text(answer)
-    correct = verify(_parse_gold(gold), parsed, timeout_seconds=None)
-    return {"correct": bool(correct), "extracted": next((part for part in parsed if isinstance(part, str)), None)}
+    correct = _verify(_parse_gold(gold), parsed, allow_set_relation_comp=False)
+    return {"correct": correct, "extracted": next((part for part in parsed if isinstance(part, str)), None)}
 
 
 def warm_up() -> None:
@@ -55,22 +56,23 @@ def warm_up() -> None:
 def _equal(gold: Any, answer: Any) -> bool:
     if gold is None or answer is None or are_different(gold, answer):
         return False
-    # 3 < x <= 4 answers (3, 4]
-    return bool(verify([gold], [answer], allow_set_relation_comp=True, timeout_seconds=None))
+    return _verify([gold], [answer], allow_set_relation_comp=True)  # 3 < x <= 4 answers (3, 4]
+
+
+def _verify(golds: list[Any], answers: list[Any], **options: bool) -> bool:
+    def is_equal(gold: Any, answer: Any) -> bool:
+        return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True, **options))
+
+    return any(attempt(partial(is_equal, gold, answer), False) for gold, answer in product(golds, answers))
 
 
 @lru_cache(maxsize=_CACHED)
 def _parse_bare(text: str) -> Any:
-    try:
-        return parse_latex_cached(normalize_latex(text, _SPELLING))
-    except MemoryError:
-        raise
-    except Exception:
-        return None
+    return attempt(lambda: parse_latex_cached(normalize_latex(text, _SPELLING)), None)
 
 
 def _parse_text(text: str) -> list[Any]:
-    parsed: list[Any] = parse(text, _EXTRACTION, parsing_timeout=None)
+    parsed: list[Any] = attempt(lambda: parse(text, _EXTRACTION, parsing_timeout=None, raise_on_error=True), [])
     return parsed
 
 

@@ -26,7 +26,7 @@ _BRACES = r"\{\}"
 _SETS = {"", _BRACES}
 _NO_PLAIN_LIST = re.compile(r"[()\[\]<>=;]|\\[{}]|\\(?:pm|mp|text|le|ge|in|ne|cup|cap)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3},\d{3}(?!\d)|\{,\}")
-_TORN = re.compile(r"\d\s+\d")
+_TORN = re.compile(r"-?[\d.,]+(?:\s+[\d.,]+)+")
 _MAX_PARTS = 32
 _MAX_LENGTH = 4096
 """Characters; what is longer is math-verify's, in a process that has a deadline."""
@@ -106,7 +106,7 @@ def _compare_plain_numbers(answer: str, gold: str) -> Verdict:
     left, right = parse_number(answer), parse_number(gold)
     if left is not None and right is not None:
         return compare_numbers(left, right)
-    is_torn = any(_TORN.search(text) for text in (answer, gold))  # math-verify would read 1 2 as 12
+    is_torn = any(_TORN.fullmatch(text) for text in (answer, gold))  # math-verify would read 1 2 as 12
     return False if is_torn and (left is not None or right is not None) else None
 
 

@@ -19,10 +19,12 @@ _UNICODE = str.maketrans(
     | {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}"}
     | {"¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "、": ","}
 )
+_RADICAL = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _ORDINAL = re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*)?\\(?:mathrm|text|textrm)\{(?:st|nd|rd|th)\}(?:\s*\})?|(?<=\d)th\b")
 _FONT = re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathbf|mathit|mathrm|boldsymbol|bm|bold)\s*\{([^{}]*)\}")
 _STYLE = re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it)(?![A-Za-z])\s*")
 _SUBSCRIPT_FONT = re.compile(r"_\s*(?:\{\s*)?\\(?:mathrm|text|textrm|mathit)\s*\{\s*([A-Za-z0-9]+)\s*\}(?:\s*\})?")
+_SHORT_SUBSCRIPT = re.compile(r"_\s*\{\s*([A-Za-z0-9])\s*\}(?![A-Za-z0-9])")
 _SUBSCRIPT_COMMAND = re.compile(r"_\s*\{\s*\\(max|min)\s*\}")
 
 _SIZING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[bB]igg?[lr]?(?![A-Za-z])|\\!\s*")
@@ -49,8 +51,10 @@ def normalize(text: str) -> str:
 
 def to_latex(text: str) -> str:
     """LaTeX for Unicode; without an outer ``$``, fonts, an ordinal's ``th`` and a final full stop."""
-    text = _ORDINAL.sub("", text.translate(_UNICODE)).strip()
-    text = _SUBSCRIPT_COMMAND.sub(r"_{\1}", _SUBSCRIPT_FONT.sub(r"_{\1}", _STYLE.sub("", text)))
+    text = _RADICAL.sub(r"\\sqrt{\1\2}", text).translate(_UNICODE)
+    text = _STYLE.sub("", _ORDINAL.sub("", text)).strip()
+    text = _SUBSCRIPT_COMMAND.sub(r"_{\1}", _SUBSCRIPT_FONT.sub(r"_{\1}", text))
+    text = _SHORT_SUBSCRIPT.sub(r"_\1", text)
     text = _without_stop(_without_delimiters(_without_stop(text)))
     if (match := _FONT.fullmatch(text)) is not None and any(character.isdigit() for character in match[1]):
         return match[1].strip()
