@@ -46,9 +46,10 @@ def grade(answer: str, gold: str, extraction: str) -> dict[str, Any]:
 
 def warm_up() -> None:
     """Compile the patterns, and fill the tables of the parser and of sympy, which forked processes then share."""
-    for answer, gold in zip(_SAMPLES, (*_SAMPLES[1:], _SAMPLES[0]), strict=True):
+    for answer in _SAMPLES:
         grade(answer, answer, "boxed")
-        grade(answer, gold, "boxed")
+    grade("2+x", "x+1", "boxed")
+    grade(r"\sqrt{12}", r"2\sqrt{3}", "boxed")
     for answer in _SAMPLES[:6]:
         grade(f"The answer is ${answer}$.", answer, "lenient")
 

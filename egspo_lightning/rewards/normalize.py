@@ -11,7 +11,7 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 _UNICODE = str.maketrans(
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full width
-    | dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f\u3000", " ")
+    | dict.fromkeys("~\u00a0\u2002\u2003\u2009\u202f\u3000", " ")
     | dict.fromkeys("\u200b\u2060\ufeff")  # of no width
     | dict.fromkeys("−–‐‑﹣", "-")
     | {"°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty "}
