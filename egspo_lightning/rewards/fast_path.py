@@ -26,7 +26,7 @@ _BRACES = r"\{\}"
 _SETS = {"", _BRACES}
 _NO_PLAIN_LIST = re.compile(r"[()\[\]<>=;]|\\[{}]|\\(?:pm|mp|text|le|ge|in|ne|cup|cap)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3},\d{3}(?!\d)|\{,\}")
-_TORN = re.compile(r"-?[\d.,]+(?:\s+[\d.,]+)+")
+_TORN = re.compile(r"-?[\d.]+(?:\s+[\d.]+)+")
 _MAX_PARTS = 32
 _MAX_LENGTH = 4096
 """Characters; what is longer is math-verify's, in a process that has a deadline."""

@@ -6,8 +6,7 @@ import pytest
 from antlr4 import PredictionMode
 from latex2sympy2_extended.antlr_parser import PSParser
 from latex2sympy2_extended.latex2sympy2 import latex2sympy
-from sympy import Interval, Rational, Symbol, Tuple, factorial, pi, sqrt
-from sympy import Matrix as M
+from sympy import Interval, Matrix, Rational, Symbol, Tuple, factorial, pi, sqrt
 
 from egspo_lightning.rewards import _verify
 from egspo_lightning.rewards._difference import are_different, attempt
@@ -67,8 +66,8 @@ def test_the_quick_prediction_comes_first() -> None:
         (Interval(0, 1), Interval(0, 2)),
         (Interval(0, 1), Interval.open(0, 1)),
         (Interval(0, 1), Rational(1, 2)),
-        (M([1, 2]), M([1, 3])),
-        (M([1, 2]), M([[1, 2]])),
+        (Matrix([1, 2]), Matrix([1, 3])),
+        (Matrix([1, 2]), Matrix([[1, 2]])),
     ],
 )
 def test_certainly_different(gold: Any, answer: Any) -> None:
@@ -86,7 +85,7 @@ def test_certainly_different(gold: Any, answer: Any) -> None:
         (pi, 3.141593 * Rational(1)),
         (Tuple(sqrt(4), x), Tuple(2, x)),
         (Interval(0, sqrt(4)), Interval(0, 2)),
-        (M([1, sqrt(4)]), M([1, 2])),
+        (Matrix([1, sqrt(4)]), Matrix([1, 2])),
     ],
 )
 def test_equal_values_are_left_open(gold: Any, answer: Any) -> None:
