@@ -22,6 +22,9 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+(?: [A-Za-z'-]+)*")
 _NAME = r"(?:[A-Za-z]|\\(?!frac|sqrt|text|le|ge|ne)[A-Za-z]+)\s*(?:_\s*(?:\w|\{\s*\\?\w+\s*\}))?"
 _ASSIGNMENT = re.compile(rf"({_NAME}\s*(?:\(\s*{_NAME}\s*\))?)\s*=([^=<>,;]+)")
 _BRACKETS = (("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), (r"\{", r"\}"))
+_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
+_PLUS_MINUS, _MINUS_PLUS = re.compile(r"\\pm(?![A-Za-z])"), re.compile(r"\\mp(?![A-Za-z])")
 _BRACES = r"\{\}"
 _SETS = {"", _BRACES}
 _NO_PLAIN_LIST = re.compile(r"[()\[\]<>=;]|\\[{}]|\\(?:pm|mp|text|le|ge|in|ne|cup|cap)(?![A-Za-z])")
@@ -57,8 +60,8 @@ def compare_fast(answer: str, gold: str) -> Verdict:
 
 def for_algebra(answer: str, gold: str) -> tuple[str, str]:
     """LaTeX for math-verify of what `compare_fast` leaves open: without unit, and without ``x =`` on both or one."""
-    values = _values(*(quantity.value for quantity in _quantities(answer, gold)))
-    return _spell_out(values[0]), _spell_out(values[1])
+    left, right = _values(*(quantity.value for quantity in _quantities(answer, gold)))
+    return _spell_out(left), _spell_out(right)
 
 
 def _quantities(answer: str, gold: str) -> tuple[Quantity, Quantity]:
@@ -75,8 +78,17 @@ def _is_measured(quantity: Quantity) -> bool:
 
 
 def _spell_out(text: str) -> str:
+    """What math-verify would misread: plain numbers, degrees in a function of an angle, signs within a term."""
     number = parse_number(normalize(text))
-    return text if number is None or number.is_decimal or number.is_percent else as_latex(number)
+    if number is not None:
+        return text if number.is_decimal or number.is_percent else as_latex(number)
+    if _ANGLE_FUNCTION.search(text):
+        text = _DEGREES.sub(r"{\\frac{\1 \\pi}{180}}", text)
+    if len(_PLUS_MINUS.findall(text)) == 1 and "," not in text and r"\{" not in text:
+        signs = (("+", "-"), ("-", "+"))
+        both = (_MINUS_PLUS.sub(minus, _PLUS_MINUS.sub(plus, text)).lstrip("+") for plus, minus in signs)
+        text = ", ".join(both)
+    return text
 
 
 def _compare_values(answer: str, gold: str) -> Verdict:
@@ -140,8 +152,7 @@ def _compare_words(answer: str, gold: str) -> Verdict:
     texts = _TEXT.fullmatch(answer), _TEXT.fullmatch(gold)
     if texts == (None, None):
         return None
-    left = texts[0][1].strip() if texts[0] else answer
-    right = texts[1][1].strip() if texts[1] else gold
+    left, right = (match[1].strip(" .") if match else text for match, text in zip(texts, (answer, gold), strict=True))
     if left and left.casefold() == right.casefold():
         return True
     return False if _WORD.fullmatch(left) and _WORD.fullmatch(right) else None

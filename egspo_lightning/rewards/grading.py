@@ -7,7 +7,7 @@ several boxes       the last counts; boxes with only commas, "and", "or" and spa
 units               two units must be the same one, by name or abbreviation, never converted (12 cm is not 12 m, nor
                     120 mm); a unit on one side alone is not looked at; ``\$5`` is 5 dollars; "units" says nothing
 percentages         ``10\%`` is 10 and is 0.1; two percentages are compared as they are
-degrees             ``90^\circ``, 90° and 90 degrees are 90; nothing is converted to radians
+degrees             ``90^\circ``, 90° and 90 degrees are 90, and no number of radians; ``\cos 60^\circ`` is 1/2
 bases               ``2516_8`` needs the same base, or another one and the same value (``5_{10}``), or no base and the
                     same digits
 sets, lists         order and repetition do not count; ``1, 2`` is ``\{1, 2\}``; neither is a tuple ``(1, 2)``, though

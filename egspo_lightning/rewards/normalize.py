@@ -31,6 +31,7 @@ _SIZING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[bB]igg?[lr]?(?![A-Za-z])|
 _FRACTION_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _ROOT_OF_ONE = re.compile(r"\\sqrt\s*([A-Za-z0-9])(?![A-Za-z0-9])")
 _LATEX_SPACE = re.compile(r"\\(?:[;: ]|$)|~|\\q?quad(?![A-Za-z])")
+_EMPTY_SET = re.compile(r"\\varnothing(?![A-Za-z])")
 _RELATIONS = re.compile(r"\\(le|ge|ne)q(?![A-Za-z])")
 # Spaces matter in "3 1/2", in "\pi r" and after a comma that could separate thousands; elsewhere they do not.
 _IDLE_SPACE = re.compile(r"(?<![\w.,])\s+|\s+(?![\w.,])|(?<=,)\s+(?!\d{3}(?!\d))")
@@ -44,6 +45,7 @@ def normalize(text: str) -> str:
     text = _SIZING.sub("", to_latex(text))
     text = _FRACTION_STYLE.sub(r"\\frac", text)
     text = _RELATIONS.sub(r"\\\1", text)
+    text = _EMPTY_SET.sub(r"\\emptyset", text)
     text = _ROOT_OF_ONE.sub(r"\\sqrt{\1}", text)
     text = _LATEX_SPACE.sub(" ", text).strip()
     return _IDLE_SPACE.sub("", " ".join(text.split()))

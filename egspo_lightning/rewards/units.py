@@ -31,9 +31,9 @@ _NAMES = {
     "week": "",
     "month": "",
     "year": "yr",
-    "mph": "milesperhour",
-    "km/h": "kmh kph kmph kilometersperhour",
-    "m/s": "meterspersecond",
+    "mph": "miperh",
+    "km/h": "kmh kph kmph kmperh",
+    "m/s": "mpers",
     "degree": "deg",
     "radian": "rad",
     "dollar": "usd",
@@ -55,9 +55,11 @@ _POWER = r"(?:\^\s*(?:(\d)|\{\s*(\d)\s*\}))?"
 _TYPESET = re.compile(rf"\\(?:text|mathrm|mbox|textrm|operatorname|rm)\s*\{{([^{{}}\\$]*)\}}\s*{_POWER}$")
 # Bare letters are a unit where they are one of these words: anything else may be a variable.
 _WORDS = "|".join(sorted((word for word in _CANONICAL if len(word) > 1), key=len, reverse=True))
-_BARE = re.compile(rf"(?<![A-Za-z\\{{])((?:(?:square|sq|cubic)\s*)?(?:{_WORDS}))\s*{_POWER}$", re.IGNORECASE)
+_BARE = re.compile(
+    rf"(?<![A-Za-z\\{{])((?:(?:square|sq|cubic)\s*)?(?:{_WORDS})(?:\s*per\s*(?:{_WORDS}))?)\s*{_POWER}$", re.IGNORECASE
+)
 _LETTER = re.compile(r"(.*\d)(?:\\[ ,;]|~|\s)\s*([mgshl])")
-_NUMERAL_END = re.compile(r"[\d})]\s*$|\\circ\s*$")
+_NUMERAL_END = re.compile(r"(?:[\d})]|\\circ|\\pi)\s*$")
 _WORD = re.compile(r"[A-Za-z/.\s]*")
 
 

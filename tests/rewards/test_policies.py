@@ -17,6 +17,8 @@ EQUAL: dict[str, Pairs] = {
         (r"\$18.90", "18.90"),
         ("5 m", r"5\text{ m}"),
         (r"12^{\mathrm{th}} \text{ grade}", "12"),
+        ("10 miles per hour", "10 mph"),
+        (r"2\pi\text{ radians}", r"2\pi"),
     ],
     "percentages": [
         (r"10\%", "10"),
@@ -60,7 +62,13 @@ EQUAL: dict[str, Pairs] = {
         (r"\boxed{4} so \boxed{5}", "5"),
         (r"\boxed{5}. \boxed{5}", "5"),
     ],
-    "text": [(r"\text{Yes}", "yes"), ("Monday", r"\text{Monday}"), (r"\textbf{even}", "even"), ('"5"', "5")],
+    "text": [
+        (r"\text{Yes}", "yes"),
+        ("Monday", r"\text{Monday}"),
+        (r"\textbf{even}", "even"),
+        (r"\text{No solution.}", "no solution"),
+        ('"5"', "5"),
+    ],
     "choices": [
         ("(A)", "A"),
         ("A", r"\text{(A)}"),
@@ -78,7 +86,7 @@ EQUAL: dict[str, Pairs] = {
         ("１，２３４", "1234"),
         (r"11,\! 111,\! 100", "11111100"),
     ],
-    "degrees": [("90°", "90"), (r"90^\circ", "90"), (r"90^{\circ}", "90 degrees")],
+    "degrees": [("90°", "90"), (r"90^\circ", "90"), (r"90^{\circ}", "90 degrees"), (r"\cos 60^\circ", r"\frac12")],
     "presentation": [
         ("5.", "5"),
         ("$x+1$.", "1+x"),
@@ -92,7 +100,11 @@ EQUAL: dict[str, Pairs] = {
         ("x²", "x^2"),
         (r"k_{\mathrm{B}} T", "k_B T"),
     ],
-    "plus or minus": [(r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"), (r"\pm 3", "3, -3")],
+    "plus or minus": [
+        (r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}"),
+        (r"\pm 3", "3, -3"),
+        (r"\frac{-1\pm\sqrt{5}}{2}", r"\frac{-1-\sqrt{5}}{2}, \frac{-1+\sqrt{5}}{2}"),
+    ],
     "matrices": [
         (r"\begin{pmatrix}0.2\\-3.6\end{pmatrix}", r"\begin{pmatrix}1/5\\-18/5\end{pmatrix}"),
         (r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & \sqrt{16} \end{pmatrix}"),
