@@ -37,17 +37,19 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_agreement_with_public_graders(shared_file: Locate) -> None:
     cases = [case for case in rows(shared_file("grading/cases.jsonl")) if not case.get("contested")]
     disagreements = set()
     with (
-        MathGrader(num_workers=2, deadline_s=60.0) as boxed,
-        MathGrader(num_workers=2, deadline_s=60.0, extraction="lenient") as lenient,
+        MathGrader(num_workers=2, deadline_s=20.0) as boxed,
+        MathGrader(num_workers=2, deadline_s=20.0, extraction="lenient") as lenient,
     ):
         for kind, grade in (("bare", boxed.grade_answers), ("think", boxed.grade), ("text", lenient.grade)):
             part = [case for case in cases if case["kind"] == kind]
             grades = grade([case["pred"] for case in part], [case["gold"] for case in part])
-            assert {it.status for it in grades} <= {"graded", "no_answer"}
+            late = {case["id"] for case, it in zip(part, grades, strict=True) if it.status in ("timeout", "crashed")}
+            assert late <= {"gc-0345"}, "of these the reference is 10^{10^{10^{10}}}"
             disagreements |= {
                 case["id"] for case, it in zip(part, grades, strict=True) if it.correct != case["expected"]
             }
@@ -57,7 +59,7 @@ def test_agreement_with_public_graders(shared_file: Locate) -> None:
 
 @pytest.mark.parametrize(
     ("are_bombs", "count", "deadline_s"),
-    [pytest.param(False, 276, 10.0), pytest.param(True, 49, 1.0, marks=pytest.mark.slow)],
+    [pytest.param(False, 279, 10.0), pytest.param(True, 46, 1.0, marks=pytest.mark.slow)],
     ids=["others", "bombs"],
 )
 def test_hostile_completions(
