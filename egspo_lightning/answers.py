@@ -1,20 +1,26 @@
-r"""Final answers in the forms that data sets write them: ``\boxed{72}``, ``#### 72``, or bare."""
+r"""Final answers in the forms that data sets write them: ``\boxed{72}``, ``#### 72``, ``**72**`` or bare."""
 
 import re
 from typing import Literal, get_args
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.rewards.extraction import extract_boxed
+from egspo_lightning.rewards.extraction import extract_boxed, extract_framed
 
-AnswerExtractor = Literal["none", "boxed", "gsm8k", "olympiadbench"]
-r"""Where the answer stands in a text: the whole text, the last ``\boxed{}``, what follows ``####``, or the whole text
-without the ``$`` around formulas."""
+AnswerExtractor = Literal["none", "boxed", "gsm8k", "framebox", "bold", "olympiadbench"]
+r"""Where the answer stands in a text.
+
+``none``: it is the whole text; ``boxed``: in the last ``\boxed{}``; ``gsm8k``: behind ``####``; ``framebox``: in the
+last ``\framebox{}``, ``\fbox{}`` or ``\boxed{}``; ``bold``: in the last ``**72**``, ``\textbf{72}`` or
+``\mathbf{72}``; ``olympiadbench``: the whole text without the ``$`` around formulas.
+"""
 
 SolutionFormat = Literal["auto", "boxed", "gsm8k", "plain"]
 r"""How a solution ends: with ``\boxed{}``, with ``#### 72`` after calculator marks, or without its answer."""
 
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _DOLLAR = re.compile(r"(?<!\\)\$")
+_BOLD = re.compile(r"\*\*([^*\n]+)\*\*|\\(?:textbf|mathbf)\s*\{([^{}]+(?:\{[^{}]*\}[^{}]*)*)\}")
+_ANSWER_WORDS = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is\b)?\s*[:=]?\s*", re.IGNORECASE)
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
@@ -25,13 +31,27 @@ def normalise_problem(text: str) -> str:
 
 def boxed_answer(text: str) -> str | None:
     r"""The content of the last balanced ``\boxed{}``, or None where there is none or it is empty."""
-    return (extract_boxed(text) or "").strip() or None
+    return extract_boxed(text)
 
 
 def gsm8k_answer(text: str) -> str | None:
     """What follows the last ``####``, without thousands commas; None where nothing does."""
     _, mark, answer = text.rpartition("####")
     return _THOUSANDS_COMMA.sub("", answer.strip()) or None if mark else None
+
+
+def framed_answer(text: str) -> str | None:
+    r"""The content of the last balanced ``\framebox{}``, ``\fbox{}`` or ``\boxed{}``; None where there is none."""
+    return extract_framed(text)
+
+
+def bold_answer(text: str) -> str | None:
+    r"""What the last bold text says, without "Answer:" before it and a full stop; None where nothing is bold."""
+    bold = [first or second for first, second in _BOLD.findall(text)]
+    if not bold:
+        return None
+    answer = _ANSWER_WORDS.sub("", bold[-1].strip(), count=1).strip()
+    return answer.removesuffix(".").strip() or None
 
 
 def extract_answer(text: str, extractor: AnswerExtractor, where: str) -> str:
@@ -49,9 +69,13 @@ def extract_answer(text: str, extractor: AnswerExtractor, where: str) -> str:
             answer = gsm8k_answer(text)
         case "olympiadbench":
             answer = _DOLLAR.sub("", text).strip()
+        case "framebox":
+            answer = framed_answer(text)
+        case "bold":
+            answer = bold_answer(text)
         case _:
-            names = ", ".join(get_args(AnswerExtractor))
-            raise UserError(f"answer_extractor must be one of {names}, got {extractor!r}.")
+            known = ", ".join(f'"{name}"' for name in get_args(AnswerExtractor))
+            raise UserError(f"answer_extractor must be one of {known}, got {extractor!r}.")
     if not answer:
         raise UserError(
             f"{where}: answer_extractor={extractor!r} finds no answer in {_tail(text)}. "

@@ -1,63 +1,121 @@
 """math-verify as the workers call it. Imported in their processes alone: it loads sympy.
 
-No sympy object is ever printed here: ``str`` of a parsed answer can take for ever.
+No sympy object is ever printed here: ``str`` of a parsed answer can take for ever. What a parse or a comparison
+raises means that there is nothing to compare, except that memory has run out, which is not a verdict.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
+from latex2sympy2_extended.math_normalization import (
+    NormalizationConfig,
+    normalize_latex,
+)
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify.parser import parse_latex_cached
+
+from egspo_lightning.rewards import _quick_parse
+from egspo_lightning.rewards._difference import are_different, attempt
 
 _MATH_MARKS = ("$", r"\boxed", r"\(", r"\[")
 _EXTRACTION = (LatexExtractionConfig(), ExprExtractionConfig())
+# Units are compared before (rewards.units): math-verify drops them unseen, and with them the variable of 3t.
+_SPELLING = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+_CACHED = 4096
+
+_quick_parse.install()
 
 
 def grade(answer: str, gold: str, extraction: str) -> dict[str, Any]:
     """The verdict on one answer: ``correct``, and ``extracted``, its text or None where there is no answer.
 
     With extraction "boxed" the answer is bare; with "lenient" it is looked for in free text.
+
+    Raises:
+        MemoryError: the limit of this process was met; there is no verdict.
     """
-    parsed = _parse_text(answer) if extraction == "lenient" else _parse_bare(answer)
-    correct = verify(
-        _parse_gold(gold, extraction),
-        parsed,
-        allow_set_relation_comp=extraction == "boxed",  # 3 < x <= 4 answers (3, 4]
-        timeout_seconds=None,
-    )
-    return {"correct": bool(correct), "extracted": _extracted(parsed)}
+    if extraction == "boxed":
+        return {"correct": _equal(_parse_bare(gold), _parse_bare(answer)), "extracted": answer}
+    parsed = _parse_text(answer)
+    correct = _verify(_parse_gold(gold), parsed, allow_set_relation_comp=False)
+    return {"correct": correct, "extracted": next((part for part in parsed if isinstance(part, str)), None)}
 
 
 def warm_up() -> None:
-    """Compile the patterns and build the parser's tables, which forked processes then share."""
-    for answer in (
-        r"\frac{\sqrt{3}}{2}",
-        r"(1, 2]",
-        r"\{1, 2\}",
-        "x=2y+1",
-        r"\begin{pmatrix}1\\2\end{pmatrix}",
-        "3.5",
-    ):
+    """Compile the patterns, and fill the tables of the parser and of sympy, which forked processes then share."""
+    for answer in _SAMPLES:
         grade(answer, answer, "boxed")
-        grade(f"The answer is ${answer}$.", answer, "lenient")
     grade("2+x", "x+1", "boxed")
+    grade(r"\sqrt{12}", r"2\sqrt{3}", "boxed")
+    for answer in _SAMPLES[:6]:
+        grade(f"The answer is ${answer}$.", answer, "lenient")
+
+
+def _equal(gold: Any, answer: Any) -> bool:
+    if gold is None or answer is None or are_different(gold, answer):
+        return False
+    return _verify([gold], [answer], allow_set_relation_comp=True)  # 3 < x <= 4 answers (3, 4]
+
+
+def _verify(golds: list[Any], answers: list[Any], **options: bool) -> bool:
+    def is_equal(gold: Any, answer: Any) -> bool:
+        return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True, **options))
+
+    return any(attempt(partial(is_equal, gold, answer), False) for gold, answer in product(golds, answers))
+
+
+@lru_cache(maxsize=_CACHED)
+def _parse_bare(text: str) -> Any:
+    return attempt(lambda: parse_latex_cached(normalize_latex(text, _SPELLING)), None)
 
 
 def _parse_text(text: str) -> list[Any]:
-    return parse(text, _EXTRACTION, parsing_timeout=None)
+    parsed: list[Any] = attempt(lambda: parse(text, _EXTRACTION, parsing_timeout=None, raise_on_error=True), [])
+    return parsed
 
 
-def _parse_bare(answer: str) -> list[Any]:
-    return _parse_text(rf"\boxed{{{answer}}}")
+@lru_cache(maxsize=_CACHED)
+def _parse_gold(gold: str) -> list[Any]:
+    return _parse_text(gold if any(mark in gold for mark in _MATH_MARKS) else rf"\boxed{{{gold}}}")
 
 
-@lru_cache(maxsize=1024)
-def _parse_gold(gold: str, extraction: str) -> list[Any]:
-    if extraction == "lenient" and any(mark in gold for mark in _MATH_MARKS):
-        return _parse_text(gold)
-    return _parse_bare(gold)
-
-
-def _extracted(parsed: list[Any]) -> str | None:
-    return next((part for part in parsed if isinstance(part, str)), None)
+_SAMPLES = (
+    r"\frac{\sqrt{3}}{2}",
+    r"(1, 2]",
+    r"\{1, 2\}",
+    "x=2y+1",
+    r"\begin{pmatrix}1\\2\end{pmatrix}",
+    "3.5",
+    "2+x",
+    "x+1",
+    r"-\frac{3x^2-5}{4y}",
+    r"2x^3-7x+\frac{1}{2}",
+    r"(x+1)(x-2)^2",
+    r"4x(8x^2-x+5)",
+    r"\left(-\infty, -\frac{6}{7}\right) \cup [3, \infty)",
+    r"1 \pm \sqrt{19}",
+    r"3+4i",
+    r"\frac{3}{2} - \frac{\sqrt{5}}{2} i",
+    r"\left( 3, \frac{\pi}{2}, -1 \right)",
+    r"1, -2, \frac{3}{4}",
+    r"3 < x \le 4",
+    r"2^{10} \cdot 3!",
+    r"e^{2x} + \ln(3)",
+    r"\sin^2(x) + \cos \theta",
+    r"\log_2 5",
+    r"\binom{10}{3}",
+    r"3\frac{1}{2}",
+    r"a_{n} = 2n+1",
+    r"\begin{pmatrix} 1 & \frac{1}{2} \\ -3 & 0 \end{pmatrix}",
+    r"5\sqrt[3]{2} + \sqrt{2+\sqrt{3}}",
+    r"7\pi",
+    r"|x-3|",
+    r"\lfloor \sqrt{n-1} \rfloor",
+    r"\frac{n(n+1)}{2}",
+    "10\\%",
+    "x^2+y^2=25",
+    "3:4",
+)

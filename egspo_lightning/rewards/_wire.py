@@ -10,7 +10,7 @@ from typing import Any
 _LENGTH = struct.Struct("!I")
 
 
-def send_frame(sock: socket.socket, message: dict[str, Any]) -> None:
+def send_frame(sock: socket.socket, message: Any) -> None:
     """Send one message.
 
     Raises:
@@ -20,7 +20,7 @@ def send_frame(sock: socket.socket, message: dict[str, Any]) -> None:
     sock.sendall(_LENGTH.pack(len(payload)) + payload)
 
 
-def receive_frame(sock: socket.socket) -> dict[str, Any] | None:
+def receive_frame(sock: socket.socket) -> Any:
     """The next message; None where the other end is gone, also in the middle of one."""
     header = _receive(sock, _LENGTH.size)
     payload = _receive(sock, _LENGTH.unpack(header)[0]) if header is not None else None

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from egspo_lightning.rewards.normalize import compare_fast, normalize
+from egspo_lightning.rewards.fast_path import compare_fast
+from egspo_lightning.rewards.normalize import normalize
 
 Compare = Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]]
 """Whether each of the first equals its counterpart in the second; None where that could not be found out."""

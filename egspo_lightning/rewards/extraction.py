@@ -1,14 +1,27 @@
-"""Where the answer of a completion stands: the last balanced ``\\boxed{...}`` after the reasoning."""
+r"""Where the answer of a completion stands: the last balanced ``\boxed{...}`` after the reasoning."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 MAX_ANSWER_LENGTH = 512
 """Characters; a longer box is no answer, so that the grader is never handed a page of LaTeX."""
 
 # A backslash takes the character after it along, so that \{ and \} do not count as braces.
-_TOKEN = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
+_TOKEN = re.compile(r"\\(?P<box>boxed|fbox|framebox)(?:\s*+\[[^\[\]{}]{0,20}\]){0,2}\s*+\{|\\.|[{}]", re.DOTALL)
+# What may stand between the boxes of one answer.
+_SEPARATORS = re.compile(r"(?:[\s,;$&~]|\\[,;:!()\[\] ]|\\q?quad|and|or|\\text\{\s*,?\s*(?:and|or)\s*\})*")
+_FRAMES = frozenset({"boxed", "fbox", "framebox"})
+
+
+class _Box(NamedTuple):
+    command: int
+    """Where the command starts."""
+    start: int
+    """Where the content starts."""
+    end: int
+    """Where the content ends."""
 
 
 def after_reasoning(text: str) -> str:
@@ -20,27 +33,47 @@ def extract_boxed(text: str) -> str | None:
     r"""The content of the last balanced ``\boxed{...}`` after the reasoning, stripped, in linear time.
 
     The last box is the balanced one that opens last: of nested boxes the innermost, and a box that is never
-    closed (a truncated completion) does not hide an earlier one. None where there is no such box, or where it
-    is blank or longer than `MAX_ANSWER_LENGTH`.
+    closed (a truncated completion) does not hide an earlier one. Boxes before it with nothing between but commas,
+    "and", "or" and spacing belong to the same answer, ``\boxed{3}, \boxed{4}`` to ``3,4``: several guesses side by
+    side are no way to a right one. None where there is no such box, or where the answer is blank or longer than
+    `MAX_ANSWER_LENGTH`.
     """
+    return _extract(text, frozenset({"boxed"}))
+
+
+def extract_framed(text: str) -> str | None:
+    r"""As `extract_boxed`, where ``\fbox{...}`` and ``\framebox{...}`` count as well."""
+    return _extract(text, _FRAMES)
+
+
+def _extract(text: str, commands: frozenset[str]) -> str | None:
     text = after_reasoning(text)
-    found = _last_balanced_box(text)
-    if found is None:
+    boxes = _balanced_boxes(text, commands)
+    if not boxes:
         return None
-    start, end = found
-    if end - start > MAX_ANSWER_LENGTH:
-        return None
-    return text[start:end].strip() or None
+    contents = [text[boxes[-1].start : boxes[-1].end].strip()]
+    length = len(contents[0])
+    for box, following in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
+        if box.end >= following.command or not _SEPARATORS.fullmatch(text, box.end + 1, following.command):
+            break
+        content = text[box.start : box.end].strip()
+        if content != contents[-1]:  # an answer that is repeated is one answer
+            contents.append(content)
+            length += len(content) + 1
+        if length > MAX_ANSWER_LENGTH:
+            return None
+    return ",".join(reversed(contents)) or None if length <= MAX_ANSWER_LENGTH else None
 
 
-def _last_balanced_box(text: str) -> tuple[int, int] | None:
-    open_braces: list[tuple[int, bool]] = []  # where the content starts, whether it is a box's
-    last: tuple[int, int] | None = None
+def _balanced_boxes(text: str, commands: frozenset[str]) -> list[_Box]:
+    """In the order in which they open."""
+    open_braces: list[tuple[int, int] | None] = []  # of a box: where its command and its content start
+    boxes: list[_Box] = []
     for token in _TOKEN.finditer(text):
-        if token[0].endswith("{") and token[0] != r"\{":
-            open_braces.append((token.end(), token[0] != "{"))
-        elif token[0] == "}" and open_braces:
-            start, is_box = open_braces.pop()
-            if is_box and (last is None or start > last[0]):
-                last = start, token.start()
-    return last
+        if token["box"] is not None:
+            open_braces.append((token.start(), token.end()) if token["box"] in commands else None)
+        elif token[0] == "{":
+            open_braces.append(None)
+        elif token[0] == "}" and open_braces and (opened := open_braces.pop()) is not None:
+            boxes.append(_Box(*opened, token.start()))
+    return sorted(boxes)

@@ -1,4 +1,31 @@
-"""Whether an answer is right: extraction, a fast path in this process, math-verify in killable workers."""
+r"""Whether an answer is right: extraction, a fast path in this process, math-verify in killable workers.
+
+Where public graders disagree, this one does as follows (each line has its cases in ``tests/rewards/test_policies.py``):
+
+==================  =====================================================================================
+several boxes       the last counts; boxes with only commas, "and", "or" and spacing between are one answer, the list
+units               two units must be the same one, by name or abbreviation, never converted (12 cm is not 12 m, nor
+                    120 mm); a unit on one side alone is not looked at; ``\$5`` is 5 dollars; "units" says nothing
+percentages         ``10\%`` is 10 and is 0.1; two percentages are compared as they are
+degrees             ``90^\circ``, 90° and 90 degrees are 90, and no number of radians; ``\cos 60^\circ`` is 1/2
+bases               ``2516_8`` needs the same base, or another one and the same value (``5_{10}``), or no base and the
+                    same digits
+sets, lists         order and repetition do not count; ``1, 2`` is ``\{1, 2\}``; neither is a tuple ``(1, 2)``, though
+                    a list without brackets may answer a tuple in its order
+intervals           brackets count: ``[1, 2)`` is not ``(1, 2)``; ``1 \le x < 2`` answers ``[1, 2)``
+mixed numbers       ``3\frac{1}{2}`` and ``3 1/2`` are 7/2; ``31/2`` is not
+decimals            exact against decimals and integers; a decimal is a fraction or an irrational number if it agrees
+                    with it to six decimals and to a ten-thousandth of its size (0.333333 is 1/3, 0.333 is not)
+repeating decimals  ``0.\overline{3}``, ``0.\bar{3}`` and ``0.(3)`` are 1/3
+thousands           ``1,234``, ``1{,}234``, ``1\,234``, ``1 234`` and full-width digits are 1234; ``(1,234)`` is a pair
+text                by words, whatever their case and font
+choices             ``(A)``, ``A``, ``A.``, ``\text{A}`` are the letter; ``(C) 12`` is C and is 12
+assignments         ``x = 5`` is 5, and is not ``y = 5``; ``5 = 6`` is never right
+``\pm``             both values: ``\pm 3`` is ``3, -3``, not 3
+presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode for LaTeX do not count; nor, in
+                    algebra, does the case of a variable
+==================  =====================================================================================
+"""
 
 from __future__ import annotations
 
@@ -9,7 +36,7 @@ from typing import Any, NamedTuple
 from egspo_lightning.errors import require
 from egspo_lightning.rewards import equivalence
 from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, after_reasoning, extract_boxed
-from egspo_lightning.rewards.normalize import compare_fast, to_latex
+from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
 from egspo_lightning.rewards.workers import Outcome, WorkerPool
 
 EXTRACTIONS = ("boxed", "lenient")
@@ -20,7 +47,8 @@ class Grade(NamedTuple):
 
     correct: bool
     status: str
-    """graded, no_answer (none was found), timeout (past the deadline) or crashed (the worker has died)"""
+    """graded, no_answer (none was found), timeout (past the deadline) or crashed (the worker died, or met its limit of
+    memory)"""
     extracted: str | None
     """The answer that was found in the text."""
     seconds: float
@@ -172,7 +200,7 @@ def _bare_gold(gold: str) -> str:
 
 def _request(answer: str, gold: str, extraction: str) -> dict[str, Any]:
     if extraction == "boxed":
-        answer, gold = to_latex(answer), to_latex(gold)
+        answer, gold = for_algebra(answer, gold)
     return {"answer": answer, "gold": gold, "extraction": extraction}
 
 

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from egspo_lightning.rewards._wire import receive_frame, send_frame
 
 _GRACE_S = 0.5
 _START_S = 120.0
+_MAX_AT_ONCE = 16
+"""Requests that a worker has at a time: it goes from one to the next without waiting for this process."""
 
 
 class Outcome(NamedTuple):
@@ -39,12 +41,13 @@ class Outcome(NamedTuple):
 
 @dataclass(eq=False)
 class _Worker:
-    """The client's end of one forked worker, and the request that it has."""
+    """The client's end of one forked worker, and the requests that it has, the first of them in work."""
 
     sock: socket.socket
     pid: int
-    index: int = -1
+    indices: deque[int] = field(default_factory=deque)
     started: float = 0.0
+    """When it began with the first, on the monotonic clock, which is that of all processes."""
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -65,7 +68,8 @@ class _Parent:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
+                # sympy's order of things follows the hash seed: one verdict for one pair
+                env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
                 start_new_session=True,  # Ctrl-C in the terminal is for the client alone
             )
 
@@ -175,8 +179,8 @@ class WorkerPool:
             try:
                 while pending or busy.get_map():
                     while pending and len(busy.get_map()) < self._num_workers:
-                        self._send(requests, pending.popleft(), busy)
-                    self._collect(busy, outcomes)
+                        self._send(requests, pending, busy)
+                    self._collect(busy, pending, outcomes)
             finally:  # workers that an exception, such as Ctrl-C, has left with a request
                 for key in busy.get_map().values():
                     key.data.kill()
@@ -188,37 +192,52 @@ class WorkerPool:
         with self._state.lock:
             self._state.close()
 
-    def _send(self, requests: Sequence[dict[str, Any]], index: int, busy: selectors.BaseSelector) -> None:
+    def _send(self, requests: Sequence[dict[str, Any]], pending: deque[int], busy: selectors.BaseSelector) -> None:
+        # Fewer towards the end, so that no worker is left with a queue while others have nothing to do.
+        count = min(_MAX_AT_ONCE, -(-len(pending) // (2 * self._num_workers)))
+        indices = deque(pending.popleft() for _ in range(count))
         while True:
             worker = self._state.idle.pop() if self._state.idle else self._fork()
-            worker.index, worker.started = index, time.monotonic()
+            worker.indices, worker.started = indices, time.monotonic()
             try:
-                send_frame(worker.sock, requests[index])
+                send_frame(worker.sock, [requests[index] for index in indices])
             except OSError:  # it died while idle
                 worker.sock.close()
                 continue
             busy.register(worker.sock, selectors.EVENT_READ, worker)
             return
 
-    def _collect(self, busy: selectors.BaseSelector, outcomes: dict[int, Outcome]) -> None:
+    def _collect(self, busy: selectors.BaseSelector, pending: deque[int], outcomes: dict[int, Outcome]) -> None:
         limit = self._deadline_s + _GRACE_S
         oldest = min(key.data.started for key in busy.get_map().values())
         ready = {key.data for key, _ in busy.select(max(0.0, oldest + limit - time.monotonic()))}
         for worker in [key.data for key in busy.get_map().values()]:
-            seconds = time.monotonic() - worker.started
-            if worker in ready or seconds >= limit:
-                busy.unregister(worker.sock)
-                if worker not in ready:
-                    worker.kill()  # its socket is open, so the pid is still its own
-                reply = receive_frame(worker.sock)
-                outcomes[worker.index] = self._settle(worker, reply, seconds)
+            is_late = time.monotonic() - worker.started >= limit
+            if worker not in ready and is_late:
+                worker.kill()  # its socket is open, so the pid is still its own
+            if worker in ready or is_late:
+                index, outcome = self._settle(worker)
+                outcomes[index] = outcome
+                if outcome.reply is None or not worker.indices:
+                    busy.unregister(worker.sock)
+                    self._release(worker, pending, is_alive=outcome.reply is not None)
 
-    def _settle(self, worker: _Worker, reply: dict[str, Any] | None, seconds: float) -> Outcome:
-        if reply is not None:
+    def _settle(self, worker: _Worker) -> tuple[int, Outcome]:
+        """What has become of the request that a worker was at."""
+        reply = receive_frame(worker.sock)
+        index = worker.indices.popleft()
+        if reply is None:
+            seconds = time.monotonic() - worker.started
+            return index, Outcome(None, "timeout" if seconds >= self._deadline_s else "crashed", seconds)
+        seconds, worker.started = reply["finished"] - worker.started, reply["finished"]
+        return index, Outcome(reply, "graded", seconds)
+
+    def _release(self, worker: _Worker, pending: deque[int], *, is_alive: bool) -> None:
+        if is_alive:
             self._state.idle.append(worker)
-            return Outcome(reply, "graded", seconds)
-        worker.sock.close()
-        return Outcome(None, "timeout" if seconds >= self._deadline_s else "crashed", seconds)
+        else:
+            pending.extendleft(reversed(worker.indices))  # it never came to these
+            worker.sock.close()
 
     def _fork(self) -> _Worker:
         for _ in range(2):  # a parent that was killed is replaced once

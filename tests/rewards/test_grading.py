@@ -1,10 +1,7 @@
-import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -153,47 +150,3 @@ def test_unequal_lengths_are_refused(grader: MathGrader) -> None:
     with pytest.raises(ValueError, match="got 1 for 0"):
         grader.grade_answers([], ["5"])
     assert grader.grade([], []) == []
-
-
-def test_gsm8k_reference_solutions_need_no_worker(shared_file: Callable[[str], Path]) -> None:
-    rows = _rows(shared_file("data/gsm8k_test.jsonl"))
-    with MathGrader() as grader:
-        grades = grader.grade_answers(
-            [row["solution"].rpartition("####")[2] for row in rows], [row["answer"] for row in rows]
-        )
-        assert len(grades) == 1319
-        assert all(grade.correct for grade in grades)
-        assert grader.worker_pids() == []
-
-
-def test_agreement_with_public_graders(shared_file: Callable[[str], Path]) -> None:
-    cases = [case for case in _rows(shared_file("grading/cases.jsonl")) if not case.get("contested")]
-    disagreements = []
-    with (
-        MathGrader(num_workers=2, deadline_s=3.0) as boxed,
-        MathGrader(num_workers=2, deadline_s=3.0, extraction="lenient") as lenient,
-    ):
-        for kind, grade in (("bare", boxed.grade_answers), ("think", boxed.grade), ("text", lenient.grade)):
-            part = [case for case in cases if case["kind"] == kind]
-            grades = grade([case["pred"] for case in part], [case["gold"] for case in part])
-            disagreements += [
-                case["id"] for case, it in zip(part, grades, strict=True) if it.correct != case["expected"]
-            ]
-    assert 1 - len(disagreements) / len(cases) >= 0.97, disagreements
-
-
-def test_hostile_completions_get_the_right_verdict(shared_file: Callable[[str], Path]) -> None:
-    rows = [row for row in _rows(shared_file("grading/hostile.jsonl")) if row["want"] is not None]
-    rows = [row for row in rows if row["category"] != "compute-bomb"] + [
-        row for row in rows if row["category"] == "compute-bomb"
-    ][::3]  # most of these last until the deadline
-    texts = ["".join(part * repeat for part, repeat in row["parts"]) for row in rows]
-    with MathGrader(num_workers=4, deadline_s=0.4) as grader:
-        grades = grader.grade(texts, [row["gold"] for row in rows])
-    disagreements = [row["id"] for row, it in zip(rows, grades, strict=True) if it.correct != row["want"]]
-    assert 1 - len(disagreements) / len(rows) >= 0.95, disagreements
-    assert max(grade.seconds for grade in grades) < 1.4
-
-
-def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

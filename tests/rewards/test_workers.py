@@ -1,5 +1,6 @@
 import contextlib
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
@@ -9,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ Gone = Callable[[list[int]], None]
 BOMB = r"9^{9^{9^{9}}}+x"
 
 CLIENT = """
-    import sys, threading, time
+    import os, signal, sys, threading, time
     from egspo_lightning.rewards.grading import MathGrader
     grader = MathGrader(num_workers=2, deadline_s=60.0)
     assert all(grade.correct for grade in grader.grade_answers(["x+1"] * 4, ["1+x"] * 4))
@@ -29,7 +31,9 @@ CLIENT = """
 
 def run_client(ending: str) -> tuple[subprocess.Popen[str], list[int]]:
     code = textwrap.dedent(CLIENT) + textwrap.dedent(ending)
-    client = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    client = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert client.stdout is not None
     pids = [int(pid) for pid in client.stdout.readline().split()]
     assert len(pids) == 3
@@ -81,6 +85,26 @@ def test_a_forgotten_grader_leaves_no_process(wait_until_gone: Gone) -> None:
 def test_a_client_that_exits_leaves_no_process(wait_until_gone: Gone) -> None:
     client, pids = run_client("")
     assert client.wait(timeout=20) == 0
+    wait_until_gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("ending", "exit_code"),
+    [
+        ("raise RuntimeError('as it happens')", 1),
+        ("sys.exit(3)", 3),
+        ("os._exit(4)", 4),
+        (
+            "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT)",
+            -signal.SIGINT,
+        ),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM),
+    ],
+    ids=["exception", "exit", "no clean-up", "Ctrl-C", "SIGTERM"],
+)
+def test_however_a_client_ends_no_process_is_left(ending: str, exit_code: int, wait_until_gone: Gone) -> None:
+    client, pids = run_client(ending)
+    assert client.wait(timeout=20) == exit_code
     wait_until_gone(pids)
 
 
@@ -154,3 +178,41 @@ def test_a_pickled_copy_has_workers_of_its_own_with_the_same_memory_limit() -> N
         assert not set(grader.worker_pids()) & set(copy.worker_pids())
         limits = Path(f"/proc/{copy.worker_pids()[1]}/limits").read_text()
     assert str(256 * 2**20) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
+
+
+def test_out_of_memory_is_a_crash_and_no_verdict() -> None:
+    hungry = r"10^{10^{7}} \mod 7"
+    with MathGrader(memory_limit_mb=256, deadline_s=60.0) as grader:
+        grades = grader.grade_answers(["x+1", hungry, "x+2", "1+x"], ["1+x", "5", "1+x", "x+1"])
+    assert [(grade.correct, grade.status) for grade in grades] == [
+        (True, "graded"),
+        (False, "crashed"),
+        (False, "graded"),
+        (True, "graded"),
+    ]
+
+
+def test_what_stands_behind_a_bomb_in_a_batch_is_graded_all_the_same() -> None:
+    answers = [BOMB, "x+1", "x+2", "x+1"] * 8
+    with MathGrader(num_workers=2, deadline_s=0.3) as grader:
+        grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
+        grades = grader.grade_answers(answers, ["1+x"] * len(answers))
+    assert [grade.status for grade in grades] == ["timeout", "graded", "graded", "graded"] * 8
+    assert [grade.correct for grade in grades] == [False, True, False, True] * 8
+    assert all(grade.seconds >= 0.3 for grade in grades[::4])
+
+
+def _grade_in_child(results: Queue) -> None:
+    with MathGrader() as grader:
+        results.put([grade.correct for grade in grader.grade_answers(["x+1", "x"], ["1+x", "1+x"])])
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_works_under_every_start_method(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    child = context.Process(target=_grade_in_child, args=(results,))
+    child.start()
+    assert results.get(timeout=120) == [True, False]
+    child.join(timeout=20)
+    assert child.exitcode == 0

@@ -1,0 +1,169 @@
+"""Grades a second with one and with two workers, over the solutions of data sets; see README.md, "Grader throughput".
+
+Each repetition starts every side anew, in turn, so that no side profits from what it has parsed before.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from egspo_lightning.answers import boxed_solution
+from egspo_lightning.jsonl import read_rows
+from egspo_lightning.rewards.fast_path import compare_fast
+from egspo_lightning.rewards.grading import MathGrader
+
+PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "antlr4-python3-runtime")
+
+
+class Pair(NamedTuple):
+    """What is graded, and the reference."""
+
+    completion: str
+    gold: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One pass over the pairs; seconds of CPU are those of this process and of the workers, where /proc has them."""
+
+    wall_s: float
+    cpu_s: float | None
+    correct: int
+
+
+def completions(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
+    """Each solution against its own answer and against that of the row after it."""
+    texts = [boxed_solution(row["solution"], row["answer"], "auto", where) for where, row in rows]
+    golds = [row["answer"] for _, row in rows]
+    pairs = zip(texts, golds, golds[1:] + golds[:1], strict=True)
+    return [Pair(text, gold) for text, *both in pairs for gold in both]
+
+
+def undecided(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
+    """Answers that only math-verify can compare: with another row's, and with themselves over one."""
+    golds = [gold for _, row in rows if not row["answer"].isdigit() and (gold := row["answer"])]
+    others = [Pair(answer, gold) for answer, gold in itertools.pairwise(golds)]
+    rewritten = [Pair(rf"\frac{{{gold}}}{{1}}", gold) for gold in golds if not set(gold) & set(",=<>$%") - {""}]
+    mixed = itertools.chain.from_iterable(itertools.zip_longest(others, rewritten))
+    pairs = [pair for pair in mixed if pair is not None and compare_fast(*pair) is None]
+    return [Pair(rf"\boxed{{{pair.completion}}}", pair.gold) for pair in dict.fromkeys(pairs)]
+
+
+def measure(pairs: Sequence[Pair], num_workers: int) -> Measurement:
+    """One pass of a new grader, on as many cores as it has workers where the system lets us choose them."""
+    with _on_cores(num_workers), MathGrader(num_workers=num_workers) as grader:
+        grader.grade([r"\boxed{x+1}"] * 2 * num_workers, ["1+x"] * 2 * num_workers)  # starts the workers
+        texts, golds = [pair.completion for pair in pairs], [pair.gold for pair in pairs]
+        cpu, started = _cpu_seconds(grader), time.perf_counter()
+        grades = grader.grade(texts, golds)
+        wall = time.perf_counter() - started
+        after = _cpu_seconds(grader)
+    assert {grade.status for grade in grades} <= {"graded", "no_answer", "timeout"}
+    return Measurement(wall, None if cpu is None or after is None else after - cpu, sum(g.correct for g in grades))
+
+
+def run(sides: Mapping[str, Callable[[], Measurement]], repetitions: int) -> dict[str, list[Measurement]]:
+    """All sides in turn, again and again."""
+    results: dict[str, list[Measurement]] = {name: [] for name in sides}
+    for _ in range(repetitions):
+        for name, side in sides.items():
+            results[name].append(side())
+    return results
+
+
+def summary(pairs: Sequence[Pair], measurements: Sequence[Measurement]) -> dict[str, Any]:
+    rates = [len(pairs) / measurement.wall_s for measurement in measurements]
+    cpu = [len(pairs) / measurement.cpu_s for measurement in measurements if measurement.cpu_s]
+    return {
+        "pairs": len(pairs),
+        "correct": measurements[0].correct,
+        "grades_per_s": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "grades_per_cpu_s": statistics.median(cpu) if cpu else None,
+    }
+
+
+def table(report: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| pairs | workers | grades/s | lowest to highest | grades/CPU s | times 1 worker |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, sides in report.items():
+        for workers, side in sides.items():
+            ratio = side["grades_per_s"] / next(iter(sides.values()))["grades_per_s"]
+            cpu = "" if side["grades_per_cpu_s"] is None else f"{side['grades_per_cpu_s']:.0f}"
+            lines.append(
+                f"| {kind} ({side['pairs']}) | {workers} | {side['grades_per_s']:.0f} "
+                f"| {side['lowest']:.0f} to {side['highest']:.0f} | {cpu} | {ratio:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="JSONL with answer and solution")
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="numbers of workers to compare")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--limit", type=int, help="pairs of each kind at most")
+    parser.add_argument("--output", type=Path, help="a JSON file for everything that was measured")
+    options = parser.parse_args(arguments)
+    rows = [(where, row) for path in options.data for where, row in read_rows(path) if row.get("solution")]
+    report, raw = {}, {}
+    for kind, pairs in {"completions": completions(rows), "undecided": undecided(rows)}.items():
+        chosen = pairs[: options.limit]
+        sides = {str(n): partial(measure, chosen, n) for n in options.workers}
+        raw[kind] = run(sides, options.repetitions)
+        report[kind] = {name: summary(chosen, measurements) for name, measurements in raw[kind].items()}
+    print(table(report))
+    if options.output is not None:
+        measured = {kind: {name: [vars(m) for m in ms] for name, ms in sides.items()} for kind, sides in raw.items()}
+        versions = {package: version(package) for package in PACKAGES}
+        everything = {"machine": machine(), "versions": versions, "summary": report, "measurements": measured}
+        options.output.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+@contextmanager
+def _on_cores(count: int) -> Iterator[None]:
+    if not hasattr(os, "sched_setaffinity"):  # macOS
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _cpu_seconds(grader: MathGrader) -> float | None:
+    if not Path("/proc/self/stat").is_file():
+        return None
+    ticks = 0
+    for pid in (os.getpid(), *grader.worker_pids()):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

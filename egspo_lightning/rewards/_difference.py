@@ -1,0 +1,121 @@
+"""Answers that certainly differ, found by numbers: most wrong answers, without any algebra.
+
+Proving two expressions equal takes ``simplify``; showing that they are not takes their values at one point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from sympy import (
+    Expr,
+    FiniteSet,
+    Float,
+    Interval,
+    MatrixBase,
+    Rational,
+    Symbol,
+    Tuple,
+    UnevaluatedExpr,
+    Union,
+)
+
+_DIGITS = 15
+_EXACT = 1e-9
+"""Relative: expressions without a decimal point that differ by more are not equal, however small they are."""
+
+_DECIMAL = (2e-6, 1e-4)
+"""Absolute, relative: a decimal that differs by more from a value is no rounding of it to six decimals."""
+
+
+def are_different(gold: Any, answer: Any) -> bool:
+    """True where two parsed answers cannot be equal; False where that is still open."""
+    if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+        return gold.shape != answer.shape or _any_different(gold.flat(), answer.flat())
+    if isinstance(gold, Tuple) and isinstance(answer, Tuple):
+        return len(gold) != len(answer) or _any_different(gold, answer)
+    if isinstance(gold, Interval) and isinstance(answer, Interval):
+        ends = (gold.start, gold.end), (answer.start, answer.end)
+        return (gold.left_open, gold.right_open) != (answer.left_open, answer.right_open) or _any_different(*ends)
+    if _is_scalar(gold) and _is_scalar(answer):
+        return _have_different_values(gold, answer)
+    if _is_infinite(gold) or _is_infinite(answer):
+        return _is_scalar(gold) or _is_scalar(answer)
+    return _differ_as_sets(gold, answer)
+
+
+def _differ_as_sets(gold: Any, answer: Any) -> bool:
+    sides = [_elements(gold), _elements(answer)]
+    if sides[0] is None or sides[1] is None:
+        return False
+    return _lacks_one(sides[0], sides[1]) or _lacks_one(sides[1], sides[0])
+
+
+def _elements(value: Any) -> Sequence[Any] | None:
+    if isinstance(value, (FiniteSet, Tuple)):
+        return tuple(value.args)
+    return (value,) if _is_scalar(value) else None
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether it is an interval of some length, or a union with one."""
+    if isinstance(value, Union):
+        return any(_is_infinite(part) for part in value.args)
+    return isinstance(value, Interval) and value.start != value.end
+
+
+def _any_different(gold: Iterable[Any], answer: Iterable[Any]) -> bool:
+    return any(are_different(left, right) for left, right in zip(gold, answer, strict=True))
+
+
+def _lacks_one(elements: Sequence[Any], others: Sequence[Any]) -> bool:
+    return any(all(are_different(element, other) for other in others) for element in elements)
+
+
+def _is_scalar(value: Any) -> bool:
+    # A percentage, which math-verify keeps as an unevaluated factor, has two values.
+    return isinstance(value, Expr) and not value.has(UnevaluatedExpr)
+
+
+def _have_different_values(gold: Expr, answer: Expr) -> bool:
+    values = _value(gold), _value(answer)
+    if values[0] is None or values[1] is None:
+        return False
+    distance, size = abs(values[0] - values[1]), max(abs(values[0]), abs(values[1]))
+    if gold.has(Float) or answer.has(Float):
+        return bool(distance > _DECIMAL[0] or distance > _DECIMAL[1] * size)
+    return bool(distance > _EXACT * size)
+
+
+@lru_cache(maxsize=4096)
+def _value(expression: Expr) -> Any:
+    """The value at a fixed point, to 15 digits; None where it has none."""
+
+    def evaluate() -> Any:
+        point = {symbol: _coordinate(symbol) for symbol in expression.free_symbols if isinstance(symbol, Symbol)}
+        value = expression.evalf(_DIGITS, subs=point)
+        return value if value.is_number and value.is_finite and not value.free_symbols else None
+
+    return attempt(evaluate, None)
+
+
+def attempt(work: Callable[[], Any], otherwise: Any) -> Any:
+    """What the work gives, or something else where it raises.
+
+    Raises:
+        MemoryError: that it has run out of memory says nothing about an answer.
+    """
+    try:
+        return work()
+    except MemoryError:
+        raise
+    except Exception:
+        return otherwise
+
+
+def _coordinate(symbol: Symbol) -> Rational:
+    """Between 1 and 2, irregular, and the same for a symbol wherever it stands."""
+    code = sum((position + 7) * ord(letter) for position, letter in enumerate(symbol.name))
+    return Rational(100_003 + (code * 7919) % 99_991, 100_003)

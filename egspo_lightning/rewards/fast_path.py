@@ -1,0 +1,230 @@
+r"""Verdicts on answers that need no algebra, and never a guess.
+
+Most answers of a math benchmark are plain numbers or are spelt as the reference is. Those are decided here,
+in the calling process. Everything else is None: ask math-verify.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from egspo_lightning.rewards.normalize import normalize, to_latex
+from egspo_lightning.rewards.numbers import as_latex, compare_numbers, parse_number, value_in_base
+from egspo_lightning.rewards.units import Quantity, split_letter, split_unit
+
+Verdict = bool | None
+
+_LETTER = re.compile(r"\(?([A-Ja-j])[).:]?")
+_LETTERED = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])(?:\\ |[\s~:.])*(.+)", re.DOTALL)
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}\\$]*)\}")
+_WORD = re.compile(r"[A-Za-z][A-Za-z'-]+(?: [A-Za-z'-]+)*")
+_NAME = r"(?:[A-Za-z]|\\(?!frac|sqrt|text|le|ge|ne)[A-Za-z]+)\s*(?:_\s*(?:\w|\{\s*\\?\w+\s*\}))?"
+_ASSIGNMENT = re.compile(rf"({_NAME}\s*(?:\(\s*{_NAME}\s*\))?)\s*=([^=<>,;]+)")
+_BRACKETS = (("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), (r"\{", r"\}"))
+_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
+_PLUS_MINUS, _MINUS_PLUS = re.compile(r"\\pm(?![A-Za-z])"), re.compile(r"\\mp(?![A-Za-z])")
+_BRACES = r"\{\}"
+_SETS = {"", _BRACES}
+_NO_PLAIN_LIST = re.compile(r"[()\[\]<>=;]|\\[{}]|\\(?:pm|mp|text|le|ge|in|ne|cup|cap)(?![A-Za-z])")
+_THOUSANDS = re.compile(r"(?<!\d)\d{1,3},\d{3}(?!\d)|\{,\}")
+_TORN = re.compile(r"-?[\d.]+(?:\s+[\d.]+)+")
+_MAX_PARTS = 32
+_MAX_LENGTH = 4096
+"""Characters; what is longer is math-verify's, in a process that has a deadline."""
+
+
+def compare_fast(answer: str, gold: str) -> Verdict:
+    r"""Whether an answer equals the reference, where that needs no algebra; None where it does.
+
+    The policies are those of ``rewards.grading``.
+    """
+    if answer == gold and answer.strip():
+        return True
+    if max(len(answer), len(gold)) > _MAX_LENGTH:
+        return None
+    spellings = normalize(answer), normalize(gold)
+    if not all(spellings):
+        return None
+    if spellings[0] == spellings[1]:
+        return True
+    choice = _compare_choices(answer, gold)
+    if choice is not None:
+        return choice
+    left, right = _quantities(answer, gold)
+    if left.unit is not None and right.unit is not None and left.unit != right.unit:
+        return False
+    return _compare_values(*map(normalize, _values(left.value, right.value)))
+
+
+def for_algebra(answer: str, gold: str) -> tuple[str, str]:
+    """LaTeX for math-verify of what `compare_fast` leaves open: without unit, and without ``x =`` on both or one."""
+    left, right = _values(*(quantity.value for quantity in _quantities(answer, gold)))
+    return _spell_out(left), _spell_out(right)
+
+
+def _quantities(answer: str, gold: str) -> tuple[Quantity, Quantity]:
+    left, right = (split_unit(to_latex(text)) for text in (answer, gold))
+    if left.unit is None and _is_measured(right):
+        left = split_letter(left.value)
+    if right.unit is None and _is_measured(left):
+        right = split_letter(right.value)
+    return left, right
+
+
+def _is_measured(quantity: Quantity) -> bool:
+    return quantity.unit is not None or parse_number(normalize(quantity.value)) is not None
+
+
+def _spell_out(text: str) -> str:
+    """What math-verify would misread: plain numbers, degrees in a function of an angle, signs within a term."""
+    number = parse_number(normalize(text))
+    if number is not None:
+        return text if number.is_decimal or number.is_percent else as_latex(number)
+    if _ANGLE_FUNCTION.search(text):
+        text = _DEGREES.sub(r"{\\frac{\1 \\pi}{180}}", text)
+    if len(_PLUS_MINUS.findall(text)) == 1 and "," not in text and r"\{" not in text:
+        signs = (("+", "-"), ("-", "+"))
+        both = (_MINUS_PLUS.sub(minus, _PLUS_MINUS.sub(plus, text)).lstrip("+") for plus, minus in signs)
+        text = ", ".join(both)
+    return text
+
+
+def _compare_values(answer: str, gold: str) -> Verdict:
+    """Of normalised texts without units."""
+    if not answer or not gold:
+        return None
+    comparisons: Sequence[Callable[[str, str], Verdict]] = (
+        _compare_spelling,
+        _compare_plain_numbers,
+        _compare_equations,
+        _compare_based,
+        _compare_words,
+        _compare_lists,
+    )
+    for compare in comparisons:
+        verdict = compare(answer, gold)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def _compare_spelling(answer: str, gold: str) -> Verdict:
+    return True if answer == gold else None
+
+
+def _compare_plain_numbers(answer: str, gold: str) -> Verdict:
+    left, right = parse_number(answer), parse_number(gold)
+    if left is not None and right is not None:
+        return compare_numbers(left, right)
+    is_torn = any(_TORN.fullmatch(text) for text in (answer, gold))  # math-verify would read 1 2 as 12
+    return False if is_torn and (left is not None or right is not None) else None
+
+
+def _values(answer: str, gold: str) -> tuple[str, str]:
+    """What is assigned, where one of the two is an assignment or both are to the same name."""
+    left, right = _ASSIGNMENT.fullmatch(answer), _ASSIGNMENT.fullmatch(gold)
+    if left and right and normalize(left[1]) != normalize(right[1]):
+        return answer, gold
+    return left[2] if left else answer, right[2] if right else gold
+
+
+def _compare_equations(answer: str, gold: str) -> Verdict:
+    """``5=6`` is wrong whatever the reference."""
+    sides = [parse_number(side) for side in answer.split("=")]
+    exact = [side.value for side in sides if side is not None and not side.is_decimal and not side.is_percent]
+    return False if len(exact) == len(sides) and len(set(exact)) > 1 else None
+
+
+def _compare_based(answer: str, gold: str) -> Verdict:
+    left, right = value_in_base(answer), value_in_base(gold)
+    if left is not None and right is not None:
+        return left == right
+    if left is None and right is None:
+        return None
+    # Without its base a number is that of the problem, not of the answer, unless it is written with the same digits.
+    plain, based = (answer, gold) if left is None else (gold, answer)
+    return plain == based.partition("_")[0] if parse_number(plain) is not None else None
+
+
+def _compare_words(answer: str, gold: str) -> Verdict:
+    texts = _TEXT.fullmatch(answer), _TEXT.fullmatch(gold)
+    if texts == (None, None):
+        return None
+    left, right = (match[1].strip(" .") if match else text for match, text in zip(texts, (answer, gold), strict=True))
+    if left and left.casefold() == right.casefold():
+        return True
+    return False if _WORD.fullmatch(left) and _WORD.fullmatch(right) else None
+
+
+def _compare_choices(answer: str, gold: str) -> Verdict:
+    """Letters of a multiple choice, alone or, in brackets or with a colon, before the text of the choice."""
+    answer, gold = _plain_text(answer), _plain_text(gold)
+    left, right = _LETTER.fullmatch(answer), _LETTER.fullmatch(gold)
+    if left and right:
+        return left[1].casefold() == right[1].casefold()
+    left, right = _LETTERED.fullmatch(answer), _LETTERED.fullmatch(gold)
+    if left and not right:
+        return _is_choice(left, gold)
+    return _is_choice(right, answer) if right and not left else None
+
+
+def _is_choice(choice: re.Match[str], other: str) -> Verdict:
+    letter = _LETTER.fullmatch(other)
+    return letter[1] == (choice[1] or choice[2]) if letter else compare_fast(choice[3], other)
+
+
+def _plain_text(text: str) -> str:
+    return _TEXT.sub(r"\1", to_latex(text)).strip()
+
+
+def _compare_lists(answer: str, gold: str) -> Verdict:
+    left, right = _split_list(answer), _split_list(gold)
+    if left is None or right is None:
+        return None
+    (left_kind, answers), (right_kind, golds) = left, right
+    if {left_kind, right_kind} <= _SETS:
+        return _in_any_order(answers, golds)
+    if left_kind == right_kind:
+        return _in_order(answers, golds)
+    if not left_kind or not right_kind:  # 1, 2 may be meant as (1, 2)
+        return None
+    are_intervals = len(answers) == len(golds) == 2
+    return False if are_intervals or {left_kind, right_kind} == {"()", _BRACES} else None
+
+
+def _in_order(answers: Sequence[str], golds: Sequence[str]) -> Verdict:
+    if len(answers) != len(golds):
+        return False
+    verdicts = [_compare_values(answer, gold) for answer, gold in zip(answers, golds, strict=True)]
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _in_any_order(answers: Sequence[str], golds: Sequence[str]) -> Verdict:
+    """Of sets: what is listed twice counts once."""
+    rows = [[_compare_values(answer, gold) for gold in golds] for answer in answers]
+    lines = [*rows, *(list(column) for column in zip(*rows, strict=True))]
+    if any(set(line) == {False} for line in lines):
+        return False
+    return True if all(True in line for line in lines) else None
+
+
+def _split_list(text: str) -> tuple[str, list[str]] | None:
+    """The brackets and parts of a list of several; None for what is none, is nested or may be one grouped number."""
+    opening, closing = next(((a, b) for a, b in _BRACKETS if text.startswith(a) and text.endswith(b)), ("", ""))
+    inner = text[len(opening) : len(text) - len(closing)]
+    if _NO_PLAIN_LIST.search(inner) or _THOUSANDS.search(inner):
+        return None
+    parts = _split_outside_braces(inner)
+    return (opening + closing, parts) if 2 <= len(parts) <= _MAX_PARTS and all(parts) else None
+
+
+def _split_outside_braces(text: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        if character == "," and depth == 0:
+            parts.append(text[start:position].strip())
+            start = position + 1
+        depth += (character == "{") - (character == "}")
+    return [*parts, text[start:].strip()]

@@ -1,0 +1,130 @@
+r"""The plain numbers among answers, read exactly: what most answers are, and what needs no algebra."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+_MAX_DIGITS = 300
+
+_GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,|,\\,| )\d{3})+"
+_DECIMAL = re.compile(rf"({_GROUPED}|\d*)(?:\.(\d+))?\.?")
+_FRAC = (
+    r"\\frac(?:\{(?P<n1>-?\d+)\}\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d)|\s+(?P<n3>\d)\s*(?P<d3>\d)"
+    r"|(?P<n4>\d)\{(?P<d4>\d+)\}|\{(?P<n5>\d+)\}(?P<d5>\d))"
+)
+_FRACTION = re.compile(rf"(?P<n0>\d+)/(?P<d0>\d+)|{_FRAC}")
+_MIXED = re.compile(r"(\d+)(?:\s*(\\frac.+)| (\d+/\d+))")
+_REPEATING = re.compile(
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(?P<a>\d+)\}|(?P<b>\d))|\((?P<c>\d+)\))(?:\\ldots|\\dots|\.\.\.)?"
+)
+_SIGNED = re.compile(r"([+-]?)(.*)", re.DOTALL)
+_PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*(?:\\?%|percent)\s*\}|percent)")
+_DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)")
+_BASED = re.compile(r"([0-9][0-9A-Fa-f]{0,63})_(?:\{(\d{1,2})\}|(\d))")
+
+
+class Number(NamedTuple):
+    """An exact value, and how it was written."""
+
+    value: Fraction
+    is_decimal: bool
+    """With a decimal point, so that it may be a rounded one."""
+    is_percent: bool = False
+    """The value is that before the sign: 10 for ``10\\%``."""
+
+
+def parse_number(normalized: str) -> Number | None:
+    r"""The value of ``72``, ``1,234.5``, ``0.\overline{3}``, ``3\frac{1}{2}``, ``10\%``, ``90^\circ``, as normalised.
+
+    Thousands separators are read where they group every three digits. None for everything else, a zero
+    denominator and anything over 300 characters: integers are never built from hostile digits.
+    """
+    if len(normalized) > _MAX_DIGITS:
+        return None
+    text, is_percent = _without_suffix(_without_parentheses(normalized), _PERCENT)
+    text, _ = (text, False) if is_percent else _without_suffix(text, _DEGREES)
+    match = _SIGNED.fullmatch(text)
+    assert match is not None
+    number = _parse_unsigned(_without_parentheses(match[2].strip()))
+    if number is None:
+        return None
+    return Number(-number.value if match[1] == "-" else number.value, number.is_decimal, is_percent)
+
+
+def compare_numbers(left: Number, right: Number) -> bool | None:
+    """Whether two numbers are equal; None for a decimal that may be a rounding of a fraction.
+
+    A percentage stands for its number and for a hundredth of it.
+    """
+    verdicts = [_compare_values(a, b, left.is_decimal, right.is_decimal) for a, b in _readings(left, right)]
+    if True in verdicts:
+        return True
+    return None if None in verdicts else False
+
+
+def as_latex(number: Number) -> str:
+    """A spelling that math-verify cannot misread."""
+    top, bottom = number.value.as_integer_ratio()
+    sign = "-" if top < 0 else ""
+    return f"{top}" if bottom == 1 else rf"{sign}\frac{{{abs(top)}}}{{{bottom}}}"
+
+
+def value_in_base(text: str) -> int | None:
+    """The value of a number that names its base, ``101_2``; None for all else."""
+    match = _BASED.fullmatch(text)
+    base = int(match[2] or match[3]) if match else 0
+    if match is None or not 2 <= base <= 16:
+        return None
+    try:
+        return int(match[1], base)
+    except ValueError:
+        return None
+
+
+def _readings(left: Number, right: Number) -> list[tuple[Fraction, Fraction]]:
+    if left.is_percent == right.is_percent:
+        return [(left.value, right.value)]
+    if left.is_percent:
+        return [(left.value, right.value), (left.value / 100, right.value)]
+    return [(left.value, right.value), (left.value, right.value / 100)]
+
+
+def _compare_values(left: Fraction, right: Fraction, left_is_decimal: bool, right_is_decimal: bool) -> bool | None:
+    if left == right:
+        return True
+    exact = left if right_is_decimal else right
+    may_be_rounded = left_is_decimal != right_is_decimal and exact.denominator > 1
+    return None if may_be_rounded else False
+
+
+def _without_suffix(text: str, suffix: re.Pattern[str]) -> tuple[str, bool]:
+    for match in suffix.finditer(text):
+        if match.end() == len(text):
+            return text[: match.start()].rstrip(), True
+    return text, False
+
+
+def _without_parentheses(text: str) -> str:
+    """``(211)`` is 211, as AMC's solutions write it; with a comma it may be a pair."""
+    is_single = text.startswith("(") and text.endswith(")") and not re.search("[(),]", text[1:-1])
+    return text[1:-1].strip() if is_single else text
+
+
+def _parse_unsigned(text: str) -> Number | None:
+    if (match := _FRACTION.fullmatch(text)) is not None:
+        numerator, denominator = (int(part) for part in match.groupdict().values() if part is not None)
+        return Number(Fraction(numerator, denominator), False) if denominator else None
+    if (match := _MIXED.fullmatch(text)) is not None:
+        part = _FRACTION.fullmatch(match[2] or match[3]) and _parse_unsigned(match[2] or match[3])
+        return Number(int(match[1]) + part.value, False) if part and part.value >= 0 else None
+    if (match := _REPEATING.fullmatch(text)) is not None:
+        period = match["a"] or match["b"] or match["c"]
+        repeated = Fraction(int(period), 10 ** len(match[2]) * (10 ** len(period) - 1))
+        return Number(Fraction(f"{match[1] or 0}.{match[2] or 0}") + repeated, False)
+    match = _DECIMAL.fullmatch(text)
+    if match is None or not (match[1] or match[2]):
+        return None
+    digits = re.sub(r"[^\d]", "", match[1]) or "0"
+    return Number(Fraction(f"{digits}.{match[2] or 0}"), match[2] is not None)

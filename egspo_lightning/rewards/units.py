@@ -1,0 +1,124 @@
+r"""The unit behind a number: ``12 cm``, ``12\text{ cm}^2``, ``\$18.90``."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+# Longer names first stand for the shorter: a unit is compared by what it is, never converted (12 cm is not 120 mm).
+_NAMES = {
+    "mm": "millimeter millimetre",
+    "cm": "centimeter centimetre",
+    "dm": "decimeter decimetre",
+    "m": "meter metre",
+    "km": "kilometer kilometre",
+    "in": "inch inches",
+    "ft": "foot feet",
+    "yd": "yard",
+    "mi": "mile",
+    "mg": "milligram",
+    "g": "gram",
+    "kg": "kilogram",
+    "lb": "pound lbs",
+    "oz": "ounce",
+    "ml": "milliliter millilitre",
+    "l": "liter litre",
+    "gal": "gallon",
+    "s": "second sec",
+    "min": "minute",
+    "h": "hour hr",
+    "day": "",
+    "week": "",
+    "month": "",
+    "year": "yr",
+    "mph": "miperh",
+    "km/h": "kmh kph kmph kmperh",
+    "m/s": "mpers",
+    "degree": "deg",
+    "radian": "rad",
+    "dollar": "usd",
+    "cent": "",
+    "euro": "eur",
+    "unit": "",
+    "square": "sq",
+}
+_CANONICAL = {
+    word: name
+    for name, synonyms in _NAMES.items()
+    for synonym in (name, *synonyms.split())
+    for word in (synonym, f"{synonym}s")
+}
+_GENERIC = frozenset({"", "unit", "degree"})
+_SYMBOLS = {r"\$": "dollar", "$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen"}
+
+_POWER = r"(?:\^\s*(?:(\d)|\{\s*(\d)\s*\}))?"
+_TYPESET = re.compile(rf"\\(?:text|mathrm|mbox|textrm|operatorname|rm)\s*\{{([^{{}}\\$]*)\}}\s*{_POWER}$")
+# Bare letters are a unit where they are one of these words: anything else may be a variable.
+_WORDS = "|".join(sorted((word for word in _CANONICAL if len(word) > 1), key=len, reverse=True))
+_BARE = re.compile(
+    rf"(?<![A-Za-z\\{{])((?:(?:square|sq|cubic)\s*)?(?:{_WORDS})(?:\s*per\s*(?:{_WORDS}))?)\s*{_POWER}$", re.IGNORECASE
+)
+_LETTER = re.compile(r"(.*\d)(?:\\[ ,;]|~|\s)\s*([mgshl])")
+_NUMERAL_END = re.compile(r"(?:[\d})]|\\circ|\\pi)\s*$")
+_WORD = re.compile(r"[A-Za-z/.\s]*")
+
+
+class Quantity(NamedTuple):
+    """A value without its unit, and the unit's name, or None where there is none."""
+
+    value: str
+    unit: str | None
+
+
+def split_unit(text: str) -> Quantity:
+    r"""The quantity that a text is; the text itself where no unit stands at its end, or ``\$`` before it.
+
+    A unit follows a digit or a closing bracket, in ``\text{}``, ``\mathrm{}`` or ``\mbox{}`` or as one of the usual
+    words. "units" and degrees say nothing and are dropped.
+    """
+    for symbol, name in _SYMBOLS.items():
+        if text.startswith(symbol) and re.match(r"\s*[\d.\\]", text[len(symbol) :]):
+            return Quantity(text[len(symbol) :].strip(), name)
+    text, unit = text.rstrip(), ""
+    while (part := _last_part(text)) is not None:  # \text{ square } \text{ cm }^2
+        text, name = part
+        unit = f"{name} {unit}".strip()
+    canonical = _canonical(unit)
+    return Quantity(text, None if canonical in _GENERIC else canonical)
+
+
+def split_letter(text: str) -> Quantity:
+    """The quantity of a number with a space and a letter behind it, ``5 m``, which alone may be a product."""
+    match = _LETTER.fullmatch(text)
+    return Quantity(match[1], match[2]) if match else Quantity(text, None)
+
+
+def _last_part(text: str) -> tuple[str, str] | None:
+    for pattern in (_TYPESET, _BARE):
+        match = pattern.search(text)
+        if match is None:
+            continue
+        value = re.sub(r"(?:\\[ ,;:!]|~|\s)+$", "", text[: match.start()])
+        if _has_number(value) and _WORD.fullmatch(match[1]):
+            power = match[2] or match[3]
+            return value, match[1].strip() + (f"^{power}" if power else "")
+    return None
+
+
+def _has_number(value: str) -> bool:
+    return bool(_NUMERAL_END.search(value) or _TYPESET.search(value)) and any(letter.isdigit() for letter in value)
+
+
+def _canonical(unit: str) -> str:
+    words = re.split(r"[\s.]+", unit.strip().casefold())
+    powers = {"square": "^2", "cubic": "^3", "cube": "^3"}
+    power = "".join(powers[word] for word in map(_name, words) if word in powers)
+    rest = [_name(word) for word in words if _name(word) not in powers]
+    joined = "".join(rest)
+    name = _CANONICAL.get(joined, joined)
+    return "" if name in _GENERIC else name + power
+
+
+def _name(word: str) -> str:
+    base, caret, power = word.partition("^")
+    return _CANONICAL.get(base, base[:-1] if len(base) > 3 and base.endswith("s") else base) + caret + power

@@ -1,0 +1,137 @@
+"""Public graders' own cases, completions made to break a grader, and reference solutions, where they are at hand."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from egspo_lightning.answers import AnswerExtractor, extract_answer
+from egspo_lightning.rewards.grading import MathGrader
+
+Locate = Callable[[str], Path]
+
+DISAGREEMENTS = {
+    "gc-0006": "free text: math-verify reads 1,22 as a list in LaTeX; upstream's test reads plain expressions alone",
+    "gc-0028": "upstream's test reads LaTeX alone and finds none across lines; we also read the plain number",
+    "gc-0029": "the same with \\( \\)",
+    "gc-0127": "upstream's test rounds to 2 decimals; 0.33 is 1/3 to nobody else",
+    "gc-0133": "upstream's test rounds to 2 decimals; a public grader's test wants the opposite for the same pair",
+    "gc-0180": "upstream's test allows relations against sets, which lenient extraction, as math-verify, does not",
+    "gc-0245": "upstream's test turns off strictness: f(x) is not f(y)",
+    "gc-0333": "math-verify has no grammar for R_{\\odot}, nor for equal products spelt in another order around it",
+}
+"""By id, the cases that are not contested and whose label we do not reach."""
+
+NOT_GOLD = {
+    "math/test/414": "two boxes, -2 and 1, of which the data set's answer is the last alone",
+    "math/test/2703": "two boxes, 3 and 2/5, of which the data set's answer is the last alone",
+    "math/test/2912": "two boxes with a point each, of which the data set's answer is the last alone",
+}
+"""By id, the solutions of the MATH demonstrations that their own reference does not follow from."""
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+def test_agreement_with_public_graders(shared_file: Locate) -> None:
+    cases = [case for case in rows(shared_file("grading/cases.jsonl")) if not case.get("contested")]
+    disagreements = set()
+    with (
+        MathGrader(num_workers=2, deadline_s=20.0) as boxed,
+        MathGrader(num_workers=2, deadline_s=20.0, extraction="lenient") as lenient,
+    ):
+        for kind, grade in (("bare", boxed.grade_answers), ("think", boxed.grade), ("text", lenient.grade)):
+            part = [case for case in cases if case["kind"] == kind]
+            grades = grade([case["pred"] for case in part], [case["gold"] for case in part])
+            late = {case["id"] for case, it in zip(part, grades, strict=True) if it.status in ("timeout", "crashed")}
+            assert late <= {"gc-0345"}, "of these the reference is 10^{10^{10^{10}}}"
+            disagreements |= {
+                case["id"] for case, it in zip(part, grades, strict=True) if it.correct != case["expected"]
+            }
+    assert disagreements == DISAGREEMENTS.keys()
+    assert 1 - len(disagreements) / len(cases) >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("are_bombs", "count", "deadline_s"),
+    [pytest.param(False, 279, 10.0), pytest.param(True, 46, 1.0, marks=pytest.mark.slow)],
+    ids=["others", "bombs"],
+)
+def test_hostile_completions(
+    shared_file: Locate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    are_bombs: bool,
+    count: int,
+    deadline_s: float,
+) -> None:
+    cases = rows(shared_file("grading/hostile.jsonl"))
+    cases = [case for case in cases if (case["category"] == "compute-bomb") == are_bombs]
+    assert len(cases) == count
+    monkeypatch.chdir(tmp_path)
+    before = _resident_mb()
+    with MathGrader(num_workers=2, deadline_s=deadline_s) as grader:
+        texts = ["".join(part * times for part, times in case["parts"]) for case in cases]
+        grades = grader.grade(texts, [case["gold"] for case in cases])
+        pids = grader.worker_pids()
+    assert max(grade.seconds for grade in grades) < deadline_s + 1.0
+    assert _resident_mb() - before < 200
+    assert not any(_is_running(pid) for pid in pids)
+    assert list(tmp_path.iterdir()) == []  # nothing was executed: there are cases that would write a file
+    wanted = [(case, it) for case, it in zip(cases, grades, strict=True) if case["want"] is not None]
+    wrong = {case["id"] for case, it in wanted if it.correct != case["want"]}
+    assert wrong == (set() if are_bombs else {"hx-0216", "hx-0224"}), "of these the answer is right, but in no box"
+
+
+@pytest.mark.parametrize(
+    ("file", "extractor", "count"),
+    [
+        ("math500", "boxed", 500),
+        ("math_demos", "boxed", 4321),
+        ("aime24", "framebox", 30),
+        ("aime25", "framebox", 29),
+        ("gsm8k_test", "gsm8k", 1319),
+    ],
+)
+def test_reference_solutions_are_right(shared_file: Locate, file: str, extractor: AnswerExtractor, count: int) -> None:
+    solved = [row for row in rows(shared_file(f"data/{file}.jsonl")) if row.get("solution")]
+    assert len(solved) == count
+    with MathGrader() as grader:
+        if extractor == "boxed":
+            grades = grader.grade([row["solution"] for row in solved], [row["answer"] for row in solved])
+        else:
+            answers = [extract_answer(row["solution"], extractor, row["id"]) for row in solved]
+            grades = grader.grade_answers(answers, [row["answer"] for row in solved])
+    wrong = {row["id"] for row, grade in zip(solved, grades, strict=True) if not grade.correct}
+    assert wrong == (NOT_GOLD.keys() if file == "math_demos" else set())
+
+
+def test_references_equal_themselves_and_not_their_neighbours(shared_file: Locate) -> None:
+    """OlympiadBench's solutions box nothing; its references can still be told from one another."""
+    golds = [row["answer"] for row in rows(shared_file("data/olympiadbench.jsonl"))]
+    with MathGrader(num_workers=2) as grader:
+        assert all(grade.correct for grade in grader.grade_answers(golds, golds))
+        shifted = grader.grade_answers(golds[1:], golds[:-1])
+    assert {grade.status for grade in shifted} == {"graded"}
+    accepted = [pair for pair, grade in zip(zip(golds[1:], golds, strict=False), shifted, strict=True) if grade.correct]
+    assert all(_is_same(*pair) for pair in accepted), accepted
+
+
+def _is_same(answer: str, gold: str) -> bool:
+    return answer.strip("$") == gold.strip("$")
+
+
+def _resident_mb() -> float:
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("needs /proc to see how much memory this process has")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

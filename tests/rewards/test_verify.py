@@ -1,0 +1,106 @@
+"""What the workers do, in this process: their shortcuts give what math-verify gives."""
+
+from typing import Any
+
+import pytest
+from antlr4 import PredictionMode
+from latex2sympy2_extended.antlr_parser import PSParser
+from latex2sympy2_extended.latex2sympy2 import latex2sympy
+from sympy import Interval, Matrix, Rational, Symbol, Tuple, factorial, pi, sqrt
+
+from egspo_lightning.rewards import _verify
+from egspo_lightning.rewards._difference import are_different, attempt
+
+x = Symbol("x", real=True)
+
+
+def parse_fully(text: str) -> Any:
+    """By the parser's own rule, with its full prediction from the start."""
+    quick = PSParser.math
+    PSParser.math = quick.__wrapped__
+    try:
+        return latex2sympy(text, is_real=True)
+    finally:
+        PSParser.math = quick
+
+
+@pytest.mark.parametrize("text", [*_verify._SAMPLES, "-x^3", "7x^5+12x^2+3x+9", r"\frac{h^2}{m}", "3s^2", "1, 2; 3"])
+def test_two_stages_give_the_tree_of_the_full_parse(text: str) -> None:
+    assert latex2sympy(text, is_real=True) == parse_fully(text)
+
+
+@pytest.mark.parametrize("text", [r"1 = \zzz = x", "(((", r"\frac{1}{", "5 5 ! ? 5", r"2 \unknown 3"])
+def test_what_the_full_parse_refuses_is_refused(text: str) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011 - all that the parser raises
+        parse_fully(text)
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        latex2sympy(text, is_real=True)
+
+
+def test_the_quick_prediction_comes_first() -> None:
+    modes = []
+    quick, full = PSParser.math, PSParser.math.__wrapped__
+
+    def spy(parser: Any) -> Any:
+        modes.append(parser._interp.predictionMode)
+        return full(parser)
+
+    quick.__closure__[0].cell_contents, before = spy, quick.__closure__[0].cell_contents
+    try:
+        latex2sympy("(1,2)")
+        latex2sympy("3s^2")  # a case that only the full prediction parses
+    finally:
+        quick.__closure__[0].cell_contents = before
+    assert modes == [PredictionMode.SLL, PredictionMode.SLL, PredictionMode.LL]
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (x + 1, x + 2),
+        (x**2, x**3),
+        (sqrt(2), sqrt(3)),
+        (1 / factorial(2004), 1 / factorial(2006)),
+        (Tuple(1, 2), Tuple(2, 1)),
+        (Tuple(1, 2), Tuple(1, 2, 3)),
+        (Interval(0, 1), Interval(0, 2)),
+        (Interval(0, 1), Interval.open(0, 1)),
+        (Interval(0, 1), Rational(1, 2)),
+        (Matrix([1, 2]), Matrix([1, 3])),
+        (Matrix([1, 2]), Matrix([[1, 2]])),
+    ],
+)
+def test_certainly_different(gold: Any, answer: Any) -> None:
+    assert are_different(gold, answer)
+    assert are_different(answer, gold)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ((x + 1) ** 2, x**2 + 2 * x + 1),
+        (sqrt(12), 2 * sqrt(3)),
+        (1 / factorial(2004), 2005 / factorial(2005)),
+        (Rational(1, 3), 0.333333 * Rational(1)),
+        (pi, 3.141593 * Rational(1)),
+        (Tuple(sqrt(4), x), Tuple(2, x)),
+        (Interval(0, sqrt(4)), Interval(0, 2)),
+        (Matrix([1, sqrt(4)]), Matrix([1, 2])),
+    ],
+)
+def test_equal_values_are_left_open(gold: Any, answer: Any) -> None:
+    assert not are_different(gold, answer)
+
+
+def test_out_of_memory_is_never_taken_for_an_answer() -> None:
+    def work() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        attempt(work, None)
+    assert attempt(lambda: 1 // 0, "other") == "other"
+
+
+def test_an_answer_without_a_parse_equals_nothing() -> None:
+    assert not _verify.grade("((( 5", "5", "boxed")["correct"]
+    assert not _verify.grade("((( 5", "((( 5 +", "boxed")["correct"]
