@@ -217,9 +217,9 @@ def answer_twice(tiny_run, tmp_path, *, second: dict, module=None, root="same"):
     for options in ({}, second):
         callback = MathBenchmark()
         run = tiny_run(callback, data=data | options, trainer={"default_root_dir": str(tmp_path / root)})
-        generate = run.data.engine.generate
+        stream = run.data.engine.stream
         calls = []
-        run.data.engine.generate = lambda *args, of=generate, to=calls, **kw: to.append(len(args[1])) or of(*args, **kw)
+        run.data.engine.stream = lambda *args, of=stream, to=calls, **kw: to.append(len(args[1])) or of(*args, **kw)
         module = module or run.module
         run.trainer.validate(module, run.data, verbose=False)
         folders.append((callback.written, callback.latest))
