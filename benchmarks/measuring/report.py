@@ -13,6 +13,7 @@ import torch
 from comparison.arguments import command
 from comparison.machine import machine, num_cores
 from egspo_lightning.errors import UserError
+from measuring.workloads import FOLDER, NAMES
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -28,6 +29,13 @@ def parser(name: str, description: str, *, rounds: int) -> argparse.ArgumentPars
     result.add_argument("--output", type=Path, default=output, help=f"JSON file of the results ({output.name})")
     result.add_argument("--note", default="", help="goes into the file, for instance what else the machine was doing")
     return result
+
+
+def add_workloads(flags: argparse.ArgumentParser, *default: str) -> None:
+    """What is trained, and where models are kept."""
+    told = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
+    flags.add_argument("--workloads", nargs="+", choices=list(NAMES), default=list(default), help=told)
+    flags.add_argument("--models", type=Path, default=FOLDER, help="folder in which models are kept (logs/speed)")
 
 
 def parse(flags: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ CPU_TILE, GPU_TILE = 2**21, 2**25
 """Logits held at a time where no sizes are given: 8 MiB in float32, which a processor's cache holds, and 128 MiB."""
 
 TILE_TOKENS = 2048
-"""Least tokens a tile, where there are so many: each tile of the head is read and its gradient written once for them."""
+"""Tokens a tile, where there are so many: for them a tile of the head is read, and its gradient written, once."""
 
 
 class TokenStats(NamedTuple):
