@@ -129,3 +129,47 @@ class UpdateTimes(Callback):
         if trainer.current_epoch >= self.warmup:
             self.updates.append(self._watch.total)
             self.bares.append(watch.total)
+
+
+class UntilAccurate(Callback):
+    """Ends the run when it is accurate enough; time counts without the measuring.
+
+    Args:
+        target: Held-out accuracy.
+        every: Iterations from one measurement to the next.
+    """
+
+    accuracy: Callable[[Any], float]
+    """Of a language model; a benchmark sets it before its run."""
+
+    def __init__(self, target: float, every: int) -> None:
+        super().__init__()
+        self.target, self.every = target, every
+        self.curve: list[tuple[int, float, float]] = []
+        """Iterations, seconds, accuracy"""
+        self._watch = Stopwatch()
+        self._count = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first iteration begins."""
+        if self._count == 0:
+            self._watch.start()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An iteration ends."""
+        policy: Any = pl_module.policy
+        trainer.should_stop = self.ended(policy.lm)
+
+    def ended(self, lm: Any) -> bool:
+        """Whether it is accurate enough; for loops that are not Lightning's, which begin with ``begin``."""
+        self._count += 1
+        if self._count % self.every:
+            return False
+        self._watch.stop()
+        self.curve.append((self._count, self._watch.total.wall, type(self).accuracy(lm)))
+        self._watch.start()
+        return self.curve[-1][2] >= self.target
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._watch.start()

@@ -32,9 +32,14 @@ def parser(name: str, description: str, *, rounds: int) -> argparse.ArgumentPars
 
 
 def add_workloads(flags: argparse.ArgumentParser, *default: str) -> None:
-    """What is trained, and where models are kept."""
+    """What is trained."""
     told = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
     flags.add_argument("--workloads", nargs="+", choices=list(NAMES), default=list(default), help=told)
+    add_models(flags)
+
+
+def add_models(flags: argparse.ArgumentParser) -> None:
+    """Where models are kept."""
     flags.add_argument("--models", type=Path, default=FOLDER, help="folder in which models are kept (logs/speed)")
 
 

@@ -126,7 +126,7 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
 def choose(name: str, models: Path) -> Workload:
     """A workload by its name."""
     if name == "smoke":  # for tests: seconds
-        sizes = {"num_problems": 2, "num_generations": 4, "max_completion_length": 8}
+        sizes = {"num_problems": 2, "num_generations": 4, "max_completion_length": 32}
         return random_model(models, Shape(32, 1, 2, 300), **sizes)
     return quickstart(models) if name == "quickstart" else random_model(models)
 
