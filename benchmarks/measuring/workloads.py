@@ -98,7 +98,11 @@ def random_model(models: Path = FOLDER, shape: Shape = Shape(), **sizes: Any) ->
 def _write_random(folder: Path, shape: Shape) -> None:
     tokenizer = json.loads((TINY_MODEL / "tokenizer.json").read_text())
     entries: dict[str, int] = tokenizer["model"]["vocab"]
-    entries |= {f"w{i}": i for i in range(258, shape.vocabulary)}  # beyond the bytes: words that only a model writes
+    specials = tokenizer["added_tokens"]
+    first_special = shape.vocabulary - len(specials)
+    entries |= {f"w{i}": i for i in range(256, first_special)}  # beyond the bytes: words that only a model writes
+    for i, special in enumerate(specials):
+        special["id"] = first_special + i
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     shutil.copy(TINY_MODEL / "tokenizer_config.json", folder)
     tiny: dict[str, Any] = json.loads((TINY_MODEL / "config.json").read_text())
@@ -109,6 +113,8 @@ def _write_random(folder: Path, shape: Shape) -> None:
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads,
         "vocab_size": shape.vocabulary,
+        "eos_token_id": first_special,
+        "pad_token_id": first_special + 1,
     }
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**(tiny | sizes))).save_pretrained(folder)
