@@ -211,12 +211,12 @@ class EGSPOModule(PolicyModule):
         """Before the first update pi is pi_old, so every ratio must be 1 within the precision in use."""
         ratios = log_ratio(logprobs, rollout.old_logprobs).masked_fill(~rollout.sampled_mask, 0.0)
         self._phase.add({"policy/ratio_max": ratios.max().exp()}, "max")
-        is_full = str(self.trainer.precision) == "32-true" and self.policy_config.dtype == "float32"
-        tolerance = FULL_PRECISION_TOLERANCE if is_full else LOW_PRECISION_TOLERANCE
+        tolerance = FULL_PRECISION_TOLERANCE if self.is_full_precision else LOW_PRECISION_TOLERANCE
         if self.policy_version == self._phase_version and not ratios.abs().max() <= tolerance:
             raise RuntimeError(
                 f"Before the first update |log(pi / pi_old)| is up to {ratios.abs().max().item():.4f} nats, where at "
-                f"most {tolerance} is expected: the scoring and the training forward pass disagree."
+                f"most {tolerance} is expected: the training forward pass disagrees with the one that scored the "
+                "rollouts (in float32, with the engine that sampled them)."
             )
 
     def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:

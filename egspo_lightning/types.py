@@ -108,6 +108,8 @@ class Completion(NamedTuple):
     """The answer that was found in the text."""
     status: str
     """How the grader got to its verdict: graded, no_answer, timeout or crashed."""
+    entropies: list[float] | None = None
+    """Entropies of the distributions that the tokens were sampled from, nats; None where the engine told none."""
 
 
 class UpdateSize(NamedTuple):

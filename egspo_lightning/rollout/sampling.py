@@ -65,6 +65,7 @@ def grade(
             correct=verdict.grade.correct,
             extracted=verdict.grade.extracted,
             status=verdict.grade.status,
+            entropies=sample.entropies,
         )
         for problem, sample, text, verdict in zip(problems, samples, texts, scored, strict=True)
     ]
