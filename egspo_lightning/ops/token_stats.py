@@ -118,20 +118,20 @@ class _Tiles:
     def logits(self, tokens: slice, entries: slice) -> Tensor:
         """(n, v) over the temperature, float32 or wider, in a buffer that the next call uses again."""
         hidden, weight = self.hidden[tokens], self.weight[entries]
-        product = self.buffer("product", hidden.shape[0], weight.shape[0], hidden.dtype)
+        product = self.buffer("product", torch.Size((len(hidden), len(weight))), hidden.dtype)
         if self.bias is None:
             torch.mm(hidden, weight.T, out=product)
         else:
             torch.addmm(self.bias[entries], hidden, weight.T, out=product)
         wide = _wide_dtype(hidden.dtype)
-        logits = product if hidden.dtype == wide else self.buffer("wide", *product.shape, wide).copy_(product)
+        logits = product if hidden.dtype == wide else self.buffer("wide", product.shape, wide).copy_(product)
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
-    def buffer(self, name: str, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        """(height, width), contiguous; what it held is lost."""
+    def buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """(n, v), contiguous; what it held is lost."""
         if (name, dtype) not in self._buffers:
             self._buffers[name, dtype] = self.hidden.new_empty(self._size, dtype=dtype)
-        return self._buffers[name, dtype][: height * width].view(height, width)
+        return self._buffers[name, dtype][: shape.numel()].view(shape)
 
 
 class _TiledTokenStats(torch.autograd.Function):
@@ -172,8 +172,8 @@ class _TiledTokenStats(torch.autograd.Function):
             tiles = _Tiles(hidden[active], weight, bias, *ctx.settings)
             grad_active, grad_weight, grad_bias = _pull_back(tiles, state, log_norms.dtype)
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, active, grad_active.to(hidden.dtype))
-        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+        of_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), of_bias, None, None, None, None
 
 
 def _pulled(like: Tensor, *pulls: Tensor | None) -> Tensor:
@@ -198,7 +198,7 @@ def _fold(tiles: _Tiles, tokens: slice, input_ids: Tensor) -> tuple[Tensor, Tens
         risen = torch.maximum(maxima, logits.amax(-1))
         shift, maxima = maxima - risen, risen
         logits.sub_(maxima.unsqueeze(-1))
-        weights = torch.exp(logits, out=tiles.buffer("second", *logits.shape, logits.dtype))
+        weights = torch.exp(logits, out=tiles.buffer("second", logits.shape, logits.dtype))
         moments = shift.exp() * (moments + shift * sums) + torch.linalg.vecdot(weights, logits)
         sums = shift.exp() * sums + weights.sum(-1)
     log_sums = sums.log()
@@ -223,7 +223,10 @@ class _Upstream(NamedTuple):
 
     def of(self, tokens: slice) -> "_Upstream":
         """Some tokens' part."""
-        return _Upstream(*(None if values is None else values[tokens] for values in self))
+        pull_logprobs = None if self.pull_logprobs is None else self.pull_logprobs[tokens]
+        pull_entropies = None if self.pull_entropies is None else self.pull_entropies[tokens]
+        own = self.input_ids[tokens], self.log_norms[tokens], self.entropies[tokens]
+        return _Upstream(*own, pull_logprobs, pull_entropies)
 
 
 def _pull_back(tiles: _Tiles, upstream: _Upstream, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +254,7 @@ def _grad_logits(tiles: _Tiles, tokens: slice, entries: slice, upstream: _Upstre
         pull_logprobs = torch.zeros_like(log_norms) if pull_logprobs is None else pull_logprobs
         grad = log_probs.exp_().mul_((-pull_logprobs / tiles.temperature).unsqueeze(-1))
     else:
-        probs = torch.exp(log_probs, out=tiles.buffer("second", *log_probs.shape, log_probs.dtype))
+        probs = torch.exp(log_probs, out=tiles.buffer("second", log_probs.shape, log_probs.dtype))
         constant = pull_entropies * entropies + (0 if pull_logprobs is None else pull_logprobs)
         grad = log_probs.mul_(-pull_entropies.unsqueeze(-1)).sub_(constant.unsqueeze(-1))
         grad = grad.mul_(probs).div_(tiles.temperature)
