@@ -121,7 +121,7 @@ class EgspoCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         benchmark, export = self._callback(MathBenchmark), self._callback(HFExport)
-        console = Console()
+        console = _wide_console()
         if benchmark.milestones:
             console.print(benchmark.summary())
         console.print(f"Logs:  {log_dir}", soft_wrap=True, highlight=False)
@@ -144,13 +144,18 @@ class EgspoCLI(LightningCLI):
     def _print_details(self) -> None:
         if not self.trainer.is_global_zero:
             return
-        console, benchmark = Console(), self._callback(MathBenchmark)
+        console, benchmark = _wide_console(), self._callback(MathBenchmark)
         console.print(*benchmark.details())
         for folder in benchmark.written:
             console.print(f"Written: {folder}", soft_wrap=True, highlight=False)
 
     def _callback(self, kind: type[CallbackT]) -> CallbackT:
         return next(c for c in getattr(self.trainer, "callbacks", []) if isinstance(c, kind))
+
+
+def _wide_console() -> Console:
+    """A console for tables: where the output goes to a file, no column is cut."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _require_one_method(paths: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ One Lightning epoch is one phase: a pass of SFT, or one rollout collection with 
 Optimisation is automatic, so clipping, accumulation, precision, strategies and checkpoints work by flag.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
-from egspo_lightning.ops.diagnostics import Metrics
+from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
 from egspo_lightning.ops.gate import Gate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
@@ -73,7 +72,7 @@ class EGSPOModule(PolicyModule):
         self.entropy_bonus = entropy_bonus
         self.admission.require_sense()
         self._require_critic()
-        self._phase_metrics: Metrics = {}
+        self._phase = PhaseMetrics()
         self._skip_update = False
 
     def _require_critic(self) -> None:
@@ -114,7 +113,7 @@ class EGSPOModule(PolicyModule):
     def on_train_epoch_start(self) -> None:
         """A phase begins: rollouts of this phase are stamped with the policy as it is now."""
         self._phase_version = self.policy_version
-        self._log({"stage": float(self.stage == Stage.EGSPO)})
+        self._phase.add({"stage": float(self.stage == Stage.EGSPO)})
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """The loss of a micro-batch, scaled so that the mean over micro-batches and ranks is that of the update."""
@@ -127,10 +126,7 @@ class EGSPOModule(PolicyModule):
             assert batch.rollout is not None
             loss, metrics = self._egspo_step(batch.rollout, batch.expert)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        metrics = {name: value * scale for name, value in (metrics | {"loss/total": loss.detach()}).items()}
-        self._log(metrics)
-        self._log(self._phase_metrics)  # at the first step: callbacks see the end of the phase before the module does
-        self._phase_metrics = {}
+        self._phase.add({name: value * scale for name, value in (metrics | {"loss/total": loss.detach()}).items()})
         return loss * scale
 
     def _sft_step(self, expert: ExpertBatch) -> tuple[Tensor, Metrics]:
@@ -147,7 +143,7 @@ class EGSPOModule(PolicyModule):
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
         current = self.statistics(rollout.input_ids, rollout.completion_mask)
         self._check_first_ratio(current.logprobs.detach(), rollout)
-        self._log({"policy/mu": weights.mu})
+        self._phase.add({"policy/mu": weights.mu})
         expert_loss = None if expert is None else self._expert_loss(expert)
         loss, metrics = self.objective.hybrid_loss(current, rollout, self.attenuation, expert_loss, weights)
         if self.critic_config is None or current.values is None:
@@ -187,16 +183,22 @@ class EGSPOModule(PolicyModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """What is not trained in this step must not be moved by the optimiser's momentum or weight decay either."""
-        self._log({"policy/skipped_fraction": float(self._skip_update)})
+        self._phase.add({"policy/skipped_fraction": float(self._skip_update)})
         policy, critic = self._trained_parameters()
         idle = critic if self.stage == Stage.SFT else policy if self._is_warming_up else []
         for parameter in [*policy, *critic] if self._skip_update else idle:
             parameter.grad = None
 
-    def _log(self, metrics: Mapping[str, Tensor | float], reduce_fx: str = "mean") -> None:
-        """Log once a phase, reduced over its micro-batches and over ranks."""
-        metrics = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in metrics.items()}
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1, reduce_fx=reduce_fx)
+    def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
+        """Log the phase at its last micro-batch: callbacks see the end of the phase before the module does.
+
+        Lightning's ``log`` takes longer than many a metric, and at every step it would be called for each of them.
+        """
+        if not (self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done):
+            return
+        for reduce, metrics in self._phase.take().items():
+            values = {name: value.to(self.device) for name, value in metrics.items()}
+            self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1, reduce_fx=reduce)
 
     def _refuse_stale(self, rollout: RolloutBatch) -> None:
         if rollout.policy_version != self._phase_version:
@@ -208,23 +210,21 @@ class EGSPOModule(PolicyModule):
     def _check_first_ratio(self, logprobs: Tensor, rollout: RolloutBatch) -> None:
         """Before the first update pi is pi_old, so every ratio must be 1 within the precision in use."""
         ratios = log_ratio(logprobs, rollout.old_logprobs).masked_fill(~rollout.sampled_mask, 0.0)
-        self._log({"policy/ratio_max": ratios.max().exp()}, reduce_fx="max")
-        is_full = str(self.trainer.precision) == "32-true" and self.policy_config.dtype == "float32"
-        tolerance = FULL_PRECISION_TOLERANCE if is_full else LOW_PRECISION_TOLERANCE
+        self._phase.add({"policy/ratio_max": ratios.max().exp()}, "max")
+        tolerance = FULL_PRECISION_TOLERANCE if self.is_full_precision else LOW_PRECISION_TOLERANCE
         if self.policy_version == self._phase_version and not ratios.abs().max() <= tolerance:
             raise RuntimeError(
                 f"Before the first update |log(pi / pi_old)| is up to {ratios.abs().max().item():.4f} nats, where at "
-                f"most {tolerance} is expected: the scoring and the training forward pass disagree."
+                f"most {tolerance} is expected: the training forward pass disagrees with the one that scored the "
+                "rollouts (in float32, with the engine that sampled them)."
             )
 
     def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
         """Take a collection in: credit each token, settle the gate, and keep metrics for the first step to log."""
         rollout, metrics = self.admission.admit(rollouts, self)
         pairs = self.sum_over_ranks(torch.tensor(list(measurements.values()), device=self.device))
-        self._phase_metrics = metrics | {
-            name: torch.where(count > 0, total / count, total)
-            for name, (total, count) in zip(measurements, pairs, strict=True)
-        }
+        counted = zip(measurements, pairs, strict=True)
+        self._phase.add(metrics | {name: torch.where(n > 0, total / n, total) for name, (total, n) in counted})
         return rollout
 
     # Evaluation: the datamodule samples and grades; what it gives is passed on unread

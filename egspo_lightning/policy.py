@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.ops.padding import like_lengths, row_lengths
 from egspo_lightning.ops.token_stats import token_stats
 from egspo_lightning.types import Current
 
@@ -135,6 +136,8 @@ class Policy(nn.Module):
         super().__init__()
         self.lm: Any = lm
         self.value_head = value_head
+        self.splits_rows = True
+        """Whether rows may go through the trunk in several runs; sharded, all ranks must run it equally often."""
         _disable_dropout(lm)
         self.lm.train()
         _check_linear_head(self.lm)
@@ -143,26 +146,47 @@ class Policy(nn.Module):
         """Log-probability, entropy and value of each completion token, all (B, T), 0 where the mask is false.
 
         Sequences are padded on the right, so under causal attention no token ever sees padding, and no attention
-        mask is needed: positions count from 0 in every row, and the fast attention kernels apply.
+        mask is needed: positions count from 0 in every row, and the fast attention kernels apply. Rows of like length
+        go through the trunk together, each run cut to its longest, where that saves enough padding.
 
         Args:
             input_ids: (B, T)
             completion_mask: (B, T) bool; never true at position 0, which nothing predicts
             temperature: the sampling temperature
         """
-        targets = completion_mask[:, 1:]
-        hidden = self.lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-        stats = token_stats(
-            hidden[:, :-1][targets],  # (N, D): the state before each completion token
-            self.lm.get_output_embeddings(),
-            input_ids[:, 1:][targets],
-            temperature=temperature,
-        )
+        if self.value_head is not None or not self.splits_rows:
+            return self._whole(input_ids, completion_mask, temperature)
+        lengths = row_lengths(completion_mask).clamp(min=2).tolist()
+        runs = like_lengths(lengths)
+        if len(runs) == 1:
+            return self._whole(input_ids, completion_mask, temperature)
+        order = torch.tensor([row for run in runs for row in run], device=input_ids.device)
+        input_ids, mask = input_ids[order], completion_mask[order]
+        states, start = [], 0
+        for run in runs:
+            part, width = slice(start, start + len(run)), lengths[run[-1]]
+            states.append(self._states(input_ids[part, :width])[:, :-1][mask[part, 1:width]])
+            start += len(run)
+        stats = self._statistics(torch.cat(states), input_ids, mask, temperature)
+        back = order.argsort()
+        return Current(stats.logprobs[back], stats.entropies[back])
+
+    def _whole(self, input_ids: Tensor, completion_mask: Tensor, temperature: float) -> Current:
+        hidden = self._states(input_ids)
+        stats = self._statistics(hidden[:, :-1][completion_mask[:, 1:]], input_ids, completion_mask, temperature)
+        return stats if self.value_head is None else stats._replace(values=self.value_head(hidden, completion_mask))
+
+    def _states(self, input_ids: Tensor) -> Tensor:
+        """(B, T, D)"""
+        hidden: Tensor = self.lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def _statistics(self, states: Tensor, input_ids: Tensor, mask: Tensor, temperature: float) -> Current:
+        """From the states before the completion tokens, (N, D) in the order of the rows, to (B, T)."""
+        head = self.lm.get_output_embeddings()
+        stats = token_stats(states, head, input_ids[:, 1:][mask[:, 1:]], temperature=temperature)
         blank = torch.zeros_like(input_ids, dtype=stats.logprobs.dtype)
-        logprobs, entropies = (blank.masked_scatter(completion_mask, values) for values in stats)
-        return Current(
-            logprobs, entropies, None if self.value_head is None else self.value_head(hidden, completion_mask)
-        )
+        return Current(*(blank.masked_scatter(mask, values) for values in stats))
 
 
 def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:

@@ -160,6 +160,20 @@ class PolicyModule(LightningModule):
         """Optimiser steps taken."""
         return self.global_step
 
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether everything is computed in float32."""
+        return str(self.trainer.precision) == "32-true" and self.policy_config.dtype == "float32"
+
+    @property
+    def takes_sampled_statistics(self) -> bool:
+        """Whether what the engine says of its tokens can stand for ``score``: in float32 they differ by rounding alone.
+
+        A reference or a critic has to be asked in any case, and products in reduced precision (TF32) are not float32.
+        """
+        is_exact = self.is_full_precision and torch.get_float32_matmul_precision() == "highest"
+        return is_exact and self.reference is None and self.critic_config is None
+
     @contextmanager
     def sampling(self) -> Iterator[Any]:
         """The causal language model in eval mode, without gradients, in the precision of training.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from egspo_lightning.policy import ValueHead
+from egspo_lightning.policy import Policy, ValueHead
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
@@ -18,6 +18,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         if type(module).__name__ in names or isinstance(module, ValueHead):  # whose type is not that of the trunk
             fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh)
+    if isinstance(network, Policy):
+        network.splits_rows = False
 
 
 @contextmanager

@@ -111,6 +111,8 @@ class Completion(NamedTuple):
     """How the grader got to its verdict: graded, no_answer, timeout or crashed."""
     reward_terms: Mapping[str, float] = {}
     """What the reward is a weighted sum of, by name, before weights."""
+    entropies: list[float] | None = None
+    """Entropies of the distributions that the tokens were sampled from, nats; None where the engine told none."""
 
 
 class UpdateSize(NamedTuple):

@@ -1,5 +1,8 @@
 """What is logged of an update and of a collection. Every value is detached, and a part: parts add up over ranks."""
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,35 @@ from egspo_lightning.ops.masking import masked_sum
 from egspo_lightning.types import RolloutBatch
 
 Metrics = dict[str, Tensor]
+Reduction = Literal["mean", "max"]
+
+
+class PhaseMetrics:
+    """Gathers the metrics of a phase, so that they are logged once and nothing waits for the device in between."""
+
+    def __init__(self) -> None:
+        self._gathered: dict[Reduction, dict[str, tuple[Tensor, int]]] = {}
+
+    def add(self, metrics: Mapping[str, Tensor | float], reduction: Reduction = "mean") -> None:
+        """One more value of each."""
+        gathered = self._gathered.setdefault(reduction, {})
+        for name, value in metrics.items():
+            tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+            if name in gathered:
+                total, count = gathered[name]
+                tensor = torch.maximum(total, tensor) if reduction == "max" else total + tensor
+                gathered[name] = tensor, count + 1
+            else:
+                gathered[name] = tensor, 1
+
+    def take(self) -> dict[Reduction, Metrics]:
+        """Means and maxima by name; gathering starts anew."""
+        taken: dict[Reduction, Metrics] = {
+            reduction: {name: value if reduction == "max" else value / count for name, (value, count) in found.items()}
+            for reduction, found in self._gathered.items()
+        }
+        self._gathered = {}
+        return taken
 
 
 @torch.no_grad()

@@ -32,3 +32,21 @@ def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     """Cut into ``parts`` runs whose sizes differ by at most one; some are empty where there are too few items."""
     bounds = [len(items) * i // parts for i in range(parts + 1)]
     return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+SPLIT_TOKENS = 256
+"""Tokens of padding that are worth a forward pass of their own: launching its kernels takes about as long as they."""
+
+
+def like_lengths(lengths: Sequence[int], *, worth: int = SPLIT_TOKENS) -> list[list[int]]:
+    """Rows, shortest first, in runs of like length: cut where that saves more than ``worth`` tokens of padding."""
+    return _cut(sorted(range(len(lengths)), key=lambda row: lengths[row]), lengths, worth)
+
+
+def _cut(rows: list[int], lengths: Sequence[int], worth: int) -> list[list[int]]:
+    longest = lengths[rows[-1]] if rows else 0
+    savings = [(i * (longest - lengths[rows[i - 1]]), i) for i in range(1, len(rows))]
+    saved, place = max(savings, default=(0, 0))
+    if saved <= worth:
+        return [rows]
+    return [*_cut(rows[:place], lengths, worth), *_cut(rows[place:], lengths, worth)]

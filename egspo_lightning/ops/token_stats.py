@@ -8,8 +8,11 @@ from torch.autograd.function import once_differentiable
 
 from egspo_lightning.ops.masking import Values, as_tensor
 
-CHUNK_ELEMENTS = 2**25
-"""Logits held at a time where no chunk size is given: 128 MiB in float32."""
+CPU_TILE, GPU_TILE = 2**21, 2**25
+"""Logits held at a time where no sizes are given: 8 MiB in float32, which a processor's cache holds, and 128 MiB."""
+
+TILE_TOKENS = 2048
+"""Tokens a tile, where there are so many: for them a tile of the head is read, and its gradient written, once."""
 
 
 class TokenStats(NamedTuple):
@@ -44,19 +47,25 @@ def token_stats(
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    vocab_chunk_size: int | None = None,
 ) -> TokenStats:
-    """The same from hidden states, a chunk of tokens at a time: the logits (N, V) never exist at once.
+    """The same from hidden states, a tile of tokens x vocabulary at a time: the logits (N, V) never exist at once.
 
-    The backward pass recomputes each chunk's logits, which costs one more matrix product with the head, and needs
-    memory for one chunk. With z the logits over the temperature, p their softmax:
-    ``d log p_y / dz = onehot(y) - p`` and ``d H / dz = -p (log p + H)``.
+    With z the logits over the temperature, p their softmax and m a running maximum, ``s = sum_v exp(z_v - m)`` and
+    ``u = sum_v exp(z_v - m) (z_v - m)`` are carried from tile to tile; then ``log p_y = z_y - m - log s`` and
+    ``H = log s - u / s``, whose two terms are never negative, so that nothing cancels.
+
+    The backward pass makes each tile anew, which costs one more matrix product with the head:
+    ``d log p_y / dz = onehot(y) - p`` and ``d H / dz = -p (log p + H)``. Tokens without an upstream gradient have no
+    part in it.
 
     Args:
         hidden_states: (..., D), the state before each token
         lm_head: the output layer, or its weight (V, D)
         input_ids: (...) int64
         temperature: the sampling temperature
-        chunk_size: tokens a chunk; by default as many as make ``CHUNK_ELEMENTS`` logits
+        chunk_size: tokens a tile; by default ``TILE_TOKENS``, or more where a tile then still has the whole vocabulary
+        vocab_chunk_size: vocabulary entries a tile; by default as many as make ``CPU_TILE`` or ``GPU_TILE`` logits
     """
     weight: Tensor = lm_head if isinstance(lm_head, Tensor) else lm_head.weight
     bias: Tensor | None = None if isinstance(lm_head, Tensor) else lm_head.bias
@@ -65,15 +74,14 @@ def token_stats(
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if chunk_size is None:
-        chunk_size = max(CHUNK_ELEMENTS // weight.shape[0], 16)
-    logprobs, entropies = _ChunkedTokenStats.apply(
+    logprobs, entropies = _TiledTokenStats.apply(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         weight,
         bias,
         input_ids.reshape(-1),
         temperature,
         chunk_size,
+        vocab_chunk_size,
     )
     return TokenStats(logprobs.view(input_ids.shape), entropies.view(input_ids.shape))
 
@@ -82,13 +90,52 @@ def _widen(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = _widen(torch.nn.functional.linear(hidden, weight, bias))
-    return logits if temperature == 1.0 else logits / temperature
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
 
 
-class _ChunkedTokenStats(torch.autograd.Function):
-    """Forward keeps hidden states, log-normalisers and entropies; backward recomputes the logits by chunk."""
+class _Tiles:
+    """Cuts tokens x vocabulary into tiles, and computes their logits into one buffer."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        chunk_size: int | None,
+        vocab_chunk_size: int | None,
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.temperature = hidden, weight, bias, temperature
+        (num_tokens, _), (num_entries, _) = hidden.shape, weight.shape
+        elements = CPU_TILE if hidden.device.type == "cpu" else GPU_TILE
+        height = min(chunk_size or max(TILE_TOKENS, elements // num_entries), max(num_tokens, 1))
+        width = min(vocab_chunk_size or max(elements // height, 1), num_entries)
+        self.tokens = [slice(i, min(i + height, num_tokens)) for i in range(0, num_tokens, height)]
+        self.entries = [slice(i, min(i + width, num_entries)) for i in range(0, num_entries, width)]
+        self._size, self._buffers = height * width, dict[tuple[str, torch.dtype], Tensor]()
+
+    def logits(self, tokens: slice, entries: slice) -> Tensor:
+        """(n, v) over the temperature, float32 or wider, in a buffer that the next call uses again."""
+        hidden, weight = self.hidden[tokens], self.weight[entries]
+        product = self.buffer("product", torch.Size((len(hidden), len(weight))), hidden.dtype)
+        if self.bias is None:
+            torch.mm(hidden, weight.T, out=product)
+        else:
+            torch.addmm(self.bias[entries], hidden, weight.T, out=product)
+        wide = _wide_dtype(hidden.dtype)
+        logits = product if hidden.dtype == wide else self.buffer("wide", product.shape, wide).copy_(product)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+    def buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """(n, v), contiguous; what it held is lost."""
+        if (name, dtype) not in self._buffers:
+            self._buffers[name, dtype] = self.hidden.new_empty(self._size, dtype=dtype)
+        return self._buffers[name, dtype][: shape.numel()].view(shape)
+
+
+class _TiledTokenStats(torch.autograd.Function):
+    """Forward keeps hidden states, log-normalisers and entropies; backward recomputes the logits tile by tile."""
 
     @staticmethod
     def forward(
@@ -98,20 +145,18 @@ class _ChunkedTokenStats(torch.autograd.Function):
         bias: Tensor | None,  # (V,)
         input_ids: Tensor,  # (N,)
         temperature: float,
-        chunk_size: int,
+        chunk_size: int | None,
+        vocab_chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
-        wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
-        log_norms, chosen, entropies = (hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3))
+        log_norms, chosen, entropies = (
+            hidden.new_empty(hidden.shape[0], dtype=_wide_dtype(hidden.dtype)) for _ in range(3)
+        )
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], chunk_size):
-                part = slice(start, start + chunk_size)
-                logits = _logits(hidden[part], weight, bias, temperature)
-                log_norms[part] = logits.logsumexp(-1)
-                log_probs = logits.sub_(log_norms[part].unsqueeze(-1))
-                chosen[part] = log_probs.gather(-1, input_ids[part].unsqueeze(-1)).squeeze(-1)
-                entropies[part] = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+            tiles = _Tiles(hidden, weight, bias, temperature, chunk_size, vocab_chunk_size)
+            for tokens in tiles.tokens:
+                log_norms[tokens], chosen[tokens], entropies[tokens] = _fold(tiles, tokens, input_ids[tokens])
         ctx.save_for_backward(hidden, weight, bias, input_ids, log_norms, entropies)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.settings = temperature, chunk_size, vocab_chunk_size
         ctx.set_materialize_grads(False)
         return chosen, entropies
 
@@ -119,38 +164,111 @@ class _ChunkedTokenStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, input_ids, log_norms, entropies = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=log_norms.dtype)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=log_norms.dtype)
+        active = _pulled(log_norms, grad_logprobs, grad_entropies)
+        pull_logprobs = None if grad_logprobs is None else grad_logprobs[active]
+        pull_entropies = None if grad_entropies is None else grad_entropies[active]
+        state = _Upstream(input_ids[active], log_norms[active], entropies[active], pull_logprobs, pull_entropies)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], ctx.chunk_size):
-                part = slice(start, start + ctx.chunk_size)
-                log_probs = _logits(hidden[part], weight, bias, ctx.temperature) - log_norms[part].unsqueeze(-1)
-                grad = _grad_logits(log_probs, input_ids[part], entropies[part], grad_logprobs, grad_entropies, part)
-                grad = (grad / ctx.temperature).to(weight.dtype)
-                grad_hidden[part] = grad @ weight
-                grad_weight += grad.T @ hidden[part]
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+            tiles = _Tiles(hidden[active], weight, bias, *ctx.settings)
+            grad_active, grad_weight, grad_bias = _pull_back(tiles, state, log_norms.dtype)
+        grad_hidden = torch.zeros_like(hidden).index_copy_(0, active, grad_active.to(hidden.dtype))
+        of_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), of_bias, None, None, None, None
 
 
-def _grad_logits(
-    log_probs: Tensor,
-    input_ids: Tensor,
-    entropies: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropies: Tensor | None,
-    part: slice,
-) -> Tensor:
-    """Gradient with respect to ``logits / temperature`` of one chunk, (n, V)."""
-    probs = log_probs.exp()
-    grad = torch.zeros_like(probs)
-    if grad_logprobs is not None:
-        upstream = grad_logprobs[part].unsqueeze(-1)
-        grad -= probs * upstream
-        grad.scatter_add_(-1, input_ids.unsqueeze(-1), upstream)
-    if grad_entropies is not None:
-        grad -= probs * (log_probs + entropies.unsqueeze(-1)) * grad_entropies[part].unsqueeze(-1)
+def _pulled(like: Tensor, *pulls: Tensor | None) -> Tensor:
+    """Numbers of the tokens that have an upstream gradient."""
+    is_pulled = torch.zeros_like(like, dtype=torch.bool)
+    for pull in pulls:
+        if pull is not None:
+            is_pulled |= pull != 0
+    return is_pulled.nonzero().squeeze(1)
+
+
+def _fold(tiles: _Tiles, tokens: slice, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-normaliser, log-probability and entropy of some tokens, (n,) each."""
+    maxima = tiles.hidden.new_full(
+        input_ids.shape, torch.finfo(torch.float32).min, dtype=_wide_dtype(tiles.hidden.dtype)
+    )
+    sums, moments, chosen = (torch.zeros_like(maxima) for _ in range(3))
+    for entries in tiles.entries:
+        logits = tiles.logits(tokens, entries)
+        found, inside = _at(logits, input_ids, entries)
+        chosen = torch.where(inside, found, chosen)
+        risen = torch.maximum(maxima, logits.amax(-1))
+        shift, maxima = maxima - risen, risen
+        logits.sub_(maxima.unsqueeze(-1))
+        weights = torch.exp(logits, out=tiles.buffer("second", logits.shape, logits.dtype))
+        moments = shift.exp() * (moments + shift * sums) + torch.linalg.vecdot(weights, logits)
+        sums = shift.exp() * sums + weights.sum(-1)
+    log_sums = sums.log()
+    return maxima + log_sums, chosen - maxima - log_sums, log_sums - moments / sums
+
+
+def _at(logits: Tensor, input_ids: Tensor, entries: slice) -> tuple[Tensor, Tensor]:
+    """The tokens' own logits, and whether they lie in this part of the vocabulary, (n,) each."""
+    local = input_ids - entries.start
+    inside = (local >= 0) & (local < logits.shape[1])
+    return logits.gather(-1, local.clamp(0, logits.shape[1] - 1).unsqueeze(-1)).squeeze(-1), inside
+
+
+class _Upstream(NamedTuple):
+    """What the backward pass knows of each token, (N,) each."""
+
+    input_ids: Tensor
+    log_norms: Tensor
+    entropies: Tensor
+    pull_logprobs: Tensor | None
+    pull_entropies: Tensor | None
+
+    def of(self, tokens: slice) -> "_Upstream":
+        """Some tokens' part."""
+        pull_logprobs = None if self.pull_logprobs is None else self.pull_logprobs[tokens]
+        pull_entropies = None if self.pull_entropies is None else self.pull_entropies[tokens]
+        own = self.input_ids[tokens], self.log_norms[tokens], self.entropies[tokens]
+        return _Upstream(*own, pull_logprobs, pull_entropies)
+
+
+def _pull_back(tiles: _Tiles, upstream: _Upstream, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias, in ``wide``."""
+    hidden, weight = tiles.hidden, tiles.weight
+    grad_hidden, grad_weight = (torch.zeros_like(values, dtype=wide) for values in (hidden, weight))
+    grad_bias = weight.new_zeros(weight.shape[0], dtype=wide)
+    for tokens in tiles.tokens:
+        part = upstream.of(tokens)
+        for entries in tiles.entries:
+            grad = _grad_logits(tiles, tokens, entries, part)
+            if tiles.bias is not None:
+                grad_bias[entries] += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            _add_product(grad_hidden[tokens], grad, weight[entries])
+            _add_product(grad_weight[entries], grad.T, hidden[tokens])
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _grad_logits(tiles: _Tiles, tokens: slice, entries: slice, upstream: _Upstream) -> Tensor:
+    """Gradient with respect to the head's output in one tile, (n, v): that of ``logits / temperature`` over it."""
+    input_ids, log_norms, entropies, pull_logprobs, pull_entropies = upstream
+    log_probs = tiles.logits(tokens, entries).sub_(log_norms.unsqueeze(-1))
+    if pull_entropies is None:
+        pull_logprobs = torch.zeros_like(log_norms) if pull_logprobs is None else pull_logprobs
+        grad = log_probs.exp_().mul_((-pull_logprobs / tiles.temperature).unsqueeze(-1))
+    else:
+        probs = torch.exp(log_probs, out=tiles.buffer("second", log_probs.shape, log_probs.dtype))
+        constant = pull_entropies * entropies + (0 if pull_logprobs is None else pull_logprobs)
+        grad = log_probs.mul_(-pull_entropies.unsqueeze(-1)).sub_(constant.unsqueeze(-1))
+        grad = grad.mul_(probs).div_(tiles.temperature)
+    if pull_logprobs is not None:
+        local = input_ids - entries.start
+        inside = (local >= 0) & (local < grad.shape[1])
+        own = torch.where(inside, pull_logprobs / tiles.temperature, 0.0)
+        grad.scatter_add_(-1, local.clamp(0, grad.shape[1] - 1).unsqueeze(-1), own.unsqueeze(-1))
     return grad
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, in place where the types allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -23,6 +23,8 @@ class Sample(NamedTuple):
     """The length limit came before an EOS."""
     logprobs: list[float]
     """Log-probability of each token under the distribution that it was sampled from, as the engine saw it, nats."""
+    entropies: list[float] | None = None
+    """Entropy of that distribution at each token, nats; None where an engine does not tell it."""
 
 
 class RolloutEngine(Protocol):

@@ -1,7 +1,7 @@
 """Sampled groups to scored rollouts, and what there is to measure of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,9 @@ class Collection(NamedTuple):
 
 
 def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[ScoredRollouts, Measurements]:
-    """Score a collection under the networks as they are now. Collective.
+    """Score a collection under the networks as they are now; what the engine told is taken where that is as good.
+
+    Collective. Where nothing is scored, the module's check of the first ratio still compares sampler and trainer.
 
     Raises:
         RuntimeError: the engine did not sample from the policy that the scorer sees.
@@ -40,8 +42,9 @@ def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[Sco
     prompts += [group.prompt for group in sampled.groups if group.expert is not None]
     pairs = [(prompt.token_ids, row.token_ids) for prompt, row in zip(prompts, rows, strict=True)]
     input_ids, mask = pad_right(pairs, policy.tokenizer.pad_token_id)
-    with policy.scoring():
-        scores = _score(policy, input_ids, mask)
+    with policy.scoring() as lm:
+        told = _sampled_scores(policy, rows, mask, next(lm.parameters()).device)
+        scores = _score(policy, input_ids, mask) if told is None else told
     device = scores.logprobs.device
     experts = [i for i, group in enumerate(sampled.groups) if group.expert is not None]
     rollouts = ScoredRollouts(
@@ -56,9 +59,11 @@ def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[Sco
         policy_version=policy.policy_version,
     )
     own = slice(0, rollouts.num_sampled)
-    gap = _sampler_gap(rows[own], scores.logprobs[own][rollouts.completion_mask[own]])
+    gap = {}
+    if told is None:
+        gap["rollout/sampler_gap"] = _sampler_gap(rows[own], scores.logprobs[own][rollouts.completion_mask[own]])
     seconds = {"time/score": (time.perf_counter() - started, 1.0)}
-    return rollouts, {**measure(sampled), **seconds, "rollout/sampler_gap": gap}
+    return rollouts, {**measure(sampled), **seconds, **gap}
 
 
 def collection_rows(groups: Sequence[Group]) -> list[Completion]:
@@ -110,6 +115,21 @@ def measure(sampled: Sampled) -> Measurements:
         f"rollout/reward/{name}": (sum(completion.reward_terms[name] for completion in completions), count)
         for name in completions[0].reward_terms
     }
+
+
+def _sampled_scores(
+    policy: RolloutPolicy, rows: Sequence[Completion], mask: Tensor, device: torch.device
+) -> Scores | None:
+    """What the engine told of each token, (B, T); None where it has to be scored, as experts' solutions have."""
+    entropies = [row.entropies for row in rows if row.entropies is not None]
+    if not policy.takes_sampled_statistics or len(entropies) < len(rows):
+        return None
+
+    def spread(values: Iterable[list[float]]) -> Tensor:
+        flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
+        return torch.zeros(mask.shape).masked_scatter(mask, flat).to(device)
+
+    return Scores(spread(row.logprobs for row in rows), spread(entropies))
 
 
 def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:

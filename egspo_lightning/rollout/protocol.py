@@ -51,6 +51,11 @@ class RolloutPolicy(Protocol):
         """Whether rollouts with advantage 0 take part in the loss."""
         ...
 
+    @property
+    def takes_sampled_statistics(self) -> bool:
+        """Whether what the engine says of the tokens that it sampled can stand for ``score``."""
+        ...
+
     def sampling(self) -> AbstractContextManager[Any]:
         """Enter eval mode, no gradients, the precision of training; gives the causal language model.
 

@@ -111,6 +111,7 @@ def grade(
             extracted=detail.grade.extracted,
             status=detail.grade.status,
             reward_terms=result.terms,
+            entropies=sample.entropies,
         )
         for sample, text, detail, result in zip(samples, texts, details, scored, strict=True)
     ]

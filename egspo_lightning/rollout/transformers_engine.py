@@ -8,14 +8,13 @@ not on batch composition, number of ranks or global RNG state.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.token_stats import token_stats_from_logits
 from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.types import Sampling
 
@@ -64,36 +63,57 @@ def _decode(
     uniforms = _uniforms(requests, limit).to(device) if sampling.temperature > 0 else None
     state = _prefill(lm, requests, pad_id, device)
     ends = torch.tensor(list(eos_ids), device=device)
-    tokens = torch.full((len(requests), limit), pad_id, device=device)
-    logprobs = torch.zeros(len(requests), limit, device=device)
-    lengths = torch.full((len(requests),), limit, device=device)
-    ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
+    written = _Written.blank(len(requests), limit, device)
     rows = torch.arange(len(requests), device=device)  # where each row of the shrinking batch belongs
+    running = torch.ones(len(requests), dtype=torch.bool, device=device)  # of those rows
     for step in range(limit):
-        chosen = sample_tokens(state.logits, None if uniforms is None else uniforms[rows, step], sampling)
-        running = ~ended[rows]
-        tokens[rows, step] = torch.where(running, chosen, pad_id)
-        logprobs[rows, step] = token_stats_from_logits(
-            state.logits, chosen, temperature=sampling.temperature or 1.0
-        ).logprobs
-        hit = running & torch.isin(chosen, ends)
-        lengths[rows[hit]] = step + 1
-        ended[rows[hit]] = True
-        keep = ~ended[rows]
-        num_running = int(keep.sum())
+        drawn = sample_tokens(state.logits, None if uniforms is None else uniforms[:, step], sampling)
+        written.put(rows, step, drawn, running)
+        running = running & ~torch.isin(drawn.tokens, ends)
+        num_running = int(running.sum())  # the one time a step that the host waits for the device
         if num_running == 0 or step == limit - 1:
             break
+        chosen = drawn.tokens
         if num_running <= SHRINK_BELOW * len(rows):
-            kept = keep.nonzero().squeeze(1)
+            kept = running.nonzero().squeeze(1)
             state.select(kept)
-            rows, chosen = rows[kept], chosen[kept]
+            rows, chosen, running = rows[kept], chosen[kept], running[kept]
+            uniforms = None if uniforms is None else uniforms[kept]
         state.advance(lm, chosen)
-    return [
-        Sample(row[:length], not has_ended, values[:length])
-        for row, length, has_ended, values in zip(
-            tokens.tolist(), lengths.tolist(), ended.tolist(), logprobs.tolist(), strict=True
+    return written.samples(rows[running])
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What has been sampled, (B, limit) each, and how long each completion is, (B,)."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def blank(cls, size: int, limit: int, device: torch.device) -> "_Written":
+        shape = size, limit
+        tokens, logprobs, entropies = (
+            torch.zeros(shape, device=device, dtype=t) for t in (torch.long, *2 * (torch.float32,))
         )
-    ]
+        return cls(tokens, logprobs, entropies, torch.zeros(size, dtype=torch.long, device=device))
+
+    def put(self, rows: Tensor, step: int, drawn: "Drawn", running: Tensor) -> None:
+        """Write a step; what rows that have ended are given lies beyond their length."""
+        for whole, column in zip((self.tokens, self.logprobs, self.entropies), drawn, strict=True):
+            whole[rows, step] = column
+        self.lengths[rows] += running
+
+    def samples(self, running: Tensor) -> list[Sample]:
+        """One a row; those that still run have been cut off."""
+        is_cut = torch.zeros_like(self.lengths, dtype=torch.bool).index_fill_(0, running, True)
+        columns = (self.tokens, self.lengths, is_cut, self.logprobs, self.entropies)
+        return [
+            Sample(tokens[:length], cut, logprobs[:length], entropies[:length])
+            for tokens, length, cut, logprobs, entropies in zip(*(c.tolist() for c in columns), strict=True)
+        ]
 
 
 class _CompactCache(DynamicCache):
@@ -181,25 +201,43 @@ def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], li
     return distinct, repeats
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> Tensor:
+class Drawn(NamedTuple):
+    """One token a row, with the statistics of the distribution at the sampling temperature, (B,) each."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> Drawn:
     """One token a row by inverting the distribution function: the first v with ``sum_{w <= v} p_w > u``.
+
+    One softmax serves for sampling and statistics; those are of the whole distribution, whatever ``top_p``, and at
+    temperature 1 where sampling is greedy.
 
     Args:
         logits: (B, V)
         uniforms: (B,) in [0, 1]; None for greedy
         sampling: temperature and top_p
     """
+    probs = torch.softmax(logits.float() / (sampling.temperature or 1.0), -1)
     if uniforms is None or sampling.temperature == 0:
-        return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / sampling.temperature, -1)
-    if sampling.top_p < 1:
-        probs = _nucleus(probs, sampling.top_p)
+        tokens = logits.argmax(-1)
+    else:
+        tokens = _invert(probs, uniforms, sampling.top_p)
+    logprobs = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log()
+    return Drawn(tokens, logprobs, torch.special.entr(probs).sum(-1))
+
+
+def _invert(probs: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    if top_p < 1:
+        probs = _nucleus(probs, top_p)
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1]  # 1 but for rounding
     # a uniform just below 1 is 1 in float32: without the bound it would choose the last token, possible or not
     target = (uniforms * total).minimum(total.nextafter(torch.zeros_like(total)))
     chosen = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
-    return chosen.clamp(max=logits.shape[-1] - 1)  # only NaN exceeds it
+    return chosen.clamp(max=probs.shape[-1] - 1)  # only NaN exceeds it
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

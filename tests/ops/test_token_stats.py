@@ -26,11 +26,11 @@ def test_temperature_divides_the_logits():
     assert hot.logprobs.item() == pytest.approx(-math.log1p(math.exp(-1)), abs=1e-6)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 100, None])
+@pytest.mark.parametrize(("chunk_size", "vocab_chunk_size"), [(1, None), (4, 3), (100, 1), (None, 4), (None, None)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_chunks_give_the_values_and_gradients_of_the_whole(chunk_size, bias):
+def test_tiles_give_the_values_and_gradients_of_the_whole(chunk_size, vocab_chunk_size, bias):
     hidden, head, ids = make(torch.float64, bias)
-    ours = token_stats(hidden, head, ids, temperature=0.7, chunk_size=chunk_size)
+    ours = token_stats(hidden, head, ids, temperature=0.7, chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size)
     naive = token_stats_from_logits(head(hidden), ids, temperature=0.7)
     assert_close(ours, naive, rtol=1e-12, atol=1e-12)
     leaves = [hidden, *head.parameters()]
@@ -87,3 +87,41 @@ def test_a_sharp_distribution_has_finite_values_and_gradients():
     assert stats.entropies.item() == pytest.approx(0.0, abs=1e-6)
     (stats.logprobs + stats.entropies).sum().backward()
     assert logits.grad.isfinite().all()
+
+
+def test_tokens_without_an_upstream_gradient_have_no_part_in_the_backward_pass():
+    hidden, head, ids = make(torch.float64)
+    pull = torch.randn(3, 7, dtype=torch.float64)
+    pull[0], pull[2, 3:] = 0.0, 0.0
+    leaves = [hidden, *head.parameters()]
+    ours, naive = token_stats(hidden, head, ids, chunk_size=4), token_stats_from_logits(head(hidden), ids)
+    of_ours, of_naive = (torch.autograd.grad((pull * stats.logprobs).sum(), leaves) for stats in (ours, naive))
+    assert_close(of_ours, of_naive, rtol=1e-10, atol=1e-12)
+    assert of_naive[0][1].abs().min() > 0
+    assert not of_ours[0][0].any()
+
+
+def test_large_logits_lose_no_more_digits_in_tiles_than_at_once():
+    """A running sum of probabilities times logits would: at logits of 1000 it is off by 1e-4."""
+    torch.manual_seed(0)
+    hidden, weight = torch.full((6, 1), 1.0), 1000 + torch.randn(50, 1)
+    ids = torch.randint(50, (6,))
+    exact = token_stats_from_logits((hidden @ weight.T).double(), ids)
+    ours = token_stats(hidden, weight, ids, vocab_chunk_size=7)
+    assert_close(ours.entropies.double(), exact.entropies, rtol=0, atol=2e-6)
+    assert_close(ours.logprobs.double(), exact.logprobs, rtol=0, atol=2e-6)
+
+
+def test_gradients_in_float32_against_the_whole():
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 64, requires_grad=True)
+    head, ids, pull = nn.Linear(64, 3000, bias=False), torch.randint(3000, (40,)), torch.randn(2, 40)
+    ours, naive = (
+        torch.autograd.grad((pull[0] * s.logprobs + pull[1] * s.entropies).sum(), [hidden, head.weight])
+        for s in (
+            token_stats(hidden, head, ids, chunk_size=16, vocab_chunk_size=700),
+            token_stats_from_logits(head(hidden), ids),
+        )
+    )
+    for mine, theirs in zip(ours, naive, strict=True):
+        assert ((mine - theirs).abs().max() / theirs.abs().max()).item() < 1e-5

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from egspo_lightning.ops.padding import split_evenly
+from egspo_lightning.ops.padding import like_lengths, split_evenly
 from egspo_lightning.rollout.minibatches import count_updates, cut_updates, micro_batches, plan_updates
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
@@ -211,3 +211,12 @@ def test_splitting_evenly(count, parts):
     assert len(runs) == parts
     assert list(itertools.chain(*runs)) == list(range(count))
     assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+def test_rows_are_cut_where_it_saves_more_padding_than_a_pass_is_worth():
+    lengths = [9, 3, 10, 3, 10, 2]  # shortest first: 2 3 3 9 10 10; a cut behind the third saves 3 * (10 - 3) = 21
+    assert like_lengths(lengths, worth=20) == [[5, 1, 3], [0, 2, 4]]
+    assert like_lengths(lengths, worth=21) == [[5, 1, 3, 0, 2, 4]]
+    assert like_lengths(lengths, worth=0) == [[5], [1, 3], [0], [2, 4]]
+    assert like_lengths([4, 4, 4], worth=0) == [[0, 1, 2]]
+    assert like_lengths([7]) == [[0]]

@@ -195,7 +195,7 @@ def test_tokens_come_with_their_probabilities(temperature):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(12, generator=generator) * 1.5
     uniforms = torch.rand(40_000, generator=generator)
-    tokens = sample_tokens(logits.expand(40_000, -1), uniforms, Sampling(1, temperature))
+    tokens = sample_tokens(logits.expand(40_000, -1), uniforms, Sampling(1, temperature)).tokens
     probs = torch.softmax(logits.double() / temperature, 0)
     assert chi_square_excess(tokens.bincount(minlength=12), probs) < 4
     others = torch.softmax(logits.double() / (temperature * 1.15), 0)
@@ -220,15 +220,15 @@ def test_two_tokens_in_a_row_come_with_their_joint_probability():
 def test_inverting_the_distribution_function_by_hand():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(8, 4)
     uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, 0.9999])
-    assert sample_tokens(logits, uniforms, Sampling(1)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sample_tokens(logits, uniforms, Sampling(1)).tokens.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_temperature_by_hand():
     logits = torch.tensor([0.2, 0.8]).log().expand(4, 2)
     uniforms = torch.tensor([0.05, 0.07, 0.32, 0.34])  # T = 1/2 squares: p_0 = 1/17; T = 2 takes roots: p_0 = 1/3
-    assert sample_tokens(logits, uniforms, Sampling(1, temperature=0.5)).tolist() == [0, 1, 1, 1]
-    assert sample_tokens(logits, uniforms, Sampling(1, temperature=2.0)).tolist() == [0, 0, 0, 1]
-    assert sample_tokens(logits, uniforms, Sampling(1, temperature=0.0)).tolist() == [1, 1, 1, 1]
+    assert sample_tokens(logits, uniforms, Sampling(1, temperature=0.5)).tokens.tolist() == [0, 1, 1, 1]
+    assert sample_tokens(logits, uniforms, Sampling(1, temperature=2.0)).tokens.tolist() == [0, 0, 0, 1]
+    assert sample_tokens(logits, uniforms, Sampling(1, temperature=0.0)).tokens.tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_temperature_by_hand():
 def test_the_nucleus_by_hand(top_p, kept):
     probs = torch.tensor([0.2, 0.4, 0.1, 0.3])  # ranked: 1 (0.4), 3 (0.7), 0 (0.9), 2 (1.0)
     uniforms = (torch.arange(20_000) + 0.5) / 20_000  # every share of the interval, evenly
-    tokens = sample_tokens(probs.log().expand(20_000, -1), uniforms, Sampling(1, top_p=top_p))
+    tokens = sample_tokens(probs.log().expand(20_000, -1), uniforms, Sampling(1, top_p=top_p)).tokens
     assert set(tokens.tolist()) == kept
     mass = sum(probs[token].item() for token in kept)
     for token in kept:
@@ -253,7 +253,7 @@ def test_a_token_without_probability_is_never_drawn(top_p):
     impossible[0] = impossible[-1] = impossible[-2] = True
     logits[:, impossible] = -torch.inf
     for u in (0.0, 1e-12, 0.5, 1 - 2**-20, 1 - 2**-24, 1.0):  # a double just below 1 is 1 in float32
-        tokens = sample_tokens(logits, torch.full((256,), u), Sampling(1, top_p=top_p))
+        tokens = sample_tokens(logits, torch.full((256,), u), Sampling(1, top_p=top_p)).tokens
         assert not impossible[tokens].any(), u
 
 

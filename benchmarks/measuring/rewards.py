@@ -1,0 +1,15 @@
+"""A reward that a policy with random weights sometimes earns: groups have a spread, so that updates have work."""
+
+from collections.abc import Sequence
+
+
+class EvenCharacters:
+    """Share of characters with an even code."""
+
+    def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[float]:
+        """One a completion."""
+        return [_share(text) for text in completions]
+
+
+def _share(text: str) -> float:
+    return sum(ord(character) % 2 == 0 for character in text) / max(len(text), 1)

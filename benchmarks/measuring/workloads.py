@@ -1,0 +1,161 @@
+"""What is trained in the benchmarks: a folder with weights and tokenizer, and the flags of our command line for it.
+
+Both sides of a comparison load the same folder, so they have the same weights, prompts and sizes.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from comparison.listeners import StopAfterSFT
+from comparison.runs import QUIET
+from egspo_lightning.cli import EgspoCLI
+from egspo_lightning.cli import run as run_cli
+
+REPOSITORY = Path(__file__).parents[2]
+QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+TINY_MODEL = REPOSITORY / "configs" / "tiny_model"
+FOLDER = REPOSITORY / "logs" / "speed"
+
+
+class Workload(NamedTuple):
+    """A model and the sizes of its iterations."""
+
+    folder: Path
+    """weights and tokenizer"""
+    num_problems: int = 16
+    num_generations: int = 8
+    num_ppo_epochs: int = 2
+    num_minibatches: int = 2
+    max_completion_length: int = 64
+    learning_rate: float = 1e-4
+    seed: int = 1
+    reward: str = "egspo_lightning.rewards.functions.CorrectnessReward"
+
+    @property
+    def num_rollouts(self) -> int:
+        """Completions an iteration."""
+        return self.num_problems * self.num_generations
+
+    def flags(self) -> list[str]:
+        """Of our command line: the quickstart from this model's weights, in stage EGSPO from the start."""
+        sizes = ("num_problems", "num_generations", "num_ppo_epochs", "num_minibatches", "max_completion_length")
+        return [
+            f"--config={QUICKSTART}",
+            *QUIET,
+            "--trainer.logger=false",
+            "--math_benchmark.enabled=false",
+            f"--trainer.default_root_dir={self.folder.parent}",
+            f"--seed_everything={self.seed}",
+            "--model.initial_stage=egspo",
+            f"--model.policy.name_or_path={self.folder}",
+            "--model.policy.from_scratch=false",
+            f"--stage_transition.learning_rate={self.learning_rate}",
+            f"--data.reward={self.reward}",
+            *(f"--data.{name}={getattr(self, name)}" for name in sizes),
+        ]
+
+
+def quickstart(models: Path = FOLDER, seed: int = 1) -> Workload:
+    """The quickstart in mid-training: after its SFT, which is run once and kept."""
+    folder = models / f"quickstart-{seed}"
+    if not (folder / "config.json").exists():
+        _publish(folder, lambda partial: _train_sft(partial, seed))
+    return Workload(folder, seed=seed)
+
+
+def _train_sft(folder: Path, seed: int) -> None:
+    stop = f"{StopAfterSFT.__module__}.{StopAfterSFT.__qualname__}"
+    arguments = [f"--config={QUICKSTART}", *QUIET, "--math_benchmark.enabled=false", f"--seed_everything={seed}"]
+    arguments += [f"--trainer.callbacks+={stop}", f"--trainer.default_root_dir={folder}"]
+    module: Any = run_cli(["fit", *arguments]).model
+    module.policy.lm.save_pretrained(folder)
+    module.tokenizer.save_pretrained(folder)
+
+
+class Shape(NamedTuple):
+    """Of a model with random weights."""
+
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 32_000
+
+
+def random_model(models: Path = FOLDER, shape: Shape = Shape(), **sizes: Any) -> Workload:  # noqa: B008
+    """A model with random weights; rewards are those of ``measuring.rewards``, since it gets no problem right."""
+    folder = models / ("random-" + "-".join(map(str, shape)))
+    if not (folder / "config.json").exists():
+        _publish(folder, lambda partial: _write_random(partial, shape))
+    return Workload(folder, reward="measuring.rewards.EvenCharacters", **sizes)
+
+
+def _write_random(folder: Path, shape: Shape) -> None:
+    tokenizer = json.loads((TINY_MODEL / "tokenizer.json").read_text())
+    entries: dict[str, int] = tokenizer["model"]["vocab"]
+    specials = tokenizer["added_tokens"]
+    first_special = shape.vocabulary - len(specials)
+    entries |= {f"w{i}": i for i in range(256, first_special)}  # beyond the bytes: words that only a model writes
+    for i, special in enumerate(specials):
+        special["id"] = first_special + i
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(TINY_MODEL / "tokenizer_config.json", folder)
+    tiny: dict[str, Any] = json.loads((TINY_MODEL / "config.json").read_text())
+    sizes = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": 4 * shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "vocab_size": shape.vocabulary,
+        "eos_token_id": first_special,
+        "pad_token_id": first_special + 1,
+    }
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**(tiny | sizes))).save_pretrained(folder)
+
+
+def _publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """A folder that is there is whole."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    partial.rename(folder)
+
+
+def choose(name: str, models: Path) -> Workload:
+    """A workload by its name."""
+    if name == "smoke":  # for tests: seconds
+        sizes = {"num_problems": 2, "num_generations": 4, "max_completion_length": 32}
+        return random_model(models, Shape(32, 1, 2, 300), **sizes)
+    return quickstart(models) if name == "quickstart" else random_model(models)
+
+
+NAMES = {
+    "quickstart": "the quickstart in mid-training",
+    "random": "256 hidden, 4 layers, 32 k vocabulary, random weights",
+    "smoke": "a few tokens, for a test of the script",
+}
+
+
+def train(workload: Workload, iterations: int, callbacks: Sequence[Any], *more: str) -> EgspoCLI:
+    """Our command line on a workload, with these callbacks as well."""
+    listeners = [f"--trainer.callbacks+={json.dumps(_spec(callback))}" for callback in callbacks]
+    return run_cli(["fit", *workload.flags(), f"--trainer.max_epochs={iterations}", *listeners, *more])
+
+
+def _spec(callback: Any) -> dict[str, Any]:
+    name, arguments = callback if isinstance(callback, tuple) else (callback, {})
+    return {"class_path": f"{name.__module__}.{name.__qualname__}", "init_args": arguments}
+
+
+def found(cli: EgspoCLI, kind: type[Any]) -> Any:
+    """The callback of a finished run, with what it has measured."""
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return next(callback for callback in callbacks if isinstance(callback, kind))

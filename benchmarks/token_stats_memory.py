@@ -1,0 +1,175 @@
+"""Peak memory and time of log-probabilities, entropies and their backward pass: `--help`.
+
+Every measurement is a process of its own. Memory is what is needed beyond the weights, their gradients, the hidden
+states and theirs. Liger's Triton loss kernels start from whole logits and need a GPU.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from comparison.arguments import told
+from egspo_lightning.errors import UserError
+from measuring.heads import WAYS, absence
+from measuring.memory import MIB, available, peak
+from measuring.report import parse, parser, publish
+from measuring.timing import Reading, Stopwatch, ratio, seconds
+
+NAME = "token_stats_memory"
+
+
+class Job(NamedTuple):
+    """One measurement."""
+
+    way: str
+    num_tokens: int
+    vocabulary: int
+    hidden: int
+    threads: int
+    device: str
+    with_entropies: bool
+
+
+class Measured(NamedTuple):
+    """What came of it."""
+
+    reading: Reading
+    mib: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(_flags(), argv)
+    rows = [row for count in arguments.tokens for row in _compare(arguments, count)]
+    worst = _gradient_errors(arguments)
+    gradients = [{"way": name, "largest relative error": error} for name, error in worst.items()]
+    title = f"Gradients against the naive way's, {arguments.check_tokens} tokens, float32"
+    publish(NAME, arguments, {"Statistics and backward pass": rows, title: gradients})
+    return 0
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = parser(NAME, "Memory and time of token statistics with their backward pass.", rounds=2)
+    flags.add_argument("--tokens", type=int, nargs="+", default=[4096], help="tokens (4096)")
+    flags.add_argument("--vocabulary", type=int, default=151_936, help="(151936, as Qwen2.5)")
+    flags.add_argument("--hidden", type=int, default=896, help="(896, as Qwen2.5-0.5B)")
+    flags.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="(all)")
+    flags.add_argument("--check_tokens", type=int, default=256, help="tokens of the comparison of gradients (256)")
+    flags.add_argument("--device", default="cpu", help="cpu or cuda")
+    gradients = "logprobs: entropies take no gradient, as in training without an entropy bonus; both (default)"
+    flags.add_argument("--gradients", choices=["both", "logprobs"], default="both", help=gradients)
+    return flags
+
+
+def _compare(arguments: argparse.Namespace, num_tokens: int) -> list[dict[str, Any]]:
+    absent = {name: _obstacle(name, num_tokens, arguments) for name in arguments.ways}
+    found: dict[str, list[Measured]] = {name: [] for name in arguments.ways if absent[name] is None}
+    for _ in range(arguments.rounds):
+        for name in found:
+            found[name].append(_in_own_process(_job(arguments, name, num_tokens)))
+    return [_row(name, num_tokens, found, absent[name]) for name in arguments.ways]
+
+
+def _job(arguments: argparse.Namespace, name: str, num_tokens: int) -> Job:
+    settings = arguments.vocabulary, arguments.hidden, arguments.threads, arguments.device
+    return Job(name, num_tokens, *settings, arguments.gradients == "both")
+
+
+def _obstacle(name: str, num_tokens: int, arguments: argparse.Namespace) -> str | None:
+    """Why it cannot be measured here."""
+    needed = WAYS[name].logits_held * num_tokens * arguments.vocabulary * 4 / MIB
+    is_cpu = arguments.device == "cpu"
+    free = available() if is_cpu else torch.cuda.get_device_properties(0).total_memory / MIB
+    if needed > 0.8 * free:
+        return f"does not fit: about {needed / 1024:.0f} GiB, of which {free / 1024:.0f} are free"
+    reason = absence(name)
+    return None if reason is None else f"does not run here: {reason}"
+
+
+def _in_own_process(job: Job) -> Measured:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, job).result()
+
+
+def measure(job: Job) -> Measured:
+    """Time and peak of one forward and backward pass."""
+    torch.set_num_threads(job.threads)
+    statistics = WAYS[job.way].statistics
+    leaves, ids, pull = _inputs(job)
+    small = job._replace(num_tokens=16, vocabulary=64)
+    _pass(statistics, *_inputs(small), job.with_entropies)  # starts threads, loads kernels
+    held = sum(leaf.numel() * leaf.element_size() for leaf in leaves) / MIB  # the gradients
+    watch = Stopwatch()
+
+    def run() -> None:
+        watch.start()
+        _pass(statistics, leaves, ids, pull, job.with_entropies)
+        if job.device != "cpu":
+            torch.cuda.synchronize()
+        watch.stop()
+
+    mib = peak(run, job.device) - held
+    return Measured(watch.total, mib)
+
+
+def _inputs(job: Job) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = job.num_tokens, job.hidden
+    hidden = torch.randn(shape, generator=generator).to(job.device).requires_grad_()
+    weight = (torch.randn(job.vocabulary, job.hidden, generator=generator) * 0.05).to(job.device).requires_grad_()
+    ids = torch.randint(job.vocabulary, (job.num_tokens,), generator=generator).to(job.device)
+    return [hidden, weight], ids, torch.randn(2, job.num_tokens, generator=generator).to(job.device)
+
+
+def _pass(
+    statistics: Any, leaves: list[torch.Tensor], ids: torch.Tensor, pull: torch.Tensor, with_entropies: bool
+) -> None:
+    logprobs, entropies = statistics(*leaves, ids)
+    loss = (pull[0] * logprobs).sum()
+    if with_entropies and entropies is not None:
+        loss = loss + (pull[1] * entropies).sum()
+    loss.backward()
+
+
+def _row(name: str, num_tokens: int, found: dict[str, list[Measured]], obstacle: str | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"tokens": num_tokens, "way": name, "peak MiB": "", "of naive's": "", "seconds": ""}
+    row |= {"over naive": "", "CPU over naive": "", "remark": obstacle or WAYS[name].remark}
+    if obstacle is not None:
+        return row
+    mine, plain = found[name], found.get("naive")
+    row |= {"peak MiB": max(m.mib for m in mine), "seconds": str(seconds([m.reading for m in mine]))}
+    if plain is not None:
+        pair = [m.reading for m in mine], [m.reading for m in plain]
+        row["of naive's"] = max(m.mib for m in mine) / max(m.mib for m in plain)
+        row |= {"over naive": str(ratio(*pair)), "CPU over naive": str(ratio(*pair, kind="cpu"))}
+    return row
+
+
+def _gradient_errors(arguments: argparse.Namespace) -> dict[str, float]:
+    """Of each way's gradients, at most, over the largest of the naive way's."""
+    worst = {}
+    names = [name for name in arguments.ways if name != "naive" and absence(name) is None]
+    for name in names:
+        with_entropies = arguments.gradients == "both" and WAYS[name].remark == ""
+        gradients = []
+        for way in ("naive", name):
+            leaves, ids, pull = _inputs(_job(arguments, way, arguments.check_tokens))
+            _pass(WAYS[way].statistics, leaves, ids, pull, with_entropies)
+            gradients.append([leaf.grad for leaf in leaves])
+        worst[name] = max(_relative(a, b) for a, b in zip(gradients[1], gradients[0], strict=True))
+    return worst
+
+
+def _relative(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
+    if ours is None or theirs is None:
+        raise UserError("A way gave no gradient.")
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+if __name__ == "__main__":
+    sys.exit(told(main))

@@ -1,0 +1,116 @@
+"""The benchmarks of speed and memory in short form: they run, pair what they measure, write what they print."""
+
+import importlib
+import json
+import time
+
+import pytest
+import torch
+
+from measuring import heads
+from measuring.memory import peak
+from measuring.report import table
+from measuring.timing import Reading, Spread, Stopwatch, in_turn, ratio, seconds
+
+
+def run(name, tmp_path, *flags):
+    output = tmp_path / f"{name}.json"
+    module = importlib.import_module(name)
+    assert module.main(["--rounds", "1", "--threads", "1", "--output", str(output), "--note", "a test", *flags]) == 0
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("models"))
+
+
+def test_gate_overhead(tmp_path, models, capsys):
+    found = run("gate_overhead", tmp_path, "--workloads", "smoke", "--models", models)
+    (rows,) = found["tables"].values()
+    assert [row["way"] for row in rows] == ["EGSPO", "no gate, no entropy"]
+    assert rows[0]["pairs"] == rows[1]["pairs"] == 1
+    assert found["note"] == "a test"
+    assert {"processor", "versions", "revision", "load"} <= found["machine"].keys()
+    assert "| EGSPO | 1 |" in capsys.readouterr().out
+
+
+def test_step_efficiency(tmp_path, models):
+    (rows,) = run("step_efficiency", tmp_path, "--workloads", "smoke", "--models", models)["tables"].values()
+    assert [row["what"] for row in rows] == ["4 updates", "sampling 8 completions"]
+
+
+def test_scaling(tmp_path, models):
+    small = ["--factors", "2", "--problems", "1", "--length", "32", "--vocabulary", "300", "--hidden", "32"]
+    found = run("scaling", tmp_path, "--iterations", "1", "--models", models, *small)
+    (rows,) = found["tables"].values()
+    assert [(row["grows"], row["factor"]) for row in rows] == [
+        ("base", 1),
+        ("G", 2),
+        ("length", 2),
+        ("vocabulary", 2),
+    ]
+    assert rows[0]["per unit over base"].startswith("1 ")
+    assert rows[1]["tokens"] > rows[0]["tokens"]
+
+
+def test_token_stats_memory(tmp_path):
+    small = ["--tokens", "64", "--vocabulary", "500", "--hidden", "16", "--check_tokens", "8"]
+    found = run("token_stats_memory", tmp_path, *small, "--ways", "naive", "ours", "TRL, fused head")
+    rows, gradients = found["tables"].values()
+    assert [row["way"] for row in rows] == ["naive", "ours", "TRL, fused head"]
+    assert rows[0]["of naive's"] == 1.0
+    if heads.absence("TRL, fused head"):
+        assert rows[2]["remark"] == "does not run here: trl is not installed"
+    assert next(row for row in gradients if row["way"] == "ours")["largest relative error"] < 1e-5
+
+
+def test_against_trl(tmp_path, models):
+    pytest.importorskip("trl", reason="the comparison with TRL needs it")
+    flags = ["--workloads", "smoke", "--models", models, "--iterations", "1", "--target", "0"]
+    (rows,) = run("against_trl", tmp_path, *flags)["tables"].values()
+    assert [row["side"] for row in rows] == ["ours", "TRL"]
+
+
+def test_every_way_gives_the_same_statistics():
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(20, 8), torch.randn(50, 8), torch.randint(50, (20,))
+    expected = heads.naive(hidden, weight, ids)
+    for name in heads.WAYS:
+        if heads.absence(name) is None:
+            logprobs, entropies = heads.WAYS[name].statistics(hidden, weight, ids)
+            torch.testing.assert_close(logprobs, expected[0], rtol=0, atol=1e-5)
+            if entropies is not None:
+                torch.testing.assert_close(entropies, expected[1], rtol=0, atol=1e-5)
+
+
+def test_sides_take_turns_and_the_warm_up_does_not_count():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) for name in "ab"}
+    readings = in_turn(sides, 2, warmup=1)
+    assert "".join(calls) == "baabba"
+    assert {name: len(found) for name, found in readings.items()} == {"a": 2, "b": 2}
+
+
+def test_ratios_are_taken_round_by_round():
+    slow, fast = [Reading(4.0, 2.0), Reading(30.0, 3.0), Reading(6.0, 4.0)], [Reading(2.0, 1.0), Reading(10.0, 1.0)]
+    fast.append(Reading(6.0, 1.0))
+    assert ratio(slow, fast) == Spread(2.0, 1.5, 2.5)
+    assert ratio(slow, fast, "cpu").median == 3.0
+    assert seconds(slow).median == 6.0
+
+
+def test_a_stopwatch_counts_only_while_it_runs():
+    watch = Stopwatch()
+    watch.start()
+    watch.stop()
+    time.sleep(0.05)
+    assert watch.total.wall < 0.04
+
+
+def test_the_peak_is_that_of_the_call():
+    assert peak(lambda: torch.ones(2**24).sum()) == pytest.approx(64, abs=8)  # 2**24 float32
+
+
+def test_tables_are_markdown():
+    assert table([{"a": 1, "b": 0.12345}]) == "| a | b |\n| --- | --- |\n| 1 | 0.123 |"
