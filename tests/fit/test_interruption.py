@@ -13,8 +13,7 @@ from egspo_lightning.cli import run
 
 SHORT = [
     "--config=configs/quickstart.yaml",
-    "--trainer.max_epochs=1",
-    "--data.demonstrations.init_args.num_demonstrations=640",
+    "--trainer.max_epochs=6",
     "--data.sft_batch_size=16",
     "--math_benchmark.enabled=false",
     "--hf_export.enabled=false",

@@ -95,8 +95,9 @@ def test_sampling_in_batches_is_sampling_at_once(policy, reward, batch_size):
     assert len({tuple(completion.token_ids) for completion in expected}) == 12
     assert len({completion.reward for completion in expected}) > 1
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours._replace(logprobs=theirs.logprobs) == theirs
+        assert ours._replace(logprobs=theirs.logprobs, entropies=theirs.entropies) == theirs
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert ours.entropies == pytest.approx(theirs.entropies, abs=1e-4)
 
 
 TEXTS = [
