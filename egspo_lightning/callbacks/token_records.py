@@ -82,14 +82,14 @@ def record(
         "collection": [number] * len(completions),
         "stage": [str(module.stage)] * len(completions),
         "policy_version": [rollout.policy_version] * len(completions),
-        "problem_id": [completion.problem.id for completion in completions],
+        "problem_id": [_storable(completion.problem.id) for completion in completions],
         "completion_id": [f"{number}/{rank}/{row}" for row in chosen.tolist()],
     }
     whole = keys | {
-        "problem": [completion.problem.problem for completion in completions],
-        "completion": [completion.text for completion in completions],
-        "gold": [completion.problem.answer for completion in completions],
-        "extracted": [completion.extracted for completion in completions],
+        "problem": [_storable(completion.problem.problem) for completion in completions],
+        "completion": [_storable(completion.text) for completion in completions],
+        "gold": [_storable(completion.problem.answer) for completion in completions],
+        "extracted": [None if c.extracted is None else _storable(c.extracted) for c in completions],
         "reward": rollout.rewards[chosen].tolist(),
         "is_correct": [completion.correct for completion in completions],
         "length": [len(completion.token_ids) for completion in completions],
@@ -142,6 +142,11 @@ def _decode(token_ids: list[int], module: EGSPOModule) -> list[str]:
     """Each token by itself; those that come again are decoded once."""
     texts = {token_id: module.tokenizer.decode([token_id]) for token_id in set(token_ids)}
     return [texts[token_id] for token_id in token_ids]
+
+
+def _storable(text: str) -> str:
+    """Half a surrogate pair, which JSON lets through, has no UTF-8, and must not end a day of training."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:

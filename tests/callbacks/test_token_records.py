@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -7,9 +8,11 @@ from lightning.pytorch import Callback
 
 from egspo_lightning.analysis.schema import COMPLETIONS, TOKENS, VERSION, VERSION_KEY
 from egspo_lightning.callbacks import TokenRecords
+from egspo_lightning.data.sources import FiniteProblems
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.estimators import GroupRelative
+from egspo_lightning.types import Problem
 
 ONE_COLLECTION = {"module": {"initial_stage": "egspo"}, "trainer": {"max_epochs": 1}, "logger": True}
 
@@ -133,6 +136,19 @@ def test_phi_is_recorded_on_all_tokens_and_used_on_low_ones(tiny_run):
     rows = records(tiny_run(TokenRecords(), **ONE_COLLECTION | {"module": module}).fit())
     assert {row["phi"] for row in rows} == {0.25}
     assert {(row["is_high_entropy"], row["token_weight"]) for row in rows} == {(True, 1.0), (False, 0.25)}
+
+
+@dataclass
+class BrokenGolds(FiniteProblems):
+    """As a JSON Lines file with "\\ud83d" in it gives them."""
+
+    def load(self) -> list[Problem]:
+        return [Problem(str(i), f"{i}+{i}=?", "1\ud83d2") for i in range(8)]
+
+
+def test_text_without_utf_8_does_not_end_training(tiny_run):
+    run = tiny_run(TokenRecords(), **ONE_COLLECTION | {"data": {"problems": BrokenGolds()}}).fit()
+    assert {row["gold"] for row in records(run, "completions")} == {"1?2"}
 
 
 def test_experts_solutions_are_left_out(tiny_run):
