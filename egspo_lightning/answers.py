@@ -1,18 +1,20 @@
 r"""Final answers in the forms that data sets write them: ``\boxed{72}``, ``#### 72``, or bare."""
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.extraction import extract_boxed
 
-AnswerExtractor = Literal["none", "boxed", "gsm8k"]
-r"""Where the answer stands in a text: the whole text, the last ``\boxed{}``, or what follows ``####``."""
+AnswerExtractor = Literal["none", "boxed", "gsm8k", "olympiadbench"]
+r"""Where the answer stands in a text: the whole text, the last ``\boxed{}``, what follows ``####``, or the whole text
+without the ``$`` around formulas."""
 
 SolutionFormat = Literal["auto", "boxed", "gsm8k", "plain"]
 r"""How a solution ends: with ``\boxed{}``, with ``#### 72`` after calculator marks, or without its answer."""
 
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
@@ -45,8 +47,11 @@ def extract_answer(text: str, extractor: AnswerExtractor, where: str) -> str:
             answer = boxed_answer(text)
         case "gsm8k":
             answer = gsm8k_answer(text)
+        case "olympiadbench":
+            answer = _DOLLAR.sub("", text).strip()
         case _:
-            raise UserError(f'answer_extractor must be "none", "boxed" or "gsm8k", got {extractor!r}.')
+            names = ", ".join(get_args(AnswerExtractor))
+            raise UserError(f"answer_extractor must be one of {names}, got {extractor!r}.")
     if not answer:
         raise UserError(
             f"{where}: answer_extractor={extractor!r} finds no answer in {_tail(text)}. "

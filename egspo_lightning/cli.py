@@ -131,23 +131,25 @@ class EgspoCLI(LightningCLI):
             console.print(f"Model: {export.exported}", soft_wrap=True, highlight=False)
 
     def after_validate(self) -> None:
-        """Print every metric."""
+        """Print the scores, and where the answers are."""
         self._print_details()
 
     def after_test(self) -> None:
-        """Print every metric."""
+        """Print the scores, and where the answers are."""
         self._print_details()
 
     def after_predict(self) -> None:
         """Say where the answers are."""
         if self.trainer.is_global_zero:
-            Console().print(
-                f"Answers: {self._callback(PredictionWriter).path(self.trainer)}", soft_wrap=True, highlight=False
-            )
+            Console().print(f"Answers: {self._callback(PredictionWriter).path}", soft_wrap=True, highlight=False)
 
     def _print_details(self) -> None:
-        if self.trainer.is_global_zero:
-            Console().print(self._callback(MathBenchmark).details())
+        if not self.trainer.is_global_zero:
+            return
+        console, benchmark = Console(), self._callback(MathBenchmark)
+        console.print(*benchmark.details())
+        for folder in benchmark.written:
+            console.print(f"Written: {folder}", soft_wrap=True, highlight=False)
 
     def _callback(self, kind: type[CallbackT]) -> CallbackT:
         return next(c for c in getattr(self.trainer, "callbacks", []) if isinstance(c, kind))
@@ -171,7 +173,6 @@ def _silence_noise() -> None:
         "torch.distributed.nn.functional.all_gather is deprecated",  # Lightning with torch 2.13
         r"Found \d+ module\(s\) in eval mode",  # the reference policy
         "The dirpath has changed",  # ModelCheckpoint, when a checkpoint of another run is evaluated
-        "Couldn't infer the batch indices",  # predictions are written batch by batch, and carry their ids
         "LightningCLI's args parameter is intended to run from within Python",  # as `run` is
         ".*does not have many workers",  # loaders are lazy and in memory
     ):

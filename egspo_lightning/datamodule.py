@@ -12,24 +12,27 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from egspo_lightning.answering import Answerer, Share
+from egspo_lightning.answering import PREDICT, Answerer, Share
 from egspo_lightning.data.expert import ExpertPool
 from egspo_lightning.data.loader import SizedLoader
 from egspo_lightning.data.prompts import PromptTemplate
-from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
+from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
 from egspo_lightning.data.training import LongProblems, PromptEncoder, load_demonstrations, prepare_problems
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.benchmarks import Benchmark
+from egspo_lightning.evaluation.records import Answer
+from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
 from egspo_lightning.flags import require_phases
+from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
+from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import RolloutEngine
 from egspo_lightning.rollout.experience import Collection, collection_rows, score
-from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
 from egspo_lightning.rollout.minibatches import cut_updates, plan_updates
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from egspo_lightning.types import Completion, ExpertBatch, ExpertSolution, ProblemBatch, Stage, TrainingBatch
+from egspo_lightning.types import ExpertBatch, ExpertSolution, ProblemBatch, Stage, TrainingBatch
 
 
 class HybridDataModule(LightningDataModule):
@@ -40,7 +43,8 @@ class HybridDataModule(LightningDataModule):
         problems: Problems to sample rollouts for; those that also stand in a benchmark are dropped and counted.
         benchmarks: What MathBenchmark, validate and test measure.
         engine: Samples completions.
-        reward: Scores completions in training.
+        reward: Scores completions in training; several at once with WeightedReward. What counts as right for
+            rollout/accuracy is the grader's affair, whatever the reward.
         prompt: How a problem is put to the model.
         sft_batch_size: Demonstrations an update in stage SFT.
         expert_batch_size: Demonstrations that an update in stage EGSPO carries where mu > 0.
@@ -50,13 +54,14 @@ class HybridDataModule(LightningDataModule):
             solution then stands beside the policy's completions as an off-policy sample (LUFFY).
         max_resampling: Rounds at most in which groups whose rewards are all equal are replaced by those of other
             problems (DAPO's dynamic sampling); 0 keeps them, and skips them in updates.
-        length_penalty: Taken off the rewards of completions near the length limit; none by default.
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
         max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
         long_problems: What becomes of training problems with longer prompts: "error", or "drop", which counts them.
         max_completion_length: Longest completion in tokens, EOS included; longer demonstrations are dropped.
         eval_batch_size: Problems answered at a time in evaluation, on each rank.
+        evaluation_grader: Says which answers are right in validate, test, predict and MathBenchmark.
+        predict_sampling: How predict answers problems; greedily and once by default.
         seed: Order of the data and random streams of the rollouts; the command line sets it to seed_everything.
     """
 
@@ -74,18 +79,19 @@ class HybridDataModule(LightningDataModule):
         num_generations: int = 8,
         expert_fraction: float = 0.0,
         max_resampling: int = 0,
-        length_penalty: SoftLengthPenalty | None = None,
         num_ppo_epochs: int = 1,
         num_minibatches: int = 1,
         max_prompt_length: int = 512,
         max_completion_length: int = 1024,
         long_problems: LongProblems = "error",
         eval_batch_size: int = 128,
+        evaluation_grader: MathGrader = lazy_instance(MathGrader),  # noqa: B008
+        predict_sampling: AnswerSampling = GREEDY,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.demonstrations, self.problems, self.benchmarks = demonstrations, problems, benchmarks or []
-        self.engine, self.reward, self.prompt = engine, reward, prompt
+        self.engine, self.reward, self.prompt = engine, WeightedReward.of(reward), prompt
         self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
         self.num_problems, self.num_generations = num_problems, num_generations
         self.expert_fraction = expert_fraction
@@ -103,19 +109,20 @@ class HybridDataModule(LightningDataModule):
         self.collection: Collection | None = None
         """The latest rollouts of this rank, for callbacks to look at."""
         self._expert: ExpertPool | None = None
-        self._answerer = Answerer(self.benchmarks, engine, max_completion_length, seed)
+        self.answerer = Answerer(
+            self.benchmarks, engine, evaluation_grader, predict_sampling, max_completion_length, seed
+        )
         self._collector = Collector(
             engine=engine,
-            reward=reward,
+            reward=self.reward,
             draw=problems.draw,
             draw_experts=self._draw_experts,
-            encode=lambda problem: self._encoder.encode(problem),
+            encode=lambda problem: self.encoder.encode(problem),
             num_problems=num_problems,
             num_experts=num_experts,
             num_generations=num_generations,
             max_completion_length=max_completion_length,
             max_resampling=max_resampling,
-            length_penalty=length_penalty,
             seed=seed,
         )
 
@@ -123,19 +130,21 @@ class HybridDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load what the run needs; drop what training shares with a benchmark."""
-        self._answerer.load(self._encoder)
+        self.answerer.load(self.encoder)
+        if stage == TrainerFn.PREDICTING:
+            self.answerer.load_questions(self.problems)
         if stage == TrainerFn.FITTING and self._expert is None:
             require_phases(self._trainer)
             self._require_groups()
             self._load_training_data()
 
     def _load_training_data(self) -> None:
-        excluded, length = self._answerer.asked, self.max_completion_length
+        excluded, length = self.answerer.asked, self.max_completion_length
         self._expert, num_asked = load_demonstrations(
-            self.demonstrations, self._encoder, excluded, max_completion_length=length, seed=self.seed
+            self.demonstrations, self.encoder, excluded, max_completion_length=length, seed=self.seed
         )
         dropped = prepare_problems(
-            self.problems, self._encoder, excluded, long_problems=self.long_problems, seed=self.seed
+            self.problems, self.encoder, excluded, long_problems=self.long_problems, seed=self.seed
         )
         if self.expert_fraction > 0:
             self._expert.require_answers()
@@ -144,14 +153,6 @@ class HybridDataModule(LightningDataModule):
             f"{self._expert.num_dropped} that are too long). Training problems dropped because a benchmark asks them: "
             f"{dropped[0]}; because they are too long: {dropped[1]}."
         )
-
-    def _require_positions(self, completion_length: int) -> None:
-        longest, most = self.max_prompt_length + completion_length, self._policy.max_positions
-        if most is not None and longest > most:
-            raise UserError(
-                f"data.max_prompt_length + max_completion_length = {self.max_prompt_length} + {completion_length} is "
-                f"more than the {most} positions of the model. Lower one of them."
-            )
 
     def _require_groups(self) -> None:
         """Refuse what the ranks cannot share, and what the advantage estimator cannot use."""
@@ -171,15 +172,14 @@ class HybridDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """End the graders' processes."""
-        self._answerer.close()
-        if hasattr(self.reward, "close"):
-            self.reward.close()
+        self.answerer.close()
+        self.reward.close()
 
     # Training
 
     def train_dataloader(self) -> SizedLoader:
         """The loader of the coming epoch, by the policy's stage."""
-        self._require_positions(self.max_completion_length)
+        self.encoder.require_positions(self.max_completion_length, self._policy.max_positions)
         if self._policy.stage == Stage.SFT:
             num_updates = -(-len(self._expert_pool.demonstrations) // self.sft_batch_size)
             return SizedLoader(num_updates * self._parts, self._sft_batches)
@@ -241,12 +241,7 @@ class HybridDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> SizedLoader:
         """The problems of a finite source, each once and in its order."""
-        if not isinstance(self.problems, FiniteProblems):
-            raise UserError(
-                f"data.problems: {type(self.problems).__name__} never ends, so predict cannot answer all of it. Use a "
-                "finite source, such as egspo_lightning.data.jsonl.JsonlProblems."
-            )
-        return _loader(self._answerer.problem_batches(self.problems.load(), self._evaluation_share))
+        return _loader(self._share_of(PREDICT, "data.predict_sampling.max_completion_length"))
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Problems are text: there is nothing to move, and Lightning refuses their frozen ``Sampling``."""
@@ -256,17 +251,23 @@ class HybridDataModule(LightningDataModule):
 
     def benchmark_batches(self, benchmark: Benchmark) -> list[ProblemBatch]:
         """This rank's share of a benchmark."""
-        self._require_positions(self._answerer.length(benchmark))
-        return self._answerer.benchmark_batches(benchmark, self._evaluation_share)
+        return self._share_of(benchmark.name, f"max_completion_length of benchmark {benchmark.name!r}")
 
-    def answer(self, batch: ProblemBatch) -> list[Completion]:
-        """Sample and grade the completions of a batch of problems."""
-        return self._answerer.answer(self._policy, self._encoder, batch)
+    def answer(self, batch: ProblemBatch) -> list[Answer]:
+        """Sample and grade the answers to a batch of problems."""
+        return self.answerer.answer(self._policy, self.encoder, batch)
+
+    def _share_of(self, name: str, field: str) -> list[ProblemBatch]:
+        _, sampling = self.answerer.sampling(name)
+        self.encoder.require_positions(sampling.max_completion_length, self._policy.max_positions, field)
+        share = Share(self._trainer.global_rank, self._trainer.world_size, self.eval_batch_size)
+        return self.answerer.batches(name, share)
 
     # What belongs to the run
 
     @property
-    def _encoder(self) -> PromptEncoder:
+    def encoder(self) -> PromptEncoder:
+        """Problems to ids, as this run puts them."""
         return PromptEncoder(self.prompt, self._policy.tokenizer, self.max_prompt_length)
 
     @property
@@ -291,10 +292,6 @@ class HybridDataModule(LightningDataModule):
     @property
     def _share(self) -> tuple[int, int, int]:
         return self._trainer.global_rank, self._trainer.world_size, self._parts
-
-    @property
-    def _evaluation_share(self) -> Share:
-        return Share(self._trainer.global_rank, self._trainer.world_size, self.eval_batch_size)
 
     # Checkpoints
 

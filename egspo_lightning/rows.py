@@ -65,16 +65,41 @@ def row_id(row: dict[str, Any], where: str) -> str:
 def problem_of(
     row: dict[str, Any], where: str, problem_field: str, answer_field: str, answer_extractor: AnswerExtractor
 ) -> Problem:
-    """The problem that a row holds; ``subject`` and ``level`` are carried where it has them.
+    """The problem that a row holds; its subject ("subfield", "subject") and ``level`` are carried where it has them.
 
     Raises:
         UserError: the problem or its answer is absent or empty.
     """
-    answer = extract_answer(text_field(row, answer_field, where), answer_extractor, where)
+    answer = extract_answer(_answer_field(row, answer_field, where), answer_extractor, where)
+    return _problem(row, where, problem_field, answer)
+
+
+def question_of(
+    row: dict[str, Any], where: str, problem_field: str, answer_field: str, answer_extractor: AnswerExtractor
+) -> Problem:
+    """The problem that a row holds, also where it has no answer: ``Problem.answer`` is empty then.
+
+    Raises:
+        UserError: the problem is absent or empty, or an answer is there and cannot be found in its field.
+    """
+    if row.get(answer_field) is None:
+        return _problem(row, where, problem_field, answer="")
+    return problem_of(row, where, problem_field, answer_field, answer_extractor)
+
+
+def _problem(row: dict[str, Any], where: str, problem_field: str, answer: str) -> Problem:
     return Problem(
         id=row_id(row, where),
         problem=text_field(row, problem_field, where),
         answer=answer,
-        subject=str(row.get("subject") or ""),
+        subject=str(row.get("subfield") or row.get("subject") or ""),  # OlympiadBench has both, and one subject
         level=str(row.get("level") or ""),
     )
+
+
+def _answer_field(row: dict[str, Any], field: str, where: str) -> str:
+    """The text of a field; of a list of texts, all of them: OlympiadBench keeps the parts of an answer so."""
+    value = row.get(field)
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        row = row | {field: ", ".join(value)}
+    return text_field(row, field, where)

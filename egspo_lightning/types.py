@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     id: str
     problem: str
     answer: str
+    """Empty where it is not known: such a problem can be answered, not graded or trained on."""
     subject: str = ""
     level: str = ""
 
@@ -108,6 +109,8 @@ class Completion(NamedTuple):
     """The answer that was found in the text."""
     status: str
     """How the grader got to its verdict: graded, no_answer, timeout or crashed."""
+    reward_terms: Mapping[str, float] = {}
+    """What the reward is a weighted sum of, by name, before weights."""
 
 
 class UpdateSize(NamedTuple):

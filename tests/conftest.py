@@ -23,8 +23,6 @@ from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.policy import PolicyConfig
-from egspo_lightning.rewards.functions import Scored
-from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 REPOSITORY = Path(__file__).parents[1]
@@ -85,11 +83,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 class EvenBytes:
     """Rewards the share of even bytes: a policy with random weights gets some and misses some."""
 
-    def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[Scored]:
-        return [
-            Scored(sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1), Grade(False, "no_answer", None, 0.0))
-            for text in completions
-        ]
+    def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[float]:
+        return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in completions]
 
 
 class TinyRun(NamedTuple):

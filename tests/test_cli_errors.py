@@ -79,6 +79,13 @@ GAE = {"class_path": "egspo_lightning.ops.estimators.GAE"}
 REINFORCE = {"class_path": "egspo_lightning.ops.estimators.ReinforcePlusPlus"}
 
 
+FORMAT = source("rewards.format.FormatReward")
+
+
+def weighted(terms: Config, weights: Config | None = None) -> Config:
+    return source("rewards.composition.WeightedReward", terms=terms, weights=weights)
+
+
 def chord_mu(**arguments: Any) -> Config:
     return source("ops.schedules.ChordMu", **arguments)
 
@@ -145,7 +152,6 @@ def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
         ),
         ("model.gate", source("ops.gate.AbsoluteGate", nats=math.inf), ["AbsoluteGate.nats", "got inf"]),
         ("model.objective.beta", math.inf, ["model.objective.beta", "got inf"]),
-        ("data.length_penalty", {"buffer": 4, "weight": math.inf}, ["data.length_penalty.weight", "got inf"]),
         (
             "data.reward",
             source("rewards.functions.CorrectnessReward", correct=math.nan),
@@ -165,7 +171,22 @@ def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
         ("model.kl_reward", {"estimator": "k3+"}, ["model.kl_reward.estimator", "k3+", "k3"]),
         ("model.kl_reward", {"coeficient": 0.1}, ["coeficient"]),
         ("model.entropy_bonus", {"coefficient": 0.0}, ["model.entropy_bonus.coefficient is 0", ".target is null"]),
-        ("data.length_penalty", {"buffer": 41}, ["data.length_penalty.buffer = 41", "data.max_completion_length = 40"]),
+        (
+            "data.reward",
+            source("rewards.length.SoftLengthPenalty", buffer=41),
+            ["SoftLengthPenalty.buffer = 41", "data.max_completion_length = 40"],
+        ),
+        ("data.reward", weighted({}), ["data.reward.terms", "at least one reward"]),
+        (
+            "data.reward",
+            weighted({"format": FORMAT}, {"form": 1.0}),
+            ["data.reward.weights: 'form' is no term", "format"],
+        ),
+        ("data.reward", weighted({"format": FORMAT}, {"format": math.nan}), ["data.reward.weights.format", "got nan"]),
+        ("data.reward", weighted({"format": FORMAT}, {"format": "much"}), ["weights", "much", "float"]),
+        ("data.reward", weighted({"format": source("ops.gate.OpenGate")}), ["data.reward", "OpenGate", "Reward"]),
+        ("data.reward", weighted({"format": source("rewards.format.Format")}), ["rewards.format.Format"]),
+        ("data.length_penalty", {"buffer": 4}, ["data.length_penalty"]),  # a reward, and once was not
         ("data.expert_fraction", 1.5, ["data.expert_fraction", "got 1.5", "[0, 1]"]),
         ("data.advantage", source("ops.estimators.GroupRelative"), ["data.advantage"]),  # where it stood once
     ],

@@ -17,7 +17,6 @@ from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, Rein
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
-from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.tasks.expressions import ExpressionTask
 
@@ -225,13 +224,11 @@ def test_optional_parts_are_switched_on_by_one_flag_each(build):
         *OWN_CRITIC,
         "--model.kl_reward.coefficient=0.01",
         "--model.entropy_bonus.target=0.3",
-        "--data.length_penalty.buffer=16",
     )
     assert cli.model.critic_config == CriticConfig("own")
     assert cli.model.admission.kl_reward == KLReward(0.01)
     assert cli.model.admission.entropy_bonus == EntropyBonus(target=0.3)
     assert cli.model.has_reference
-    assert cli.datamodule._collector.length_penalty == SoftLengthPenalty(16)
 
 
 def test_optional_parts_of_an_overlay_are_switched_off_by_null(build):

@@ -149,7 +149,7 @@ def _measured(cli: EgspoCLI) -> dict[str, Any]:
     completions = [c for batch in data.benchmark_batches(benchmark) for c in data.answer(batch)]
     data.teardown("fit")  # the grader has been needed once more
     groups = [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
-    problems = {group[0].problem.id: sum(c.correct for c in group) / num_samples for group in groups}
+    problems = {group[0].problem.id: sum(bool(c.correct) for c in group) / num_samples for group in groups}
     accuracy = sum(problems.values()) / len(problems)
     _require_same(accuracy, float(cli.trainer.callback_metrics[_score_name(cli)]))
     watch = next(c for c in cli.trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]

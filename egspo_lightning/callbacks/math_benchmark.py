@@ -1,5 +1,8 @@
 """Measures the policy on the datamodule's benchmarks, and remembers the results stage by stage."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,39 +10,60 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from egspo_lightning.callbacks.access import data_of, module_of
+from egspo_lightning.callbacks.measurement import Measurement
+from egspo_lightning.callbacks.recording import open_journal
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.benchmarks import Benchmark
-from egspo_lightning.evaluation.metrics import BenchmarkMetric
+from egspo_lightning.evaluation.report import Report, headline, milestones_table, score_tables
 from egspo_lightning.types import Stage
 
 Results = dict[str, dict[str, float]]
 """Benchmark name to metric name to value."""
+FIT_FILE = "benchmarks.jsonl"
 
 
 class MathBenchmark(Callback):
-    """Evaluates at the start of training, at the stage transition, every n epochs and at the end.
+    """Evaluates at the start of training, at the stage transition, every n epochs and at the end; in validate and test.
 
-    The problems are shared among the ranks, and the counts summed over them. Values are logged as
-    ``eval/<benchmark>/<metric>``, and can be monitored by other callbacks.
+    The problems are shared among the ranks, and counted over them. Values are logged as ``eval/<benchmark>/<metric>``,
+    and can be monitored by other callbacks. In fit each evaluation is a line of ``benchmarks.jsonl`` in the log folder.
+
+    Validate and test write ``<folder>/<benchmark>-<fingerprint>/``: ``completions.jsonl`` (every answer with its
+    verdict), ``metrics.json`` and ``settings.json``. The fingerprint is that of weights, problems, sampling and seed,
+    so the same command goes on where it was cut off, and any other has a folder of its own.
 
     Args:
         every_n_epochs: Also evaluate after every n epochs; 0 leaves it to start, transition and end.
         at_start: Whether to evaluate before training.
         enabled: Whether to evaluate during fit at all.
+        save_completions: Whether fit writes such folders as well, to ``evaluation/`` in the log folder.
+        folder: Where validate and test write, without fingerprints then; answers of another evaluation that are there
+            are refused. "evaluation" in the trainer's default_root_dir by default.
     """
 
-    def __init__(self, every_n_epochs: int = 0, at_start: bool = True, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        every_n_epochs: int = 0,
+        at_start: bool = True,
+        enabled: bool = True,
+        save_completions: bool = False,
+        folder: str | None = None,
+    ) -> None:
         super().__init__()
         if every_n_epochs < 0:
             raise UserError(f"math_benchmark.every_n_epochs must be at least 0, got {every_n_epochs}.")
         self.every_n_epochs, self.at_start, self.enabled = every_n_epochs, at_start, enabled
+        self.save_completions, self.folder = save_completions, folder
         self.milestones: dict[str, Results] = {}
         """"before", "after SFT" and "after EGSPO" to the results of then."""
         self.latest: Results = {}
         self.latest_step = -1
         """Optimiser steps taken when it was measured."""
+        self.reports: list[Report] = []
+        """The latest results with those of subjects and levels."""
+        self.written: list[Path] = []
+        """The folders that validate or test has written."""
         self._stage: str | None = None
-        self._running: dict[int, BenchmarkMetric] = {}
+        self._running: list[Measurement] = []
 
     # During fit
 
@@ -81,7 +105,7 @@ class MathBenchmark(Callback):
         shown = ", ".join(
             f"{name} {metric} {values[metric]:.3f}"
             for name, values in self.latest.items()
-            for metric in [_headline(values)]
+            for metric in [headline(values)]
         )
         pl_module.print(f"Benchmarks {milestone}: {shown}")
 
@@ -89,14 +113,36 @@ class MathBenchmark(Callback):
         """Measure the policy as it is now, once for each of its versions."""
         if not self.enabled or self.latest_step == trainer.global_step:
             return
-        data = data_of(trainer)
-        results: Results = {}
+        data, log_dir = data_of(trainer), trainer.log_dir  # asked for on every rank: it is broadcast
+        place = Path(log_dir or trainer.default_root_dir)
+        measurements = []
         for benchmark in data.benchmarks:
-            metric = _metric(benchmark, pl_module)
+            folder = place / "evaluation" / f"{benchmark.name}-step-{trainer.global_step}-{{fingerprint}}"
+            journal = open_journal(trainer, pl_module, benchmark.name, folder) if self.save_completions else None
+            measurement = Measurement(benchmark, journal, trainer, pl_module)
             for batch in data.benchmark_batches(benchmark):
-                metric.update(data.answer(batch))
-            results[benchmark.name] = metric.compute()
-        self.latest, self.latest_step = results, trainer.global_step
+                measurement.add(data.answer(batch))
+            measurements.append(measurement)
+        self._finish(measurements, trainer)
+        self.latest_step = trainer.global_step
+        if trainer.is_global_zero and measurements:
+            self._append_to(place / FIT_FILE, trainer)
+
+    def _append_to(self, path: Path, trainer: Trainer) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "benchmarks": [found._asdict() for found in self.reports],
+        }
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _finish(self, measurements: Sequence[Measurement], trainer: Trainer) -> None:
+        """Reduce over ranks and log. Collective."""
+        self.reports = [measurement.finish() for measurement in measurements]
+        self.written = [measurement.journal.folder for measurement in measurements if measurement.journal is not None]
+        self.latest = {found.benchmark: found.metrics for found in self.reports}
         self._log(trainer)
 
     def _log(self, trainer: Trainer) -> None:
@@ -107,6 +153,15 @@ class MathBenchmark(Callback):
 
     # During validate and test
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the answers of an evaluation that was cut off."""
+        place = Path(self.folder or Path(trainer.default_root_dir) / "evaluation")
+        self._running = []
+        for benchmark in data_of(trainer).benchmarks:
+            folder = place / (benchmark.name if self.folder else f"{benchmark.name}-{{fingerprint}}")
+            journal = open_journal(trainer, pl_module, benchmark.name, folder)
+            self._running.append(Measurement(benchmark, journal, trainer, pl_module))
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -116,18 +171,15 @@ class MathBenchmark(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch of completions."""
-        if dataloader_idx not in self._running:
-            self._running[dataloader_idx] = _metric(data_of(trainer).benchmarks[dataloader_idx], pl_module)
-        self._running[dataloader_idx].update(outputs["completions"])
+        """Add a batch of answers."""
+        self._running[dataloader_idx].add(outputs["completions"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reduce over ranks and log."""
-        benchmarks = data_of(trainer).benchmarks
-        self.latest = {benchmarks[i].name: metric.compute() for i, metric in self._running.items()}
-        self._running = {}
-        self._log(trainer)
+        """Reduce over ranks, log and write."""
+        self._finish(self._running, trainer)
+        self._running = []
 
+    on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
@@ -135,24 +187,11 @@ class MathBenchmark(Callback):
 
     def summary(self) -> Table:
         """Benchmark, problems, and the headline metric at each milestone that was reached."""
-        table = Table(title="Benchmarks")
-        for column in ("benchmark", "problems", "metric", *self.milestones):
-            table.add_column(column, justify="left" if column in ("benchmark", "metric") else "right")
-        for name, values in self.latest.items():
-            metric = _headline(values)
-            scores = [_shown(results.get(name, {}).get(metric)) for results in self.milestones.values()]
-            table.add_row(name, f"{values['num_problems']:.0f}", metric, *scores)
-        return table
+        return milestones_table(self.latest, self.milestones)
 
-    def details(self) -> Table:
-        """Every metric of the latest evaluation."""
-        table = Table(title="Benchmarks")
-        for column in ("benchmark", "metric", "value"):
-            table.add_column(column, justify="right" if column == "value" else "left")
-        for name, values in self.latest.items():
-            for metric, value in values.items():
-                table.add_row(name, metric, f"{value:.4g}")
-        return table
+    def details(self) -> list[Table]:
+        """The scores of the latest evaluation, whole and by subject and level."""
+        return score_tables(self.reports)
 
     # Checkpoints
 
@@ -169,17 +208,3 @@ class MathBenchmark(Callback):
         """Go on from there."""
         self.milestones, self.latest = state_dict["milestones"], state_dict["latest"]
         self.latest_step, self._stage = state_dict["latest_step"], state_dict["stage"]
-
-
-def _metric(benchmark: Benchmark, pl_module: LightningModule) -> BenchmarkMetric:
-    return BenchmarkMetric(benchmark.num_samples).to(pl_module.device)
-
-
-def _headline(values: dict[str, float]) -> str:
-    """The metric that tables show: avg@n."""
-    return next(name for name in values if name.startswith("avg@"))
-
-
-def _shown(score: float | None) -> str:
-    """A score, or a dash where a resumed run has added the benchmark since."""
-    return "-" if score is None else f"{score:.3f}"

@@ -1,55 +1,55 @@
 """Writes what ``predict`` answers."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from egspo_lightning.answering import PREDICT
+from egspo_lightning.callbacks.recording import close_journal, open_journal
+from egspo_lightning.evaluation.journal import Journal
 
 
-class PredictionWriter(BasePredictionWriter):
-    """Appends each answered problem to ``predictions-rank-R.jsonl``: id, problem, answer, completion, verdict.
+class PredictionWriter(Callback):
+    """Writes each answer with its verdict to ``<folder>/completions.jsonl``, in the order of the problems.
+
+    The verdict is null where a problem has no reference answer. The fingerprint is that of weights, problems, sampling
+    and seed, so the same command goes on where it was cut off, and no other writes over its answers.
 
     Args:
-        folder: Where to; the trainer's default_root_dir by default.
+        folder: Where to; ``predictions/<fingerprint>`` in the trainer's default_root_dir by default.
     """
 
     def __init__(self, folder: str | None = None) -> None:
-        super().__init__(write_interval="batch")
+        super().__init__()
         self.folder = folder
+        self._journal: Journal | None = None
 
-    def path(self, trainer: Trainer) -> Path:
-        """The file of this rank."""
-        return Path(self.folder or trainer.default_root_dir) / f"predictions-rank-{trainer.global_rank}.jsonl"
+    @property
+    def path(self) -> Path:
+        """Where the answers are."""
+        assert self._journal is not None, "predict has not run"
+        return self._journal.completions
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin an empty file."""
-        path = self.path(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
+        """Take up the answers of a predict that was cut off."""
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions" / "{fingerprint}")
+        self._journal = open_journal(trainer, pl_module, PREDICT, folder)
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Append a batch."""
-        with self.path(trainer).open("a", encoding="utf-8") as file:
-            for completion in prediction:
-                row = {
-                    "id": completion.problem.id,
-                    "problem": completion.problem.problem,
-                    "answer": completion.problem.answer,
-                    "completion": completion.text,
-                    "extracted": completion.extracted,
-                    "correct": completion.correct,
-                    "is_truncated": completion.is_truncated,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        assert self._journal is not None
+        self._journal.append(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the ranks' answers together."""
+        assert self._journal is not None
+        close_journal(trainer, self._journal)

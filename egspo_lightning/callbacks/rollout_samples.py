@@ -43,7 +43,9 @@ class RolloutSamples(Callback):
     def _markdown(self, completion: Completion) -> str:
         """As indented blocks, in which Markdown and HTML are shown and not interpreted."""
         found = "none" if completion.extracted is None else completion.extracted
-        head = f"reward {completion.reward:g}, answer {found}, gold {completion.problem.answer}, {completion.status}"
+        terms = ", ".join(f"{name} {value:g}" for name, value in completion.reward_terms.items())
+        reward = f"reward {completion.reward:g}" + (f" ({terms})" if len(completion.reward_terms) > 1 else "")
+        head = f"{reward}, answer {found}, gold {completion.problem.answer}, {completion.status}"
         return "\n\n".join(_block(self._cut(text)) for text in (head, completion.problem.problem, completion.text))
 
     def _cut(self, text: str) -> str:

@@ -1,11 +1,12 @@
 """Training data from the Hugging Face Hub, or from local folders in its layout."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from egspo_lightning.answers import AnswerExtractor, SolutionFormat
 from egspo_lightning.data.records import demonstration_of
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems
-from egspo_lightning.rows import first, hub_rows, problem_of
+from egspo_lightning.rows import Row, first, hub_rows, problem_of, question_of
 from egspo_lightning.types import Demonstration, Problem
 
 
@@ -61,7 +62,7 @@ class HubProblems(FiniteProblems):
         problem_column: The column that holds the question.
         answer_column: The column that holds the answer, or a solution that ends in it.
         answer_extractor: How the answer is found in that column: "none" (all of it), "boxed" (the last
-            "\\boxed{}") or "gsm8k" (what follows "####").
+            "\\boxed{}"), "gsm8k" (what follows "####") or "olympiadbench" (all of it, without "$").
         limit: Only the first rows; null for all.
         data_files: Paths or patterns of files, with a file type as the name.
 
@@ -80,6 +81,16 @@ class HubProblems(FiniteProblems):
 
     def load(self) -> list[Problem]:
         """The problems, in the order of the data set."""
-        columns = (self.problem_column, self.answer_column)
-        rows = first(hub_rows(self.name, self.config, self.split, columns, self.data_files), self.limit)
-        return [problem_of(row, where, *columns, self.answer_extractor) for where, row in rows]
+        rows = self._rows([self.problem_column, self.answer_column])
+        return [problem_of(row, where, *self._columns) for where, row in rows]
+
+    def load_questions(self) -> list[Problem]:
+        """The same; a row, or the whole data set, may have no answer."""
+        return [question_of(row, where, *self._columns) for where, row in self._rows([self.problem_column])]
+
+    @property
+    def _columns(self) -> tuple[str, str, AnswerExtractor]:
+        return self.problem_column, self.answer_column, self.answer_extractor
+
+    def _rows(self, needed: Sequence[str]) -> Iterator[Row]:
+        return first(hub_rows(self.name, self.config, self.split, needed, self.data_files), self.limit)

@@ -1,12 +1,13 @@
 """Training data from JSON Lines files: one JSON object a line."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from egspo_lightning.answers import AnswerExtractor, SolutionFormat
 from egspo_lightning.data.records import demonstration_of
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems
 from egspo_lightning.jsonl import read_rows
-from egspo_lightning.rows import first, problem_of
+from egspo_lightning.rows import Row, first, problem_of, question_of
 from egspo_lightning.types import Demonstration, Problem
 
 
@@ -51,7 +52,7 @@ class JsonlProblems(FiniteProblems):
         problem_field: The field that holds the question.
         answer_field: The field that holds the answer, or a solution that ends in it.
         answer_extractor: How the answer is found in that field: "none" (all of it), "boxed" (the last
-            "\\boxed{}") or "gsm8k" (what follows "####").
+            "\\boxed{}"), "gsm8k" (what follows "####") or "olympiadbench" (all of it, without "$").
         limit: Only the first rows; null for all.
 
     Raises:
@@ -66,5 +67,15 @@ class JsonlProblems(FiniteProblems):
 
     def load(self) -> list[Problem]:
         """The problems, in the order of the file."""
-        fields = (self.problem_field, self.answer_field, self.answer_extractor)
-        return [problem_of(row, where, *fields) for where, row in first(read_rows(self.path), self.limit)]
+        return [problem_of(row, where, *self._fields) for where, row in self._rows()]
+
+    def load_questions(self) -> list[Problem]:
+        """The same; a row may have no answer."""
+        return [question_of(row, where, *self._fields) for where, row in self._rows()]
+
+    @property
+    def _fields(self) -> tuple[str, str, AnswerExtractor]:
+        return self.problem_field, self.answer_field, self.answer_extractor
+
+    def _rows(self) -> Iterator[Row]:
+        return first(read_rows(self.path), self.limit)

@@ -55,6 +55,10 @@ class FiniteProblems(ProblemSource):
     def load(self) -> list[Problem]:
         """All problems, in an order that never changes."""
 
+    def load_questions(self) -> list[Problem]:
+        """The same to be answered by ``predict``, where ``Problem.answer`` may be empty."""
+        return self.load()
+
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
         """Load the problems and fix their order; see ``ProblemSource.prepare``."""
         loaded = self.load()

@@ -40,6 +40,20 @@ class PromptEncoder:
         """Whether ``encode`` would refuse it."""
         return len(self.template.encode(self.tokenizer, problem.problem)) > self.max_length
 
+    def require_positions(
+        self, completion_length: int, most: int | None, field: str = "data.max_completion_length"
+    ) -> None:
+        """Refuse sequences that are longer than the model was made for; ``field`` names the completion's length.
+
+        Raises:
+            UserError: prompt and completion may together have more than ``most`` tokens.
+        """
+        if most is not None and self.max_length + completion_length > most:
+            raise UserError(
+                f"data.max_prompt_length + {field} = {self.max_length} + {completion_length} is more than the {most} "
+                "positions of the model. Lower one of them."
+            )
+
 
 def load_demonstrations(
     source: DemonstrationSource,

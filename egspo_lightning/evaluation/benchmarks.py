@@ -5,10 +5,13 @@ another thing (``egspo_lightning.data``): no loader serves both.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from egspo_lightning.answers import AnswerExtractor
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, require
+from egspo_lightning.evaluation.problems import require_different_ids
+from egspo_lightning.evaluation.recipes import KNOWN, Recipe
+from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
 from egspo_lightning.jsonl import read_rows
 from egspo_lightning.rows import hub_rows, problem_of
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
@@ -35,19 +38,24 @@ class Benchmark(ABC):
         self,
         name: str,
         *,
-        num_samples: int = 1,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        max_completion_length: int | None = None,
+        num_samples: int = GREEDY.num_samples,
+        temperature: float = GREEDY.temperature,
+        top_p: float = GREEDY.top_p,
+        max_completion_length: int | None = GREEDY.max_completion_length,
         limit: int | None = None,
     ) -> None:
-        self.name = name
-        self.num_samples = num_samples
-        self.temperature = temperature
-        self.top_p = top_p
-        self.max_completion_length = max_completion_length
-        self.limit = limit
-        self._validate()
+        where = f"benchmark {name!r}:"
+        named = bool(name) and "/" not in name and not any(character.isspace() for character in name)
+        require(named, f"{where} name", repr(name), 'non-empty text without "/" and spaces; it names metrics and files')
+        require(limit is None or limit >= 1, f"{where} limit", limit, "at least 1, or null for all")
+        self.name, self.limit = name, limit
+        self.sampling = AnswerSampling(num_samples, temperature, top_p, max_completion_length)
+        self.sampling.require_sense(where)
+
+    @property
+    def num_samples(self) -> int:
+        """Answers to each problem."""
+        return self.sampling.num_samples
 
     @abstractmethod
     def read(self) -> list[Problem]:
@@ -57,30 +65,13 @@ class Benchmark(ABC):
         """The problems to answer: the first ``limit`` ones.
 
         Raises:
-            UserError: there are none, or they cannot be read.
+            UserError: there are none, they cannot be read, or two have the same id.
         """
         problems = self.read()[: self.limit]
         if not problems:
             raise UserError(f"benchmark {self.name!r} has no problems. Check its file or data set.")
+        require_different_ids(problems, f"benchmark {self.name!r}")
         return problems
-
-    def _validate(self) -> None:
-        where = f"benchmark {self.name!r}"
-        if not self.name or "/" in self.name or any(character.isspace() for character in self.name):
-            raise UserError(f'{where}: name must be non-empty text without "/" and spaces; it names metrics.')
-        for field in ("num_samples", "max_completion_length", "limit"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"{where}: {field} must be at least 1, got {value}.")
-        if self.temperature < 0:
-            raise UserError(f"{where}: temperature must be 0 (greedy) or more, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"{where}: top_p must be in (0, 1], got {self.top_p}.")
-        if self.num_samples > 1 and self.temperature == 0:
-            raise UserError(
-                f"{where}: num_samples is {self.num_samples}, but at temperature 0 all samples are the same. "
-                "Set a temperature above 0, or num_samples to 1."
-            )
 
 
 class GeneratedBenchmark(Benchmark):
@@ -126,7 +117,7 @@ class JsonlBenchmark(Benchmark):
         problem_field: The field that holds the question.
         answer_field: The field that holds the answer, or a solution that ends in it.
         answer_extractor: How the answer is found in that field: "none" (all of it), "boxed" (the last
-            "\\boxed{}") or "gsm8k" (what follows "####").
+            "\\boxed{}"), "gsm8k" (what follows "####") or "olympiadbench" (all of it, without "$").
 
     Raises:
         UserError: on loading, naming file and line: a row is malformed or has no answer.
@@ -164,7 +155,7 @@ class HubBenchmark(Benchmark):
         problem_column: The column that holds the question.
         answer_column: The column that holds the answer, or a solution that ends in it.
         answer_extractor: How the answer is found in that column: "none" (all of it), "boxed" (the last
-            "\\boxed{}") or "gsm8k" (what follows "####").
+            "\\boxed{}"), "gsm8k" (what follows "####") or "olympiadbench" (all of it, without "$").
 
     Raises:
         UserError: on loading: the data set cannot be loaded, lacks a column, or a row has no answer.
@@ -196,45 +187,63 @@ class HubBenchmark(Benchmark):
         return [problem_of(row, where, *columns, self.answer_extractor) for where, row in rows]
 
 
-class HubRecipe(NamedTuple):
-    """Where a published benchmark lies, and the columns that it has there."""
-
-    dataset: str
-    config: str | None = None
-    split: str = "test"
-    problem_column: str = "problem"
-    answer_column: str = "answer"
-    answer_extractor: AnswerExtractor = "none"
-
-
-KNOWN: dict[str, HubRecipe] = {
-    "math500": HubRecipe("HuggingFaceH4/MATH-500"),
-    "gsm8k": HubRecipe("openai/gsm8k", config="main", problem_column="question", answer_extractor="gsm8k"),
-    "aime24": HubRecipe("HuggingFaceH4/aime_2024", split="train"),
-    "aime25": HubRecipe("math-ai/aime25"),
-    "amc23": HubRecipe("math-ai/amc23", problem_column="question"),
-}
-"""The benchmarks that ``KnownBenchmark`` knows by name."""
-
-
 class KnownBenchmark(Benchmark):
-    """A published benchmark, by the name that papers call it.
+    """A published benchmark, by the name that papers call it, with the sampling that they use (see ``recipes``).
 
     Args:
         name: Which one; also the name in metrics.
+        path: A JSON Lines file with the same problems instead of the Hugging Face Hub; its fields are "problem" and
+            "answer", or the Hub's columns.
+        num_samples: Answers to each problem; null for as many as the field draws.
+        temperature: Of sampling; 0 is greedy; null for the field's.
+        top_p: The probability mass that is sampled from, in (0, 1]; null for the field's.
+        max_completion_length: Tokens of an answer at most; null for the field's.
+        limit: Only the first problems; null for all.
 
     Raises:
-        UserError: the name is not known; on loading, as ``HubBenchmark`` does.
+        UserError: the name is not known; on loading, as ``HubBenchmark`` and ``JsonlBenchmark`` do.
     """
 
-    def __init__(self, name: Literal["math500", "gsm8k", "aime24", "aime25", "amc23"], **sampling: Any) -> None:
+    def __init__(
+        self,
+        name: Literal["math500", "gsm8k", "minerva", "olympiadbench", "aime24", "aime25", "amc23"],
+        path: str | None = None,
+        *,
+        num_samples: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_completion_length: int | None = None,
+        limit: int | None = None,
+    ) -> None:
         if name not in KNOWN:
             raise UserError(
                 f"benchmark {name!r} is not known; known are {', '.join(KNOWN)}. "
                 "Describe others by HubBenchmark or JsonlBenchmark."
             )
-        super().__init__(name, **sampling)
+        usual = KNOWN[name].sampling
+        super().__init__(
+            name,
+            num_samples=usual.num_samples if num_samples is None else num_samples,
+            temperature=usual.temperature if temperature is None else temperature,
+            top_p=usual.top_p if top_p is None else top_p,
+            max_completion_length=(
+                usual.max_completion_length if max_completion_length is None else max_completion_length
+            ),
+            limit=limit,
+        )
+        self.path = path
 
     def read(self) -> list[Problem]:
-        """The problems, in the order of the data set."""
-        return HubBenchmark(self.name, *KNOWN[self.name]).read()
+        """The problems, in the order of the data set or file."""
+        recipe = KNOWN[self.name]
+        columns = (recipe.problem_column, recipe.answer_column, recipe.answer_extractor)
+        if self.path is None:
+            return HubBenchmark(self.name, recipe.dataset, recipe.config, recipe.split, *columns).read()
+        return [problem_of(row, where, *_fields(row, recipe)) for where, row in read_rows(self.path)]
+
+
+def _fields(row: dict[str, Any], recipe: Recipe) -> tuple[str, str, AnswerExtractor]:
+    """Where a row of a local file has problem and answer: in the Hub's columns, or in fields called so."""
+    if recipe.problem_column in row and recipe.answer_column in row:
+        return recipe.problem_column, recipe.answer_column, recipe.answer_extractor
+    return "problem", "answer", recipe.local_extractor

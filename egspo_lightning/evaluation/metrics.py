@@ -1,20 +1,14 @@
 """The metrics that the field reports for math benchmarks, over n samples a problem.
 
 ``avg@n`` is the mean accuracy, ``pass@k`` the chance that one of k samples is right, ``maj@n`` the accuracy of the
-most frequent answer. All are in [0, 1].
+most frequent answer. All are in [0, 1]. Nothing here knows of models or files.
 """
 
 import math
 import random
+import statistics
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-
-from egspo_lightning.types import Completion
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -31,20 +25,39 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
+def reported_ks(num_samples: int) -> list[int]:
+    """The k of pass@k: the powers of two below n, and n."""
+    return [2**i for i in range((num_samples - 1).bit_length())] + [num_samples]
+
+
 def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
-    """Whether the most frequent answer is right; ties count by the share of the tied answers that are right.
+    """Whether the most frequent answer is right; of a tie, and of verdicts that differ on it, the share that are right.
 
     Args:
-        answers: one a sample; None is no answer, which does not vote
+        answers: one a sample, equal where they count as the same; None is no answer, which does not vote
         correct: whether each is right
     """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return 0.0
     most = max(votes.values())
-    leaders = [answer for answer, count in votes.items() if count == most]
-    right = dict(zip(answers, correct, strict=True))
-    return sum(right[answer] for answer in leaders) / len(leaders)
+    leaders = {answer for answer, count in votes.items() if count == most}
+    right = sum(is_right for answer, is_right in zip(answers, correct, strict=True) if answer in leaders)
+    return right / (most * len(leaders))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean: ``sqrt(sum((v - mean)^2) / (P (P - 1)))`` (arXiv 2411.00640, eq. 1).
+
+    With the mean of its n samples as the value of a problem, it is the error clustered by problem (section 2.2 there),
+    with P - 1 where that has P: samples of one problem are no independent questions.
+
+    Raises:
+        ValueError: there are fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"a standard error needs at least two values, got {len(values)}")
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def bootstrap_interval(
@@ -61,54 +74,3 @@ def bootstrap_interval(
     means = sorted(math.fsum(rng.choices(values, k=len(values))) / len(values) for _ in range(num_resamples))
     tail = (1 - confidence) / 2
     return means[int(tail * num_resamples)], means[min(int((1 - tail) * num_resamples), num_resamples - 1)]
-
-
-class BenchmarkMetric(Metric):
-    """Accumulates the completions of a benchmark, over batches and ranks.
-
-    Args:
-        num_samples: n, completions a problem
-    """
-
-    full_state_update = False
-    sums: Tensor
-    num_problems: Tensor
-
-    FIELDS = ("avg", "pass", "maj", "length", "truncated", "timeouts")
-
-    def __init__(self, num_samples: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_samples = num_samples
-        self.add_state("sums", torch.zeros(len(self.FIELDS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_problems", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, completions: Sequence[Completion]) -> None:
-        """Add completions; the n of one problem stand next to one another."""
-        for start in range(0, len(completions), self.num_samples):
-            group = completions[start : start + self.num_samples]
-            n, correct = len(group), [completion.correct for completion in group]
-            values = (
-                sum(correct) / n,
-                pass_at_k(n, sum(correct), n),
-                majority_at_k([completion.extracted for completion in group], correct),
-                sum(len(completion.token_ids) for completion in group) / n,
-                sum(completion.is_truncated for completion in group) / n,
-                sum(completion.status == "timeout" for completion in group),
-            )
-            self.sums += torch.tensor(values, dtype=torch.float64, device=self.sums.device)
-            self.num_problems += 1
-
-    def compute(self) -> dict[str, float]:
-        """Metric name to value: avg@n, pass@n, maj@n, length_mean (tokens), truncated_fraction, grader_timeouts."""
-        count = max(float(self.num_problems), 1.0)
-        total = dict(zip(self.FIELDS, self.sums.tolist(), strict=True))
-        n = self.num_samples
-        return {
-            f"avg@{n}": total["avg"] / count,
-            f"pass@{n}": total["pass"] / count,
-            f"maj@{n}": total["maj"] / count,
-            "length_mean": total["length"] / count,
-            "truncated_fraction": total["truncated"] / count,
-            "grader_timeouts": total["timeouts"],
-            "num_problems": float(self.num_problems),
-        }

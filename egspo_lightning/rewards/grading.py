@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from egspo_lightning.errors import require
+from egspo_lightning.rewards import equivalence
 from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, after_reasoning, extract_boxed
 from egspo_lightning.rewards.normalize import compare_fast, to_latex
 from egspo_lightning.rewards.workers import Outcome, WorkerPool
@@ -60,7 +61,7 @@ class MathGrader:
             "at least 256: math-verify needs as much",
         )
         require(extraction in EXTRACTIONS, "extraction", repr(extraction), f"one of {', '.join(EXTRACTIONS)}")
-        self._is_lenient = extraction == "lenient"
+        self.extraction = extraction
         self._pool = WorkerPool(num_workers, deadline_s, memory_limit_mb)
 
     def __enter__(self) -> MathGrader:
@@ -79,7 +80,7 @@ class MathGrader:
             RuntimeError: the workers cannot be started.
         """
         _require_pairs(completions, golds)
-        if not self._is_lenient:
+        if self.extraction == "boxed":
             return self._grade([extract_boxed(text) for text in completions], golds)
         requests = [
             _request(after_reasoning(text), gold, "lenient") for text, gold in zip(completions, golds, strict=True)
@@ -96,6 +97,22 @@ class MathGrader:
         _require_pairs(answers, golds)
         return self._grade([_bare(answer) for answer in answers], golds)
 
+    def equivalence_classes(self, groups: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
+        """The class of each bare answer among the answers to its problem, to be voted over; None for no answer.
+
+        Each item of ``groups`` holds the answers to one problem. Classes are numbered in order of appearance, and
+        an answer joins the first one whose first member it equals; see `equivalence.equivalence_classes`.
+
+        Raises:
+            RuntimeError: the workers cannot be started.
+        """
+        bare = [[None if answer is None else _bare(answer) for answer in group] for group in groups]
+        return equivalence.equivalence_classes(bare, self._compare)
+
+    def settings(self) -> dict[str, str]:
+        """What its verdicts depend on, for whoever keeps them."""
+        return {"extraction": self.extraction}
+
     def close(self) -> None:
         """End the worker processes; may be called again, and grading after it starts new ones."""
         self._pool.close()
@@ -103,6 +120,10 @@ class MathGrader:
     def worker_pids(self) -> list[int]:
         """The live processes of this grader; empty until an answer needs algebra."""
         return self._pool.pids()
+
+    def _compare(self, answers: Sequence[str], golds: Sequence[str]) -> list[bool | None]:
+        grades = self._grade(answers, golds)
+        return [grade.correct if grade.status == "graded" else None for grade in grades]
 
     def _grade(self, answers: Sequence[str | None], golds: Sequence[str]) -> list[Grade]:
         grades: list[Grade | None] = []

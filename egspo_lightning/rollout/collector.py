@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.rewards.functions import Reward
+from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rollout.engine import RolloutEngine, Sample
-from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.rollout.sampling import Prompt, complete, grade
 from egspo_lightning.types import Completion, ExpertSolution, Problem, Sampling
@@ -41,6 +40,9 @@ class Sampled(NamedTuple):
     groups: list[Group]
     discarded: list[Group]
     seconds: float
+    """From the first prompt to the last grade."""
+    seconds_grading: float
+    """Those of them in which only grades were waited for."""
 
 
 @dataclass
@@ -58,12 +60,11 @@ class Collector:
         num_generations: Completions a problem.
         max_completion_length: In tokens, EOS included.
         max_resampling: Rounds at most in which groups without spread are replaced by other problems'.
-        length_penalty: Taken off the rewards of long completions, if any.
         seed: Names the random streams.
     """
 
     engine: RolloutEngine
-    reward: Reward
+    reward: WeightedReward
     draw: Callable[[int, int], Sequence[Problem]]
     draw_experts: Callable[[int, int], Sequence[ExpertSolution]]
     encode: Callable[[Problem], list[int]]
@@ -72,7 +73,6 @@ class Collector:
     num_generations: int
     max_completion_length: int
     max_resampling: int
-    length_penalty: SoftLengthPenalty | None
     seed: int
 
     num_drawn: int = field(default=0, init=False)
@@ -92,11 +92,7 @@ class Collector:
                 f"data.max_resampling = {self.max_resampling} replaces groups without an expert, and with "
                 "data.expert_fraction every group has one. Set max_resampling to 0, or lower expert_fraction."
             )
-        if self.length_penalty is not None and self.length_penalty.buffer > self.max_completion_length:
-            raise UserError(
-                f"data.length_penalty.buffer = {self.length_penalty.buffer} is more than data.max_completion_length = "
-                f"{self.max_completion_length}, so every completion would be punished. Lower buffer."
-            )
+        self.reward.require_fit(self.max_completion_length)
 
     def sample(self, policy: RolloutPolicy, number: int, rank: int, world_size: int) -> Sampled:
         """Collection ``number``; a rank takes every ``world_size``-th of its problems. Collective."""
@@ -105,7 +101,7 @@ class Collector:
         experts = self.draw_experts(number * self.num_experts, self.num_experts)
         drawn = [*(e.problem for e in experts), *self._draw(self.num_problems - self.num_experts)]
         prompts = {place: self._prompt(drawn[place], f"{number}/{place}") for place in places}
-        groups = self._complete(policy, prompts)
+        groups, waited = self._complete(policy, prompts)
         discarded: list[Group] = []
         for attempt in range(self.max_resampling):
             flat = self._flat_places(policy, groups)
@@ -114,10 +110,13 @@ class Collector:
             fresh = dict(zip(flat, self._draw(len(flat)), strict=True))
             prompts = {p: self._prompt(fresh[p], f"{number}/{p}/{attempt + 1}") for p in flat if p in groups}
             discarded += [groups[place] for place in prompts]
-            groups |= self._complete(policy, prompts)
-        for place in range(rank, self.num_experts, world_size):
-            groups[place] = self._with_expert(policy, groups[place], experts[place])
-        return Sampled([groups[place] for place in places], discarded, time.perf_counter() - started)
+            replaced, more = self._complete(policy, prompts)
+            groups, waited = groups | replaced, waited + more
+        sampled = time.perf_counter()
+        solved = {place: experts[place] for place in range(rank, self.num_experts, world_size)}
+        groups |= self._with_experts(policy, groups, solved)
+        ended = time.perf_counter()
+        return Sampled([groups[place] for place in places], discarded, ended - started, waited + ended - sampled)
 
     def _draw(self, count: int) -> Sequence[Problem]:
         self.num_drawn += count
@@ -126,14 +125,16 @@ class Collector:
     def _prompt(self, problem: Problem, stream: str) -> Prompt:
         return Prompt(problem, self.encode(problem), f"{self.seed}/{stream}")
 
-    def _complete(self, policy: RolloutPolicy, prompts: dict[int, Prompt]) -> dict[int, Group]:
+    def _complete(self, policy: RolloutPolicy, prompts: dict[int, Prompt]) -> tuple[dict[int, Group], float]:
+        """The groups by place, and the seconds in which grades were waited for."""
         sampling = Sampling(self.max_completion_length, policy.temperature)
         size = self.num_generations
-        flat = self._penalised(complete(policy, self.engine, self.reward, list(prompts.values()), size, sampling))
-        return {
+        flat, waited = complete(policy, self.engine, self.reward, list(prompts.values()), size, sampling)
+        groups = {
             place: Group(place, prompt, flat[i * size : (i + 1) * size], None)
             for i, (place, prompt) in enumerate(prompts.items())
         }
+        return groups, waited
 
     def _flat_places(self, policy: RolloutPolicy, groups: dict[int, Group]) -> list[int]:
         """Places, on all ranks, whose group has no spread and no expert."""
@@ -143,14 +144,11 @@ class Collector:
         indices: list[int] = policy.sum_over_ranks(flags).nonzero().flatten().tolist()
         return indices
 
-    def _with_expert(self, policy: RolloutPolicy, group: Group, solution: ExpertSolution) -> Group:
-        """The group, with the expert's solution graded as any other."""
-        sample = Sample(solution.token_ids, False, [0.0] * len(solution.token_ids))
-        (expert,) = self._penalised(grade(policy, self.reward, [solution.problem], [sample]))
-        return group._replace(expert=expert)
-
-    def _penalised(self, completions: list[Completion]) -> list[Completion]:
-        penalty = self.length_penalty
-        if penalty is None:
-            return completions
-        return [penalty.apply(completion, self.max_completion_length) for completion in completions]
+    def _with_experts(
+        self, policy: RolloutPolicy, groups: dict[int, Group], solutions: dict[int, ExpertSolution]
+    ) -> dict[int, Group]:
+        """The groups at the solutions' places, with these graded as any other."""
+        samples = [Sample(s.token_ids, False, [0.0] * len(s.token_ids)) for s in solutions.values()]
+        prompts = [groups[place].prompt for place in solutions]
+        experts = grade(policy, self.reward, prompts, samples, self.max_completion_length)
+        return {p: groups[p]._replace(expert=expert) for p, expert in zip(solutions, experts, strict=True)}

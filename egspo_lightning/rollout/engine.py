@@ -1,6 +1,6 @@
 """What the rest of the project asks of something that samples, whether transformers or vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from egspo_lightning.types import Sampling
@@ -28,10 +28,12 @@ class Sample(NamedTuple):
 class RolloutEngine(Protocol):
     """Samples completions from the policy as it is now."""
 
-    def generate(
+    def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
-    ) -> list[Sample]:
-        """One sample a request, in their order.
+    ) -> Iterator[list[tuple[int, Sample]]]:
+        """One sample a request, each with the number of its request, as they are done: in batches, in any order.
+
+        A batch is graded while the next one is sampled.
 
         Args:
             lm: the causal language model, in eval mode, within the policy's sampling context

@@ -57,8 +57,8 @@ def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[Sco
     )
     own = slice(0, rollouts.num_sampled)
     gap = _sampler_gap(rows[own], scores.logprobs[own][rollouts.completion_mask[own]])
-    seconds = {"time/sample_and_grade": sampled.seconds, "time/score": time.perf_counter() - started}
-    return rollouts, {**measure(sampled, seconds), "rollout/sampler_gap": gap}
+    seconds = {"time/score": (time.perf_counter() - started, 1.0)}
+    return rollouts, {**measure(sampled), **seconds, "rollout/sampler_gap": gap}
 
 
 def collection_rows(groups: Sequence[Group]) -> list[Completion]:
@@ -80,7 +80,7 @@ def _sampler_gap(completions: Sequence[Completion], scored: Tensor) -> tuple[flo
     return gap.sum().item(), gap.numel()
 
 
-def measure(sampled: Sampled, seconds: dict[str, float]) -> Measurements:
+def measure(sampled: Sampled) -> Measurements:
     """What the rollouts were like, as (sum, count) by metric name.
 
     Groups that were put aside count as well, or the policy would look better than it is; ``rollout/flat_groups``
@@ -103,8 +103,13 @@ def measure(sampled: Sampled, seconds: dict[str, float]) -> Measurements:
         "rollout/truncated_fraction": (sum(completion.is_truncated for completion in completions), count),
         "rollout/grader_timeouts": (sum(completion.status == "timeout" for completion in completions), 0),
         "rollout/grader_crashes": (sum(completion.status == "crashed" for completion in completions), 0),
-        "rollout/tokens_per_second": (num_tokens, seconds["time/sample_and_grade"]),
-    } | {name: (value, 1) for name, value in seconds.items()}
+        "rollout/tokens_per_second": (num_tokens, sampled.seconds),
+        "time/sample": (sampled.seconds - sampled.seconds_grading, 1),
+        "time/grade": (sampled.seconds_grading, 1),
+    } | {
+        f"rollout/reward/{name}": (sum(completion.reward_terms[name] for completion in completions), count)
+        for name in completions[0].reward_terms
+    }
 
 
 def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:

@@ -1,12 +1,12 @@
 """Prompts to graded completions."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from egspo_lightning.errors import UserError
-from egspo_lightning.rewards.functions import Reward, Scored
+from egspo_lightning.rewards.composition import WeightedReward
+from egspo_lightning.rewards.functions import Details, Reward
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
+from egspo_lightning.rollout.overlap import OverlappedGrading
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.types import Completion, Problem, Sampling
 
@@ -26,53 +26,100 @@ def complete(
     prompts: Sequence[Prompt],
     num_samples: int,
     sampling: Sampling,
-) -> list[Completion]:
+) -> tuple[list[Completion], float]:
     """Sample and grade ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+
+    All ranks must call it equally often, some of them perhaps without prompts. Beside the completions stand the
+    seconds in which there was nothing left to sample and grades were waited for.
+
+    Raises:
+        UserError: the reward did not give one finite number a completion.
+    """
+    owners = [prompt for prompt in prompts for _ in range(num_samples)]
+    composed = WeightedReward.of(reward)
+
+    def grade_some(numbers: Sequence[int], samples: Sequence[Sample]) -> list[Completion]:
+        return grade(policy, composed, [owners[i] for i in numbers], samples, sampling.max_completion_length)
+
+    with OverlappedGrading(grade_some, len(owners), num_samples) as grading:
+        for batch in _stream(policy, engine, prompts, num_samples, sampling):
+            grading.add(batch)
+        return grading.finish(), grading.seconds_waited
+
+
+def sample(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> list[Sample]:
+    """Sample ``num_samples`` completions a prompt; those of one prompt stand next to one another.
 
     All ranks must call it equally often, some of them perhaps without prompts.
     """
+    batches = _stream(policy, engine, prompts, num_samples, sampling)
+    done = dict(numbered for batch in batches for numbered in batch)
+    return [done[number] for number in range(len(prompts) * num_samples)]
+
+
+def _stream(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> Iterator[list[tuple[int, Sample]]]:
+    """Samples with the numbers of their requests, batch by batch, within the policy's sampling context."""
     requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
-    samples: list[Sample] = []
     with policy.sampling() as lm:
         if requests:
             pad_id = policy.tokenizer.pad_token_id
-            samples = engine.generate(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
-    problems = [prompt.problem for prompt in prompts for _ in range(num_samples)]
-    return grade(policy, reward, problems, samples)
+            yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
+
+
+def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
+    """The texts of samples, without special tokens."""
+    texts: list[str] = policy.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+    return texts
 
 
 def grade(
-    policy: RolloutPolicy, reward: Reward, problems: Sequence[Problem], samples: Sequence[Sample]
+    policy: RolloutPolicy,
+    reward: WeightedReward,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sample],
+    max_completion_length: int,
 ) -> list[Completion]:
-    """The samples with their texts and verdicts.
+    """The samples, each of a prompt, with their texts, verdicts and rewards.
 
     Raises:
         UserError: the reward did not give one finite number a completion.
     """
     if not samples:
         return []
-    texts = policy.tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
-    scored = reward(texts, [problem.answer for problem in problems])
-    _require_rewards(scored, len(texts), type(reward).__name__)
+    texts = decode(policy, samples)
+    asked = _prompt_texts(policy, prompts)
+    golds = [prompt.problem.answer for prompt in prompts]
+    grades = reward.grader.grade(texts, golds)
+    details = [
+        Details(prompt.problem, text, len(sample.token_ids), max_completion_length, sample.is_truncated, verdict)
+        for prompt, text, sample, verdict in zip(prompts, asked, samples, grades, strict=True)
+    ]
+    scored = reward.score(texts, golds, details)
     return [
         Completion(
-            problem=problem,
+            problem=detail.problem,
             token_ids=sample.token_ids,
             logprobs=sample.logprobs,
             text=text,
             is_truncated=sample.is_truncated,
-            reward=verdict.reward,
-            correct=verdict.grade.correct,
-            extracted=verdict.grade.extracted,
-            status=verdict.grade.status,
+            reward=result.reward,
+            correct=detail.grade.correct,
+            extracted=detail.grade.extracted,
+            status=detail.grade.status,
+            reward_terms=result.terms,
         )
-        for problem, sample, text, verdict in zip(problems, samples, texts, scored, strict=True)
+        for sample, text, detail, result in zip(samples, texts, details, scored, strict=True)
     ]
 
 
-def _require_rewards(scored: Sequence[Scored], count: int, name: str) -> None:
-    if len(scored) != count:
-        raise UserError(f"data.reward: {name} gave {len(scored)} rewards for {count} completions. One each is needed.")
-    for verdict in scored:
-        if not math.isfinite(verdict.reward):
-            raise UserError(f"data.reward: {name} gave a reward of {verdict.reward}. Rewards must be finite numbers.")
+def _prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
+    """The prompts with their special tokens, of which a think mark may be one; each is decoded once."""
+    keys = [tuple(prompt.token_ids) for prompt in prompts]
+    distinct = list(dict.fromkeys(keys))
+    texts = policy.tokenizer.batch_decode([list(key) for key in distinct], skip_special_tokens=False)
+    by_key = dict(zip(distinct, texts, strict=True))
+    return [by_key[key] for key in keys]

@@ -37,19 +37,22 @@ class TransformersEngine:
         if self.max_batch_size < 1:
             raise UserError(f"TransformersEngine.max_batch_size must be at least 1, got {self.max_batch_size}.")
 
-    def generate(
+    def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
-    ) -> list[Sample]:
+    ) -> Iterator[list[tuple[int, Sample]]]:
         """See ``RolloutEngine``; prompts of like length are batched together."""
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # stable: equal ones stay
-        samples: list[Sample | None] = [None] * len(requests)
         for start in range(0, len(order), self.max_batch_size):
             part = order[start : start + self.max_batch_size]
             batch = [requests[i] for i in part]
-            rows = _decode(lm, batch, sampling, eos_ids=eos_ids, pad_id=pad_id)
-            for i, row in zip(part, rows, strict=True):
-                samples[i] = row
-        return [sample for sample in samples if sample is not None]
+            yield list(zip(part, _decode(lm, batch, sampling, eos_ids=eos_ids, pad_id=pad_id), strict=True))
+
+    def generate(
+        self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
+    ) -> list[Sample]:
+        """All samples at once, in the order of the requests: for whoever has nothing to do in between."""
+        batches = self.stream(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id)
+        return [sample for _, sample in sorted(pair for batch in batches for pair in batch)]
 
 
 @torch.no_grad()

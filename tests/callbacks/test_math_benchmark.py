@@ -1,10 +1,17 @@
+import io
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
 
 from egspo_lightning.callbacks import MathBenchmark, StageTransition
+from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
+from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
@@ -17,9 +24,10 @@ def benchmarks() -> dict[str, list[GeneratedBenchmark]]:
     return {"benchmarks": [greedy, sampled], "eval_batch_size": 2}
 
 
+COMMON = {"length_mean", "truncated_fraction", "grader_timeouts", "grader_crashes", "num_problems"}
 NAMES = {
-    "greedy": {"avg@1", "pass@1", "maj@1", "length_mean", "truncated_fraction", "grader_timeouts", "num_problems"},
-    "sampled": {"avg@2", "pass@2", "maj@2", "length_mean", "truncated_fraction", "grader_timeouts", "num_problems"},
+    "greedy": {"avg@1", "avg@1_se", "pass@1", "maj@1"} | COMMON,
+    "sampled": {"avg@2", "avg@2_se", "pass@1", "pass@2", "maj@2"} | COMMON,
 }
 
 
@@ -151,14 +159,130 @@ def test_the_results_do_not_depend_on_batch_sizes(tiny_run):
     assert results[0] == results[1] == results[2]
 
 
-def test_tables_show_the_milestones_and_every_metric(tiny_run):
+def test_each_evaluation_of_fit_is_a_line_of_json(tiny_run):
+    benchmark = MathBenchmark()
+    run = tiny_run(benchmark, StageTransition(), data=benchmarks(), logger=True).fit()
+    folder = Path(run.trainer.log_dir)
+    rows = [json.loads(line) for line in (folder / "benchmarks.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 6]
+    assert [part["benchmark"] for part in rows[-1]["benchmarks"]] == ["greedy", "sampled"]
+    assert {part["benchmark"]: part["metrics"] for part in rows[-1]["benchmarks"]} == benchmark.latest
+    assert not (folder / "evaluation").exists()
+
+
+def test_fit_keeps_its_answers_where_that_is_asked_for(tiny_run):
+    benchmark = MathBenchmark(save_completions=True, at_start=False)
+    run = tiny_run(benchmark, data=benchmarks(), trainer={"max_epochs": 1}, logger=True).fit()
+    folders = sorted(Path(run.trainer.log_dir, "evaluation").iterdir())
+    assert [re.sub(r"-[0-9a-f]{12}$", "", folder.name) for folder in folders] == ["greedy-step-2", "sampled-step-2"]
+    assert [len((folder / "completions.jsonl").read_text().splitlines()) for folder in folders] == [5, 6]
+    metrics = json.loads((folders[1] / "metrics.json").read_text())
+    assert metrics["metrics"] == benchmark.latest["sampled"]
+    assert (metrics["step"], metrics["ckpt_path"]) == (2, None)
+
+
+def test_validate_writes_every_answer_with_its_verdict_and_the_scores(tiny_run, tmp_path):
+    """The scores can be had again from the file of completions."""
+    trained = GeneratedBenchmark("trained", split="train", num_problems=12, task=DIGITS, num_samples=4, temperature=0.7)
+    data = {"benchmarks": [trained], "sft_batch_size": 8, "eval_batch_size": 5}
+    run = tiny_run(data=data, trainer={"max_epochs": 30}).fit()
+    benchmark = MathBenchmark()
+    measured = tiny_run(benchmark, data=data)
+    measured.trainer.validate(run.module, measured.data, verbose=False)
+    (folder,) = benchmark.written
+    assert folder.parent == tmp_path / "evaluation"
+    assert re.fullmatch(r"trained-[0-9a-f]{12}", folder.name)
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    asked = trained.load()
+    assert [(row["id"], row["sample"]) for row in rows] == [(p.id, i) for p in asked for i in range(4)]
+    answers = {problem.id: problem.answer for problem in asked}
+    assert all(row["correct"] == (row["extracted"] == answers[row["id"]]) for row in rows)  # whole numbers
+    assert 0 < sum(row["correct"] for row in rows) < 48
+    for row in rows:  # equal classes, equal numbers
+        assert (row["answer_class"] is None) == (row["extracted"] is None) == (row["status"] == "no_answer")
+    stored = json.loads((folder / "metrics.json").read_text())
+    assert stored["metrics"] == benchmark.latest["trained"]
+    assert stored["metrics"]["avg@4"] == pytest.approx(sum(row["correct"] for row in rows) / 48)
+    assert stored["metrics"]["length_mean"] == pytest.approx(sum(row["length"] for row in rows) / 48)
+    low, high = stored["avg@4_interval_95"]
+    assert low < stored["metrics"]["avg@4"] < high
+    assert stored["settings"]["temperature"] == 0.7
+    assert stored["settings"] == json.loads((folder / "settings.json").read_text())
+
+
+def answer_twice(tiny_run, tmp_path, *, second: dict, module=None, root="same"):
+    """The folders of two evaluations of a module in one root folder, and how often the second sampled."""
+    data = benchmarks()
+    folders, calls = [], []
+    for options in ({}, second):
+        callback = MathBenchmark()
+        run = tiny_run(callback, data=data | options, trainer={"default_root_dir": str(tmp_path / root)})
+        generate = run.data.engine.generate
+        calls = []
+        run.data.engine.generate = lambda *args, of=generate, to=calls, **kw: to.append(len(args[1])) or of(*args, **kw)
+        module = module or run.module
+        run.trainer.validate(module, run.data, verbose=False)
+        folders.append((callback.written, callback.latest))
+    return folders, sum(calls)
+
+
+def test_the_same_evaluation_again_samples_nothing(tiny_run, tmp_path):
+    ((first, before), (second, after)), num_sampled = answer_twice(tiny_run, tmp_path, second={})
+    assert first == second
+    assert before == after
+    assert num_sampled == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 2}, {"max_completion_length": 17}, {"prompt": PromptTemplate(plain="{problem} ")}],
+    ids=["seed", "length", "prompt"],
+)
+def test_another_evaluation_has_a_folder_of_its_own(tiny_run, tmp_path, change):
+    ((first, _), (second, _)), num_sampled = answer_twice(tiny_run, tmp_path, second=change)
+    assert not set(first) & set(second)
+    assert num_sampled == 5 + 2 * 3
+
+
+def test_other_weights_have_a_folder_of_their_own_and_are_refused_in_a_chosen_one(tiny_run, tmp_path):
+    run = tiny_run(data=benchmarks(), trainer={"max_epochs": 1}).fit()
+    untrained, trained, chosen = MathBenchmark(), MathBenchmark(), str(tmp_path / "chosen")
+    fresh = tiny_run(data=benchmarks()).module
+    for callback in (untrained, MathBenchmark(folder=chosen)):
+        first = tiny_run(callback, data=benchmarks())
+        first.trainer.validate(fresh, first.data, verbose=False)
+    assert sorted(path.name for path in Path(chosen).iterdir()) == ["greedy", "sampled"]
+    later = tiny_run(trained, data=benchmarks())
+    later.trainer.validate(run.module, later.data, verbose=False)
+    assert not set(untrained.written) & set(trained.written)
+    refused = tiny_run(MathBenchmark(folder=chosen), data=benchmarks())
+    with pytest.raises(UserError, match=r"chosen/greedy holds answers under other settings: weights\."):
+        refused.trainer.validate(run.module, refused.data, verbose=False)
+
+
+def test_an_answer_that_is_too_long_for_the_model_is_refused_by_name(tiny_run):
+    long = GeneratedBenchmark("long", num_problems=2, task=DIGITS, max_completion_length=4096)
+    run = tiny_run(MathBenchmark(), data={"benchmarks": [long]})
+    message = r"max_completion_length of benchmark 'long' = 8 \+ 4096 is more than the 4096 positions"
+    with pytest.raises(UserError, match=message):
+        run.trainer.validate(run.module, run.data, verbose=False)
+
+
+def test_the_grader_of_evaluation_can_be_set(tiny_run):
+    grader = MathGrader(num_workers=2, extraction="lenient")
+    run = tiny_run(MathBenchmark(), data=benchmarks() | {"evaluation_grader": grader})
+    assert run.data.answerer.grader is grader
+    run.trainer.validate(run.module, run.data, verbose=False)
+    assert grader.worker_pids() == []  # ended with the run
+
+
+def test_the_table_of_fit_shows_the_milestones(tiny_run):
     benchmark = MathBenchmark()
     tiny_run(benchmark, StageTransition(), data=benchmarks()).fit()
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(benchmark.summary())
-    console.print(benchmark.details())
     text = console.export_text()
-    for word in ("greedy", "sampled", "before", "after SFT", "after EGSPO", "avg@1", "avg@2", "length_mean", "pass@2"):
+    for word in ("greedy", "sampled", "before", "after SFT", "after EGSPO", "avg@1", "avg@2"):
         assert word in text
 
 

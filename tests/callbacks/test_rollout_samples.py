@@ -5,6 +5,8 @@ import pytest
 from egspo_lightning.callbacks import RolloutSamples, StageTransition
 from egspo_lightning.data.sources import FiniteProblems
 from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.composition import WeightedReward
+from egspo_lightning.rewards.format import FormatReward
 from egspo_lightning.types import Problem
 
 MARKUP = "<script>alert(1)</script>\n# not a title **bold** | [a](b)"
@@ -63,6 +65,13 @@ def test_a_text_that_is_cut_says_so(tiny_run, events):
     ((_, text),) = texts(events, run)
     assert f"    {MARKUP[:20]} ... ({len(MARKUP) - 20} more characters)" in text
     assert "not a title" not in text
+
+
+def test_a_sum_shows_its_terms(tiny_run, events):
+    reward = WeightedReward({"format": FormatReward(), "short": lambda texts, golds: [0.5] * len(texts)}, {"short": 3})
+    run = tiny_run(RolloutSamples(num_samples=1), **ONE_COLLECTION | {"data": {"reward": reward}}).fit()
+    ((_, text),) = texts(events, run)
+    assert text.startswith("    reward 1.5 (format 0, short 0.5), answer none, gold ")
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [2, 4, 6]), (2, [2, 6]), (0, [])])

@@ -8,13 +8,14 @@ from jsonargparse import ArgumentParser
 from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import (
-    KNOWN,
     Benchmark,
     GeneratedBenchmark,
     HubBenchmark,
     JsonlBenchmark,
     KnownBenchmark,
 )
+from egspo_lightning.evaluation.recipes import KNOWN
+from egspo_lightning.evaluation.sampling import AnswerSampling
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.types import Problem
@@ -35,8 +36,7 @@ class Empty(Benchmark):
 def test_a_benchmark_of_ones_own():
     benchmark = Two("two", limit=1)
     assert benchmark.load() == [Problem("1", "1+1?", "2")]
-    assert (benchmark.num_samples, benchmark.temperature, benchmark.top_p) == (1, 0.0, 1.0)
-    assert benchmark.max_completion_length is None
+    assert benchmark.sampling == AnswerSampling(num_samples=1, temperature=0.0, top_p=1.0, max_completion_length=None)
     assert len(Two("two").load()) == 2
 
 
@@ -113,37 +113,161 @@ def test_hub_benchmark_of_a_local_folder(tmp_path, monkeypatch):
     folder.mkdir()
     row = {"question": "1+1?", "answer": "It is 2.\n#### 2"}
     (folder / "test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    recipe = KNOWN["gsm8k"]._replace(dataset=str(folder), config=None)
-    benchmark = HubBenchmark("gsm8k", *recipe, limit=1)
+    columns = {"problem_column": "question", "answer_extractor": "gsm8k"}
+    benchmark = HubBenchmark("gsm8k", str(folder), **columns, limit=1)
     assert benchmark.load() == [Problem("gsm:test:0", "1+1?", "2")]
     with pytest.raises(UserError, match="no column 'problem'"):
         HubBenchmark("gsm8k", str(folder)).load()
 
 
+# The published ones
+
+
+HUB = {
+    "math500": (
+        "HuggingFaceH4/MATH-500",
+        {"default": "test.jsonl"},
+        {
+            "problem": "1+1?",
+            "solution": "$\\boxed{2}$",
+            "answer": "2",
+            "subject": "Algebra",
+            "level": 3,
+            "unique_id": "u/7",
+        },
+        Problem("u/7", "1+1?", "2", "Algebra", "3"),
+    ),
+    "gsm8k": (
+        "openai/gsm8k",
+        {"main": "main/test-00000-of-00001.jsonl", "socratic": "socratic/test-00000-of-00001.jsonl"},
+        {"question": "1+1?", "answer": "It is <<1+1=2>>2.\n#### 1,002"},
+        Problem("gsm8k:test:0", "1+1?", "1002"),
+    ),
+    "minerva": (
+        "math-ai/minervamath",
+        {"default": "test.jsonl"},
+        {"question": "Mass?", "answer": "1.6 \\times 10^{-19}"},
+        Problem("minervamath:test:0", "Mass?", "1.6 \\times 10^{-19}"),
+    ),
+    "olympiadbench": (
+        "math-ai/olympiadbench",
+        {"default": "test.jsonl"},
+        {
+            "id": 1606,
+            "question": "Roots?",
+            "solution": ["s"],
+            "final_answer": ["$\\frac{1}{2}$", "$3$"],
+            "is_multiple_answer": True,
+            "subfield": "Number Theory",
+            "subject": "Math",
+        },
+        Problem("1606", "Roots?", "\\frac{1}{2}, 3", "Number Theory"),
+    ),
+    "aime24": (
+        "HuggingFaceH4/aime_2024",
+        {"default": "train.jsonl"},
+        {"id": 60, "problem": "1+1?", "solution": "2", "answer": "002", "url": "u", "year": "2024"},
+        Problem("60", "1+1?", "002"),
+    ),
+    "aime25": (
+        "math-ai/aime25",
+        {"default": "test.jsonl"},
+        {"problem": "1+1?", "answer": "2", "id": "0"},
+        Problem("0", "1+1?", "2"),
+    ),
+    "amc23": (
+        "math-ai/amc23",
+        {"default": "test.jsonl"},
+        {"id": 0, "question": "1+1?", "answer": "27.0", "url": "u"},
+        Problem("0", "1+1?", "27.0"),
+    ),
+}
+"""Benchmark to its name on the Hub, the configurations with their files, a row with the columns there, its problem."""
+
+
+def hub_folder(root: Path, name: str) -> Path:
+    """The data set as a folder of the layout that the Hub has."""
+    dataset, files, row, _ = HUB[name]
+    cards = [
+        {"config_name": config, "data_files": [{"split": Path(file).name.split(".")[0].split("-")[0], "path": file}]}
+        for config, file in files.items()
+    ]
+    for file in files.values():
+        (root / dataset / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / dataset / file).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (root / dataset / "README.md").write_text(f"---\n{json.dumps({'configs': cards})}\n---\n", encoding="utf-8")
+    return root / dataset
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_benchmarks_are_read_from_folders_in_the_hubs_layout(name, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)  # the datasets library takes a folder of that name for the data set
+    assert hub_folder(tmp_path, name).relative_to(tmp_path) == Path(KNOWN[name].dataset)
+    assert KnownBenchmark(name).load() == [HUB[name][-1]]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_benchmarks_are_read_from_files_with_the_hubs_columns_or_plain_ones(name, tmp_path):
+    problem = HUB[name][-1]
+    (tmp_path / "hub.jsonl").write_text(json.dumps(HUB[name][2] | {"id": problem.id}), encoding="utf-8")
+    assert KnownBenchmark(name, str(tmp_path / "hub.jsonl")).load() == [problem]
+    plain = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
+    (tmp_path / "plain.jsonl").write_text(json.dumps(plain), encoding="utf-8")
+    assert KnownBenchmark(name, str(tmp_path / "plain.jsonl")).load() == [problem._replace(subject="", level="")]
+
+
+def test_known_benchmarks_are_sampled_as_the_field_does():
+    competition = AnswerSampling(num_samples=32, temperature=0.6, top_p=0.95, max_completion_length=32768)
+    once = AnswerSampling(num_samples=1, temperature=0.0, top_p=1.0, max_completion_length=2048)
+    assert {name: KnownBenchmark(name).sampling for name in KNOWN} == {  # type: ignore[arg-type]
+        "math500": once,
+        "gsm8k": once,
+        "minerva": once,
+        "olympiadbench": once,
+        "aime24": competition,
+        "aime25": competition,
+        "amc23": competition,
+    }
+
+
+def test_every_value_of_a_known_benchmark_can_be_overridden():
+    changed = {"num_samples": 4, "temperature": 1.0, "top_p": 0.7, "max_completion_length": 99}
+    for name in ("math500", "aime24"):
+        benchmark = KnownBenchmark(name, **changed, limit=3)
+        assert (benchmark.name, benchmark.sampling, benchmark.limit) == (name, AnswerSampling(**changed), 3)
+    greedy = KnownBenchmark("aime24", num_samples=1, temperature=0.0)
+    assert greedy.sampling == AnswerSampling(1, 0.0, 0.95, 32768)
+    with pytest.raises(UserError, match="benchmark 'aime24': num_samples is 32, but at temperature 0"):
+        KnownBenchmark("aime24", temperature=0.0)
+
+
 def test_every_known_benchmark_has_a_name_in_the_config():
     hints = get_type_hints(KnownBenchmark.__init__)
     assert get_args(hints["name"]) == tuple(KNOWN)
-
-
-def test_known_benchmarks_are_read_by_their_recipes(tmp_path, monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(name, config, *, split, data_files):
-        asked.append((name, config, split, data_files))
-        return datasets.Dataset.from_list([{"question": "1+1?", "answer": "It is 2.\n#### 2"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert KnownBenchmark("gsm8k").load() == [Problem("gsm8k:test:0", "1+1?", "2")]
-    assert asked == [("openai/gsm8k", "main", "test", None)]
-
-
-def test_known_benchmarks():
-    benchmark = KnownBenchmark("aime24", num_samples=32, temperature=0.6)
-    assert (benchmark.name, benchmark.num_samples, benchmark.temperature) == ("aime24", 32, 0.6)
-    with pytest.raises(UserError, match="known are math500, gsm8k"):
+    with pytest.raises(UserError, match="known are math500, gsm8k, minerva, olympiadbench, aime24, aime25, amc23"):
         KnownBenchmark("imo")  # type: ignore[arg-type]
+
+
+def test_a_bad_row_of_a_known_benchmark_is_told_by_file_and_line(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"id": 1, "problem": "1+1?", "answer": "2"}\n{"id": 2, "problem": "2+2?"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.jsonl:2: field 'answer' must be non-empty text, got nothing"):
+        KnownBenchmark("aime24", str(path)).load()
+    path.write_text('{"id": 1, "question": "1+1?", "final_answer": ["2", 3]}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.jsonl:1: field 'final_answer' must be non-empty text, got \['2', 3\]"):
+        KnownBenchmark("olympiadbench", str(path)).load()
+
+
+def test_two_problems_of_one_id_are_refused(tmp_path):
+    row = {"id": "a", "problem": "1+1?", "answer": "2"}
+    path = tmp_path / "b.jsonl"
+    path.write_text("\n".join(json.dumps(row) for _ in range(2)), encoding="utf-8")
+    with pytest.raises(UserError, match="benchmark 'b': 2 problems have the id 'a'"):
+        JsonlBenchmark("b", str(path)).load()
+    assert len(JsonlBenchmark("b", str(path), limit=1).load()) == 1
 
 
 @pytest.mark.parametrize(
@@ -153,17 +277,18 @@ def test_known_benchmarks():
         ("aime24", 30),
         ("aime25", 30),
         ("amc23", 40),
-        ("gsm8k_test", 1319),
+        ("gsm8k", 1319),
         ("olympiadbench", 675),
     ],
 )
 def test_real_files(name, count):
-    path = SHARED / f"{name}.jsonl"
+    path = SHARED / f"{'gsm8k_test' if name == 'gsm8k' else name}.jsonl"
     if not path.is_file():
         pytest.skip(f"{path} is absent: real data is kept beside the checkout, not in it")
-    problems = JsonlBenchmark(name, str(path)).load()
+    problems = KnownBenchmark(name, str(path)).load()
     assert len({p.id for p in problems}) == len({p.problem for p in problems}) == count
     assert all(p.answer.strip() for p in problems)
+    assert not any("$" in p.answer.replace("\\$", "") for p in problems)
     if name == "math500":
         assert {p.level for p in problems} == set("12345")
         assert all(p.subject for p in problems)
@@ -183,4 +308,4 @@ def test_benchmarks_and_their_sampling_are_config_values():
     first, second = config.benchmarks
     assert (first.task, first.num_samples) == (ArithmeticTask(num_terms=3), 4)
     assert len(first.load()) == 7
-    assert (second.name, second.limit, second.temperature) == ("math500", 3, 0.0)
+    assert (second.name, second.limit, second.sampling.max_completion_length) == ("math500", 3, 2048)

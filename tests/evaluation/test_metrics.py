@@ -3,10 +3,14 @@ import random
 import statistics
 
 import pytest
-import torch
 
-from egspo_lightning.evaluation.metrics import BenchmarkMetric, bootstrap_interval, majority_at_k, pass_at_k
-from egspo_lightning.types import Completion, Problem
+from egspo_lightning.evaluation.metrics import (
+    bootstrap_interval,
+    majority_at_k,
+    pass_at_k,
+    reported_ks,
+    standard_error,
+)
 
 # pass@k
 
@@ -30,6 +34,14 @@ def test_pass_at_k_refuses_what_cannot_be(n, c, k):
         pass_at_k(n, c, k)
 
 
+@pytest.mark.parametrize(
+    ("n", "ks"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9]), (32, [1, 2, 4, 8, 16, 32])],
+)
+def test_pass_is_reported_at_powers_of_two_and_at_n(n, ks):
+    assert reported_ks(n) == ks
+
+
 # maj@k
 
 
@@ -41,7 +53,8 @@ def test_pass_at_k_refuses_what_cannot_be(n, c, k):
         (["5", "6"], [True, False], 0.5),  # a tie
         (["5", "6", "7"], [False, True, False], 1 / 3),
         (["5", "5", "6", "6", "7"], [True, True, False, False, False], 0.5),
-        (["5", "1/2", "0.5"], [False, True, True], 2 / 3),  # two spellings of the right answer lead with one wrong
+        ([0, 1, 1], [False, True, True], 1.0),  # classes of equivalent answers
+        ([0, 0, 1], [True, False, False], 0.5),  # the grader has failed on one of two equal answers
         ([None, None, "5"], [False, False, True], 1.0),  # none does not vote
         ([None, None], [False, False], 0.0),
         ([], [], 0.0),
@@ -55,6 +68,26 @@ def test_the_most_frequent_answer_counts(answers, correct, expected):
 def test_as_many_verdicts_as_answers_are_needed():
     with pytest.raises(ValueError, match=r"shorter|longer"):
         majority_at_k(["5", "6"], [True])
+
+
+# Standard error
+
+
+def test_the_standard_error_by_hand():
+    assert standard_error([1.0, 0.0, 0.0, 1.0, 0.0]) == pytest.approx((0.3 / 5) ** 0.5)  # variance 0.3 with P - 1
+    assert standard_error([0.25, 0.75]) == pytest.approx(0.25)
+    assert standard_error([0.5, 0.5, 0.5]) == 0.0
+    with pytest.raises(ValueError, match="at least two values, got 1"):
+        standard_error([1.0])
+
+
+def test_it_is_clustered_by_problem():
+    """Equation 4 of arXiv 2411.00640 written out over single samples; P / (P - 1) apart."""
+    samples = [[1, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    count, mean = 20, 9 / 20
+    within = sum((a - mean) * (b - mean) for group in samples for a in group for b in group)
+    expected = (within / count**2 * 5 / 4) ** 0.5
+    assert standard_error([sum(group) / 4 for group in samples]) == pytest.approx(expected)
 
 
 # Bootstrap
@@ -107,80 +140,3 @@ def test_values_without_spread_have_an_interval_of_no_width():
 def test_the_interval_refuses_what_cannot_be(values, confidence):
     with pytest.raises(ValueError, match="need values and 0 < confidence < 1"):
         bootstrap_interval(values, confidence=confidence)
-
-
-# The metric
-
-
-def completion(extracted: str | None, correct: bool, length: int, is_truncated: bool = False, status: str = "graded"):
-    problem = Problem("1", "1+1=?", "2")
-    return Completion(
-        problem, [7] * length, [0.0] * length, "", is_truncated, float(correct), correct, extracted, status
-    )
-
-
-GROUPS = [
-    # avg 2/3, pass 1, maj 1, length 3
-    [completion("2", True, 2), completion("2", True, 3), completion("3", False, 4)],
-    # avg 1/3, pass 1, maj 1/3 (a tie of three), length 6
-    [completion("2", True, 6), completion("3", False, 5), completion("4", False, 7)],
-    # avg 0, pass 0, maj 0, length 9, two of three truncated, one timeout
-    [
-        completion(None, False, 9, True),
-        completion(None, False, 9, True),
-        completion("x", False, 9, status="timeout"),
-    ],
-    # avg 1/3, pass 1, maj 0, length 2
-    [completion("2", True, 2), completion("4", False, 2), completion("4", False, 2)],
-]
-EXPECTED = {
-    "avg@3": (2 / 3 + 1 / 3 + 0 + 1 / 3) / 4,
-    "pass@3": 3 / 4,
-    "maj@3": (1 + 1 / 3 + 0 + 0) / 4,
-    "length_mean": (3 + 6 + 9 + 2) / 4,
-    "truncated_fraction": 2 / 12,
-    "grader_timeouts": 1.0,
-    "num_problems": 4.0,
-}
-
-
-@pytest.mark.parametrize("split", [[4], [1, 3], [2, 2], [1, 1, 1, 1], [3, 0, 1]])
-def test_the_metric_by_hand_however_it_is_split_into_batches(split):
-    metric, start = BenchmarkMetric(num_samples=3), 0
-    for size in split:
-        metric.update(list(itertools.chain(*GROUPS[start : start + size])))
-        start += size
-    assert metric.compute() == pytest.approx(EXPECTED)
-
-
-def test_the_states_of_ranks_add_up():
-    ranks = [BenchmarkMetric(num_samples=3) for _ in range(2)]
-    for i, group in enumerate(GROUPS):
-        ranks[i % 2].update(group)
-    whole = BenchmarkMetric(num_samples=3)
-    for name in ("sums", "num_problems"):
-        assert whole._reductions[name] is torchmetrics_sum()
-        setattr(whole, name, getattr(ranks[0], name) + getattr(ranks[1], name))
-    whole._update_count = 1
-    assert whole.compute() == pytest.approx(EXPECTED)
-
-
-def torchmetrics_sum():
-    from torchmetrics.utilities import dim_zero_sum
-
-    return dim_zero_sum
-
-
-def test_a_rank_without_problems_adds_nothing():
-    metric = BenchmarkMetric(num_samples=3)
-    metric.update([])
-    assert metric.compute() == pytest.approx(dict.fromkeys(EXPECTED, 0.0))
-
-
-def test_many_problems_are_counted_exactly():
-    metric = BenchmarkMetric(num_samples=1)
-    metric.sums.fill_(2.0**24)
-    metric.num_problems.fill_(2.0**24)
-    metric.update([completion("2", True, 1)])
-    assert metric.num_problems.dtype == metric.sums.dtype == torch.float64
-    assert metric.compute()["num_problems"] == 2**24 + 1

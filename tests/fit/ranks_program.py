@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from egspo_lightning.cli import run
-from egspo_lightning.rewards.functions import Scored
-from egspo_lightning.rewards.grading import Grade
 
 SHORT = [
     "--config=configs/quickstart.yaml",
@@ -24,6 +22,7 @@ SHORT = [
     "--data.num_problems=4",
     "--data.num_generations=4",
     "--data.max_completion_length=40",
+    "--data.engine.max_batch_size=6",  # so that grading overlaps with sampling
     "--data.reward=ranks_program.Uneven",
     "--stage_transition.after_epochs=1",
     "--stage_transition.learning_rate=1e-3",
@@ -53,12 +52,9 @@ STRATEGIES = {
 class Uneven:
     """The share of even bytes, so that a policy that knows nothing yet has some to learn from; flat on even sums."""
 
-    def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[Scored]:
+    def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[float]:
         return [
-            Scored(
-                0.5 if int(gold) % 2 == 0 else sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1),
-                Grade(False, "no_answer", None, 0.0),
-            )
+            0.5 if int(gold) % 2 == 0 else sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1)
             for text, gold in zip(completions, golds, strict=True)
         ]
 

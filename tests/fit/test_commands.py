@@ -71,21 +71,29 @@ def test_the_exported_folder_writes_what_the_trained_module_writes(quickstart):
 def test_validate_and_test_measure_a_checkpoint(quickstart, repository, tmp_path, monkeypatch, capsys, command):
     cli, folder = quickstart
     monkeypatch.chdir(repository)
-    arguments = [
-        command,
-        f"--config={folder / 'config.yaml'}",
-        f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
-        f"--trainer.default_root_dir={tmp_path}",
-    ]
-    again = run(arguments)
+    again = run([command, *measuring(folder), f"--trainer.default_root_dir={tmp_path}"])
     out = capsys.readouterr().out
-    assert "avg@1" in out
     measured = {name: float(value) for name, value in again.trainer.callback_metrics.items()}
     during_fit = {
         name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("eval/")
     }
     assert during_fit
     assert {name: measured[name] for name in during_fit} == pytest.approx(during_fit)
+    for head in ("benchmark", "problems", "avg", "pass", "maj", "length", "truncated"):
+        assert head in out
+    score, error = measured["eval/arithmetic/avg@1"], measured["eval/arithmetic/avg@1_se"]
+    assert f"avg@1 {score:.3f} ± {error:.3f}" in out
+    (written,) = (tmp_path / "evaluation").iterdir()
+    assert f"Written: {written}" in out
+    assert len((written / "completions.jsonl").read_text().splitlines()) == 32
+    stored = json.loads((written / "metrics.json").read_text())
+    assert {f"eval/arithmetic/{name}": value for name, value in stored["metrics"].items()} == pytest.approx(measured)
+    assert stored["ckpt_path"] == str(folder / "checkpoints" / "last.ckpt")
+    assert stored["step"] == cli.trainer.global_step > 0
+
+
+def measuring(folder):
+    return [f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"]
 
 
 def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path, monkeypatch, capsys):
@@ -93,22 +101,22 @@ def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path
     monkeypatch.chdir(repository)
     problems = tmp_path / "mine.jsonl"
     rows = [{"id": f"mine-{i}", "problem": f"{i}+{i}=?", "answer": str(2 * i)} for i in (11, 22, 33)]
+    del rows[1]["answer"]
     problems.write_text("\n".join(json.dumps(row) for row in rows))
-    main(
-        [
-            "predict",
-            f"--config={folder / 'config.yaml'}",
-            f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
-            "--data.problems=egspo_lightning.data.jsonl.JsonlProblems",
-            f"--data.problems.init_args.path={problems}",
-            f"--trainer.default_root_dir={tmp_path}",
-        ]
-    )
-    path = tmp_path / "predictions-rank-0.jsonl"
-    answered = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["id"] for row in answered] == ["mine-11", "mine-22", "mine-33"]
-    assert all(row["completion"] for row in answered)
-    assert str(path) in capsys.readouterr().out
+    command = ["predict", *measuring(folder), f"--trainer.default_root_dir={tmp_path}"]
+    command += [
+        "--data.problems=egspo_lightning.data.jsonl.JsonlProblems",
+        f"--data.problems.init_args.path={problems}",
+    ]
+    for sampling in ([], ["--data.predict_sampling.num_samples=2", "--data.predict_sampling.temperature=0.8"]):
+        main([*command, *sampling])
+    out = capsys.readouterr().out
+    paths = [Path(line.removeprefix("Answers: ")) for line in out.splitlines() if line.startswith("Answers: ")]
+    once, twice = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
+    assert [row["id"] for row in once] == ["mine-11", "mine-22", "mine-33"]
+    assert [(row["id"], row["sample"]) for row in twice] == [(row["id"], i) for row in rows for i in range(2)]
+    assert all(row["completion"] for row in once)
+    assert [row["correct"] is None for row in once] == [False, True, False]
 
 
 def test_the_console_script_is_the_same_command():

@@ -15,9 +15,8 @@ from egspo_lightning.ops.estimators import GroupRelative, LeaveOneOut, Reinforce
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
-from egspo_lightning.rewards.functions import Scored
-from egspo_lightning.rewards.grading import Grade
-from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
+from egspo_lightning.rewards.composition import WeightedReward
+from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Stage
 
@@ -50,12 +49,13 @@ class EvenSumsAreFlat:
 
     def __call__(self, completions, golds):
         return [
-            Scored(
-                1.0 if int(gold) % 2 == 0 else sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1),
-                Grade(False, "graded", None, 0.0),
-            )
+            1.0 if int(gold) % 2 == 0 else sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1)
             for text, gold in zip(completions, golds, strict=True)
         ]
+
+
+def even_share(completions, golds):
+    return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in completions]
 
 
 def is_flat(problem):
@@ -201,7 +201,7 @@ def test_experts_teach_a_group_without_spread(tiny_run):
 
     class Flat:
         def __call__(self, completions, golds):
-            return [Scored(float("boxed" in text), Grade(False, "graded", None, 0.0)) for text in completions]
+            return [float("boxed" in text) for text in completions]
 
     phases = Phases()
     tiny_run(phases, module=PURE_RL, data={"reward": Flat(), "expert_fraction": 1.0}, trainer={"max_epochs": 1}).fit()
@@ -229,9 +229,9 @@ def test_advantages_that_cannot_credit_experts_are_told(tiny_run):
 class CutsEveryThird(TransformersEngine):
     """Says of every third completion that it was cut off."""
 
-    def generate(self, lm, requests, sampling, *, eos_ids, pad_id):
-        samples = super().generate(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id)
-        return [sample._replace(is_truncated=i % 3 == 0) for i, sample in enumerate(samples)]
+    def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
+        for batch in super().stream(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id):
+            yield [(i, sample._replace(is_truncated=i % 3 == 0)) for i, sample in batch]
 
 
 CUT = torch.tensor([i % 3 == 0 for i in range(16)])
@@ -284,8 +284,9 @@ def test_truncated_completions_leave_numerator_denominator_gate_and_counts(tiny_
 
 def test_a_collection_that_is_truncated_throughout_moves_nothing(tiny_run):
     class CutsAll(TransformersEngine):
-        def generate(self, lm, requests, sampling, **kwargs):
-            return [s._replace(is_truncated=True) for s in super().generate(lm, requests, sampling, **kwargs)]
+        def stream(self, lm, requests, sampling, **kwargs):
+            for batch in super().stream(lm, requests, sampling, **kwargs):
+                yield [(i, sample._replace(is_truncated=True)) for i, sample in batch]
 
     phases = Phases()
     run = tiny_run(
@@ -304,8 +305,8 @@ def test_a_collection_that_is_truncated_throughout_moves_nothing(tiny_run):
 
 def test_the_length_penalty_reaches_the_rewards(tiny_run):
     phases = Phases()
-    penalty = SoftLengthPenalty(buffer=10, weight=0.5)
-    tiny_run(phases, module=PURE_RL, data={"length_penalty": penalty}, trainer={"max_epochs": 1}).fit()
+    reward = WeightedReward({"even": even_share, "length": SoftLengthPenalty(10)}, {"length": 0.5})
+    tiny_run(phases, module=PURE_RL, data={"reward": reward}, trainer={"max_epochs": 1}).fit()
     (collection,) = phases.collections
     for completion, reward in zip(collection.completions, collection.rollout.rewards, strict=True):
         even = sum(ord(c) % 2 == 0 for c in completion.text) / max(len(completion.text), 1)
@@ -414,7 +415,7 @@ def test_the_entropy_bonus_follows_its_target_and_raises_entropy(tiny_run):
 
     class Flat:
         def __call__(self, completions, golds):
-            return [Scored(1.0, Grade(True, "graded", "1", 0.0)) for _ in completions]
+            return [1.0 for _ in completions]
 
     phases = Phases()
     tiny_run(

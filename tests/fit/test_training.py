@@ -10,8 +10,6 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
-from egspo_lightning.rewards.functions import Scored
-from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.types import Stage
 
 RL = {"initial_stage": Stage.EGSPO}
@@ -22,7 +20,7 @@ class FlatReward:
     """Every completion earns the same: no group has spread."""
 
     def __call__(self, completions, golds):
-        return [Scored(1.0, Grade(True, "graded", "1", 0.0)) for _ in completions]
+        return [1.0 for _ in completions]
 
 
 class Spy(Callback):
@@ -102,13 +100,12 @@ def test_an_engine_that_samples_from_another_policy_is_caught(tiny_run):
     class Stale(TransformersEngine):
         """Samples from the weights of before."""
 
-        def generate(self, lm, requests, sampling, *, eos_ids, pad_id):
+        def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
             for p in lm.parameters():
                 p.mul_(1.5)
-            samples = super().generate(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id)
+            yield from super().stream(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id)
             for p in lm.parameters():
                 p.div_(1.5)
-            return samples
 
     with pytest.raises(RuntimeError, match="it samples from another distribution"):
         tiny_run(module=RL, data={"engine": Stale()}).fit()
@@ -152,9 +149,7 @@ def test_approx_kl_is_over_the_tokens_that_are_trained(tiny_run):
     class Half:
         def __call__(self, completions, golds):
             half = len(completions) // 2
-            return [
-                Scored(0.0 if i < half else i % 2, Grade(False, "graded", None, 0.0)) for i in range(len(completions))
-            ]
+            return [0.0 if i < half else i % 2 for i in range(len(completions))]
 
     spy = Spy()
     run = tiny_run(spy, module=PURE_RL, data={"reward": Half()}, trainer={"max_epochs": 1}).fit()
@@ -168,9 +163,9 @@ def test_approx_kl_is_over_the_tokens_that_are_trained(tiny_run):
 def test_rewards_that_are_no_numbers_are_refused(tiny_run, value):
     class Broken(FlatReward):
         def __call__(self, completions, golds):
-            return [Scored(value, verdict.grade) for verdict in super().__call__(completions, golds)]
+            return [value for _ in completions]
 
-    with pytest.raises(UserError, match=r"data\.reward: Broken gave a reward of (nan|inf)"):
+    with pytest.raises(UserError, match=r"data\.reward: Broken \(.*Broken\) gave a reward of float (nan|inf)"):
         tiny_run(module=RL, data={"reward": Broken()}).fit()
 
 
@@ -179,7 +174,7 @@ def test_a_reward_that_forgets_completions_is_refused(tiny_run):
         def __call__(self, completions, golds):
             return super().__call__(completions[1:], golds[1:])
 
-    with pytest.raises(UserError, match="Short gave 15 rewards for 16 completions"):
+    with pytest.raises(UserError, match=r"Short\) gave 15 rewards for 16 completions"):
         tiny_run(module=RL, data={"reward": Short()}).fit()
 
 
@@ -251,8 +246,7 @@ def test_without_spread_momentum_does_not_move_the_policy_either(tiny_run):
 
         def __call__(self, completions, golds):
             self.num_collections += 1
-            verdicts = super().__call__(completions, golds)
-            return [v._replace(reward=i % 2) for i, v in enumerate(verdicts)] if self.num_collections == 1 else verdicts
+            return [i % 2 if self.num_collections == 1 else 1.0 for i, _ in enumerate(completions)]
 
     spy = Spy()
     tiny_run(spy, module=PURE_RL, data={"reward": Turning()}, trainer={"max_epochs": 2}).fit()

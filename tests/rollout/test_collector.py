@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.rewards.functions import Scored
-from egspo_lightning.rewards.grading import Grade
+from egspo_lightning.rewards.composition import WeightedReward
+from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import Sample
-from egspo_lightning.rollout.length_penalty import SoftLengthPenalty
-from egspo_lightning.types import Completion, ExpertSolution, Problem
+from egspo_lightning.types import ExpertSolution, Problem
 
 FLAT, SPREAD = "flat", "spread"
 
@@ -21,15 +20,15 @@ FLAT, SPREAD = "flat", "spread"
 class Echo:
     """An engine whose completions are the names of their random streams."""
 
-    def generate(self, lm, requests, sampling, *, eos_ids, pad_id):
+    def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
         streams = [list(request.seed.encode()) for request in requests]
-        return [Sample(ids, False, [0.0] * len(ids)) for ids in streams]
+        samples = [(i, Sample(ids, False, [0.0] * len(ids))) for i, ids in enumerate(streams)]
+        yield from (samples[start : start + 3] for start in range(0, len(samples), 3))  # across groups
 
 
 def by_gold(completions, golds):
     """No spread where the gold says so, else 0 and 1 in turn."""
-    rewards = [1.0 if gold == FLAT else float(text[-1]) % 2 for text, gold in zip(completions, golds, strict=True)]
-    return [Scored(reward, Grade(reward > 0, "graded", None, 0.0)) for reward in rewards]
+    return [1.0 if gold == FLAT else float(text[-1]) % 2 for text, gold in zip(completions, golds, strict=True)]
 
 
 class Alone:
@@ -84,7 +83,7 @@ def collector(flat=(), *, drawn=None, **options):
 
     fields = {
         "engine": Echo(),
-        "reward": by_gold,
+        "reward": WeightedReward.of(by_gold),
         "draw": draw,
         "draw_experts": draw_experts,
         "encode": lambda problem: [1],
@@ -93,7 +92,6 @@ def collector(flat=(), *, drawn=None, **options):
         "num_generations": 2,
         "max_completion_length": 40,
         "max_resampling": 0,
-        "length_penalty": None,
         "seed": 7,
     }
     return Collector(**fields | {k: v for k, v in options.items() if k != "expert_gold"})
@@ -214,41 +212,46 @@ def test_all_problems_may_be_experts():
     assert all(group.expert is not None for group in groups)
 
 
+# Time
+
+
+def test_sampling_and_grading_are_timed_apart_over_all_rounds(monkeypatch):
+    """A round takes 10 s to sample and 1 s to grade, and so do experts' solutions."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("egspo_lightning.rollout.collector.time", clock)
+    monkeypatch.setattr("egspo_lightning.rollout.overlap.time", clock)
+
+    class Slow(Echo):
+        def stream(self, *args, **kwargs):
+            now[0] += 10
+            yield [pair for batch in super().stream(*args, **kwargs) for pair in batch]
+
+    def slow(completions, golds):
+        now[0] += 1
+        return by_gold(completions, golds)
+
+    source = collector({1}, engine=Slow(), reward=WeightedReward.of(slow), num_experts=1, max_resampling=1)
+    sampled = source.sample(Alone(), 0, 0, 1)
+    assert len(sampled.discarded) == 1
+    assert (sampled.seconds, sampled.seconds_grading) == (23.0, 3.0)
+
+
 # Length penalty
-
-
-def answer(length):
-    return Completion(Problem("1", "q", "2"), [7] * length, [0.0] * length, "", False, 1.0, True, "2", "graded")
-
-
-@pytest.mark.parametrize(
-    ("length", "penalty"),
-    [(1, 0.0), (15, 0.0), (16, 0.0), (17, 0.125), (18, 0.25), (19, 0.375), (20, 0.5), (21, 0.5)],
-)
-def test_the_length_penalty_by_hand(length, penalty):
-    """Limit 20, buffer 4, weight 1/2: nothing up to 16 tokens, then an eighth a token."""
-    found = SoftLengthPenalty(buffer=4, weight=0.5).apply(answer(length), 20)
-    assert found.reward == pytest.approx(1.0 - penalty)
-    assert found.correct
-    assert found == answer(length)._replace(reward=found.reward)
-
-
-def test_a_buffer_as_long_as_the_limit_punishes_from_the_first_token():
-    assert SoftLengthPenalty(buffer=20).apply(answer(1), 20).reward == pytest.approx(0.95)
 
 
 def test_the_length_penalty_gives_spread_where_the_rewards_have_none():
     """A group is flat when the rewards that it is trained on are."""
 
     class Growing(Echo):
-        def generate(self, lm, requests, sampling, **kwargs):
-            samples = super().generate(lm, requests, sampling, **kwargs)
-            return [Sample([48] * (5 + i), False, [0.0] * (5 + i)) for i, _ in enumerate(samples)]
+        def stream(self, lm, requests, sampling, **kwargs):
+            yield [(i, Sample([48] * (5 + i), False, [0.0] * (5 + i))) for i, _ in enumerate(requests)]
 
     options = {"engine": Growing(), "max_completion_length": 12, "max_resampling": 1}
     flat = set(range(4))
     assert len(collector(flat, **options).sample(Alone(), 0, 0, 1).discarded) == 4
-    sampled = collector(flat, length_penalty=SoftLengthPenalty(4), **options).sample(Alone(), 0, 0, 1)
+    reward = WeightedReward({"correctness": by_gold, "length": SoftLengthPenalty(4)})
+    sampled = collector(flat, reward=reward, **options).sample(Alone(), 0, 0, 1)
     # 5 to 12 tokens, two a group: nothing is taken off up to 8
     assert [completion.reward for group in sampled.groups[2:] for completion in group.completions] == pytest.approx(
         [0.75, 0.5, 0.25, 0.0]
@@ -261,21 +264,13 @@ def test_the_length_penalty_gives_spread_where_the_rewards_have_none():
     [
         ({"max_resampling": -1}, r"data\.max_resampling must be at least 0, got -1"),
         ({"max_resampling": 2, "num_generations": 1}, r"data\.max_resampling = 2 .* data\.num_generations = 1"),
-        ({"length_penalty": SoftLengthPenalty(41)}, r"data\.length_penalty\.buffer = 41 .* = 40"),
+        ({"reward": WeightedReward.of(SoftLengthPenalty(41))}, r"SoftLengthPenalty\.buffer = 41 .* = 40"),
         ({"num_problems": 0}, r"data\.num_problems must be at least 1, got 0"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         collector(**options)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("buffer", 0), ("weight", 0.0), ("weight", -1.0), ("weight", float("nan"))]
-)
-def test_penalties_that_make_no_sense_are_refused(field, value):
-    with pytest.raises(UserError, match=rf"data\.length_penalty\.{field} must be "):
-        SoftLengthPenalty(**{"buffer": 4, field: value})
 
 
 def test_flat_places_are_counted_over_ranks_in_a_tensor():

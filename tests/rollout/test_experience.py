@@ -22,6 +22,7 @@ def completion(length: int, reward: float, **fields) -> Completion:
         correct=reward > 0.5,
         extracted=None,
         status=status,
+        reward_terms={"mine": 2 * reward},
     )
 
 
@@ -34,7 +35,7 @@ def sampled(completions: list[Completion], size: int, num_discarded: int = 0, ex
     if expert is not None:
         groups[expert] = groups[expert]._replace(expert=completion(9, 1.0, status="timeout"))
     kept = len(groups) - num_discarded
-    return Sampled(groups[:kept], groups[kept:], 0.5)
+    return Sampled(groups[:kept], groups[kept:], 0.5, 0.125)
 
 
 def test_measurements_by_hand():
@@ -46,7 +47,7 @@ def test_measurements_by_hand():
         completion(6, 0.0, status="timeout"),
         completion(1, 0.0, is_truncated=True),
     ]
-    found = measure(sampled(completions, 2), {"time/sample_and_grade": 0.5, "time/score": 0.25})
+    found = measure(sampled(completions, 2))
     assert {name: (pytest.approx(value[0]), value[1]) for name, value in found.items()} == {
         "rollout/reward_mean": (1.0, 6),
         "rollout/reward_std": (2**-0.5, 3),  # of (1, 0), with Bessel's correction; the other groups have none
@@ -59,23 +60,21 @@ def test_measurements_by_hand():
         "rollout/grader_timeouts": (2, 0),
         "rollout/grader_crashes": (1, 0),
         "rollout/tokens_per_second": (21, 0.5),
-        "time/sample_and_grade": (0.5, 1),
-        "time/score": (0.25, 1),
+        "time/sample": (0.375, 1),
+        "time/grade": (0.125, 1),
+        "rollout/reward/mine": (2.0, 6),  # before its weight
     }
 
 
 def test_groups_of_one_have_no_spread():
-    found = measure(sampled([completion(3, 1.0), completion(5, 0.0)], 1), {"time/sample_and_grade": 1.0})
+    found = measure(sampled([completion(3, 1.0), completion(5, 0.0)], 1))
     assert found["rollout/reward_std"] == (0.0, 2)
     assert found["rollout/zero_spread_fraction"] == (2, 2)
 
 
 def test_groups_that_were_put_aside_count_except_as_skipped_and_experts_do_not_count():
     rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]  # groups: mixed; flat; flat, with an expert; flat, put aside
-    found = measure(
-        sampled([completion(2, reward) for reward in rewards], 2, num_discarded=1, expert=2),
-        {"time/sample_and_grade": 1.0},
-    )
+    found = measure(sampled([completion(2, reward) for reward in rewards], 2, num_discarded=1, expert=2))
     assert found["rollout/reward_mean"] == (3.0, 8)
     assert found["rollout/zero_spread_fraction"] == (3, 4)
     assert found["rollout/flat_groups"] == (1, 0)

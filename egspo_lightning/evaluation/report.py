@@ -1,0 +1,114 @@
+"""What is told of an evaluation: as JSON, and as tables to read."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rich.table import Table
+from torch import Tensor
+
+from egspo_lightning.evaluation.scores import by_label, summary
+from egspo_lightning.types import Problem
+
+Metrics = dict[str, float]
+
+
+class Report(NamedTuple):
+    """The scores of a benchmark, whole and in parts."""
+
+    benchmark: str
+    num_samples: int
+    metrics: Metrics
+    by_subject: dict[str, Metrics]
+    by_level: dict[str, Metrics]
+
+
+def report(benchmark: str, problems: Sequence[Problem], num_samples: int, table: Tensor) -> Report:
+    """The scores of a benchmark, from the counts of its problems."""
+    return Report(
+        benchmark,
+        num_samples,
+        summary(table, num_samples),
+        by_label(table, [problem.subject for problem in problems], num_samples),
+        by_label(table, [problem.level for problem in problems], num_samples),
+    )
+
+
+def milestones_table(latest: Mapping[str, Metrics], milestones: Mapping[str, Mapping[str, Metrics]]) -> Table:
+    """Benchmark, problems, and avg@n at each milestone; a dash where it was not measured."""
+    table = _table("Benchmarks", "benchmark", "problems", "metric", *milestones)
+    for name, values in latest.items():
+        metric = headline(values)
+        found = [results.get(name, {}).get(metric) for results in milestones.values()]
+        scores = ["-" if score is None else f"{score:.3f}" for score in found]
+        table.add_row(name, f"{values['num_problems']:.0f}", metric, *scores)
+    return table
+
+
+def score_tables(reports: Sequence[Report]) -> list[Table]:
+    """All benchmarks in one table; then pass@k where there are several k; then those with subjects or levels."""
+    whole = _table("Benchmarks", "benchmark", *_HEADS)
+    for found in reports:
+        whole.add_row(found.benchmark, *_cells(found.metrics, found.num_samples))
+    whole.caption = _note(reports)
+    several = [found for found in reports if found.num_samples > 1]
+    parts = [
+        _part_table(f"{found.benchmark} by {label}", label, part, found.num_samples)
+        for found in reports
+        for label, part in (("subject", found.by_subject), ("level", found.by_level))
+        if part
+    ]
+    return [whole, *([_pass_table(several)] if several else []), *parts]
+
+
+def headline(metrics: Metrics) -> str:
+    """The metric that stands for a benchmark: avg@n."""
+    return next(name for name in metrics if name.startswith("avg@"))
+
+
+_HEADS = ("problems", "avg", "pass", "maj", "length", "truncated")
+
+
+def _cells(metrics: Metrics, num_samples: int) -> list[str]:
+    n = num_samples
+    error = metrics.get(f"avg@{n}_se")
+    return [
+        f"{metrics['num_problems']:.0f}",
+        f"avg@{n} {metrics[f'avg@{n}']:.3f}" + ("" if error is None else f" ± {error:.3f}"),
+        f"pass@{n} {metrics[f'pass@{n}']:.3f}",
+        f"maj@{n} {metrics[f'maj@{n}']:.3f}",
+        f"{metrics['length_mean']:.1f}",
+        f"{metrics['truncated_fraction']:.1%}",
+    ]
+
+
+def _part_table(title: str, label: str, part: Mapping[str, Metrics], num_samples: int) -> Table:
+    table = _table(title, label, *_HEADS)
+    for name, metrics in part.items():
+        table.add_row(name, *_cells(metrics, num_samples))
+    return table
+
+
+def _pass_table(reports: Sequence[Report]) -> Table:
+    names = {name: None for found in reports for name in found.metrics if name.startswith("pass@")}
+    columns = sorted(names, key=lambda name: int(name.removeprefix("pass@")))
+    table = _table("One right of k", "benchmark", *columns)
+    for found in reports:
+        values = [found.metrics.get(name) for name in columns]
+        table.add_row(found.benchmark, *("" if value is None else f"{value:.3f}" for value in values))
+    return table
+
+
+def _note(reports: Sequence[Report]) -> str:
+    timeouts, crashes = (int(sum(r.metrics[f"grader_{name}"] for r in reports)) for name in ("timeouts", "crashes"))
+    note = "± is the standard error over problems."
+    if timeouts or crashes:
+        note += f" Counted as wrong: {timeouts} timeouts and {crashes} crashes of the grader."
+    return note
+
+
+def _table(title: str, *columns: str) -> Table:
+    """The first column holds names, the others numbers."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    return table

@@ -1,0 +1,137 @@
+"""Several rewards as one: a weighted sum whose terms are seen apart."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, SupportsFloat
+
+from egspo_lightning.errors import UserError, require
+from egspo_lightning.rewards.functions import CorrectnessReward, Details, Reward
+from egspo_lightning.rewards.grading import MathGrader
+
+
+class Scored(NamedTuple):
+    """The reward of one completion, and what it is made of."""
+
+    reward: float
+    terms: dict[str, float]
+    """Each term by name, before its weight."""
+
+
+class WeightedReward:
+    """The weighted sum of rewards, each with a name under which it is logged: ``rollout/reward/<name>``.
+
+        R = sum_k w_k R_k
+
+    Args:
+        terms: The rewards by name, each given by its class_path.
+        weights: Their weights by name; 1 where none is given. A reward of weight 0 is logged and does not count.
+
+    Raises:
+        UserError: there is no term, or a weight is not finite or that of no term.
+    """
+
+    def __init__(self, terms: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+        require(bool(terms), "data.reward.terms", "none", "at least one reward")
+        weights = weights or {}
+        for name, weight in weights.items():
+            if name not in terms:
+                raise UserError(f"data.reward.weights: {name!r} is no term. Give weights to {', '.join(terms)}.")
+            require(math.isfinite(weight), f"data.reward.weights.{name}", weight, "a finite number")
+        self.terms = dict(terms)
+        self.weights = {name: float(weights.get(name, 1.0)) for name in terms}
+        graders = [term.grader for term in terms.values() if isinstance(term, CorrectnessReward | WeightedReward)]
+        self.grader: MathGrader = graders[0] if graders else MathGrader()
+        """Says which answers are right, whatever the rewards are: that of the first term that has one."""
+
+    @classmethod
+    def of(cls, reward: Reward) -> WeightedReward:
+        """A reward as the one term of a sum, named after itself; a sum as it is."""
+        return reward if isinstance(reward, WeightedReward) else cls({_name(reward): reward})
+
+    def __call__(
+        self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()
+    ) -> list[float]:
+        """The sums, in the order of the completions; see `score`."""
+        return [scored.reward for scored in self.score(completions, golds, details)]
+
+    def score(self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()) -> list[Scored]:
+        """The sums with their terms, in the order of the completions.
+
+        Raises:
+            UserError: a term does not give one finite number a completion.
+            RuntimeError: a term has failed; its own error is the cause.
+        """
+        columns = {name: _values(name, term, completions, golds, details) for name, term in self.terms.items()}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return [Scored(self._total(row), row) for row in rows]
+
+    def require_fit(self, max_completion_length: int) -> None:
+        """Let the terms refuse a length limit that makes no sense of them.
+
+        Raises:
+            UserError: one does.
+        """
+        for term in self.terms.values():
+            if hasattr(term, "require_fit"):
+                term.require_fit(max_completion_length)
+
+    def close(self) -> None:
+        """End the processes of the grader and of the terms; scoring after it starts new ones."""
+        self.grader.close()
+        for term in self.terms.values():
+            if hasattr(term, "close"):
+                term.close()
+
+    def _total(self, row: Mapping[str, float]) -> float:
+        return sum(self.weights[name] * value for name, value in row.items())
+
+
+def _values(
+    name: str, term: Any, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details]
+) -> list[float]:
+    """What a term gives, as floats; whatever is wrong with it is told with its name."""
+    source = term if hasattr(term, "__qualname__") else type(term)
+    where = f"data.reward: {name} ({source.__module__}.{source.__qualname__})"
+    known = {"details": details} if details and _takes_details(term) else {}
+    try:
+        given = term(completions, golds, **known)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{where} raised {type(error).__name__}: {error}") from error
+    if hasattr(given, "tolist"):  # a tensor or an array
+        given = given.tolist()
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise UserError(f"{where} gave {_shown(given)}. A list with a number for each completion is needed.")
+    if len(given) != len(completions):
+        raise UserError(f"{where} gave {len(given)} rewards for {len(completions)} completions. One each is needed.")
+    return [_finite(value, where) for value in given]
+
+
+def _finite(value: object, where: str) -> float:
+    """A number of whatever kind as a float: no text that spells one, and nothing that holds several."""
+    try:
+        number = float(value) if isinstance(value, SupportsFloat) and not getattr(value, "ndim", 0) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where} gave a reward of {_shown(value)}. Rewards must be finite numbers.")
+    return number
+
+
+def _takes_details(term: Any) -> bool:
+    return "details" in inspect.signature(term).parameters
+
+
+def _name(reward: Reward) -> str:
+    if isinstance(reward, CorrectnessReward):
+        return "correctness"
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,43 @@
+"""A reward for the form that the grader and the reader of an answer rely on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from egspo_lightning.rewards.extraction import extract_boxed
+from egspo_lightning.rewards.functions import Details
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
+# A backslash takes the character after it along: \\boxed{ is a line break and a word.
+_BOX_OR_ESCAPE = re.compile(r"\\boxed\s*+\{|\\.", re.DOTALL)
+
+
+class FormatReward:
+    r"""1 for exactly one ``\boxed{}`` with an answer, behind a closed think block if there is one; 0 otherwise.
+
+    The block is there if the prompt ends in ``<think>``, as chat templates of reasoning models do, or the completion
+    writes a think mark. Then it must be opened once, before anything else, and closed once. What it holds, if
+    anything, does not matter: boxes in it do not count. Text around the box is free.
+    """
+
+    def __call__(
+        self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()
+    ) -> list[float]:
+        """Score completions, in their order; without ``details`` no prompt has opened a think block."""
+        prompts = [detail.prompt for detail in details] or [""] * len(completions)
+        return [float(is_well_formed(text, prompt)) for text, prompt in zip(completions, prompts, strict=True)]
+
+
+def is_well_formed(text: str, prompt: str = "") -> bool:
+    """Whether a completion has one box, behind a closed think block if it or its prompt opens one."""
+    if prompt.rstrip().endswith(_OPEN):
+        text = _OPEN + text
+    if _OPEN in text or _CLOSE in text:
+        block, _, text = text.partition(_CLOSE)  # never closed: no text is left, and no box in it
+        is_one_block = block.lstrip().startswith(_OPEN) and block.count(_OPEN) == 1
+        if not is_one_block or _OPEN in text or _CLOSE in text:
+            return False
+    num_boxes = sum(token.endswith("{") and token != r"\{" for token in _BOX_OR_ESCAPE.findall(text))
+    return num_boxes == 1 and extract_boxed(text) is not None

@@ -1,0 +1,110 @@
+"""An evaluation that is killed goes on where it stopped, also on more ranks, and ends as if nothing had been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from egspo_lightning.cli import run
+
+SHORT = [
+    "--config=configs/quickstart.yaml",
+    "--trainer.max_epochs=1",
+    "--data.demonstrations.init_args.num_demonstrations=640",
+    "--data.sft_batch_size=16",
+    "--math_benchmark.enabled=false",
+    "--hf_export.enabled=false",
+]
+SAMPLED = [
+    "--data.benchmarks.init_args.num_problems=21",
+    "--data.benchmarks.init_args.num_samples=4",
+    "--data.benchmarks.init_args.temperature=0.8",
+    "--data.eval_batch_size=4",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(repository, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repository)
+        cli = run(["fit", *SHORT, f"--trainer.default_root_dir={root}"])
+    return Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(repository, checkpoint, tmp_path_factory) -> Path:
+    """The folder that one process writes without being disturbed."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repository)
+        run(["test", *arguments(checkpoint, root)])
+    return written(root)
+
+
+def arguments(checkpoint: Path, root: Path) -> list[str]:
+    return [
+        "--config=configs/quickstart.yaml",
+        *SAMPLED,
+        f"--ckpt_path={checkpoint}",
+        f"--trainer.default_root_dir={root}",
+    ]
+
+
+def written(root: Path) -> Path:
+    (folder,) = (root / "evaluation").iterdir()
+    return folder
+
+
+def evaluate(repository, checkpoint: Path, root: Path, *more: str) -> tuple[int, str]:
+    """Exit code and output of the command in processes of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "egspo_lightning", "test", *arguments(checkpoint, root), *more],
+        cwd=repository,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_evaluation_goes_on_and_ends_the_same(repository, checkpoint, uninterrupted, tmp_path, ranks):
+    dying = ["--data.evaluation_grader=dying_grader.DyingGrader", "--data.evaluation_grader.num_batches=3"]
+    code, output = evaluate(repository, checkpoint, tmp_path, *dying)
+    assert code == -signal.SIGKILL, output
+    part = written(tmp_path) / "completions-rank-0.jsonl"
+    kept = part.read_bytes()
+    assert len(kept.splitlines()) == 2 * 4 * 4  # two batches of four problems, four answers each
+    part.write_bytes(kept[:-30])  # killed while it wrote
+    devices = ["--trainer.strategy=ddp", "--trainer.devices=2"] if ranks == 2 else []
+    code, output = evaluate(repository, checkpoint, tmp_path, *devices)
+    assert code == 0, output
+    assert "7 of 21 problems were answered before" in output
+    folder = written(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["completions.jsonl", "metrics.json", "settings.json"]
+    for name in ("completions.jsonl", "settings.json", "metrics.json"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+
+
+def test_ranks_that_share_the_problems_write_and_measure_what_one_does(repository, checkpoint, uninterrupted, tmp_path):
+    code, output = evaluate(repository, checkpoint, tmp_path, "--trainer.strategy=ddp", "--trainer.devices=2")
+    assert code == 0, output
+    assert "answered before" not in output
+    for name in ("completions.jsonl", "settings.json", "metrics.json"):
+        assert (written(tmp_path) / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    metrics = json.loads((uninterrupted / "metrics.json").read_text())["metrics"]
+    assert metrics["num_problems"] == 21
+    assert 0 < metrics["avg@4"] < metrics["pass@4"] < 1

@@ -1,0 +1,174 @@
+"""Rewards through the command line: a user's own beside the project's, from YAML and flags, up to the log."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from egspo_lightning.cli import main, run
+
+MINE = '''
+class EvenBytes:
+    """The share of even bytes, from some length on."""
+
+    def __init__(self, at_least: int = 0):
+        self.at_least = at_least
+
+    def __call__(self, completions, golds):
+        return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1, self.at_least) for text in completions]
+
+
+def num_digits(texts: list[str], answers: list[str]) -> list[int]:
+    return [sum(c.isdigit() for c in text) for text in texts]
+
+
+def broken(completions, golds):
+    return [1.0 / 0 for _ in completions]
+'''
+
+
+def source(class_path, **arguments):
+    return {"class_path": class_path, "init_args": arguments}
+
+
+@pytest.fixture
+def config(small_model, tmp_path, monkeypatch):
+    """A run of two collections of 4 problems x 4 completions; `my_rewards` is importable."""
+    (tmp_path / "my_rewards.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "10000")
+    task = {"init_args": {"num_digits": 1}, "class_path": "egspo_lightning.tasks.arithmetic.ArithmeticTask"}
+    return {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}},
+            "enable_checkpointing": False,
+        },
+        "model": {"policy": {"name_or_path": small_model, "from_scratch": True}, "initial_stage": "egspo"},
+        "data": {
+            "demonstrations": source("egspo_lightning.data.generated.GeneratedDemonstrations", num_demonstrations=8),
+            "problems": source("egspo_lightning.data.generated.GeneratedProblems", task=task),
+            "engine": source("egspo_lightning.rollout.transformers_engine.TransformersEngine", max_batch_size=5),
+            "prompt": {"system": "", "plain": "{problem}"},
+            "num_problems": 4,
+            "num_generations": 4,
+            "max_prompt_length": 16,
+            "max_completion_length": 40,
+        },
+        "hf_export": {"enabled": False},
+    }
+
+
+@pytest.fixture
+def fit(tmp_path):
+    def start(config, *arguments, entry=run):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return entry(["fit", "--config", str(path), *arguments])
+
+    return start
+
+
+def logged(cli):
+    with Path(cli.trainer.log_dir, "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["rollout/reward_mean"]]
+
+
+def even_share(text, at_least=0):
+    return sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1, at_least)
+
+
+def test_a_users_reward_beside_the_projects_own(config, fit):
+    """Each term of the last collection, by hand from its texts and tokens, up to the tensor that is trained on."""
+    config["data"]["reward"] = source(
+        "egspo_lightning.rewards.composition.WeightedReward",
+        terms={
+            "correctness": source("egspo_lightning.rewards.functions.CorrectnessReward", correct=2.0),
+            "format": source("egspo_lightning.rewards.format.FormatReward"),
+            "length": source("egspo_lightning.rewards.length.SoftLengthPenalty", buffer=10),
+            "even": source("my_rewards.EvenBytes", at_least=7),
+            "digits": "my_rewards.num_digits",
+        },
+        weights={"length": 0.5, "even": 3.0, "digits": 0.0, "format": 0.25},
+    )
+    cli = fit(config)
+    collection = cli.datamodule.collection
+    columns = {"length": [], "even": [], "digits": []}
+    for completion, reward in zip(collection.completions, collection.rollout.rewards.tolist(), strict=True):
+        length = -min(max((len(completion.token_ids) - 30) / 10, 0.0), 1.0)
+        even, digits = even_share(completion.text, 7), sum(c.isdigit() for c in completion.text)
+        assert completion.reward_terms == pytest.approx(
+            {"correctness": 0.0, "format": 0.0, "length": length, "even": even, "digits": digits}
+        )
+        assert completion.reward == pytest.approx(0.5 * length + 3 * even)
+        assert reward == pytest.approx(completion.reward, abs=1e-6)
+        for name, value in (("length", length), ("even", even), ("digits", digits)):
+            columns[name].append(value)
+    row = logged(cli)[-1]
+    for name, values in columns.items():
+        assert len(set(values)) > 1
+        assert float(row[f"rollout/reward/{name}"]) == pytest.approx(sum(values) / 16, abs=1e-6)
+    assert float(row["rollout/reward/correctness"]) == float(row["rollout/reward/format"]) == 0.0
+    rewards = [completion.reward for completion in collection.completions]
+    assert float(row["rollout/reward_mean"]) == pytest.approx(sum(rewards) / 16, abs=1e-6)
+    assert float(row["rollout/accuracy"]) == 0.0
+    assert all(math.isfinite(float(row[name])) for name in ("time/sample", "time/grade"))
+    assert float(row["time/sample"]) > 0
+
+
+def test_a_users_reward_alone_is_named_by_a_flag(config, fit):
+    cli = fit(config, "--data.reward=my_rewards.EvenBytes", "--data.reward.at_least=9")
+    completions = cli.datamodule.collection.completions
+    assert [c.reward for c in completions] == pytest.approx([even_share(c.text, 9) for c in completions])
+    row = logged(cli)[-1]
+    assert float(row["rollout/reward/EvenBytes"]) == pytest.approx(float(row["rollout/reward_mean"]), abs=1e-6)
+    assert float(row["rollout/accuracy"]) == 0.0
+    saved = yaml.safe_load(Path(cli.trainer.log_dir, "config.yaml").read_text())
+    assert saved["data"]["reward"] == source("my_rewards.EvenBytes", at_least=9)
+
+
+def test_the_default_is_correctness_alone(config, fit):
+    cli = fit(config)
+    assert cli.datamodule.reward.weights == {"correctness": 1.0}
+    row = logged(cli)[-1]
+    assert float(row["rollout/reward/correctness"]) == float(row["rollout/reward_mean"]) == 0.0
+
+
+def test_terms_and_weights_can_be_given_by_flags(config, fit):
+    terms = {"format": "egspo_lightning.rewards.format.FormatReward", "even": {"class_path": "my_rewards.EvenBytes"}}
+    cli = fit(
+        config,
+        "--data.reward=egspo_lightning.rewards.composition.WeightedReward",
+        f"--data.reward.terms={json.dumps(terms)}",
+        "--data.reward.weights.even=0.5",
+    )
+    assert cli.datamodule.reward.weights == {"format": 1.0, "even": 0.5}
+    completions = cli.datamodule.collection.completions
+    assert [c.reward for c in completions] == pytest.approx([even_share(c.text) / 2 for c in completions])
+
+
+def test_accuracy_is_the_graders_whatever_the_reward(config, fit):
+    """A policy that has learned the sums, rewarded for even bytes."""
+    config["data"]["demonstrations"]["init_args"]["task"] = config["data"]["problems"]["init_args"]["task"]
+    config["data"]["sft_batch_size"] = 4
+    config["model"] |= {"initial_stage": "sft", "optimizer": source("torch.optim.AdamW", lr=1e-2)}
+    config["stage_transition"] = {"after_epochs": 120}
+    config["trainer"]["max_epochs"] = 121
+    cli = fit(config, "--data.reward=my_rewards.EvenBytes")
+    completions = cli.datamodule.collection.completions
+    right = sum(completion.correct for completion in completions)
+    assert 0 < right < 16
+    assert float(logged(cli)[-1]["rollout/accuracy"]) == pytest.approx(right / 16)
+    for completion in completions:
+        assert completion.correct == (completion.extracted == completion.problem.answer)
+        assert completion.reward == pytest.approx(even_share(completion.text))
+
+
+def test_an_error_in_a_users_reward_ends_the_run_with_its_name(config, fit):
+    with pytest.raises(RuntimeError, match=r"data\.reward: broken \(my_rewards\.broken\) raised ZeroDivisionError"):
+        fit(config, "--data.reward=my_rewards.broken", entry=main)

@@ -1,0 +1,80 @@
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from egspo_lightning.rewards.equivalence import equivalence_classes
+from egspo_lightning.rewards.grading import MathGrader
+
+BOMB = r"9^{9^{9^{9}}}+x"
+
+
+class Recorder:
+    """Compares whole lower-case words by their first letter, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[str, str]]] = []
+
+    def __call__(self, answers: Sequence[str], golds: Sequence[str]) -> list[bool | None]:
+        self.calls.append(list(zip(answers, golds, strict=True)))
+        return [None if "?" in answer + gold else answer[0] == gold[0] for answer, gold in self.calls[-1]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "classes"),
+    [
+        (["1/2", r"\frac{1}{2}", "0.5", "2", None, "0.50"], [0, 0, 0, 1, None, 0]),
+        ([r"\frac{1}{\sqrt{3}}", "x", r"\frac{\sqrt{3}}{3}", "x"], [0, 1, 0, 1]),
+        (["x+1", "x+2", "1+x", "2+x", "x+3"], [0, 1, 0, 1, 2]),
+        ([None, "", "   ", "7"], [None, None, None, 0]),
+        ([r"so \boxed{4}", "4"], [0, 0]),
+        ([], []),
+    ],
+)
+def test_classes_are_numbered_in_order_of_appearance(
+    grader: MathGrader, answers: list[str | None], classes: list[int | None]
+) -> None:
+    assert grader.equivalence_classes([answers]) == [classes]
+
+
+def test_groups_are_apart(grader: MathGrader) -> None:
+    assert grader.equivalence_classes([["x+1", "1+x"], [], ["x", "x+1", "x"]]) == [[0, 0], [], [0, 1, 0]]
+
+
+def test_plain_numbers_and_equal_spellings_start_no_process() -> None:
+    with MathGrader() as grader:
+        answers = ["72", "72.0", "73", r"\sqrt 3", r"$\sqrt{ 3}$"]
+        assert grader.equivalence_classes([answers[:3], answers[3:4] * 2]) == [[0, 0, 1], [0, 0]]
+        assert grader.worker_pids() == []
+
+
+def test_an_answer_joins_the_first_class_whose_first_member_it_equals() -> None:
+    def compare(answers: Sequence[str], golds: Sequence[str]) -> list[bool | None]:
+        return [abs(len(answer) - len(gold)) <= 1 for answer, gold in zip(answers, golds, strict=True)]
+
+    assert equivalence_classes([["a+", "a++", "a+++"]], compare) == [[0, 0, 1]]
+    assert equivalence_classes([["a++", "a+", "a+++"]], compare) == [[0, 0, 0]]
+
+
+def test_all_groups_share_a_call_and_no_spelling_is_compared_twice() -> None:
+    recorder = Recorder()
+    classes = equivalence_classes([["a+b", "a + b", "b+c", "a+c"], ["c+a", "c+b"]], recorder)
+    assert classes == [[0, 0, 1, 0], [0, 0]]
+    probes, pairs = recorder.calls
+    assert [gold for _, gold in probes] == ["1"] * 5
+    assert pairs == [("b+c", "a+b"), ("a+c", "a+b"), ("c+b", "c+a")]
+
+
+def test_an_answer_that_cannot_be_compared_is_a_class_of_its_own_and_is_asked_about_once() -> None:
+    recorder = Recorder()
+    assert equivalence_classes([["a?", "a+b", "a?", "a+c", "a?+1"]], recorder) == [[0, 1, 0, 1, 2]]
+    assert sum("?" in "".join(pair) for call in recorder.calls for pair in call) == 2
+
+
+def test_a_group_waits_once_for_an_answer_that_hangs() -> None:
+    with MathGrader(deadline_s=1.0) as grader:
+        grader.grade_answers(["x+1"], ["1+x"])
+        started = time.monotonic()
+        answers = [BOMB, *(f"x+{n}" for n in range(1, 9))]
+        assert grader.equivalence_classes([answers]) == [list(range(9))]
+        assert time.monotonic() - started < 8.0  # a deadline for each of its pairs would be eight seconds at least

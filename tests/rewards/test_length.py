@@ -1,0 +1,43 @@
+import pytest
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.functions import Details
+from egspo_lightning.rewards.grading import Grade
+from egspo_lightning.rewards.length import SoftLengthPenalty
+from egspo_lightning.types import Problem
+
+
+def details(length, limit=20):
+    return [Details(Problem("1", "q", "2"), "", length, limit, False, Grade(True, "graded", "2", 0.0))]
+
+
+@pytest.mark.parametrize(
+    ("length", "reward"),
+    [(1, 0.0), (15, 0.0), (16, 0.0), (17, -0.25), (18, -0.5), (19, -0.75), (20, -1.0), (21, -1.0)],
+)
+def test_the_penalty_by_hand(length, reward):
+    """Limit 20, buffer 4: nothing up to 16 tokens, then a quarter a token."""
+    assert SoftLengthPenalty(4)(["text"], ["2"], details(length)) == [reward]
+
+
+def test_a_buffer_as_long_as_the_limit_punishes_from_the_first_token():
+    penalty = SoftLengthPenalty(20)
+    penalty.require_fit(20)
+    assert penalty(["text"], ["2"], details(1)) == [-0.05]
+
+
+@pytest.mark.parametrize("buffer", [0, -1])
+def test_a_buffer_of_no_token_is_refused(buffer):
+    with pytest.raises(UserError, match=rf"SoftLengthPenalty\.buffer must be at least 1 token, got {buffer}"):
+        SoftLengthPenalty(buffer)
+
+
+def test_a_buffer_longer_than_the_limit_is_refused():
+    message = r"SoftLengthPenalty\.buffer = 21 is more than data\.max_completion_length = 20"
+    with pytest.raises(UserError, match=message):
+        SoftLengthPenalty(21).require_fit(20)
+
+
+def test_lengths_are_not_guessed_from_text():
+    with pytest.raises(ValueError, match="zip"):
+        SoftLengthPenalty(4)(["text"], ["2"])
