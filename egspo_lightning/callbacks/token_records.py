@@ -59,8 +59,7 @@ class TokenRecords(Callback):
         if number % self.every_n_collections == 0:
             rank = trainer.global_rank
             tables = record(data.collection, module_of(pl_module), number, rank, self.max_completions)
-            for kind, table in tables.items():
-                _write(table, file_of(log_dir, kind, number, rank))
+            write(tables, log_dir, number, rank)
 
 
 def record(
@@ -154,9 +153,11 @@ def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.table({name: pa.array(arrays[name], schema.field(name).type) for name in schema.names}, schema=schema)
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    """Whole or not at all: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.rename(path)
+def write(tables: Mapping[str, pa.Table], log_dir: str | Path, number: int, rank: int) -> None:
+    """The tables as files, each whole or not at all: readers never see half a file."""
+    for kind, table in tables.items():
+        path = file_of(log_dir, kind, number, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        pq.write_table(table, partial)
+        partial.rename(path)
