@@ -114,6 +114,7 @@ def test_hostile_text_is_text(hostile, form):
     }
     assert {tag for tag, _ in page.tags} <= allowed | {"dl", "dt", "dd"}
     assert page.texts == [shown(part) for part in HOSTILE]
+    assert all(set(attributes) == {"class", "style", "data-v"} for attributes in page.tokens)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
