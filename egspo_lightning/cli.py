@@ -30,6 +30,7 @@ from egspo_lightning.callbacks import (
     PredictionWriter,
     RolloutSamples,
     StageTransition,
+    TokenRecords,
 )
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError, cause_of
@@ -42,6 +43,7 @@ CALLBACKS: dict[str, type] = {
     "math_benchmark": MathBenchmark,
     "stage_transition": StageTransition,
     "entropy_histogram": EntropyHistogram,
+    "token_records": TokenRecords,
     "rollout_samples": RolloutSamples,
     "checkpoint": PhaseCheckpoint,
     "hf_export": HFExport,

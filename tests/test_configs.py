@@ -78,7 +78,7 @@ SMALL = [
     "--data.max_completion_length=40",
     "--stage_transition.after_epochs=1",
     "--hf_export.enabled=false",
-    "--entropy_histogram.record_every_n_collections=0",
+    "--token_records.every_n_collections=0",
 ]
 
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]

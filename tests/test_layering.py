@@ -16,7 +16,7 @@ LAYERS = [
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],
     ["rows"],
-    ["data", "rollout", "evaluation", "policy"],
+    ["data", "rollout", "evaluation", "policy", "analysis"],
     ["critic", "sharding", "answering"],
     ["policy_module"],
     ["module", "datamodule"],
@@ -111,6 +111,15 @@ def test_only_the_upper_layers_import_lightning():
     for path in FILES:
         if home(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)
+
+
+def test_plots_and_data_frames_are_the_analysis_own():
+    """They are optional to install; training writes records without them."""
+    for path in FILES:
+        if home(dotted(path)) != "analysis":
+            assert not top_level(path) & {"matplotlib", "pandas"}, dotted(path)
+    assert reached(PACKAGE / "analysis" / "schema.py") == set()
+    assert top_level(PACKAGE / "analysis" / "schema.py") <= {"pathlib", "pyarrow"}
 
 
 @pytest.mark.parametrize("part", ["module", "policy_module", "policy", "critic", "checkpoints", "sharding"])

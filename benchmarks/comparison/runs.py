@@ -28,7 +28,7 @@ QUIET = (
     "--trainer.enable_checkpointing=false",
     "--hf_export.enabled=false",
     "--entropy_histogram.every_n_collections=0",
-    "--entropy_histogram.record_every_n_collections=0",
+    "--token_records.every_n_collections=0",
     "--rollout_samples.every_n_collections=0",
 )
 

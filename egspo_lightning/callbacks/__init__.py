@@ -8,6 +8,7 @@ from egspo_lightning.callbacks.predictions import PredictionWriter
 from egspo_lightning.callbacks.progress import PhaseProgress
 from egspo_lightning.callbacks.rollout_samples import RolloutSamples
 from egspo_lightning.callbacks.stage_transition import StageTransition
+from egspo_lightning.callbacks.token_records import TokenRecords
 
 __all__ = [
     "EntropyHistogram",
@@ -18,4 +19,5 @@ __all__ = [
     "PredictionWriter",
     "RolloutSamples",
     "StageTransition",
+    "TokenRecords",
 ]

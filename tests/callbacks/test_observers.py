@@ -9,6 +9,7 @@ from egspo_lightning.callbacks import (
     PhaseProgress,
     RolloutSamples,
     StageTransition,
+    TokenRecords,
 )
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
@@ -24,10 +25,17 @@ def benchmarks() -> list[GeneratedBenchmark]:
 
 OBSERVERS = {
     "math_benchmark": lambda: [MathBenchmark(every_n_epochs=1)],
-    "entropy_histogram": lambda: [EntropyHistogram(1, 1)],
+    "entropy_histogram": lambda: [EntropyHistogram()],
+    "token_records": lambda: [TokenRecords(every_n_collections=1)],
     "rollout_samples": lambda: [RolloutSamples(1)],
     "progress": lambda: [PhaseProgress()],
-    "all": lambda: [MathBenchmark(every_n_epochs=1), EntropyHistogram(1, 1), RolloutSamples(1), PhaseProgress()],
+    "all": lambda: [
+        MathBenchmark(every_n_epochs=1),
+        EntropyHistogram(),
+        TokenRecords(every_n_collections=1),
+        RolloutSamples(1),
+        PhaseProgress(),
+    ],
 }
 
 

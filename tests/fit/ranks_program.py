@@ -27,7 +27,7 @@ SHORT = [
     "--stage_transition.after_epochs=1",
     "--stage_transition.learning_rate=1e-3",
     "--hf_export.enabled=false",
-    "--entropy_histogram.record_every_n_collections=0",
+    "--token_records.every_n_collections=0",
 ]
 METHODS = {
     "ppo": ["--config=configs/methods/ppo.yaml", "--model.critic.warmup_steps=1"],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 SHORT = [
@@ -74,11 +75,26 @@ def one_process(repository, tmp_path_factory):
     return fit(repository, tmp_path_factory.mktemp("one"))
 
 
-def test_ddp_on_two_processes_equals_one(repository, tmp_path, one_process):
-    rows = fit(repository, tmp_path, *DDP)
+@pytest.fixture(scope="module")
+def two_processes(repository, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    return folder, fit(repository, folder, *DDP)
+
+
+def test_ddp_on_two_processes_equals_one(two_processes, one_process):
+    _, rows = two_processes
     first = next(i for i, row in enumerate(one_process) if row["loss/total"])
     assert float(rows[first]["loss/total"]) == pytest.approx(float(one_process[first]["loss/total"]), rel=1e-5)
     assert_equal_metrics(rows, one_process)
+
+
+def test_each_rank_records_its_own_tokens(two_processes):
+    records = two_processes[0] / "lightning_logs" / "version_0" / "token_records"
+    for kind in ("tokens", "completions"):
+        names = [f"{kind}-000000-rank-{rank}.parquet" for rank in (0, 1)]
+        assert sorted(path.name for path in records.glob(f"{kind}-*")) == names
+        ids = [set(pq.read_table(records / name)["completion_id"].to_pylist()) for name in names]
+        assert ids == [{f"0/{rank}/{row}" for row in range(16)} for rank in (0, 1)]  # of 4 problems x 8 completions
 
 
 @pytest.mark.slow

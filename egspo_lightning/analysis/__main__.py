@@ -1,0 +1,43 @@
+"""``python -m egspo_lightning.analysis RUN --html out.html``: a run's completions, coloured, as a page."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from egspo_lightning.analysis.html import ColouredCompletions
+from egspo_lightning.analysis.reading import load
+from egspo_lightning.errors import UserError
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one message and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m egspo_lightning.analysis", description=__doc__)
+    parser.add_argument("run", type=Path, help="the log folder, as in logs/lightning_logs/version_0")
+    parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="where to write the page")
+    parser.add_argument("--collection", type=int, help="the only collection to show; by default all")
+    parser.add_argument("--max_completions", type=int, default=200, help="the latest so many (default: %(default)s)")
+    options = parser.parse_args(args)
+    try:
+        write_page(options.run, options.html, collection=options.collection, max_completions=options.max_completions)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"Page: {options.html}")
+
+
+def write_page(run: Path, target: Path, *, collection: int | None, max_completions: int) -> None:
+    """Write the page of a run.
+
+    Raises:
+        UserError: the run cannot be read, or the file not be written
+    """
+    coloured = ColouredCompletions(load(run), collection=collection, max_completions=max_completions)
+    try:
+        target.write_text(coloured.page(f"Token entropy of {run}"), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html: {target} cannot be written: {error.strerror}.") from error
+
+
+if __name__ == "__main__":
+    main()

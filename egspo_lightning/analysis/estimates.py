@@ -1,0 +1,38 @@
+"""Means with intervals that know that the tokens of a completion belong together."""
+
+import pandas as pd
+
+NORMAL_95 = 1.959964
+"""Half the width of a normal distribution's central 95 %, in standard deviations."""
+
+
+def means(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
+    """Mean of ``value`` over the tokens of each group, with the half width of its 95 % interval.
+
+    Tokens of one completion are not independent, so completions are what is drawn: with ``s_i`` the sum and ``n_i`` the
+    number of a group's tokens in completion i, of m that have any,
+
+        mean = sum s_i / sum n_i        half = 1.96 sqrt( m / (m - 1) sum (s_i - mean n_i)^2 ) / sum n_i
+
+    (the ratio estimator with linearised variance; Cochran, Sampling Techniques, section 6.3). For few completions it is
+    too narrow; for one it is NaN.
+
+    Args:
+        frame: rows with ``run``, ``completion_id`` and the columns named
+        by: columns that make the groups
+        value: the column to average
+
+    Returns:
+        indexed by group, with ``mean``, ``half_width`` and ``count`` (tokens)
+    """
+    keys = [*by, *(name for name in ("run", "completion_id") if name not in by)]
+    grouped = frame.groupby(keys, observed=True)[value]
+    clusters = pd.DataFrame({"sum": grouped.sum().astype(float), "count": grouped.size()})
+    levels, rest = list(range(len(by))), list(range(len(by), len(keys)))
+    totals = clusters.groupby(level=levels).sum()
+    mean = totals["sum"] / totals["count"]
+    residuals = clusters["sum"] - clusters["count"] * mean.reindex(clusters.index.droplevel(rest)).to_numpy()
+    num_completions = residuals.groupby(level=levels).size()
+    variance = (residuals**2).groupby(level=levels).sum() * num_completions / (num_completions - 1)
+    half = NORMAL_95 * variance**0.5 / totals["count"]
+    return pd.DataFrame({"mean": mean, "half_width": half, "count": totals["count"]})

@@ -1,0 +1,163 @@
+"""Keeps, of a sample of completions, all that the update knew of each token; ``analysis.schema`` names the columns."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from egspo_lightning.analysis.schema import COMPLETIONS, TOKENS, file_of, files_of
+from egspo_lightning.callbacks.access import data_of, module_of
+from egspo_lightning.errors import require
+from egspo_lightning.module import EGSPOModule
+from egspo_lightning.ops.losses import log_ratio
+from egspo_lightning.rollout.experience import TOKENS_PER_SCORING_BATCH, Collection
+from egspo_lightning.types import Current, RolloutBatch
+
+
+class TokenRecords(Callback):
+    """Writes token records as Parquet into ``token_records/`` of the log folder; see ``analysis.schema``.
+
+    They are those of the first completions of a collection, after its last update: one forward pass over them gives the
+    ratio. Each rank writes files of its own. A run that begins in a folder with records of collections that it is about
+    to do (again) removes those, so that no collection is there twice.
+
+    Args:
+        every_n_collections: How often; 0 is never.
+        max_completions: Completions recorded at a time, on each rank; experts' solutions are left out.
+    """
+
+    def __init__(self, every_n_collections: int = 10, max_completions: int = 32) -> None:
+        super().__init__()
+        field = "token_records.every_n_collections"
+        require(every_n_collections >= 0, field, every_n_collections, "at least 0")
+        require(max_completions >= 1, "token_records.max_completions", max_completions, "at least 1")
+        self.every_n_collections, self.max_completions = every_n_collections, max_completions
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the records of collections that are still to come."""
+        log_dir, first = trainer.log_dir, data_of(trainer).num_collections  # log_dir is broadcast: ask on every rank
+        if log_dir is None or not trainer.is_global_zero:
+            return
+        stale = [p for kind in ("tokens", "completions") for p, n in files_of(log_dir, kind).items() if n >= first]
+        for path in stale:
+            path.unlink()
+        if stale:
+            rank_zero_info(f"Token records: removed {len(stale)} files of collections from {first} on, in {log_dir}.")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the collection that this epoch trained on."""
+        data, log_dir = data_of(trainer), trainer.log_dir
+        number = data.num_collections - 1
+        if data.collection is None or log_dir is None or not self.every_n_collections:
+            return
+        if number % self.every_n_collections == 0:
+            rank = trainer.global_rank
+            tables = record(data.collection, module_of(pl_module), number, rank, self.max_completions)
+            write(tables, log_dir, number, rank)
+
+
+def record(
+    collection: Collection, module: EGSPOModule, number: int, rank: int, max_completions: int
+) -> dict[str, pa.Table]:
+    """The tables ``completions`` and ``tokens`` of a collection's first completions. Collective.
+
+    Args:
+        collection: the rollouts of this rank
+        module: the policy as it is after the updates on them
+        number: of the collection
+        rank: of this process
+        max_completions: rows of the collection that are recorded, at most
+    """
+    rollout = collection.rollout
+    chosen = (~rollout.is_expert).nonzero().flatten()[:max_completions]
+    completions = [collection.completions[row] for row in chosen.tolist()]
+    keys: dict[str, list[Any]] = {
+        "collection": [number] * len(completions),
+        "stage": [str(module.stage)] * len(completions),
+        "policy_version": [rollout.policy_version] * len(completions),
+        "problem_id": [_storable(completion.problem.id) for completion in completions],
+        "completion_id": [f"{number}/{rank}/{row}" for row in chosen.tolist()],
+    }
+    whole = keys | {
+        "problem": [_storable(completion.problem.problem) for completion in completions],
+        "completion": [_storable(completion.text) for completion in completions],
+        "gold": [_storable(completion.problem.answer) for completion in completions],
+        "extracted": [None if c.extracted is None else _storable(c.extracted) for c in completions],
+        "reward": rollout.rewards[chosen].tolist(),
+        "is_correct": [completion.correct for completion in completions],
+        "length": [len(completion.token_ids) for completion in completions],
+        "is_truncated": [completion.is_truncated for completion in completions],
+    }
+    rows = rollout.sampled_mask[chosen].nonzero()[:, 0].tolist()
+    tokens = {name: [values[row] for row in rows] for name, values in keys.items()}
+    columns = {name: column.cpu() for name, column in _token_columns(rollout, module, chosen).items()}
+    tokens["token"] = _decode(columns["token_id"].tolist(), module)
+    return {"completions": _table(whole, COMPLETIONS), "tokens": _table(tokens | columns, TOKENS)}
+
+
+def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -> dict[str, Tensor]:
+    """What is known of each token of the chosen rows, one after another."""
+    high, low = module.objective.branch_weights(rollout, module.attenuation, rollout.entropies)
+    phi = module.attenuation.phi(rollout.old_logprobs, rollout.entropies, rollout.threshold)
+    mask = rollout.sampled_mask[chosen]
+    after = _statistics(module, rollout.input_ids[chosen], mask)
+    starts = mask.int().argmax(-1, keepdim=True)
+    aligned = {
+        "position": torch.arange(mask.shape[1], device=mask.device) - starts,
+        "token_id": rollout.input_ids[chosen],
+        "entropy": rollout.entropies[chosen],
+        "old_logprob": rollout.old_logprobs[chosen],
+        "is_high_entropy": (rollout.entropies >= rollout.threshold)[chosen],
+        "phi": phi[chosen],
+        "token_weight": (high + low)[chosen],
+        "advantage": rollout.advantages[chosen],
+        "ratio": log_ratio(after.logprobs, rollout.old_logprobs[chosen]).exp(),
+        "entropy_after": after.entropies,
+        "reward": rollout.rewards[chosen].unsqueeze(1).expand_as(mask),
+        "threshold": rollout.threshold[chosen].expand_as(mask),
+    }
+    return {name: values[mask].detach() for name, values in aligned.items()}
+
+
+def _statistics(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> Current:
+    """The policy's word on rows, in batches bounded in tokens, without gradient or random numbers."""
+    size = max(TOKENS_PER_SCORING_BATCH // mask.shape[1], 1)
+    assert module.policy is not None
+    with module.sampling():
+        parts = [
+            module.policy(ids, part, module.temperature)
+            for ids, part in zip(input_ids.split(size), mask.split(size), strict=True)
+        ]
+    return Current(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
+
+
+def _decode(token_ids: list[int], module: EGSPOModule) -> list[str]:
+    """Each token by itself; those that come again are decoded once."""
+    texts = {token_id: module.tokenizer.decode([token_id]) for token_id in set(token_ids)}
+    return [texts[token_id] for token_id in token_ids]
+
+
+def _storable(text: str) -> str:
+    """Half a surrogate pair, which JSON lets through, has no UTF-8, and must not end a day of training."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    arrays = {name: column.numpy() if isinstance(column, Tensor) else column for name, column in columns.items()}
+    return pa.table({name: pa.array(arrays[name], schema.field(name).type) for name in schema.names}, schema=schema)
+
+
+def write(tables: Mapping[str, pa.Table], log_dir: str | Path, number: int, rank: int) -> None:
+    """The tables as files, each whole or not at all: readers never see half a file."""
+    for kind, table in tables.items():
+        path = file_of(log_dir, kind, number, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        pq.write_table(table, partial)
+        partial.rename(path)
