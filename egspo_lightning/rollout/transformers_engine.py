@@ -220,13 +220,17 @@ def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -
         uniforms: (B,) in [0, 1]; None for greedy
         sampling: temperature and top_p
     """
-    probs = torch.softmax(logits.float() / (sampling.temperature or 1.0), -1)
+    scaled = logits.float() / (sampling.temperature or 1.0)
+    shifted = scaled - scaled.amax(-1, keepdim=True)
+    probs = torch.softmax(shifted, -1)
     if uniforms is None or sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:
         tokens = _invert(probs, uniforms, sampling.top_p)
     logprobs = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log()
-    return Drawn(tokens, logprobs, torch.special.entr(probs).sum(-1))
+    # H = log Z - E[z] with z shifted to be at most 0: no logarithm a token of the vocabulary, and nothing cancels
+    log_norms = shifted.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logprobs
+    return Drawn(tokens, logprobs, log_norms - torch.linalg.vecdot(probs, shifted))
 
 
 def _invert(probs: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
