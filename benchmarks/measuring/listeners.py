@@ -112,12 +112,8 @@ class UpdateTimes(Callback):
             self._watch.start()
         self._batches.append(batch)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """The last update ends."""
-        if batch_idx + 1 < trainer.num_training_batches:
-            return
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last update has ended, and been logged."""
         self._watch.stop()
         watch = Stopwatch()
         watch.start()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from egspo_lightning.analysis.schema import COMPLETIONS, TOKENS, file_of, files_of
 from egspo_lightning.callbacks.access import data_of, module_of
-from egspo_lightning.errors import require
+from egspo_lightning.errors import UserError, require
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.rollout.experience import TOKENS_PER_SCORING_BATCH, Collection
@@ -24,8 +24,8 @@ class TokenRecords(Callback):
     """Writes token records as Parquet into ``token_records/`` of the log folder; see ``analysis.schema``.
 
     They are those of the first completions of a collection, after its last update: one forward pass over them gives the
-    ratio. Each rank writes files of its own. A run that begins in a folder with records of collections that it is about
-    to do (again) removes those, so that no collection is there twice.
+    ratio. Each rank writes files of its own. A resumed run that goes on in the same folder removes those of collections
+    that it does again, so that no collection is there twice.
 
     Args:
         every_n_collections: How often; 0 is never.
@@ -40,11 +40,22 @@ class TokenRecords(Callback):
         self.every_n_collections, self.max_completions = every_n_collections, max_completions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the records of collections that are still to come."""
+        """Remove the records of collections that a resumed run does again.
+
+        Raises:
+            UserError: another run has left records in the folder.
+        """
         log_dir, first = trainer.log_dir, data_of(trainer).num_collections  # log_dir is broadcast: ask on every rank
-        if log_dir is None or not trainer.is_global_zero:
+        if log_dir is None or not self.every_n_collections:
             return
         stale = [p for kind in ("tokens", "completions") for p, n in files_of(log_dir, kind).items() if n >= first]
+        if stale and first == 0:
+            raise UserError(
+                f"token_records: {log_dir} holds the records of another run. Give another trainer.default_root_dir, "
+                "keep trainer.logger on (each run then has a folder of its own), or delete them."
+            )
+        if not trainer.is_global_zero:
+            return
         for path in stale:
             path.unlink()
         if stale:

@@ -70,7 +70,7 @@ def token_stats(
     weight: Tensor = lm_head if isinstance(lm_head, Tensor) else lm_head.weight
     bias: Tensor | None = None if isinstance(lm_head, Tensor) else lm_head.bias
     device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

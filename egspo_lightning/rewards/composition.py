@@ -28,12 +28,15 @@ class WeightedReward:
     Args:
         terms: The rewards by name, each given by its class_path.
         weights: Their weights by name; 1 where none is given. A reward of weight 0 is logged and does not count.
+        grader: Says which answers are right, whatever the rewards are; null for that of the first term that has one.
 
     Raises:
         UserError: there is no term, or a weight is not finite or that of no term.
     """
 
-    def __init__(self, terms: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, terms: dict[str, Reward], weights: dict[str, float] | None = None, grader: MathGrader | None = None
+    ) -> None:
         require(bool(terms), "data.reward.terms", "none", "at least one reward")
         weights = weights or {}
         for name, weight in weights.items():
@@ -43,8 +46,7 @@ class WeightedReward:
         self.terms = dict(terms)
         self.weights = {name: float(weights.get(name, 1.0)) for name in terms}
         graders = [term.grader for term in terms.values() if isinstance(term, CorrectnessReward | WeightedReward)]
-        self.grader: MathGrader = graders[0] if graders else MathGrader()
-        """Says which answers are right, whatever the rewards are: that of the first term that has one."""
+        self.grader: MathGrader = grader or (graders[0] if graders else MathGrader())
 
     @classmethod
     def of(cls, reward: Reward) -> WeightedReward:
@@ -95,8 +97,8 @@ def _values(
     """What a term gives, as floats; whatever is wrong with it is told with its name."""
     source = term if hasattr(term, "__qualname__") else type(term)
     where = f"data.reward: {name} ({source.__module__}.{source.__qualname__})"
-    known = {"details": details} if details and _takes_details(term) else {}
     try:
+        known = {"details": details} if details and _takes_details(term) else {}
         given = term(completions, golds, **known)
     except UserError:
         raise

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.rewards.functions import Details
 
-_OPEN, _CLOSE = "<think>", "</think>"
+THINK_MARKS = _OPEN, _CLOSE = "<think>", "</think>"
 
 # A backslash takes the character after it along: \\boxed{ is a line break and a word.
 _BOX_OR_ESCAPE = re.compile(r"\\boxed\s*+\{|\\.", re.DOTALL)
@@ -30,10 +30,14 @@ class FormatReward:
         return [float(is_well_formed(text, prompt)) for text, prompt in zip(completions, prompts, strict=True)]
 
 
+def with_opened_block(text: str, prompt: str) -> str:
+    """A completion, behind the think mark that its prompt has opened for it, if it has."""
+    return _OPEN + text if prompt.rstrip().endswith(_OPEN) else text
+
+
 def is_well_formed(text: str, prompt: str = "") -> bool:
     """Whether a completion has one box, behind a closed think block if it or its prompt opens one."""
-    if prompt.rstrip().endswith(_OPEN):
-        text = _OPEN + text
+    text = with_opened_block(text, prompt)
     if _OPEN in text or _CLOSE in text:
         block, _, text = text.partition(_CLOSE)  # never closed: no text is left, and no box in it
         is_one_block = block.lstrip().startswith(_OPEN) and block.count(_OPEN) == 1

@@ -43,6 +43,8 @@ class Sampled(NamedTuple):
     """From the first prompt to the last grade."""
     seconds_grading: float
     """Those of them in which only grades were waited for."""
+    has_experts: bool = False
+    """Whether experts' solutions stand in the collection, on this rank or another."""
 
 
 @dataclass
@@ -116,7 +118,8 @@ class Collector:
         solved = {place: experts[place] for place in range(rank, self.num_experts, world_size)}
         groups |= self._with_experts(policy, groups, solved)
         ended = time.perf_counter()
-        return Sampled([groups[place] for place in places], discarded, ended - started, waited + ended - sampled)
+        groups_in_order = [groups[place] for place in places]
+        return Sampled(groups_in_order, discarded, ended - started, waited + ended - sampled, self.num_experts > 0)
 
     def _draw(self, count: int) -> Sequence[Problem]:
         self.num_drawn += count

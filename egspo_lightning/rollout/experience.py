@@ -43,7 +43,7 @@ def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[Sco
     pairs = [(prompt.token_ids, row.token_ids) for prompt, row in zip(prompts, rows, strict=True)]
     input_ids, mask = pad_right(pairs, policy.tokenizer.pad_token_id)
     with policy.scoring() as lm:
-        told = _sampled_scores(policy, rows, mask, next(lm.parameters()).device)
+        told = None if sampled.has_experts else _sampled_scores(policy, rows, mask, next(lm.parameters()).device)
         scores = _score(policy, input_ids, mask) if told is None else told
     device = scores.logprobs.device
     experts = [i for i, group in enumerate(sampled.groups) if group.expert is not None]
@@ -120,7 +120,10 @@ def measure(sampled: Sampled) -> Measurements:
 def _sampled_scores(
     policy: RolloutPolicy, rows: Sequence[Completion], mask: Tensor, device: torch.device
 ) -> Scores | None:
-    """What the engine told of each token, (B, T); None where it has to be scored, as experts' solutions have."""
+    """What the engine told of each token, (B, T); None where it has to be scored.
+
+    All ranks decide alike, since what they measure is added up.
+    """
     entropies = [row.entropies for row in rows if row.entropies is not None]
     if not policy.takes_sampled_statistics or len(entropies) < len(rows):
         return None

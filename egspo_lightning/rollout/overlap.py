@@ -75,7 +75,8 @@ class OverlappedGrading:
         for numbers, future in self._futures:
             graded.update(zip(numbers, future.result(), strict=True))
         last = sorted(self._waiting)
-        graded.update(zip(last, self._grade(last, [self._samples[number] for number in last]), strict=True))
+        if last:
+            graded.update(zip(last, self._grade(last, [self._samples[number] for number in last]), strict=True))
         self.seconds_waited = time.perf_counter() - started
         return [graded[number] for number in range(self._num_requests)]
 

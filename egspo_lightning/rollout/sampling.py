@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from egspo_lightning.rewards.composition import WeightedReward
+from egspo_lightning.rewards.format import THINK_MARKS, with_opened_block
 from egspo_lightning.rewards.functions import Details, Reward
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
 from egspo_lightning.rollout.overlap import OverlappedGrading
@@ -71,8 +72,11 @@ def _stream(
 
 
 def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
-    """The texts of samples, without special tokens."""
-    texts: list[str] = policy.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+    """The texts of samples, without special tokens; think marks stay, which some tokenizers count among them."""
+    added = policy.tokenizer.added_tokens_decoder.items()
+    dropped = {number for number, token in added if token.special and token.content not in THINK_MARKS}
+    kept = [[token for token in s.token_ids if token not in dropped] for s in samples]
+    texts: list[str] = policy.tokenizer.batch_decode(kept, skip_special_tokens=False)
     return texts
 
 
@@ -93,7 +97,8 @@ def grade(
     texts = decode(policy, samples)
     asked = _prompt_texts(policy, prompts)
     golds = [prompt.problem.answer for prompt in prompts]
-    grades = reward.grader.grade(texts, golds)
+    judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
+    grades = reward.grader.grade(judged, golds)
     details = [
         Details(prompt.problem, text, len(sample.token_ids), max_completion_length, sample.is_truncated, verdict)
         for prompt, text, sample, verdict in zip(prompts, asked, samples, grades, strict=True)

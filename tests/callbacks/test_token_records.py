@@ -196,6 +196,16 @@ def test_a_resumed_run_in_the_same_folder_has_no_collection_twice(tiny_run, tmp_
     assert [records(resumed, number=number) for number in range(3)] == kept
 
 
+def test_the_records_of_another_run_are_refused_and_kept(tiny_run, tmp_path):
+    options = ONE_COLLECTION | {"logger": False}
+    first = tiny_run(TokenRecords(1), **options).fit()
+    kept = files(first)
+    with pytest.raises(UserError, match="holds the records of another run"):
+        tiny_run(TokenRecords(1), **options).fit()
+    tiny_run(TokenRecords(0), **options).fit()  # switched off, it looks at nothing
+    assert files(first) == kept
+
+
 @pytest.mark.parametrize(("field", "value"), [("every_n_collections", -1), ("max_completions", 0)])
 def test_numbers_out_of_range_are_refused(field, value):
     with pytest.raises(UserError, match=f"token_records.{field} must be at least [01], got {value}"):

@@ -34,7 +34,7 @@ METHODS = {
     "ppo_critic": ["--config=configs/methods/ppo_critic.yaml", "--model.critic.warmup_steps=1"],
     "reinforce_plus_plus": ["--config=configs/methods/reinforce_plus_plus.yaml", "--model.kl_reward.target=0.01"],
     "dynamic_sampling": ["--config=configs/methods/grpo.yaml", "--data.max_resampling=2"],
-    "luffy": ["--config=configs/methods/luffy.yaml", "--data.expert_fraction=0.75", "--data.max_resampling=1"],
+    "luffy": ["--config=configs/methods/luffy.yaml", "--data.expert_fraction=0.25", "--data.max_resampling=1"],
     "sequence_gate": ["--model.gate.over=sequence", "--model.objective.rescale_weights=true"],
 }
 STRATEGIES = {

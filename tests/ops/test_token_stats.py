@@ -73,6 +73,29 @@ def test_autocast_gives_gradients_in_the_dtype_of_the_weights():
     assert gradient.dtype == torch.float32
 
 
+@pytest.mark.parametrize("sizes", [{}, {"chunk_size": 3, "vocab_chunk_size": 5}], ids=["one tile", "tiles"])
+def test_gradients_under_autocast_are_those_of_float32_within_bfloat16(sizes):
+    hidden, head, ids = make(torch.float32)
+    weights = torch.linspace(-1, 1, ids.numel()).view(ids.shape)
+
+    def gradients(statistics):
+        loss = (statistics.logprobs * weights).sum() + (statistics.entropies * weights.flip(0)).sum()
+        return torch.autograd.grad(loss, (hidden, head.weight))
+
+    expected = gradients(token_stats_from_logits(head(hidden), ids))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(token_stats(hidden, head, ids, **sizes))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+def test_float64_stays_what_it_is_under_autocast():
+    hidden, head, ids = make(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = token_stats(hidden, head, ids)
+    assert_close(stats, token_stats(hidden, head, ids), rtol=0, atol=0)
+
+
 def test_no_tokens():
     hidden, head, _ = make(torch.float32)
     stats = token_stats(hidden[0, :0], head, torch.zeros(0, dtype=torch.long))

@@ -10,6 +10,7 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.composition import Scored, WeightedReward
 from egspo_lightning.rewards.format import FormatReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Details
+from egspo_lightning.rewards.grading import Grade, MathGrader
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.types import Problem
 
@@ -159,6 +160,18 @@ def test_an_error_in_a_users_reward_is_told_with_its_name_and_cause():
     with pytest.raises(RuntimeError, match=r"data\.reward: mine \(.*broken\) raised ZeroDivisionError: .*zero") as told:
         reward([""], ["1"])
     assert isinstance(told.value.__cause__, ZeroDivisionError)
+
+
+def test_a_callable_without_a_signature_is_told_by_name():
+    details = [Details(Problem("1", "q", "1"), "q", 1, 9, False, Grade(True, "graded", "1", 0.0))]
+    with pytest.raises(RuntimeError, match=r"data\.reward: max \(builtins\.max\) raised ValueError: no signature"):
+        WeightedReward({"max": max})(["a"], ["1"], details)
+
+
+def test_the_grader_can_be_given():
+    first, given = CorrectnessReward(), MathGrader(num_workers=3)
+    assert WeightedReward({"a": first}).grader is first.grader
+    assert WeightedReward({"a": first}, grader=given).grader is given
 
 
 def test_a_mistake_that_a_users_reward_tells_itself_is_told_as_it_is():

@@ -37,7 +37,9 @@ class Alone:
     temperature = 1.0
     eos_ids = ()
     tokenizer = SimpleNamespace(
-        pad_token_id=0, batch_decode=lambda rows, skip_special_tokens: [bytes(row).decode() for row in rows]
+        pad_token_id=0,
+        added_tokens_decoder={},
+        batch_decode=lambda rows, skip_special_tokens: [bytes(row).decode() for row in rows],
     )
 
     @contextmanager

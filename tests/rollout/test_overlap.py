@@ -88,7 +88,7 @@ def test_the_caller_samples_while_grading_goes_on():
 
 def test_nothing_to_grade_is_no_call():
     grade = Grade()
-    with OverlappedGrading(lambda numbers, samples: [], 0, 2) as grading:
+    with OverlappedGrading(grade, 0, 2) as grading:
         assert grading.finish() == []
     assert grade.calls == []
 

@@ -18,7 +18,7 @@ from egspo_lightning.rewards.functions import CorrectnessReward, Details
 from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.sampling import Prompt, complete, grade
+from egspo_lightning.rollout.sampling import Prompt, complete, decode, grade
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Problem, Sampling
 
@@ -139,13 +139,38 @@ def test_rewards_are_told_the_details(policy):
         seen.extend(zip(completions, golds, details, strict=True))
         return [0.0] * len(completions)
 
-    asked = prompts(policy, "2", text="Q <think>")
+    asked = prompts(policy, "2", text="Q")
     sample = Sample(policy.tokenizer.encode(r"\boxed{2}"), True, [0.0] * 9)
     (completion,) = grade(policy, WeightedReward.of(watch), asked, [sample], 9)
     verdict = Grade(True, "graded", "2", 0.0)
-    assert seen == [(r"\boxed{2}", "2", Details(asked[0].problem, "Q <think>", 9, 9, True, verdict))]
+    assert seen == [(r"\boxed{2}", "2", Details(asked[0].problem, "Q", 9, 9, True, verdict))]
     assert completion.correct  # the grader's word, whatever the reward
     assert completion.reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "correct"),
+    [
+        ("Q <think>\n", r"so \boxed{2}, but wait", False),
+        ("Q <think>\n", r"hm</think> \boxed{2}", True),
+        ("Q", r"so \boxed{2}, but wait", True),
+    ],
+    ids=["never closed", "closed", "none"],
+)
+def test_a_box_in_reasoning_that_the_prompt_has_opened_is_no_answer(policy, reward, prompt, completion, correct):
+    asked = prompts(policy, "2", text=prompt)
+    (found,) = grade(policy, reward, asked, [Sample(policy.tokenizer.encode(completion), False, [0.0] * 40)], LIMIT)
+    assert found.correct == correct
+    assert found.text == completion
+
+
+def test_think_marks_are_seen_where_they_are_special_tokens(policy, small_model, repository):
+    tokenizer = AutoTokenizer.from_pretrained(repository / "configs" / "tiny_model")
+    tokenizer.add_tokens(["<think>", "</think>", "<other>"], special_tokens=True)
+    marked = SmallPolicy(small_model)
+    marked.tokenizer = tokenizer
+    ids = [*tokenizer.encode(r"<think>\boxed{3}</think><other>\boxed{2}"), tokenizer.eos_token_id]
+    assert decode(marked, [Sample(ids, False, [0.0] * len(ids))]) == [r"<think>\boxed{3}</think>\boxed{2}"]
 
 
 def test_the_prompt_is_seen_with_its_special_tokens(policy):
@@ -213,7 +238,9 @@ from egspo_lightning.types import Problem, Sampling
 class Policy:
     eos_ids = []
     tokenizer = SimpleNamespace(
-        pad_token_id=0, batch_decode=lambda rows, skip_special_tokens: [bytes(row).decode() for row in rows]
+        pad_token_id=0,
+        added_tokens_decoder={},
+        batch_decode=lambda rows, skip_special_tokens: [bytes(row).decode() for row in rows],
     )
     @contextmanager
     def sampling(self):
