@@ -169,8 +169,9 @@ def test_think_marks_are_seen_where_they_are_special_tokens(policy, small_model,
     tokenizer.add_tokens(["<think>", "</think>", "<other>"], special_tokens=True)
     marked = SmallPolicy(small_model)
     marked.tokenizer = tokenizer
-    ids = [*tokenizer.encode(r"<think>\boxed{3}</think><other>\boxed{2}"), tokenizer.eos_token_id]
-    assert decode(marked, [Sample(ids, False, [0.0] * len(ids))]) == [r"<think>\boxed{3}</think>\boxed{2}"]
+    begin, end, other = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<other>"])
+    ids = [begin, *b"3", end, other, *tokenizer.encode(r"\boxed{2}"), tokenizer.eos_token_id]
+    assert decode(marked, [Sample(ids, False, [0.0] * len(ids))]) == [r"<think>3</think>\boxed{2}"]
 
 
 def test_the_prompt_is_seen_with_its_special_tokens(policy):
