@@ -61,7 +61,7 @@ def publish(name: str, arguments: argparse.Namespace, tables: Mapping[str, Seque
     """Print the tables and write them with where they come from."""
     for title, rows in tables.items():
         print(f"\n{title}\n\n{table(rows)}")
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    settings = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     where = machine() | {"load": ", ".join(f"{load:.2f}" for load in os.getloadavg())}
     document = {
         "benchmark": name,

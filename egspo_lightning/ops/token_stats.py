@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from egspo_lightning.ops.masking import Values, as_tensor
 
 CPU_TILE, GPU_TILE = 2**21, 2**25
-"""Logits held at a time where no sizes are given: 8 MiB in float32, which a processor's cache holds, and 128 MiB."""
+"""Logits held at a time where no sizes are given: 8 MiB in float32, and 128 MiB."""
 
 TILE_TOKENS = 2048
 """Tokens a tile, where there are so many: for them a tile of the head is read, and its gradient written, once."""
