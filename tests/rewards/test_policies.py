@@ -59,6 +59,7 @@ EQUAL: dict[str, Pairs] = {
     ],
     "several boxes": [
         (r"\boxed{3} and \boxed{4}", "3, 4"),
+        (r"\boxed{12}, \boxed{150}", "12, 150"),
         (r"\boxed{4} so \boxed{5}", "5"),
         (r"\boxed{5}. \boxed{5}", "5"),
     ],
@@ -154,6 +155,7 @@ DIFFERENT: dict[str, Pairs] = {
     "repeating decimals": [("0.3", r"0.\overline{3}"), (r"0.\overline{3}", r"0.\overline{4}"), ("0.(3)", "0.3")],
     "several boxes": [
         (r"\boxed{3}, \boxed{4}", "4"),
+        (r"\boxed{12}, \boxed{150}", "12150"),
         (r"\boxed{4}\n\boxed{5}".replace(r"\n", "\n"), "5"),
         (r"\boxed{5} so \boxed{4}", "5"),
         (r"$\boxed{4}$ or $\boxed{5}$", "5"),
