@@ -122,6 +122,14 @@ def test_out_of_memory_is_never_taken_for_an_answer() -> None:
     assert attempt(lambda: 1 // 0, "other") == "other"
 
 
+def test_what_numbers_cannot_compare_is_still_a_verdict() -> None:
+    gold, answer = _verify._parse_bare("5"), _verify._parse_bare(r"5 \mod 7")
+    with pytest.raises(TypeError, match="truth value"):
+        are_different(gold, answer)
+    assert _verify.grade(r"5 \mod 7", "5", "boxed")["correct"]
+    assert not _verify.grade(r"5 \mod 7", "6", "boxed")["correct"]
+
+
 def test_an_answer_without_a_parse_equals_nothing() -> None:
     assert not _verify.grade("((( 5", "5", "boxed")["correct"]
     assert not _verify.grade("((( 5", "((( 5 +", "boxed")["correct"]
