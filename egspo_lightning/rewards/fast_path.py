@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from egspo_lightning.rewards.normalize import normalize, to_latex
-from egspo_lightning.rewards.numbers import as_latex, compare_numbers, parse_number, value_in_base
+from egspo_lightning.rewards.numbers import PERCENT, as_latex, compare_numbers, parse_number, value_in_base
 from egspo_lightning.rewards.units import Quantity, split_letter, split_unit
 
 Verdict = bool | None
@@ -59,8 +59,13 @@ def compare_fast(answer: str, gold: str) -> Verdict:
 
 
 def for_algebra(answer: str, gold: str) -> tuple[str, str]:
-    """LaTeX for math-verify of what `compare_fast` leaves open: without unit, and without ``x =`` on both or one."""
+    """LaTeX for math-verify of what `compare_fast` leaves open.
+
+    Without unit, without ``x =`` on both or one, and without a sign of percentage that only the answer has.
+    """
     left, right = _values(*(quantity.value for quantity in _quantities(answer, gold)))
+    if not PERCENT.search(right):
+        left = PERCENT.sub("", left)
     return _spell_out(left), _spell_out(right)
 
 
@@ -165,14 +170,13 @@ def _compare_choices(answer: str, gold: str) -> Verdict:
     if left and right:
         return left[1].casefold() == right[1].casefold()
     left, right = _LETTERED.fullmatch(answer), _LETTERED.fullmatch(gold)
-    if left and not right:
-        return _is_choice(left, gold)
-    return _is_choice(right, answer) if right and not left else None
-
-
-def _is_choice(choice: re.Match[str], other: str) -> Verdict:
+    choice, other = (left, gold) if left else (right, answer)
+    if choice is None or (left and right):
+        return None
     letter = _LETTER.fullmatch(other)
-    return letter[1] == (choice[1] or choice[2]) if letter else compare_fast(choice[3], other)
+    if letter:
+        return letter[1] == (choice[1] or choice[2])
+    return compare_fast(choice[3], gold) if left else compare_fast(answer, choice[3])
 
 
 def _plain_text(text: str) -> str:

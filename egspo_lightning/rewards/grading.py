@@ -6,7 +6,8 @@ Where public graders disagree, this one does as follows (each line has its cases
 several boxes       the last counts; boxes with only commas, "and", "or" and spacing between are one answer, the list
 units               two units must be the same one, by name or abbreviation, never converted (12 cm is not 12 m, nor
                     120 mm); a unit on one side alone is not looked at; ``\$5`` is 5 dollars; "units" says nothing
-percentages         ``10\%`` is 10 and is 0.1; two percentages are compared as they are
+percentages         the reference ``10\%`` is 10 and is 0.1; two percentages are compared as they are; a sign in the
+                    answer alone is not looked at (``10\%`` answers 10, not 0.1): to append one gains nothing
 degrees             ``90^\circ``, 90° and 90 degrees are 90, and no number of radians; ``\cos 60^\circ`` is 1/2
 bases               ``2516_8`` needs the same base, or another one and the same value (``5_{10}``), or no base and the
                     same digits
