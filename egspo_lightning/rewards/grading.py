@@ -12,7 +12,7 @@ degrees             ``90^\circ``, 90° and 90 degrees are 90, and no number of r
 bases               ``2516_8`` needs the same base, or another one and the same value (``5_{10}``), or no base and the
                     same digits
 sets, lists         order and repetition do not count; ``1, 2`` is ``\{1, 2\}``; neither is a tuple ``(1, 2)``, though
-                    a list without brackets may answer a tuple in its order
+                    a list without brackets may answer a tuple, and a tuple such a list, in its order
 intervals           brackets count: ``[1, 2)`` is not ``(1, 2)``; ``1 \le x < 2`` answers ``[1, 2)``
 mixed numbers       ``3\frac{1}{2}`` and ``3 1/2`` are 7/2; ``31/2`` is not
 decimals            exact against decimals and integers; a decimal is a fraction or an irrational number if it agrees
