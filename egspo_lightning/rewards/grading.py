@@ -31,6 +31,7 @@ presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
 from egspo_lightning.rewards.workers import Outcome, WorkerPool
 
 EXTRACTIONS = ("boxed", "lenient")
+
+_POLICIES = 2
+"""Counted up whenever a verdict may change, so that none is kept from before."""
 
 
 class Grade(NamedTuple):
@@ -91,6 +95,8 @@ class MathGrader:
         )
         require(extraction in EXTRACTIONS, "extraction", repr(extraction), f"one of {', '.join(EXTRACTIONS)}")
         self.extraction = extraction
+        self.deadline_s = deadline_s
+        self.memory_limit_mb = memory_limit_mb
         self._pool = WorkerPool(num_workers, deadline_s, memory_limit_mb)
 
     def __enter__(self) -> MathGrader:
@@ -138,9 +144,14 @@ class MathGrader:
         bare = [[None if answer is None else _bare(answer) for answer in group] for group in groups]
         return equivalence.equivalence_classes(bare, self._compare)
 
-    def settings(self) -> dict[str, str]:
-        """What its verdicts depend on, for whoever keeps them."""
-        return {"extraction": self.extraction}
+    def settings(self) -> dict[str, Any]:
+        """What its verdicts depend on, for whoever keeps them: also the version of math-verify and of our policies."""
+        return {
+            "extraction": self.extraction,
+            "deadline_s": self.deadline_s,
+            "memory_limit_mb": self.memory_limit_mb,
+            "grading": f"{_POLICIES}, math-verify {version('math-verify')}",
+        }
 
     def close(self) -> None:
         """End the worker processes; may be called again, and grading after it starts new ones."""
