@@ -13,6 +13,7 @@ from sympy import (
     Expr,
     FiniteSet,
     Float,
+    Integer,
     Interval,
     MatrixBase,
     Rational,
@@ -28,6 +29,9 @@ _EXACT = 1e-9
 
 _DECIMAL = (2e-6, 1e-4)
 """Absolute, relative: a decimal that differs by more from a value is no rounding of it to six decimals."""
+
+_NOISE = 1000
+"""How many times the size that ``evalf`` gives for a value without a significant digit that value may have."""
 
 
 def are_different(gold: Any, answer: Any) -> bool:
@@ -83,10 +87,21 @@ def _have_different_values(gold: Expr, answer: Expr) -> bool:
     values = _value(gold), _value(answer)
     if values[0] is None or values[1] is None:
         return False
-    distance, size = abs(values[0] - values[1]), max(abs(values[0]), abs(values[1]))
+    (left, left_noise), (right, right_noise) = (_without_noise(value) for value in values)
+    size = max(abs(left), abs(right))
+    distance = abs(left - right) - left_noise - right_noise
     if gold.has(Float) or answer.has(Float):
         return bool(distance > _DECIMAL[0] or distance > _DECIMAL[1] * size)
     return bool(distance > _EXACT * size)
+
+
+def _without_noise(value: Any) -> tuple[Any, Any]:
+    """A value whose parts without a significant digit are 0, and how far from that they may lie.
+
+    ``evalf`` gives -0.e-122 for what vanishes identically, (x+1)^2-x^2-2x-1: a bound and not a value.
+    """
+    noise = [part for part in value.atoms(Float) if part._prec == 1]
+    return value.xreplace(dict.fromkeys(noise, Integer(0))), _NOISE * sum(abs(Float(part, _DIGITS)) for part in noise)
 
 
 @lru_cache(maxsize=4096)

@@ -55,7 +55,7 @@ def warm_up() -> None:
 
 
 def _equal(gold: Any, answer: Any) -> bool:
-    if gold is None or answer is None or are_different(gold, answer):
+    if gold is None or answer is None or attempt(lambda: are_different(gold, answer), False):
         return False
     return _verify([gold], [answer], allow_set_relation_comp=True)  # 3 < x <= 4 answers (3, 4]
 

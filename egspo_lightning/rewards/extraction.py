@@ -12,6 +12,7 @@ MAX_ANSWER_LENGTH = 512
 _TOKEN = re.compile(r"\\(?P<box>boxed|fbox|framebox)(?:\s*+\[[^\[\]{}]{0,20}\]){0,2}\s*+\{|\\.|[{}]", re.DOTALL)
 # What may stand between the boxes of one answer.
 _SEPARATORS = re.compile(r"(?:[\s,;$&~]|\\[,;:!()\[\] ]|\\q?quad|and|or|\\text\{\s*,?\s*(?:and|or)\s*\})*")
+_JOINT = ", "  # with its space: 12,150 would be one number
 _FRAMES = frozenset({"boxed", "fbox", "framebox"})
 
 
@@ -34,7 +35,7 @@ def extract_boxed(text: str) -> str | None:
 
     The last box is the balanced one that opens last: of nested boxes the innermost, and a box that is never
     closed (a truncated completion) does not hide an earlier one. Boxes before it with nothing between but commas,
-    "and", "or" and spacing belong to the same answer, ``\boxed{3}, \boxed{4}`` to ``3,4``: several guesses side by
+    "and", "or" and spacing belong to the same answer, ``\boxed{3}, \boxed{4}`` to ``3, 4``: several guesses side by
     side are no way to a right one. None where there is no such box, or where the answer is blank or longer than
     `MAX_ANSWER_LENGTH`.
     """
@@ -59,10 +60,10 @@ def _extract(text: str, commands: frozenset[str]) -> str | None:
         content = text[box.start : box.end].strip()
         if content != contents[-1]:  # an answer that is repeated is one answer
             contents.append(content)
-            length += len(content) + 1
+            length += len(_JOINT) + len(content)
         if length > MAX_ANSWER_LENGTH:
             return None
-    return ",".join(reversed(contents)) or None if length <= MAX_ANSWER_LENGTH else None
+    return _JOINT.join(reversed(contents)) or None if length <= MAX_ANSWER_LENGTH else None
 
 
 def _balanced_boxes(text: str, commands: frozenset[str]) -> list[_Box]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from egspo_lightning.rewards.normalize import normalize, to_latex
-from egspo_lightning.rewards.numbers import as_latex, compare_numbers, parse_number, value_in_base
+from egspo_lightning.rewards.numbers import PERCENT, as_latex, compare_numbers, parse_number, value_in_base
 from egspo_lightning.rewards.units import Quantity, split_letter, split_unit
 
 Verdict = bool | None
@@ -27,6 +27,7 @@ _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Z
 _PLUS_MINUS, _MINUS_PLUS = re.compile(r"\\pm(?![A-Za-z])"), re.compile(r"\\mp(?![A-Za-z])")
 _BRACES = r"\{\}"
 _SETS = {"", _BRACES}
+_TUPLE_AND_LIST = {"()", ""}
 _NO_PLAIN_LIST = re.compile(r"[()\[\]<>=;]|\\[{}]|\\(?:pm|mp|text|le|ge|in|ne|cup|cap)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3},\d{3}(?!\d)|\{,\}")
 _TORN = re.compile(r"-?[\d.]+(?:\s+[\d.]+)+")
@@ -59,9 +60,24 @@ def compare_fast(answer: str, gold: str) -> Verdict:
 
 
 def for_algebra(answer: str, gold: str) -> tuple[str, str]:
-    """LaTeX for math-verify of what `compare_fast` leaves open: without unit, and without ``x =`` on both or one."""
+    """LaTeX for math-verify of what `compare_fast` leaves open.
+
+    Without unit, without ``x =`` on both or one, and without a sign of percentage that only the answer has.
+    """
     left, right = _values(*(quantity.value for quantity in _quantities(answer, gold)))
+    if not PERCENT.search(right):
+        left = PERCENT.sub("", left)
+    left, right = _as_tuples(left, right)
     return _spell_out(left), _spell_out(right)
+
+
+def _as_tuples(answer: str, gold: str) -> tuple[str, str]:
+    """With brackets around a list against a tuple: its order counts."""
+    lists = _split_list(normalize(answer)), _split_list(normalize(gold))
+    if None in lists or {kind for kind, _ in filter(None, lists)} != _TUPLE_AND_LIST:
+        return answer, gold
+    left, right = (text if it and it[0] else f"({text})" for text, it in zip((answer, gold), lists, strict=True))
+    return left, right
 
 
 def _quantities(answer: str, gold: str) -> tuple[Quantity, Quantity]:
@@ -165,14 +181,13 @@ def _compare_choices(answer: str, gold: str) -> Verdict:
     if left and right:
         return left[1].casefold() == right[1].casefold()
     left, right = _LETTERED.fullmatch(answer), _LETTERED.fullmatch(gold)
-    if left and not right:
-        return _is_choice(left, gold)
-    return _is_choice(right, answer) if right and not left else None
-
-
-def _is_choice(choice: re.Match[str], other: str) -> Verdict:
+    choice, other = (left, gold) if left else (right, answer)
+    if choice is None or (left and right):
+        return None
     letter = _LETTER.fullmatch(other)
-    return letter[1] == (choice[1] or choice[2]) if letter else compare_fast(choice[3], other)
+    if letter:
+        return letter[1] == (choice[1] or choice[2])
+    return compare_fast(choice[3], gold) if left else compare_fast(answer, choice[3])
 
 
 def _plain_text(text: str) -> str:
@@ -186,9 +201,9 @@ def _compare_lists(answer: str, gold: str) -> Verdict:
     (left_kind, answers), (right_kind, golds) = left, right
     if {left_kind, right_kind} <= _SETS:
         return _in_any_order(answers, golds)
-    if left_kind == right_kind:
+    if left_kind == right_kind or {left_kind, right_kind} == _TUPLE_AND_LIST:  # 1, 2 may be meant as (1, 2)
         return _in_order(answers, golds)
-    if not left_kind or not right_kind:  # 1, 2 may be meant as (1, 2)
+    if not left_kind or not right_kind:
         return None
     are_intervals = len(answers) == len(golds) == 2
     return False if are_intervals or {left_kind, right_kind} == {"()", _BRACES} else None

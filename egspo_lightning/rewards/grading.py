@@ -6,12 +6,13 @@ Where public graders disagree, this one does as follows (each line has its cases
 several boxes       the last counts; boxes with only commas, "and", "or" and spacing between are one answer, the list
 units               two units must be the same one, by name or abbreviation, never converted (12 cm is not 12 m, nor
                     120 mm); a unit on one side alone is not looked at; ``\$5`` is 5 dollars; "units" says nothing
-percentages         ``10\%`` is 10 and is 0.1; two percentages are compared as they are
+percentages         the reference ``10\%`` is 10 and is 0.1; two percentages are compared as they are; a sign in the
+                    answer alone is not looked at (``10\%`` answers 10, not 0.1): to append one gains nothing
 degrees             ``90^\circ``, 90° and 90 degrees are 90, and no number of radians; ``\cos 60^\circ`` is 1/2
 bases               ``2516_8`` needs the same base, or another one and the same value (``5_{10}``), or no base and the
                     same digits
 sets, lists         order and repetition do not count; ``1, 2`` is ``\{1, 2\}``; neither is a tuple ``(1, 2)``, though
-                    a list without brackets may answer a tuple in its order
+                    a list without brackets may answer a tuple, and a tuple such a list, in its order
 intervals           brackets count: ``[1, 2)`` is not ``(1, 2)``; ``1 \le x < 2`` answers ``[1, 2)``
 mixed numbers       ``3\frac{1}{2}`` and ``3 1/2`` are 7/2; ``31/2`` is not
 decimals            exact against decimals and integers; a decimal is a fraction or an irrational number if it agrees
@@ -30,6 +31,7 @@ presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -40,6 +42,9 @@ from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
 from egspo_lightning.rewards.workers import Outcome, WorkerPool
 
 EXTRACTIONS = ("boxed", "lenient")
+
+_POLICIES = 2
+"""Counted up whenever a verdict may change, so that none is kept from before."""
 
 
 class Grade(NamedTuple):
@@ -90,6 +95,8 @@ class MathGrader:
         )
         require(extraction in EXTRACTIONS, "extraction", repr(extraction), f"one of {', '.join(EXTRACTIONS)}")
         self.extraction = extraction
+        self.deadline_s = deadline_s
+        self.memory_limit_mb = memory_limit_mb
         self._pool = WorkerPool(num_workers, deadline_s, memory_limit_mb)
 
     def __enter__(self) -> MathGrader:
@@ -137,9 +144,14 @@ class MathGrader:
         bare = [[None if answer is None else _bare(answer) for answer in group] for group in groups]
         return equivalence.equivalence_classes(bare, self._compare)
 
-    def settings(self) -> dict[str, str]:
-        """What its verdicts depend on, for whoever keeps them."""
-        return {"extraction": self.extraction}
+    def settings(self) -> dict[str, Any]:
+        """What its verdicts depend on, for whoever keeps them: also the version of math-verify and of our policies."""
+        return {
+            "extraction": self.extraction,
+            "deadline_s": self.deadline_s,
+            "memory_limit_mb": self.memory_limit_mb,
+            "grading": f"{_POLICIES}, math-verify {version('math-verify')}",
+        }
 
     def close(self) -> None:
         """End the worker processes; may be called again, and grading after it starts new ones."""

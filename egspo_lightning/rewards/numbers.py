@@ -20,7 +20,7 @@ _REPEATING = re.compile(
     r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(?P<a>\d+)\}|(?P<b>\d))|\((?P<c>\d+)\))(?:\\ldots|\\dots|\.\.\.)?"
 )
 _SIGNED = re.compile(r"([+-]?)(.*)", re.DOTALL)
-_PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*(?:\\?%|percent)\s*\}|percent)")
+PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*(?:\\?%|percent)\s*\}|percent)")
 _DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)")
 _BASED = re.compile(r"([0-9][0-9A-Fa-f]{0,63})_(?:\{(\d{1,2})\}|(\d))")
 
@@ -43,7 +43,7 @@ def parse_number(normalized: str) -> Number | None:
     """
     if len(normalized) > _MAX_DIGITS:
         return None
-    text, is_percent = _without_suffix(_without_parentheses(normalized), _PERCENT)
+    text, is_percent = _without_suffix(_without_parentheses(normalized), PERCENT)
     text, _ = (text, False) if is_percent else _without_suffix(text, _DEGREES)
     match = _SIGNED.fullmatch(text)
     assert match is not None
@@ -53,12 +53,15 @@ def parse_number(normalized: str) -> Number | None:
     return Number(-number.value if match[1] == "-" else number.value, number.is_decimal, is_percent)
 
 
-def compare_numbers(left: Number, right: Number) -> bool | None:
+def compare_numbers(answer: Number, gold: Number) -> bool | None:
     """Whether two numbers are equal; None for a decimal that may be a rounding of a fraction.
 
-    A percentage stands for its number and for a hundredth of it.
+    A percentage as the reference stands for its number and for a hundredth of it. A sign in the answer alone is not
+    looked at: with two readings there, an answer would never lose by a sign and sometimes win.
     """
-    verdicts = [_compare_values(a, b, left.is_decimal, right.is_decimal) for a, b in _readings(left, right)]
+    has_two_readings = gold.is_percent and not answer.is_percent
+    golds = [gold.value, gold.value / 100] if has_two_readings else [gold.value]
+    verdicts = [_compare_values(answer.value, value, answer.is_decimal, gold.is_decimal) for value in golds]
     if True in verdicts:
         return True
     return None if None in verdicts else False
@@ -81,14 +84,6 @@ def value_in_base(text: str) -> int | None:
         return int(match[1], base)
     except ValueError:
         return None
-
-
-def _readings(left: Number, right: Number) -> list[tuple[Fraction, Fraction]]:
-    if left.is_percent == right.is_percent:
-        return [(left.value, right.value)]
-    if left.is_percent:
-        return [(left.value, right.value), (left.value / 100, right.value)]
-    return [(left.value, right.value), (left.value, right.value / 100)]
 
 
 def _compare_values(left: Fraction, right: Fraction, left_is_decimal: bool, right_is_decimal: bool) -> bool | None:

@@ -1,4 +1,3 @@
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -72,9 +71,14 @@ def test_an_answer_that_cannot_be_compared_is_a_class_of_its_own_and_is_asked_ab
 
 
 def test_a_group_waits_once_for_an_answer_that_hangs() -> None:
-    with MathGrader(deadline_s=1.0) as grader:
-        grader.grade_answers(["x+1"], ["1+x"])
-        started = time.monotonic()
-        answers = [BOMB, *(f"x+{n}" for n in range(1, 9))]
-        assert grader.equivalence_classes([answers]) == [list(range(9))]
-        assert time.monotonic() - started < 8.0  # a deadline for each of its pairs would be eight seconds at least
+    answers = [BOMB, *(f"x+{n}" for n in range(1, 9))]
+    statuses: list[str] = []
+    with MathGrader(deadline_s=2.0) as grader:
+
+        def compare(answers: Sequence[str], golds: Sequence[str]) -> list[bool | None]:
+            grades = grader.grade_answers(answers, golds)
+            statuses.extend(grade.status for grade in grades)
+            return [grade.correct if grade.status == "graded" else None for grade in grades]
+
+        assert equivalence_classes([answers], compare) == [list(range(9))]
+    assert statuses.count("timeout") == 1

@@ -33,6 +33,8 @@ from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed
         (r"<think>\boxed{5}</think> The answer is 6", None),
         (r"<think>hmm \boxed{5}", None),
         ("\\boxed{5}\ud800", "5"),
+        (r"\boxed{12}, \boxed{150}", "12, 150"),
+        (r"\boxed{1} and \boxed{2} and \boxed{2}", "1, 2"),
     ],
 )
 def test_last_balanced_box_after_the_reasoning(text: str, expected: str | None) -> None:
@@ -42,6 +44,9 @@ def test_last_balanced_box_after_the_reasoning(text: str, expected: str | None) 
 def test_length_cap() -> None:
     assert extract_boxed(r"\boxed{" + "1" * MAX_ANSWER_LENGTH + "}") == "1" * MAX_ANSWER_LENGTH
     assert extract_boxed(r"\boxed{5} \boxed{" + "1" * (MAX_ANSWER_LENGTH + 1) + "}") is None
+    joined = r"\boxed{5}, \boxed{" + "1" * (MAX_ANSWER_LENGTH - 3) + "}"
+    assert len(extract_boxed(joined)) == MAX_ANSWER_LENGTH
+    assert extract_boxed(joined.replace("5", "55")) is None
 
 
 @pytest.mark.parametrize(

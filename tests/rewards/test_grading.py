@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -142,6 +143,14 @@ def test_works_from_several_threads_at_once(grader: MathGrader) -> None:
 def test_arguments_out_of_range_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         MathGrader(**arguments)
+
+
+@pytest.mark.parametrize("changed", [{"deadline_s": 5.0}, {"memory_limit_mb": 2048}, {"extraction": "lenient"}])
+def test_settings_name_all_that_verdicts_depend_on(changed: dict) -> None:
+    settings, others = MathGrader().settings(), MathGrader(**changed).settings()
+    assert {name: value for name, value in others.items() if value != settings[name]} == changed
+    assert settings["grading"].endswith(f"math-verify {version('math-verify')}")
+    assert MathGrader(num_workers=2).settings() == settings
 
 
 def test_unequal_lengths_are_refused(grader: MathGrader) -> None:

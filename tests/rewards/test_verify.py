@@ -6,7 +6,7 @@ import pytest
 from antlr4 import PredictionMode
 from latex2sympy2_extended.antlr_parser import PSParser
 from latex2sympy2_extended.latex2sympy2 import latex2sympy
-from sympy import Interval, Matrix, Rational, Symbol, Tuple, factorial, pi, sqrt
+from sympy import I, Interval, Matrix, Rational, Symbol, Tuple, factorial, log, pi, sqrt
 
 from egspo_lightning.rewards import _verify
 from egspo_lightning.rewards._difference import are_different, attempt
@@ -61,6 +61,9 @@ def test_the_quick_prediction_comes_first() -> None:
         (x**2, x**3),
         (sqrt(2), sqrt(3)),
         (1 / factorial(2004), 1 / factorial(2006)),
+        (Rational(1, 10**30), Rational(2, 10**30)),
+        (Rational(1, 10**30), log(8) - 3 * log(2)),
+        (I, log(8) - 3 * log(2)),
         (Tuple(1, 2), Tuple(2, 1)),
         (Tuple(1, 2), Tuple(1, 2, 3)),
         (Interval(0, 1), Interval(0, 2)),
@@ -86,10 +89,28 @@ def test_certainly_different(gold: Any, answer: Any) -> None:
         (Tuple(sqrt(4), x), Tuple(2, x)),
         (Interval(0, sqrt(4)), Interval(0, 2)),
         (Matrix([1, sqrt(4)]), Matrix([1, 2])),
+        (sqrt(10**300 + 1) - 10**150, 5),  # of which 100 digits say nothing
+        (I, I + log(8) - 3 * log(2)),
     ],
 )
 def test_equal_values_are_left_open(gold: Any, answer: Any) -> None:
     assert not are_different(gold, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "near"),
+    [
+        ("(x+1)^2-x^2-2x-1", "0", "(x+1)^2-x^2-2x-2"),
+        (r"\sin^2x+\cos^2x-1", "0", r"\sin^2x+\cos^2x"),
+        (r"\ln 8-3\ln 2", "0", r"\ln 8-2\ln 2"),
+        (r"\sqrt{3-2\sqrt2}-\sqrt2+1", "0", r"\sqrt{3-2\sqrt2}-\sqrt2-1"),
+        (r"(\ln 8-3\ln 2, 1)", "(0,1)", r"(\ln 8-3\ln 2, 2)"),
+        ("0", r"\ln 8-3\ln 2", "1"),
+    ],
+)
+def test_what_vanishes_is_zero(answer: str, gold: str, near: str) -> None:
+    assert _verify.grade(answer, gold, "boxed")["correct"]
+    assert not _verify.grade(near, gold, "boxed")["correct"]
 
 
 def test_out_of_memory_is_never_taken_for_an_answer() -> None:
@@ -99,6 +120,14 @@ def test_out_of_memory_is_never_taken_for_an_answer() -> None:
     with pytest.raises(MemoryError):
         attempt(work, None)
     assert attempt(lambda: 1 // 0, "other") == "other"
+
+
+def test_what_numbers_cannot_compare_is_still_a_verdict() -> None:
+    gold, answer = _verify._parse_bare("5"), _verify._parse_bare(r"5 \mod 7")
+    with pytest.raises(TypeError, match="truth value"):
+        are_different(gold, answer)
+    assert _verify.grade(r"5 \mod 7", "5", "boxed")["correct"]
+    assert not _verify.grade(r"5 \mod 7", "6", "boxed")["correct"]
 
 
 def test_an_answer_without_a_parse_equals_nothing() -> None:

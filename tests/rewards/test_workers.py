@@ -193,13 +193,13 @@ def test_out_of_memory_is_a_crash_and_no_verdict() -> None:
 
 
 def test_what_stands_behind_a_bomb_in_a_batch_is_graded_all_the_same() -> None:
-    answers = [BOMB, "x+1", "x+2", "x+1"] * 8
-    with MathGrader(num_workers=2, deadline_s=0.3) as grader:
+    answers = [BOMB, "x+1", "x+2", "x+1"] * 4
+    with MathGrader(num_workers=2, deadline_s=2.0) as grader:
         grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
         grades = grader.grade_answers(answers, ["1+x"] * len(answers))
-    assert [grade.status for grade in grades] == ["timeout", "graded", "graded", "graded"] * 8
-    assert [grade.correct for grade in grades] == [False, True, False, True] * 8
-    assert all(grade.seconds >= 0.3 for grade in grades[::4])
+    assert [grade.status for grade in grades] == ["timeout", "graded", "graded", "graded"] * 4
+    assert [grade.correct for grade in grades] == [False, True, False, True] * 4
+    assert all(grade.seconds >= 2.0 for grade in grades[::4])
 
 
 def _grade_in_child(results: Queue) -> None:

@@ -120,7 +120,7 @@ def test_verdicts_rewards_and_counts_are_the_same_however_samples_come(policy, r
     assert [completion.text for completion in found] == TEXTS
     assert [completion.correct for completion in found] == [True, False, True, True, False, False]
     assert [completion.extracted for completion in found] == [
-        "x+1", "1+x,x", r"\sqrt{2}", "2^{1/2}", "2^{9999999999999999}", None,
+        "x+1", "1+x, x", r"\sqrt{2}", "2^{1/2}", "2^{9999999999999999}", None,
     ]  # fmt: skip
     # bytes and an EOS: 12, 25, 17, 16, 29, 5 tokens of 30, the last 20 of which cost 1/20 each
     assert [len(completion.token_ids) for completion in found] == [12, 25, 17, 16, 29, 5]
