@@ -315,3 +315,16 @@ def test_a_run_that_starts_from_another_measures_its_own_benchmarks(tiny_run, tm
         ckpt_path=start
     )
     assert off.milestones == {}
+
+
+def test_a_remote_checkpoint_is_measured_and_told(tiny_run, tmp_path):
+    """Another file system than the local one: its paths are no paths to the operating system."""
+    fitted = tiny_run(data=benchmarks(), trainer={"max_epochs": 1}).fit()
+    remote = "memory://bucket/trained.ckpt"
+    fitted.trainer.save_checkpoint(remote)
+    benchmark = MathBenchmark()
+    run = tiny_run(benchmark, data=benchmarks())
+    run.trainer.test(run.module, run.data, ckpt_path=remote, weights_only=True, verbose=False)
+    for folder in benchmark.written:
+        stored = json.loads((folder / "metrics.json").read_text())
+        assert (stored["ckpt_path"], stored["step"]) == (remote, 2)
