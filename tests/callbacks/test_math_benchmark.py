@@ -268,6 +268,19 @@ def test_an_answer_that_is_too_long_for_the_model_is_refused_by_name(tiny_run):
         run.trainer.validate(run.module, run.data, verbose=False)
 
 
+def test_such_a_benchmark_is_refused_before_the_first_update(tiny_run):
+    short, long = (
+        GeneratedBenchmark(name, num_problems=2, task=DIGITS, max_completion_length=length)
+        for name, length in (("short", 4088), ("long", 4089))
+    )
+    tiny_run(MathBenchmark(enabled=False), data={"benchmarks": [short]}, trainer={"max_epochs": 1}).fit()
+    run = tiny_run(MathBenchmark(at_start=False), data={"benchmarks": [short, long]})
+    message = r"max_completion_length of benchmark 'long' = 8 \+ 4089 is more than the 4096 positions.* Lower one"
+    with pytest.raises(UserError, match=message):
+        run.fit()
+    assert run.trainer.global_step == 0
+
+
 def test_the_grader_of_evaluation_can_be_set(tiny_run):
     grader = MathGrader(num_workers=2, extraction="lenient")
     run = tiny_run(MathBenchmark(), data=benchmarks() | {"evaluation_grader": grader})
