@@ -93,7 +93,7 @@ class Answerer:
     @property
     def asked(self) -> frozenset[str]:
         """The normalised texts of all that benchmarks ask."""
-        return frozenset(normalise_problem(p.problem) for problems in self._problems.values() for p in problems)
+        return frozenset(normalise_problem(p.problem) for b in self.benchmarks for p in self._problems[b.name])
 
     def problems(self, name: str) -> list[Problem]:
         """What a benchmark asks, or what the user does."""
