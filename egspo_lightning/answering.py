@@ -16,9 +16,9 @@ from egspo_lightning.evaluation.records import Answer
 from egspo_lightning.evaluation.sampling import AnswerSampling
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.rewards.grading import Grade, MathGrader
-from egspo_lightning.rollout.engine import RolloutEngine, Sample
+from egspo_lightning.rollout.engine import RolloutEngine
 from egspo_lightning.rollout.protocol import RolloutPolicy
-from egspo_lightning.rollout.sampling import Prompt, decode, sample
+from egspo_lightning.rollout.sampling import Prompt, Tokens, decode, sample
 from egspo_lightning.types import Problem, ProblemBatch, Sampling
 
 PREDICT = "predict"
@@ -141,7 +141,7 @@ class Answerer:
         fresh = {problem.id: graded[i * n : (i + 1) * n] for i, problem in enumerate(new)}
         return [answer for problem in batch.problems for answer in earlier.get(problem.id) or fresh[problem.id]]
 
-    def _grade(self, problems: Sequence[Problem], samples: Sequence[Sample], texts: Sequence[str]) -> list[Answer]:
+    def _grade(self, problems: Sequence[Problem], samples: Sequence[Tokens], texts: Sequence[str]) -> list[Answer]:
         n = len(samples) // len(problems)
         asked = [problem for problem in problems for _ in range(n)]
         known = [i for i, problem in enumerate(asked) if problem.answer]
@@ -168,7 +168,7 @@ def _answer(
     extracted: str | None,
     answer_class: int | None,
     grade: Grade | None,
-    sampled: Sample,
+    sampled: Tokens,
 ) -> Answer:
     return Answer(
         problem=problem,

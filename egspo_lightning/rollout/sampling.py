@@ -19,6 +19,13 @@ class Prompt(NamedTuple):
     seed: str
 
 
+class Tokens(NamedTuple):
+    """A sample without its statistics, which are 64 bytes a token."""
+
+    token_ids: list[int]
+    is_truncated: bool
+
+
 def complete(
     policy: RolloutPolicy,
     engine: RolloutEngine,
@@ -49,13 +56,13 @@ def complete(
 
 def sample(
     policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
-) -> list[Sample]:
-    """Sample ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+) -> list[Tokens]:
+    """Sample ``num_samples`` completions a prompt, and keep their tokens; those of one prompt stand next to one another.
 
     All ranks must call it equally often, some of them perhaps without prompts.
     """
     batches = _stream(policy, engine, prompts, num_samples, sampling)
-    done = dict(numbered for batch in batches for numbered in batch)
+    done = {number: Tokens(found.token_ids, found.is_truncated) for batch in batches for number, found in batch}
     return [done[number] for number in range(len(prompts) * num_samples)]
 
 
@@ -70,7 +77,7 @@ def _stream(
             yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
 
 
-def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
+def decode(policy: RolloutPolicy, samples: Sequence[Sample] | Sequence[Tokens]) -> list[str]:
     """The texts of samples, without special tokens."""
     texts: list[str] = policy.tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
     return texts
