@@ -57,7 +57,7 @@ def complete(
 def sample(
     policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
 ) -> list[Tokens]:
-    """Sample ``num_samples`` completions a prompt, and keep their tokens; those of one prompt stand next to one another.
+    """The tokens of ``num_samples`` completions a prompt; those of one prompt stand next to one another.
 
     All ranks must call it equally often, some of them perhaps without prompts.
     """
