@@ -15,10 +15,11 @@ from egspo_lightning.evaluation.problems import problem_batches, require_differe
 from egspo_lightning.evaluation.records import Answer
 from egspo_lightning.evaluation.sampling import AnswerSampling
 from egspo_lightning.rewards.extraction import extract_boxed
+from egspo_lightning.rewards.format import with_opened_block
 from egspo_lightning.rewards.grading import Grade, MathGrader
-from egspo_lightning.rollout.engine import RolloutEngine, Sample
+from egspo_lightning.rollout.engine import RolloutEngine
 from egspo_lightning.rollout.protocol import RolloutPolicy
-from egspo_lightning.rollout.sampling import Prompt, decode, sample
+from egspo_lightning.rollout.sampling import Prompt, Tokens, decode, prompt_texts, sample
 from egspo_lightning.types import Problem, ProblemBatch, Sampling
 
 PREDICT = "predict"
@@ -93,7 +94,7 @@ class Answerer:
     @property
     def asked(self) -> frozenset[str]:
         """The normalised texts of all that benchmarks ask."""
-        return frozenset(normalise_problem(p.problem) for problems in self._problems.values() for p in problems)
+        return frozenset(normalise_problem(p.problem) for b in self.benchmarks for p in self._problems[b.name])
 
     def problems(self, name: str) -> list[Problem]:
         """What a benchmark asks, or what the user does."""
@@ -137,18 +138,23 @@ class Answerer:
         prompts = [Prompt(p, encoder.encode(p), f"{self.seed}/{batch.benchmark}/{p.id}") for p in new]
         n = batch.num_samples
         samples = sample(policy, self.engine, prompts, n, batch.sampling)
-        graded = self._grade(new, samples, decode(policy, samples)) if samples else []
+        asked = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
+        graded = self._grade(new, samples, decode(policy, samples), asked) if samples else []
         fresh = {problem.id: graded[i * n : (i + 1) * n] for i, problem in enumerate(new)}
         return [answer for problem in batch.problems for answer in earlier.get(problem.id) or fresh[problem.id]]
 
-    def _grade(self, problems: Sequence[Problem], samples: Sequence[Sample], texts: Sequence[str]) -> list[Answer]:
+    def _grade(
+        self, problems: Sequence[Problem], samples: Sequence[Tokens], texts: Sequence[str], prompts: Sequence[str]
+    ) -> list[Answer]:
+        """The answers, with their texts; a box in reasoning that the prompt has opened is none."""
         n = len(samples) // len(problems)
+        judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
         asked = [problem for problem in problems for _ in range(n)]
         known = [i for i, problem in enumerate(asked) if problem.answer]
         grades = dict(
-            zip(known, self.grader.grade([texts[i] for i in known], [asked[i].answer for i in known]), strict=True)
+            zip(known, self.grader.grade([judged[i] for i in known], [asked[i].answer for i in known]), strict=True)
         )
-        found = [grades[i].extracted if i in grades else extract_boxed(text) for i, text in enumerate(texts)]
+        found = [grades[i].extracted if i in grades else extract_boxed(text) for i, text in enumerate(judged)]
         groups = self.grader.equivalence_classes([found[i : i + n] for i in range(0, len(found), n)])
         classes = [answer_class for group in groups for answer_class in group]
         return [
@@ -168,7 +174,7 @@ def _answer(
     extracted: str | None,
     answer_class: int | None,
     grade: Grade | None,
-    sampled: Sample,
+    sampled: Tokens,
 ) -> Answer:
     return Answer(
         problem=problem,

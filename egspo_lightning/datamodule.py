@@ -180,6 +180,8 @@ class HybridDataModule(LightningDataModule):
     def train_dataloader(self) -> SizedLoader:
         """The loader of the coming epoch, by the policy's stage."""
         self.encoder.require_positions(self.max_completion_length, self._policy.max_positions)
+        for benchmark in self.benchmarks:  # now rather than when the first is measured, perhaps after all of SFT
+            self._require_positions(benchmark.name)
         if self._policy.stage == Stage.SFT:
             num_updates = -(-len(self._expert_pool.demonstrations) // self.sft_batch_size)
             return SizedLoader(num_updates * self._parts, self._sft_batches)
@@ -241,7 +243,7 @@ class HybridDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> SizedLoader:
         """The problems of a finite source, each once and in its order."""
-        return _loader(self._share_of(PREDICT, "data.predict_sampling.max_completion_length"))
+        return _loader(self._share_of(PREDICT))
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Problems are text: there is nothing to move, and Lightning refuses their frozen ``Sampling``."""
@@ -251,17 +253,25 @@ class HybridDataModule(LightningDataModule):
 
     def benchmark_batches(self, benchmark: Benchmark) -> list[ProblemBatch]:
         """This rank's share of a benchmark."""
-        return self._share_of(benchmark.name, f"max_completion_length of benchmark {benchmark.name!r}")
+        return self._share_of(benchmark.name)
 
     def answer(self, batch: ProblemBatch) -> list[Answer]:
         """Sample and grade the answers to a batch of problems."""
         return self.answerer.answer(self._policy, self.encoder, batch)
 
-    def _share_of(self, name: str, field: str) -> list[ProblemBatch]:
-        _, sampling = self.answerer.sampling(name)
-        self.encoder.require_positions(sampling.max_completion_length, self._policy.max_positions, field)
+    def _share_of(self, name: str) -> list[ProblemBatch]:
+        self._require_positions(name)
         share = Share(self._trainer.global_rank, self._trainer.world_size, self.eval_batch_size)
         return self.answerer.batches(name, share)
+
+    def _require_positions(self, name: str) -> None:
+        """Refuse answers, to a benchmark or to the user, that are longer than the model was made for."""
+        if name == PREDICT:
+            field = "data.predict_sampling.max_completion_length"
+        else:
+            field = f"max_completion_length of benchmark {name!r}"
+        _, sampling = self.answerer.sampling(name)
+        self.encoder.require_positions(sampling.max_completion_length, self._policy.max_positions, field)
 
     # What belongs to the run
 

@@ -59,6 +59,8 @@ class PolicyModule(LightningModule):
         self._phase_version = 0
         self.entered_step = 0
         """Optimiser steps taken when stage EGSPO was entered."""
+        self.loaded_step = 0
+        """Optimiser steps that the latest checkpoint to be loaded has taken."""
         self._whole: list[Any] = []  # the networks that are held for inference
 
     # Set-up
@@ -259,6 +261,7 @@ class PolicyModule(LightningModule):
         if "egspo" not in checkpoint:
             raise UserError("ckpt_path: this checkpoint was not written by EGSPOModule.")
         state = checkpoint["egspo"]
+        self.loaded_step = checkpoint["global_step"]
         self.stage, self._phase_version = Stage(state["stage"]), state["phase_version"]
         self.entered_step = state["entered_step"]
         is_entry = self.stage == Stage.EGSPO and checkpoint["global_step"] == self.entered_step

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import require
 
 if TYPE_CHECKING:  # the grader's workers import this package without torch
     from torch import Tensor
@@ -74,12 +74,19 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_completion_length < 1:
-            raise UserError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
-        if self.temperature < 0:
-            raise UserError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be in (0, 1], got {self.top_p}.")
+        require_sampling(self.max_completion_length, self.temperature, self.top_p)
+
+
+def require_sampling(max_completion_length: int, temperature: float, top_p: float, where: str = "") -> None:
+    """Refuse what cannot be sampled; ``where`` begins the message.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    where = f"{where} " if where else ""
+    require(max_completion_length >= 1, f"{where}max_completion_length", max_completion_length, "at least 1")
+    require(temperature >= 0, f"{where}temperature", temperature, "at least 0 (0 is greedy)")
+    require(0 < top_p <= 1, f"{where}top_p", top_p, "in (0, 1]")
 
 
 class ProblemBatch(NamedTuple):

@@ -40,6 +40,19 @@ def test_training_data_that_a_benchmark_asks_is_dropped_counted_and_told(tiny_ru
     assert "Training problems dropped because a benchmark asks them: 3; because they are too long: 0." in caplog.text
 
 
+def test_what_predict_has_answered_is_not_held_out(tiny_run, files):
+    """A user's own problems are no benchmark: they may be trained on."""
+    data = {
+        "demonstrations": JsonlDemonstrations(files["train"]),
+        "problems": JsonlProblems(files["train"]),
+        "benchmarks": [JsonlBenchmark("held_out", files["benchmark"])],
+    }
+    run = tiny_run(data=data, trainer={"max_epochs": 1})
+    run.trainer.predict(run.module, run.data, return_predictions=False)
+    run.fit()
+    assert {problem.id for problem in run.data.problems.draw(0, 50)} == {f"row-{i}" for i in range(3, 10)}
+
+
 def test_a_problem_that_is_longer_than_a_prompt_may_be_is_named(tiny_run, tmp_path):
     write(tmp_path / "long.jsonl", [row(5, "5 and then 1 makes how many?")])
     data = {"problems": JsonlProblems(str(tmp_path / "long.jsonl")), "max_prompt_length": 5}

@@ -27,7 +27,7 @@ class Measurement:
         self, benchmark: Benchmark, journal: Journal | None, trainer: Trainer, pl_module: LightningModule
     ) -> None:
         self.journal = journal
-        self._benchmark, self._trainer = benchmark, trainer
+        self._benchmark, self._trainer, self._module = benchmark, trainer, pl_module
         self._problems = data_of(trainer).answerer.problems(benchmark.name)
         self._metric = BenchmarkMetric(self._problems, benchmark.num_samples).to(pl_module.device)
 
@@ -46,6 +46,6 @@ class Measurement:
             close_journal(self._trainer, self.journal)
             if self._trainer.is_global_zero:
                 bounds = {f"{headline(found.metrics)}_interval_95": interval(table, num_samples)}
-                origin = checkpoint_of(self._trainer) | {"settings": self.journal.settings}
+                origin = checkpoint_of(self._trainer, self._module) | {"settings": self.journal.settings}
                 write_json(self.journal.folder / METRICS, found._asdict() | bounds | origin)
         return found

@@ -57,14 +57,11 @@ def close_journal(trainer: Trainer, journal: Journal) -> None:
     data_of(trainer).answerer.remember(journal.settings["benchmark"], {})
 
 
-def checkpoint_of(trainer: Trainer) -> dict[str, Any]:
+def checkpoint_of(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Which checkpoint is measured, and the optimiser steps that it, or the running fit, has taken."""
-    path = trainer.ckpt_path
-    if trainer.state.fn == TrainerFn.FITTING or path is None:
+    if trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path is None:
         return {"ckpt_path": None, "step": trainer.global_step}
-    file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)  # a sharded checkpoint is a folder
-    step = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["global_step"]
-    return {"ckpt_path": str(path), "step": step}
+    return {"ckpt_path": str(trainer.ckpt_path), "step": module_of(pl_module).loaded_step}
 
 
 def weights_digest(module: EGSPOModule) -> str:

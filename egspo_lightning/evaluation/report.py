@@ -46,9 +46,11 @@ def milestones_table(latest: Mapping[str, Metrics], milestones: Mapping[str, Map
 
 def score_tables(reports: Sequence[Report]) -> list[Table]:
     """All benchmarks in one table; then pass@k where there are several k; then those with subjects or levels."""
-    whole = _table("Benchmarks", "benchmark", *_HEADS)
+    sizes = {found.num_samples for found in reports}
+    is_mixed = len(sizes) != 1
+    whole = _table("Benchmarks", "benchmark", *_heads(None if is_mixed else sizes.pop()))
     for found in reports:
-        whole.add_row(found.benchmark, *_cells(found.metrics, found.num_samples))
+        whole.add_row(found.benchmark, *_cells(found.metrics, found.num_samples, with_number=is_mixed))
     whole.caption = _note(reports)
     several = [found for found in reports if found.num_samples > 1]
     parts = [
@@ -65,24 +67,28 @@ def headline(metrics: Metrics) -> str:
     return next(name for name in metrics if name.startswith("avg@"))
 
 
-_HEADS = ("problems", "avg", "pass", "maj", "length", "truncated")
+def _heads(num_samples: int | None) -> tuple[str, ...]:
+    """The columns of scores; None where the number of samples differs from row to row, which then tells it."""
+    n = "" if num_samples is None else f"@{num_samples}"
+    return "problems", *(() if n else ("n",)), f"avg{n}", f"pass{n}", f"maj{n}", "length", "truncated"
 
 
-def _cells(metrics: Metrics, num_samples: int) -> list[str]:
+def _cells(metrics: Metrics, num_samples: int, *, with_number: bool = False) -> list[str]:
     n = num_samples
     error = metrics.get(f"avg@{n}_se")
     return [
         f"{metrics['num_problems']:.0f}",
-        f"avg@{n} {metrics[f'avg@{n}']:.3f}" + ("" if error is None else f" ± {error:.3f}"),
-        f"pass@{n} {metrics[f'pass@{n}']:.3f}",
-        f"maj@{n} {metrics[f'maj@{n}']:.3f}",
+        *([str(n)] if with_number else []),
+        f"{metrics[f'avg@{n}']:.3f}" + ("" if error is None else f" ± {error:.3f}"),
+        f"{metrics[f'pass@{n}']:.3f}",
+        f"{metrics[f'maj@{n}']:.3f}",
         f"{metrics['length_mean']:.1f}",
         f"{metrics['truncated_fraction']:.1%}",
     ]
 
 
 def _part_table(title: str, label: str, part: Mapping[str, Metrics], num_samples: int) -> Table:
-    table = _table(title, label, *_HEADS)
+    table = _table(title, label, *_heads(num_samples))
     for name, metrics in part.items():
         table.add_row(name, *_cells(metrics, num_samples))
     return table
@@ -107,8 +113,8 @@ def _note(reports: Sequence[Report]) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """The first column holds names, the others numbers."""
+    """The first column holds names, which fold where a line is too short; the others numbers, which stay whole."""
     table = Table(title=title)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     return table

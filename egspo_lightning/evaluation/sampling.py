@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.types import Sampling
+from egspo_lightning.types import Sampling, require_sampling
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,8 @@ class AnswerSampling:
             UserError: a value is out of range, or several samples are asked for greedily.
         """
         require(self.num_samples >= 1, f"{where} num_samples", self.num_samples, "at least 1")
-        length = self.max_completion_length
-        require(length is None or length >= 1, f"{where} max_completion_length", length, "at least 1, or null")
-        require(self.temperature >= 0, f"{where} temperature", self.temperature, "0 (greedy) or more")
-        require(0 < self.top_p <= 1, f"{where} top_p", self.top_p, "in (0, 1]")
+        length = 1 if self.max_completion_length is None else self.max_completion_length  # null is always allowed
+        require_sampling(length, self.temperature, self.top_p, where)
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError(
                 f"{where} num_samples is {self.num_samples}, but at temperature 0 all samples are the same. "

@@ -20,6 +20,13 @@ class Prompt(NamedTuple):
     seed: str
 
 
+class Tokens(NamedTuple):
+    """A sample without its statistics, which are 64 bytes a token."""
+
+    token_ids: list[int]
+    is_truncated: bool
+
+
 def complete(
     policy: RolloutPolicy,
     engine: RolloutEngine,
@@ -50,13 +57,13 @@ def complete(
 
 def sample(
     policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
-) -> list[Sample]:
-    """Sample ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+) -> list[Tokens]:
+    """The tokens of ``num_samples`` completions a prompt; those of one prompt stand next to one another.
 
     All ranks must call it equally often, some of them perhaps without prompts.
     """
     batches = _stream(policy, engine, prompts, num_samples, sampling)
-    done = dict(numbered for batch in batches for numbered in batch)
+    done = {number: Tokens(found.token_ids, found.is_truncated) for batch in batches for number, found in batch}
     return [done[number] for number in range(len(prompts) * num_samples)]
 
 
@@ -71,7 +78,7 @@ def _stream(
             yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
 
 
-def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
+def decode(policy: RolloutPolicy, samples: Sequence[Sample] | Sequence[Tokens]) -> list[str]:
     """The texts of samples, without special tokens; think marks stay, which some tokenizers count among them."""
     added = policy.tokenizer.added_tokens_decoder.items()
     dropped = {number for number, token in added if token.special and token.content not in THINK_MARKS}
@@ -95,7 +102,7 @@ def grade(
     if not samples:
         return []
     texts = decode(policy, samples)
-    asked = _prompt_texts(policy, prompts)
+    asked = prompt_texts(policy, prompts)
     golds = [prompt.problem.answer for prompt in prompts]
     judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
     grades = reward.grader.grade(judged, golds)
@@ -122,7 +129,7 @@ def grade(
     ]
 
 
-def _prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
+def prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
     """The prompts with their special tokens, of which a think mark may be one; each is decoded once."""
     keys = [tuple(prompt.token_ids) for prompt in prompts]
     distinct = list(dict.fromkeys(keys))

@@ -20,6 +20,8 @@ from egspo_lightning.types import Sampling
 
 SHRINK_BELOW = 0.75
 """Ended rows are dropped when this share of the batch or less is still running: dropping copies the cache."""
+STEPS_AHEAD = 64
+"""Random numbers are drawn for this many steps at a time: in one go for a short limit, not all of a long one."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,14 @@ def _decode(
 ) -> list[Sample]:
     device = next(lm.parameters()).device
     limit = sampling.max_completion_length
-    uniforms = _uniforms(requests, limit).to(device) if sampling.temperature > 0 else None
+    streams = RandomStreams([request.seed for request in requests], device) if sampling.temperature > 0 else None
     state = _prefill(lm, requests, pad_id, device)
     ends = torch.tensor(list(eos_ids), device=device)
     written = _Written.blank(len(requests), limit, device)
     rows = torch.arange(len(requests), device=device)  # where each row of the shrinking batch belongs
     running = torch.ones(len(requests), dtype=torch.bool, device=device)  # of those rows
     for step in range(limit):
-        drawn = sample_tokens(state.logits, None if uniforms is None else uniforms[:, step], sampling)
+        drawn = sample_tokens(state.logits, None if streams is None else streams.draw(limit - step), sampling)
         written.put(rows, step, drawn, running)
         running = running & ~torch.isin(drawn.tokens, ends)
         num_running = int(running.sum())  # the one time a step that the host waits for the device
@@ -78,7 +80,8 @@ def _decode(
             kept = running.nonzero().squeeze(1)
             state.select(kept)
             rows, chosen, running = rows[kept], chosen[kept], running[kept]
-            uniforms = None if uniforms is None else uniforms[kept]
+            if streams is not None:
+                streams.select(kept)
         state.advance(lm, chosen)
     return written.samples(rows[running])
 
@@ -109,11 +112,42 @@ class _Written:
     def samples(self, running: Tensor) -> list[Sample]:
         """One a row; those that still run have been cut off."""
         is_cut = torch.zeros_like(self.lengths, dtype=torch.bool).index_fill_(0, running, True)
-        columns = (self.tokens, self.lengths, is_cut, self.logprobs, self.entropies)
+        longest = int(self.lengths.max())  # the limit may be many times that
+        tokens, logprobs, entropies = (whole[:, :longest] for whole in (self.tokens, self.logprobs, self.entropies))
+        columns = (tokens, self.lengths, is_cut, logprobs, entropies)
         return [
             Sample(tokens[:length], cut, logprobs[:length], entropies[:length])
             for tokens, length, cut, logprobs, entropies in zip(*(c.tolist() for c in columns), strict=True)
         ]
+
+
+class RandomStreams:
+    """Numbers in [0, 1), a stream for each row of a batch: a function of the row's seed alone.
+
+    Args:
+        seeds: Their names.
+        device: Where the numbers are needed.
+    """
+
+    def __init__(self, seeds: Sequence[str], device: torch.device) -> None:
+        self._generators = [random.Random(seed) for seed in seeds]
+        self._device = device
+        self._ahead = torch.empty(len(seeds), 0, device=device)  # (B, steps), drawn and not yet used up
+        self._used = 0  # steps of them
+
+    def draw(self, num_left: int) -> Tensor:
+        """The next number of each row, (B,) float32; ``num_left`` are the most that will be asked for, with these."""
+        if self._used == self._ahead.shape[1]:
+            steps, self._used = range(min(STEPS_AHEAD, num_left)), 0
+            numbers = [[draw() for _ in steps] for draw in (generator.random for generator in self._generators)]
+            self._ahead = torch.tensor(numbers, dtype=torch.float32, device=self._device)
+        self._used += 1
+        return self._ahead[:, self._used - 1]
+
+    def select(self, kept: Tensor) -> None:
+        """Keep these rows alone."""
+        self._ahead = self._ahead[kept]
+        self._generators = [self._generators[row] for row in kept.tolist()]
 
 
 class _CompactCache(DynamicCache):
@@ -249,13 +283,3 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     ranked, order = probs.sort(-1, descending=True)
     kept = ranked.cumsum(-1) - ranked < top_p
     return torch.zeros_like(probs).scatter(-1, order, ranked * kept)
-
-
-def _uniforms(requests: list[Request], limit: int) -> Tensor:
-    """(B, limit) in [0, 1), each row a function of its request's seed alone."""
-
-    def stream(seed: str) -> Iterator[float]:
-        draw = random.Random(seed).random
-        return (draw() for _ in range(limit))
-
-    return torch.tensor([list(stream(request.seed)) for request in requests], dtype=torch.float32)

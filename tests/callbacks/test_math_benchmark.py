@@ -268,6 +268,19 @@ def test_an_answer_that_is_too_long_for_the_model_is_refused_by_name(tiny_run):
         run.trainer.validate(run.module, run.data, verbose=False)
 
 
+def test_such_a_benchmark_is_refused_before_the_first_update(tiny_run):
+    short, long = (
+        GeneratedBenchmark(name, num_problems=2, task=DIGITS, max_completion_length=length)
+        for name, length in (("short", 4088), ("long", 4089))
+    )
+    tiny_run(MathBenchmark(enabled=False), data={"benchmarks": [short]}, trainer={"max_epochs": 1}).fit()
+    run = tiny_run(MathBenchmark(at_start=False), data={"benchmarks": [short, long]})
+    message = r"max_completion_length of benchmark 'long' = 8 \+ 4089 is more than the 4096 positions.* Lower one"
+    with pytest.raises(UserError, match=message):
+        run.fit()
+    assert run.trainer.global_step == 0
+
+
 def test_the_grader_of_evaluation_can_be_set(tiny_run):
     grader = MathGrader(num_workers=2, extraction="lenient")
     run = tiny_run(MathBenchmark(), data=benchmarks() | {"evaluation_grader": grader})
@@ -315,3 +328,16 @@ def test_a_run_that_starts_from_another_measures_its_own_benchmarks(tiny_run, tm
         ckpt_path=start
     )
     assert off.milestones == {}
+
+
+def test_a_remote_checkpoint_is_measured_and_told(tiny_run, tmp_path):
+    """Another file system than the local one: its paths are no paths to the operating system."""
+    fitted = tiny_run(data=benchmarks(), trainer={"max_epochs": 1}).fit()
+    remote = "memory://bucket/trained.ckpt"
+    fitted.trainer.save_checkpoint(remote)
+    benchmark = MathBenchmark()
+    run = tiny_run(benchmark, data=benchmarks())
+    run.trainer.test(run.module, run.data, ckpt_path=remote, weights_only=True, verbose=False)
+    for folder in benchmark.written:
+        stored = json.loads((folder / "metrics.json").read_text())
+        assert (stored["ckpt_path"], stored["step"]) == (remote, 2)

@@ -28,24 +28,25 @@ def shown(*tables) -> list[list[str]]:
 def test_the_tables_in_full():
     several = report("aime24", PROBLEMS, 4, FOUR)
     single = report("mine", [p._replace(subject="", level="") for p in PROBLEMS], 1, ONE)
-    heads = ["problems", "avg", "pass", "maj", "length", "truncated"]
+    heads = ["problems", "avg@4", "pass@4", "maj@4", "length", "truncated"]
     assert shown(*score_tables([several, single])) == [
         ["Benchmarks"],
-        ["benchmark", *heads],
-        ["aime24", "3", "avg@4 0.417 ± 0.300", "pass@4 0.667", "maj@4 0.500", "20.0", "25.0%"],
-        ["mine", "3", "avg@1 0.667 ± 0.333", "pass@1 0.667", "maj@1 0.667", "8.0", "33.3%"],
-        ["± is the standard error over problems. Counted as wrong: 2 timeouts and 1 crashes of the grader."],
+        ["benchmark", "problems", "n", "avg", "pass", "maj", "length", "truncated"],
+        ["aime24", "3", "4", "0.417 ± 0.300", "0.667", "0.500", "20.0", "25.0%"],
+        ["mine", "3", "1", "0.667 ± 0.333", "0.667", "0.667", "8.0", "33.3%"],
+        ["± is the standard error over problems. Counted as wrong: 2 timeouts and 1 crashes"],
+        ["of the grader."],
         ["One right of k"],
         ["benchmark", "pass@1", "pass@2", "pass@4"],
         ["aime24", "0.417", "0.500", "0.667"],
         ["aime24 by subject"],
         ["subject", *heads],
-        ["Algebra", "2", "avg@4 0.625 ± 0.375", "pass@4 1.000", "maj@4 0.750", "15.0", "12.5%"],
-        ["Geometry", "1", "avg@4 0.000", "pass@4 0.000", "maj@4 0.000", "30.0", "50.0%"],
+        ["Algebra", "2", "0.625 ± 0.375", "1.000", "0.750", "15.0", "12.5%"],
+        ["Geometry", "1", "0.000", "0.000", "0.000", "30.0", "50.0%"],
         ["aime24 by level"],
         ["level", *heads],
-        ["1", "1", "avg@4 1.000", "pass@4 1.000", "maj@4 1.000", "10.0", "0.0%"],
-        ["5", "2", "avg@4 0.125 ± 0.125", "pass@4 0.500", "maj@4 0.250", "25.0", "37.5%"],
+        ["1", "1", "1.000", "1.000", "1.000", "10.0", "0.0%"],
+        ["5", "2", "0.125 ± 0.125", "0.500", "0.250", "25.0", "37.5%"],
     ]
 
 
@@ -63,3 +64,26 @@ def test_milestones_that_a_benchmark_has_not_seen_are_dashes():
         ["mine", "3", "avg@1", "-", "0.667"],
     ]
     assert metrics["avg@1_se"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("num_reports", [1, 2])
+def test_a_terminal_of_eighty_columns_shows_every_number(num_reports):
+    """Also beside a long name, which folds, and with counts and lengths as large as the field has them."""
+    name = "my_company_olympiad_problems_of_the_year_2026_without_pictures"
+    counts = torch.tensor([[1, 4, 1, 4 * 32768, 4, 0, 0], [1, 1, 1, 4 * 32768, 4, 0, 0]], dtype=torch.float64)
+    long = report(name, PROBLEMS[:2], 4, counts)
+    long = long._replace(metrics=long.metrics | {"num_problems": 12345.0})
+    console = Console(width=80, force_terminal=True, record=True, file=io.StringIO())
+    reports = [long, report("mine", PROBLEMS, 1, ONE)][:num_reports]
+    metrics = long.metrics
+    console.print(*score_tables(reports))
+    console.print(
+        milestones_table({name: metrics}, {key: {name: metrics} for key in ["before", "after SFT", "after EGSPO"]})
+    )
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for number in ("12345", "0.625 ± 0.375", "1.000", "32768.0", "100.0%"):
+        assert number in text
+    first = [line.split("│")[1].strip() for line in text.split("One right")[0].splitlines() if line.startswith("│")]
+    assert "".join(first).startswith(name)

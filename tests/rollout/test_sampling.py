@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -18,7 +19,7 @@ from egspo_lightning.rewards.functions import CorrectnessReward, Details
 from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.sampling import Prompt, complete, decode, grade
+from egspo_lightning.rollout.sampling import Prompt, complete, decode, grade, sample
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Problem, Sampling
 
@@ -283,3 +284,26 @@ def test_ctrl_c_while_both_are_at_work_ends_both():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+class Statistics(list):
+    """Numbers that can be watched."""
+
+
+def test_evaluation_drops_the_statistics_of_a_batch_before_the_next_is_sampled(policy):
+    watched = []
+
+    class Telling:
+        """An engine that samples one token at a time, and tells what it says of it."""
+
+        def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
+            for i in range(len(requests)):
+                assert not any(found() for found in watched[:-2])
+                statistics = [Statistics([0.5]), Statistics([0.7])]
+                watched.extend(weakref.ref(numbers) for numbers in statistics)
+                yield [(i, Sample([50 + i], True, *statistics))]
+                del statistics
+
+    found = sample(policy, Telling(), prompts(policy, "1", "2"), 2, Sampling(1))
+    assert [(tokens.token_ids, tokens.is_truncated) for tokens in found] == [([50 + i], True) for i in range(4)]
+    assert not any(numbers() for numbers in watched)

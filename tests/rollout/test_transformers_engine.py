@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import random
+import tracemalloc
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfi
 from egspo_lightning.errors import UserError
 from egspo_lightning.policy import Policy, PolicyConfig
 from egspo_lightning.rollout.engine import Request
-from egspo_lightning.rollout.transformers_engine import TransformersEngine, sample_tokens
+from egspo_lightning.rollout.transformers_engine import STEPS_AHEAD, RandomStreams, TransformersEngine, sample_tokens
 from egspo_lightning.types import Sampling
 
 VOCABULARY, PAD = 40, 0
@@ -168,6 +170,42 @@ def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(name, sampli
 def test_a_longer_limit_continues_the_same_sample(lm):
     short, long = (generate(lm, PROMPTS, Sampling(length)) for length in (5, 11))
     assert [sample.token_ids[:5] for sample in long] == [sample.token_ids for sample in short]
+
+
+def test_each_row_has_the_numbers_of_its_seed_whoever_leaves_the_batch():
+    seeds, steps = ["0/a/0", "0/a/1", "0/b/0"], 2 * STEPS_AHEAD + 3
+    streams, kept, drawn = RandomStreams(seeds, torch.device("cpu")), [0, 1, 2], {seed: [] for seed in seeds}
+    for step in range(steps):
+        for row, number in zip(kept, streams.draw(steps - step).tolist(), strict=True):
+            drawn[seeds[row]].append(number)
+        if step in (5, STEPS_AHEAD - 1):  # within a block, and at its end
+            kept = kept[1:] if step == 5 else kept[1:2]
+            streams.select(torch.tensor([1, 2] if step == 5 else [1]))
+    for seed, numbers in drawn.items():
+        draw = random.Random(seed).random
+        assert numbers == torch.tensor([draw() for _ in numbers]).tolist()
+    assert [len(drawn[seed]) for seed in seeds] == [6, STEPS_AHEAD, steps]
+
+
+def test_a_sample_of_several_blocks_of_numbers_is_the_same_alone(lm):
+    sampling, eos_ids = Sampling(2 * STEPS_AHEAD + 3), [1]
+    together = generate(lm, PROMPTS, sampling, eos_ids)
+    lengths = sorted(len(sample.token_ids) for sample in together)
+    assert lengths[0] < STEPS_AHEAD < lengths[-1]
+    for i, prompt in enumerate(PROMPTS):
+        assert generate(lm, [prompt], sampling, eos_ids, seeds=[f"seed/{i}"]) == together[i : i + 1]
+
+
+def test_what_is_never_sampled_costs_no_numbers(lm):
+    requests = [Request(prompt, f"seed/{i}") for i, prompt in enumerate(PROMPTS)]
+    most = {}
+    for limit in (100, 100_000):
+        tracemalloc.start()
+        samples = TransformersEngine().generate(lm, requests, Sampling(limit), eos_ids=range(1, 20), pad_id=PAD)
+        most[limit] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert max(len(sample.token_ids) for sample in samples) < 50
+    assert most[100_000] < most[100] + 100_000  # bytes; a number that is drawn is more than 8
 
 
 def test_samples_do_not_touch_torchs_generator(lm):
