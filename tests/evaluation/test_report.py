@@ -77,9 +77,8 @@ def test_a_terminal_of_eighty_columns_shows_every_number(num_reports):
     reports = [long, report("mine", PROBLEMS, 1, ONE)][:num_reports]
     metrics = long.metrics
     console.print(*score_tables(reports))
-    console.print(
-        milestones_table({name: metrics}, {key: {name: metrics} for key in ["before", "after SFT", "after EGSPO"]})
-    )
+    milestones = {milestone: {name: metrics} for milestone in ("before", "after SFT", "after EGSPO")}
+    console.print(milestones_table({name: metrics}, milestones))
     text = console.export_text()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

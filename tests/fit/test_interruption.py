@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,20 +80,41 @@ def evaluate(repository, checkpoint: Path, root: Path, *more: str) -> tuple[int,
     return process.returncode, output
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_evaluation_goes_on_and_ends_the_same(repository, checkpoint, uninterrupted, tmp_path, ranks):
+@pytest.fixture(scope="module")
+def killed(repository, checkpoint, tmp_path_factory) -> Path:
+    """The root of an evaluation that was killed while it wrote."""
+    root = tmp_path_factory.mktemp("killed")
     dying = ["--data.evaluation_grader=dying_grader.DyingGrader", "--data.evaluation_grader.num_batches=3"]
-    code, output = evaluate(repository, checkpoint, tmp_path, *dying)
+    code, output = evaluate(repository, checkpoint, root, *dying)
     assert code == -signal.SIGKILL, output
-    part = written(tmp_path) / "completions-rank-0.jsonl"
+    part = written(root) / "completions-rank-0.jsonl"
     kept = part.read_bytes()
     assert len(kept.splitlines()) == 2 * 4 * 4  # two batches of four problems, four answers each
-    part.write_bytes(kept[:-30])  # killed while it wrote
-    devices = ["--trainer.strategy=ddp", "--trainer.devices=2"] if ranks == 2 else []
-    code, output = evaluate(repository, checkpoint, tmp_path, *devices)
+    part.write_bytes(kept[:-30])
+    return root
+
+
+def test_a_killed_evaluation_goes_on_and_ends_the_same(
+    repository, checkpoint, uninterrupted, killed, tmp_path, monkeypatch, caplog
+):
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(repository)
+    with caplog.at_level("INFO"):
+        run(["test", *arguments(checkpoint, tmp_path)])
+    require_whole(tmp_path, uninterrupted, caplog.text)
+
+
+@pytest.mark.slow  # what it adds to the tests above and below is their combination
+def test_a_killed_evaluation_goes_on_with_more_ranks(repository, checkpoint, uninterrupted, killed, tmp_path):
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    code, output = evaluate(repository, checkpoint, tmp_path, "--trainer.strategy=ddp", "--trainer.devices=2")
     assert code == 0, output
+    require_whole(tmp_path, uninterrupted, output)
+
+
+def require_whole(root: Path, uninterrupted: Path, output: str) -> None:
     assert "7 of 21 problems were answered before" in output
-    folder = written(tmp_path)
+    folder = written(root)
     assert sorted(path.name for path in folder.iterdir()) == ["completions.jsonl", "metrics.json", "settings.json"]
     for name in ("completions.jsonl", "settings.json", "metrics.json"):
         assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
