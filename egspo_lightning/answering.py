@@ -138,8 +138,10 @@ class Answerer:
         prompts = [Prompt(p, encoder.encode(p), f"{self.seed}/{batch.benchmark}/{p.id}") for p in new]
         n = batch.num_samples
         samples = sample(policy, self.engine, prompts, n, batch.sampling)
-        asked = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
-        graded = self._grade(new, samples, decode(policy, samples), asked) if samples else []
+        graded: list[Answer] = []
+        if samples:
+            asked = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
+            graded = self._grade(new, samples, decode(policy, samples), asked)
         fresh = {problem.id: graded[i * n : (i + 1) * n] for i, problem in enumerate(new)}
         return [answer for problem in batch.problems for answer in earlier.get(problem.id) or fresh[problem.id]]
 
