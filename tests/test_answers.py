@@ -17,7 +17,7 @@ from egspo_lightning.errors import UserError
         (r"so \textbf{(019)} it is", "bold", "(019)"),
         (r"$\mathbf{\frac{1}{2}}$", "bold", r"\frac{1}{2}"),
         ("work #### 1,080", "gsm8k", "1080"),
-        (r"\boxed{1} and \boxed{2}", "boxed", "1,2"),
+        (r"\boxed{1} and \boxed{2}", "boxed", "1, 2"),
     ],
 )
 def test_the_answer_is_found_where_the_source_puts_it(text: str, extractor: AnswerExtractor, answer: str) -> None:
