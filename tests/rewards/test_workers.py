@@ -1,6 +1,5 @@
 import contextlib
 import gc
-import multiprocessing
 import os
 import pickle
 import signal
@@ -10,7 +9,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.queues import Queue
 from pathlib import Path
 
 import pytest
@@ -202,17 +200,28 @@ def test_what_stands_behind_a_bomb_in_a_batch_is_graded_all_the_same() -> None:
     assert all(grade.seconds >= 2.0 for grade in grades[::4])
 
 
-def _grade_in_child(results: Queue) -> None:
+CHILD = """
+import multiprocessing, sys
+from egspo_lightning.rewards.grading import MathGrader
+
+def grade(results):
     with MathGrader() as grader:
         results.put([grade.correct for grade in grader.grade_answers(["x+1", "x"], ["1+x", "1+x"])])
 
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    results = context.Queue()
+    child = context.Process(target=grade, args=(results,))
+    child.start()
+    assert results.get(timeout=60) == [True, False]
+    child.join(timeout=20)
+    sys.exit(child.exitcode)
+"""
+
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
-def test_works_under_every_start_method(method: str) -> None:
-    context = multiprocessing.get_context(method)
-    results = context.Queue()
-    child = context.Process(target=_grade_in_child, args=(results,))
-    child.start()
-    assert results.get(timeout=120) == [True, False]
-    child.join(timeout=20)
-    assert child.exitcode == 0
+def test_works_under_every_start_method(tmp_path: Path, method: str) -> None:
+    program = tmp_path / "program.py"  # a file: a child that is spawned has to import what it runs
+    program.write_text(CHILD)
+    done = subprocess.run([sys.executable, program, method], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
