@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"

@@ -46,5 +46,5 @@ def _is_alive(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     try:  # a process that nobody has waited for yet is gone all the same
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return not Path("/proc").is_dir()
