@@ -8,6 +8,8 @@ The metrics of each go to FOLDER/METHOD. It is a program of its own so that torc
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from egspo_lightning.cli import run
 
 SHORT = [
@@ -65,3 +67,5 @@ if __name__ == "__main__":
         place = f"{folder}/{method}"
         folders = [f"--trainer.default_root_dir={place}", f"--trainer.logger.save_dir={place}"]
         run(["fit", *SHORT, *METHODS[method], *STRATEGIES[strategy], *folders])
+    if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
+        torch.distributed.destroy_process_group()
