@@ -7,7 +7,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from comparison.machine import machine
 from egspo_lightning.answers import boxed_solution
 from egspo_lightning.jsonl import read_rows
 from egspo_lightning.rewards.fast_path import compare_fast
@@ -109,14 +109,6 @@ def table(report: dict[str, dict[str, Any]]) -> str:
                 f"| {side['lowest']:.0f} to {side['highest']:.0f} | {cpu} | {ratio:.2f} |"
             )
     return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    cpu = platform.processor()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
