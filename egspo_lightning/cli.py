@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from egspo_lightning.callbacks import (
     EntropyHistogram,
     HFExport,
+    Interruption,
     MathBenchmark,
     PhaseCheckpoint,
     PhaseProgress,
@@ -33,8 +35,9 @@ from egspo_lightning.callbacks import (
     TokenRecords,
 )
 from egspo_lightning.datamodule import HybridDataModule
-from egspo_lightning.errors import UserError, cause_of
+from egspo_lightning.errors import RunStopped, UserError, cause_of
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.resumption import go_on_logging, last_checkpoint, places
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -49,6 +52,7 @@ CALLBACKS: dict[str, type] = {
     "hf_export": HFExport,
     "predictions": PredictionWriter,
     "progress": PhaseProgress,
+    "interruption": Interruption,  # last, so that what a phase leaves behind is written when the run ends after it
 }
 """Config key to callback. Each can be switched off, by an argument of its own or by Lightning's flag for its kind."""
 
@@ -100,6 +104,19 @@ class EgspoCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """``--ckpt_path last`` is the last checkpoint of the latest run, whose folder a resumed run goes on in."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") == "last":
+            path = kwargs["ckpt_path"] = last_checkpoint(self.trainer)
+            if path is None and subcommand != "fit":
+                raise UserError(f"ckpt_path: last: there is no checkpoint in {places(self.trainer)}.")
+            if path is None:  # as in Lightning, so that one command starts a run and takes it up again
+                rank_zero_warn(f"ckpt_path: last: no checkpoint in {places(self.trainer)}; the run starts anew.")
+            elif subcommand == "fit":
+                go_on_logging(self.trainer, path)
+        return kwargs
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out the callbacks that Lightning's own flags switch off."""
@@ -191,8 +208,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
     try:
         run(args)
+    except RunStopped as stopped:
+        if stopped.code:
+            print(f"error: {stopped}", file=sys.stderr)
+        raise
     except SIGTERMException:
-        print("error: ended by SIGTERM. Resume with --ckpt_path at the last checkpoint.", file=sys.stderr)
+        print("error: ended by SIGTERM. Resume with --ckpt_path last.", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)  # Lightning's own exit code would be 0
     except CheckpointException as error:
         reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]

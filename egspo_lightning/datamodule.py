@@ -4,7 +4,6 @@ All sizes in its config are global: those of one optimiser step, or of one colle
 micro-batches. More ranks or ``--trainer.accumulate_grad_batches`` change speed and memory, never the update.
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jsonargparse.typing import lazy_instance
@@ -23,16 +22,16 @@ from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.evaluation.records import Answer
 from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
 from egspo_lightning.flags import require_phases
+from egspo_lightning.phases import Phases, PhaseSizes, Split
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import RolloutEngine
-from egspo_lightning.rollout.experience import Collection, collection_rows, score
-from egspo_lightning.rollout.minibatches import cut_updates, plan_updates
+from egspo_lightning.rollout.experience import Collection
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from egspo_lightning.types import ExpertBatch, ExpertSolution, ProblemBatch, Stage, TrainingBatch
+from egspo_lightning.types import ExpertSolution, ProblemBatch
 
 
 class HybridDataModule(LightningDataModule):
@@ -105,14 +104,10 @@ class HybridDataModule(LightningDataModule):
         num_experts = round(expert_fraction * num_problems)
         allowed = f"0, or large enough to be at least one of the {num_problems} problems of data.num_problems"
         require(num_experts > 0 or expert_fraction == 0, "data.expert_fraction", expert_fraction, allowed)
-        self.num_passes = self.num_collections = 0  # of SFT data and of rollouts, begun in this run
-        self.collection: Collection | None = None
-        """The latest rollouts of this rank, for callbacks to look at."""
-        self._expert: ExpertPool | None = None
         self.answerer = Answerer(
             self.benchmarks, engine, evaluation_grader, predict_sampling, max_completion_length, seed
         )
-        self._collector = Collector(
+        collector = Collector(
             engine=engine,
             reward=self.reward,
             draw=problems.draw,
@@ -125,6 +120,8 @@ class HybridDataModule(LightningDataModule):
             max_resampling=max_resampling,
             seed=seed,
         )
+        sizes = PhaseSizes(sft_batch_size, expert_batch_size, num_ppo_epochs, num_minibatches)
+        self.phases = Phases(collector, sizes, seed)
 
     # Set-up
 
@@ -133,24 +130,25 @@ class HybridDataModule(LightningDataModule):
         self.answerer.load(self.encoder)
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
-        if stage == TrainerFn.FITTING and self._expert is None:
+        if stage == TrainerFn.FITTING and self.phases.pool is None:
             require_phases(self._trainer)
             self._require_groups()
             self._load_training_data()
 
     def _load_training_data(self) -> None:
         excluded, length = self.answerer.asked, self.max_completion_length
-        self._expert, num_asked = load_demonstrations(
+        pool, num_asked = load_demonstrations(
             self.demonstrations, self.encoder, excluded, max_completion_length=length, seed=self.seed
         )
         dropped = prepare_problems(
             self.problems, self.encoder, excluded, long_problems=self.long_problems, seed=self.seed
         )
         if self.expert_fraction > 0:
-            self._expert.require_answers()
+            pool.require_answers()
+        self.phases.pool = pool
         rank_zero_info(
-            f"Data: {len(self._expert.demonstrations)} demonstrations (dropped: {num_asked} that a benchmark asks, "
-            f"{self._expert.num_dropped} that are too long). Training problems dropped because a benchmark asks them: "
+            f"Data: {len(pool.demonstrations)} demonstrations (dropped: {num_asked} that a benchmark asks, "
+            f"{pool.num_dropped} that are too long). Training problems dropped because a benchmark asks them: "
             f"{dropped[0]}; because they are too long: {dropped[1]}."
         )
 
@@ -182,53 +180,11 @@ class HybridDataModule(LightningDataModule):
         self.encoder.require_positions(self.max_completion_length, self._policy.max_positions)
         for benchmark in self.benchmarks:  # now rather than when the first is measured, perhaps after all of SFT
             self._require_positions(benchmark.name)
-        if self._policy.stage == Stage.SFT:
-            num_updates = -(-len(self._expert_pool.demonstrations) // self.sft_batch_size)
-            return SizedLoader(num_updates * self._parts, self._sft_batches)
-        return SizedLoader(self.num_ppo_epochs * self.num_minibatches * self._parts, self._rollout_batches)
-
-    def _sft_batches(self) -> Iterator[TrainingBatch]:
-        """One pass over the demonstrations."""
-        num_demonstrations = len(self._expert_pool.demonstrations)
-        order = self._expert_pool.draw(self.num_passes * num_demonstrations, num_demonstrations)
-        self.num_passes += 1
-        for start in range(0, num_demonstrations, self.sft_batch_size):
-            update = order[start : start + self.sft_batch_size]
-            for expert in self._expert_pool.micro_batches(update, *self._share):
-                yield TrainingBatch(Stage.SFT, None, expert)
-
-    def _rollout_batches(self) -> Iterator[TrainingBatch]:
-        """One collection of rollouts, and the updates on it."""
-        number = self.num_collections
-        self.num_collections += 1
-        rank, world_size, parts = self._share
-        sampled = self._collector.sample(self._policy, number, rank, world_size)
-        rollouts, measurements = score(self._policy, sampled, self.max_completion_length)
-        rollout = self._policy.admit(rollouts, measurements)
-        self.collection = Collection(collection_rows(sampled.groups), rollout, measurements)
-        plan = plan_updates(
-            [group.number for group in sampled.groups],
-            self.num_generations,
-            self.num_minibatches,
-            self.num_ppo_epochs,
-            seed=f"{self.seed}/{number}",
-            expert_groups=rollouts.expert_groups.tolist(),
-        )
-        keep, total = self._policy.needs_every_rollout, self._policy.sum_over_ranks
-        for i, micro in enumerate(cut_updates(rollout, plan, parts, keep_inactive=keep, total=total)):
-            for part, expert in zip(micro, self._expert_parts(number * len(plan) + i), strict=True):
-                yield TrainingBatch(Stage.EGSPO, part, expert)
-
-    def _expert_parts(self, update_number: int) -> Sequence[ExpertBatch | None]:
-        """The demonstrations that an update in stage EGSPO carries, in micro-batches."""
-        if not self._policy.mixes_expert_data:
-            return [None] * self._parts
-        update = self._expert_pool.draw(update_number * self.expert_batch_size, self.expert_batch_size)
-        return self._expert_pool.micro_batches(update, *self._share)
+        return self.phases.loader(self._policy, self._split)
 
     def _draw_experts(self, start: int, count: int) -> list[ExpertSolution]:
         """Demonstrations that stand among rollouts, from an endless order of their own."""
-        return self._expert_pool.solutions(start, count) if count else []
+        return self._pool.solutions(start, count) if count else []
 
     # Evaluation
 
@@ -290,33 +246,40 @@ class HybridDataModule(LightningDataModule):
         return self.trainer
 
     @property
-    def _expert_pool(self) -> ExpertPool:
-        assert self._expert is not None, "setup has not run"
-        return self._expert
+    def _pool(self) -> ExpertPool:
+        assert self.phases.pool is not None, "setup has not run"
+        return self.phases.pool
 
     @property
-    def _parts(self) -> int:
-        """Micro-batches an update, on each rank."""
-        return self._trainer.accumulate_grad_batches
+    def _split(self) -> Split:
+        return Split(self._trainer.global_rank, self._trainer.world_size, self._trainer.accumulate_grad_batches)
+
+    # How far training has come
 
     @property
-    def _share(self) -> tuple[int, int, int]:
-        return self._trainer.global_rank, self._trainer.world_size, self._parts
+    def collection(self) -> Collection | None:
+        """The latest rollouts of this rank, for callbacks to look at."""
+        return self.phases.collection
 
-    # Checkpoints
+    @property
+    def num_passes(self) -> int:
+        """Passes over the demonstrations, in stage SFT, begun in this run."""
+        return self.phases.num_passes
+
+    @property
+    def num_collections(self) -> int:
+        """Collections of rollouts that were sampled in this run."""
+        return self.phases.num_collections
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the streams of data have been drawn."""
-        return {
-            "num_passes": self.num_passes,
-            "num_collections": self.num_collections,
-            "num_drawn": self._collector.num_drawn,
-        }
+        """Where the streams of data stand, and the rollouts of a phase that is under way. Collective."""
+        progress: Any = self._trainer.fit_loop.epoch_progress.current
+        return self.phases.state_dict(self._policy, is_running=progress.ready > progress.processed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where they were."""
-        self.num_passes, self.num_collections = state_dict["num_passes"], state_dict["num_collections"]
-        self._collector.num_drawn = state_dict["num_drawn"]
+        """Go on where they were; to measure a checkpoint, it does not matter."""
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self.phases.load_state_dict(state_dict, self._trainer.global_rank, self._trainer.world_size)
 
 
 def _loader(batches: list[ProblemBatch]) -> SizedLoader:

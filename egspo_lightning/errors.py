@@ -1,4 +1,6 @@
-"""The one exception that speaks to the user."""
+"""The exceptions that speak to the user."""
+
+import signal
 
 
 class UserError(ValueError):
@@ -6,6 +8,27 @@ class UserError(ValueError):
 
     The command line prints its text and ends with exit code 2, without a traceback.
     """
+
+
+class RunStopped(SystemExit):
+    """A run was ended from outside, and has saved.
+
+    Args:
+        number: The signal's.
+        checkpoint: What to resume from, if anything was saved.
+        is_first_rank: Whether this process has the exit code; others end with 0, for the first one would take another
+            code for a fault of theirs, and kill itself.
+    """
+
+    def __init__(self, number: int, checkpoint: str | None, *, is_first_rank: bool) -> None:
+        super().__init__(128 + number if is_first_rank else 0)
+        self.number, self.checkpoint = number, checkpoint
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.number).name
+        if self.checkpoint is None:
+            return f"ended by {name}; checkpoints are switched off, so nothing was saved."
+        return f"ended by {name}. Saved {self.checkpoint}: resume with the same command and --ckpt_path last."
 
 
 def cause_of(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:

@@ -254,11 +254,15 @@ class EGSPOModule(PolicyModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep, besides what the networks need, what gate and controllers remember."""
+        """Keep, besides what the networks need, what gate and controllers remember, and the metrics of the phase."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["egspo"]["admission"] = self.admission.state_dict()
+        checkpoint["egspo"]["metrics"] = self.collect_over_ranks(self._phase.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what they remembered."""
         super().on_load_checkpoint(checkpoint)
         self.admission.load_state_dict(checkpoint["egspo"]["admission"])
+        metrics, rank = checkpoint["egspo"].get("metrics", []), self.trainer.global_rank
+        if len(metrics) == self.trainer.world_size:
+            self._phase.load_state_dict(metrics[rank])

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,6 +20,7 @@ from egspo_lightning.checkpoints import adapt_optimizer, adapt_weights
 from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
+from egspo_lightning.randomness import random_state, restore_random_state
 from egspo_lightning.sharding import gathered, shard
 from egspo_lightning.types import Current, Scores, Stage
 
@@ -61,6 +63,7 @@ class PolicyModule(LightningModule):
         """Optimiser steps taken when stage EGSPO was entered."""
         self.loaded_step = 0
         """Optimiser steps that the latest checkpoint to be loaded has taken."""
+        self._random_state: dict[str, Any] | None = None
         self._whole: list[Any] = []  # the networks that are held for inference
 
     # Set-up
@@ -240,6 +243,14 @@ class PolicyModule(LightningModule):
         padded = torch.nn.functional.pad(values, (0, max(sizes) - values.numel()))
         return torch.cat([row[:size] for row, size in zip(self._all_gather(padded), sizes, strict=True)])
 
+    def collect_over_ranks(self, value: Any) -> list[Any]:
+        """The value of each rank, in their order: anything that can be pickled, for checkpoints."""
+        if self.trainer.world_size == 1:
+            return [value]
+        collected = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(collected, value)
+        return collected
+
     def _all_gather(self, values: Tensor) -> Tensor:
         """(ranks, ...)"""
         gathered = self.all_gather(values)
@@ -249,11 +260,12 @@ class PolicyModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the stage, and the steps taken at the start of the phase and of the stage."""
+        """Keep the stage, the steps taken at the start of the phase and of the stage, and every rank's random state."""
         checkpoint["egspo"] = {
             "stage": str(self.stage),
             "phase_version": self._phase_version,
             "entered_step": self.entered_step,
+            "random": self.collect_over_ranks(random_state()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -266,11 +278,28 @@ class PolicyModule(LightningModule):
         self.entered_step = state["entered_step"]
         is_entry = self.stage == Stage.EGSPO and checkpoint["global_step"] == self.entered_step
         is_fit = self.trainer.state.fn == TrainerFn.FITTING  # whoever only measures needs the policy alone
+        if is_fit and not is_entry:
+            self._take_up_random_state(state.get("random", []))
         is_exact = is_entry or self.stage == Stage.SFT or not is_fit
         weights = checkpoint.get("state_dict", {})
         adapt_weights(weights, self.state_dict() if weights else {}, is_exact=is_exact)
         if is_fit and checkpoint.get("optimizer_states"):
             adapt_optimizer(checkpoint["optimizer_states"], self._build_optimizer().state_dict(), is_entry=is_entry)
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the run that is resumed: until here, starting has drawn some."""
+        if self._random_state is not None:
+            restore_random_state(self._random_state)
+            self._random_state = None
+
+    def _take_up_random_state(self, states: list[Any]) -> None:
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        if len(states) not in (0, world_size):
+            rank_zero_info(
+                f"The checkpoint was written on {len(states)} ranks, and this run has {world_size}: it goes on with "
+                "the same data, but sums over ranks are rounded otherwise, so it is not bit-identical."
+            )
+        self._random_state = states[rank] if rank < len(states) else None
 
     @property
     def _networks(self) -> list[Any]:

@@ -11,16 +11,17 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "checkpoints"],
+    ["types", "jsonl", "flags", "checkpoints", "randomness"],
     ["ops", "rewards", "tasks"],
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],
-    ["critic", "sharding", "answering"],
+    ["critic", "sharding", "answering", "phases"],
     ["policy_module"],
     ["module", "datamodule"],
     ["callbacks"],
+    ["resumption"],
     ["cli"],
     ["__main__"],
 ]
@@ -107,7 +108,7 @@ def test_sampling_does_not_know_what_it_is_for(path):
 
 
 def test_only_the_upper_layers_import_lightning():
-    upper = ("policy_module", "module", "datamodule", "callbacks", "cli")
+    upper = ("policy_module", "module", "datamodule", "callbacks", "resumption", "cli")
     for path in FILES:
         if home(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)
@@ -125,11 +126,22 @@ def test_plots_and_data_frames_are_the_analysis_own():
 @pytest.mark.parametrize("part", ["module", "policy_module", "policy", "critic", "checkpoints", "sharding"])
 def test_the_module_reads_no_text(part):
     """Nor does anything that it is made of."""
-    forbidden = {"data", "rollout", "rewards", "evaluation", "datamodule", "answering", "answers", "rows", "jsonl"}
+    forbidden = {
+        "data",
+        "rollout",
+        "rewards",
+        "evaluation",
+        "datamodule",
+        "answering",
+        "phases",
+        "answers",
+        "rows",
+        "jsonl",
+    }
     assert not {name.split(".")[0] for name in reached(PACKAGE / f"{part}.py")} & forbidden
 
 
-@pytest.mark.parametrize("part", ["datamodule", "answering"])
+@pytest.mark.parametrize("part", ["datamodule", "answering", "phases"])
 def test_the_data_know_the_policy_by_its_protocol_alone(part):
     networks = {"module", "policy_module", "policy", "critic", "checkpoints", "sharding"}
     assert not {name.split(".")[0] for name in reached(PACKAGE / f"{part}.py")} & networks

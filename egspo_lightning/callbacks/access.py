@@ -1,5 +1,6 @@
 """What callbacks reach for: this project's module and datamodule, and TensorBoard where it is one of the loggers."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -33,3 +34,11 @@ def tensorboard_writer(trainer: Trainer) -> Any | None:
         if isinstance(logger, TensorBoardLogger):
             return logger.experiment
     return None
+
+
+def goes_on_in(trainer: Trainer, folder: str | Path) -> bool:
+    """Whether the run resumes one that has left its files in a folder, rather than starting another one there."""
+    if trainer.ckpt_path is None:
+        return False
+    checkpoint = Path(trainer.ckpt_path)
+    return checkpoint.name.startswith("hpc_ckpt_") or Path(folder).resolve() in checkpoint.resolve().parents

@@ -1,19 +1,120 @@
-"""ModelCheckpoint, but for the last phase."""
+"""ModelCheckpoint that saves whole updates, whole files, and the last phase."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+PARTIAL, PREVIOUS = ".partial", ".previous"
+"""What a checkpoint's name ends in while it is written, and while the one that it replaces has yet to be deleted."""
 
 
 class PhaseCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which here also saves after the last of ``max_epochs``, whatever its interval.
+    """Lightning's ModelCheckpoint, from whose checkpoints a run goes on bit for bit, whenever it was killed.
 
-    So ``last.ckpt`` of a finished run is the final policy.
+    It also saves after the last of ``max_epochs``, whatever its interval, so that ``last.ckpt`` of a finished run is
+    the final policy. Within a phase (``every_n_train_steps``, ``train_time_interval``) it saves between two updates,
+    never among the micro-batches of one; what falls due at a phase's last update is saved when the phase is over. A
+    file is replaced once its successor is whole.
     """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time, and an update is done, and another is to come."""
+        if is_between_updates(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if it is time."""
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)  # what the phase's last update has left to do
         interval = self._every_n_epochs
         if trainer.current_epoch + 1 == trainer.max_epochs:
             self._every_n_epochs = 1
         super().on_train_epoch_end(trainer, pl_module)
         self._every_n_epochs = interval
+
+    def save_now(self, trainer: Trainer) -> str:
+        """Save ``last.ckpt``, whatever the interval, and give its path. Collective."""
+        if not self.last_model_path or self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        return self.last_model_path or self._last_checkpoint_saved
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        save_whole(trainer, filepath, weights_only=self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+
+def is_between_updates(trainer: Trainer) -> bool:
+    """Whether, at the end of a micro-batch, an update is done and the phase is not."""
+    loop = trainer.fit_loop.epoch_loop
+    return not trainer.is_last_batch and not loop._should_accumulate()
+
+
+def save_whole(trainer: Trainer, path: str | Path, *, weights_only: bool = False) -> None:
+    """Save a checkpoint, a file or a folder of shards, so that at any moment the old one or the new one is there.
+
+    Collective. Where the path is a URL, the store is trusted to do so.
+    """
+    if "://" in str(path):
+        trainer.save_checkpoint(path, weights_only)
+        return
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    if trainer.is_global_zero:
+        _delete(partial)
+    trainer.strategy.barrier()
+    try:
+        trainer.save_checkpoint(partial, weights_only)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            _replace(partial, path)
+        trainer.strategy.barrier()
+    except OSError:
+        if trainer.is_global_zero:
+            _delete(partial)
+        raise
+
+
+@rank_zero_only
+def recover(folder: Path) -> None:
+    """Put right what a kill in the midst of ``save_whole`` has left behind."""
+    for previous in folder.glob(f"*{PREVIOUS}"):
+        path = previous.with_name(previous.name.removesuffix(PREVIOUS))
+        if path.exists():
+            _delete(previous)
+        else:
+            previous.rename(path)
+    for partial in folder.glob(f"*{PARTIAL}"):
+        _delete(partial)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Files in one step, after they have reached the disk; folders, which cannot be, by way of another name."""
+    if partial.is_file():
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    if not path.is_dir() or path.is_symlink():
+        os.replace(partial, path)
+        return
+    previous = path.with_name(path.name + PREVIOUS)
+    _delete(previous)
+    path.rename(previous)
+    partial.rename(path)
+    _delete(previous)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

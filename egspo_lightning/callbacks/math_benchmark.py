@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from egspo_lightning.callbacks.access import data_of, module_of
+from egspo_lightning.callbacks.access import data_of, goes_on_in, module_of
 from egspo_lightning.callbacks.measurement import Measurement
 from egspo_lightning.callbacks.recording import open_journal
 from egspo_lightning.errors import UserError
@@ -69,6 +69,7 @@ class MathBenchmark(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the policy before its first update; a resumed run has been measured."""
+        self._forget_later_scores(trainer)
         self._forget_others({benchmark.name for benchmark in data_of(trainer).benchmarks} if self.enabled else set())
         if self._stage is None:
             self._stage = str(module_of(pl_module).stage)
@@ -89,6 +90,15 @@ class MathBenchmark(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final policy."""
         self._reach("after EGSPO" if self._stage == Stage.EGSPO else "after SFT", trainer, pl_module)
+
+    def _forget_later_scores(self, trainer: Trainer) -> None:
+        """Drop the rows of steps that a resumed run takes again."""
+        log_dir = trainer.log_dir  # asked for on every rank: it is broadcast
+        path = Path(log_dir or trainer.default_root_dir) / FIT_FILE
+        if trainer.is_global_zero and path.is_file() and goes_on_in(trainer, path.parent):
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= trainer.global_step]
+            path.write_text("".join(kept), encoding="utf-8")
 
     def _forget_others(self, names: set[str]) -> None:
         """Drop what a checkpoint brought along of benchmarks that this run does not have."""

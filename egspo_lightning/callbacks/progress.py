@@ -48,6 +48,7 @@ class PhaseProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
+        self._stage = str(module_of(pl_module).stage)
         if not self._enabled or not self._console.is_terminal:
             return
         self._progress = Progress(

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from egspo_lightning.callbacks.access import module_of
+from egspo_lightning.callbacks.checkpoint import save_whole
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
@@ -151,7 +152,7 @@ class StageTransition(Callback):
         self._restart(module)
         log_dir = trainer.log_dir
         if self.save_checkpoint and log_dir is not None:
-            trainer.save_checkpoint(Path(log_dir) / "sft.ckpt", weights_only=False)
+            save_whole(trainer, Path(log_dir) / "sft.ckpt")
             self._restart(module)  # to save an empty state, torch fills it by a step of its own where it is sharded
         module.print(f"Stage sft -> egspo after phase {trainer.current_epoch + 1}: {reason}.")
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from egspo_lightning.analysis.schema import COMPLETIONS, TOKENS, file_of, files_of
-from egspo_lightning.callbacks.access import data_of, module_of
+from egspo_lightning.callbacks.access import data_of, goes_on_in, module_of
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
@@ -49,7 +49,7 @@ class TokenRecords(Callback):
         if log_dir is None or not self.every_n_collections:
             return
         stale = [p for kind in ("tokens", "completions") for p, n in files_of(log_dir, kind).items() if n >= first]
-        if stale and first == 0:
+        if stale and not goes_on_in(trainer, log_dir):
             raise UserError(
                 f"token_records: {log_dir} holds the records of another run. Give another trainer.default_root_dir, "
                 "keep trainer.logger on (each run then has a folder of its own), or delete them."

@@ -17,6 +17,16 @@ class SizedLoader:
         """Batches an epoch."""
         return self._length
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: where a phase stands, and its rollouts, are in the datamodule's state.
+
+        With ``load_state_dict`` it tells Lightning that a loader can be resumed.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take up."""
+
     def __iter__(self) -> Iterator[Any]:
         """Start making them."""
         return self._batches()

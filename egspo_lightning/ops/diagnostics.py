@@ -1,7 +1,7 @@
 """What is logged of an update and of a collection. Every value is detached, and a part: parts add up over ranks."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +41,20 @@ class PhaseMetrics:
         }
         self._gathered = {}
         return taken
+
+    def state_dict(self) -> dict[str, dict[str, tuple[Tensor, int]]]:
+        """What has been gathered of a phase that is under way."""
+        return {
+            reduction: {name: (value.cpu(), count) for name, (value, count) in found.items()}
+            for reduction, found in self._gathered.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, tuple[Tensor, int]]]) -> None:
+        """Go on gathering."""
+        for reduction in get_args(Reduction):
+            self._gathered[reduction] = {
+                name: (value, count) for name, (value, count) in state.get(reduction, {}).items()
+            }
 
 
 @torch.no_grad()

@@ -26,6 +26,10 @@ class Collection(NamedTuple):
     """In the order of the rollout's rows: G of each problem, then the experts' solutions."""
     rollout: RolloutBatch
     measurements: Measurements
+    numbers: list[int]
+    """The places of this rank's problems in the whole collection, in the order of their groups."""
+    expert_groups: list[int]
+    """For each row of an expert, which of this rank's problems it solves."""
 
 
 def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[ScoredRollouts, Measurements]:

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from egspo_lightning.types import Measurements, RolloutBatch, ScoredRollouts, Scores, Stage
@@ -24,6 +25,11 @@ class RolloutPolicy(Protocol):
     @property
     def eos_ids(self) -> list[int]:
         """The tokens that end a completion."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
         ...
 
     @property
@@ -87,4 +93,8 @@ class RolloutPolicy(Protocol):
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of equally shaped tensors over all ranks."""
+        ...
+
+    def collect_over_ranks(self, value: Any) -> list[Any]:
+        """The value of each rank, in their order."""
         ...

@@ -134,7 +134,7 @@ def test_experts_solutions_stand_among_the_rollouts(tiny_run, parts):
     for number, (collection, batches) in enumerate(zip(phases.collections, phases.batches, strict=True)):
         rollout, completions = collection.rollout, collection.completions
         assert rollout.is_expert.tolist() == [False] * 16 + [True] * 2  # half of 4 problems, behind the others
-        solutions = run.data._expert.solutions(2 * number, 2)
+        solutions = run.data.phases.pool.solutions(2 * number, 2)
         for i, (problem, token_ids) in enumerate(solutions):
             assert completions[16 + i].problem == completions[4 * i].problem == problem
             row = rollout.input_ids[16 + i][rollout.completion_mask[16 + i]].tolist()

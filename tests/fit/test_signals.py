@@ -31,5 +31,6 @@ def test_sigterm_ends_with_its_own_exit_code(repository, tmp_path):
                 os.killpg(process.pid, signal.SIGKILL)
     text = log.read_text()
     assert code == 128 + signal.SIGTERM, text
-    assert "ended by SIGTERM. Resume with --ckpt_path" in text
+    assert "ended by SIGTERM. Saved " in text
+    assert "resume with the same command and --ckpt_path last" in text
     assert "Traceback" not in text

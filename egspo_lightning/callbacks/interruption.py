@@ -1,0 +1,130 @@
+"""Ends a run that is told to end when its update is done, with a checkpoint from which it goes on."""
+
+import os
+import signal
+import subprocess
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from egspo_lightning.callbacks.checkpoint import PhaseCheckpoint, is_between_updates, save_whole
+from egspo_lightning.errors import RunStopped
+
+
+class Interruption(Checkpoint):
+    """Answers to SIGINT (Ctrl-C), SIGTERM and, under SLURM, the signal to requeue.
+
+    The update that is under way is finished on every rank, ``last.ckpt`` is saved, and the run ends with exit code 128
+    plus the signal's number. A signal that comes while rollouts are sampled is answered after the first update on
+    them; a second one ends the run at once, and leaves the last checkpoint as it was. Where SLURM requeues jobs, its
+    signal (SIGUSR1, or the ``requeue_signal`` of Lightning's SLURMEnvironment) saves ``hpc_ckpt_N.ckpt``, which
+    Lightning resumes from by itself, and has the job queued again.
+
+    Args:
+        enabled: Whether signals are waited with; false leaves them to Lightning, which ends a run without saving.
+    """
+
+    # A Checkpoint, because Lightning calls those after all other callbacks: what a phase leaves behind is then written.
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._received = 0
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for signals from now on."""
+        if not self.enabled or threading.current_thread() is not threading.main_thread():
+            return
+        self._received = 0
+        signals = {signal.SIGINT, signal.SIGTERM, *_requeue_signals(trainer)}
+        self._trainer = trainer
+        self._handlers = {number: signal.signal(number, self._receive) for number in signals}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Signals mean again what they did before."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same."""
+        self._restore()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the run here if a rank was told to."""
+        if is_between_updates(trainer):
+            self._answer(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, after a phase."""
+        self._answer(trainer)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received:  # the second
+            self._restore()
+            signal.raise_signal(number)
+            return
+        self._received = number
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None and hasattr(launcher, "kill"):
+            launcher.kill(number)  # the ranks that this process has started
+        rank_zero_info(f"{signal.Signals(number).name}: the run saves and ends after this update.")
+
+    def _answer(self, trainer: Trainer) -> None:
+        number = self._agreed(trainer) if self.enabled else 0
+        if not number:
+            return
+        saved = _save_and_requeue(trainer) if number in _requeue_signals(trainer) else _save(trainer)
+        self._restore()
+        raise RunStopped(number, saved, is_first_rank=trainer.is_global_zero)
+
+    def _agreed(self, trainer: Trainer) -> int:
+        """The signal that any rank has received, 0 for none."""
+        if trainer.world_size == 1:
+            return self._received
+        mine = torch.tensor(self._received, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
+        return int(mine)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def _requeue_signals(trainer: Trainer) -> set[int]:
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return set()
+    return {int(environment.requeue_signal or signal.SIGUSR1)}
+
+
+def _save(trainer: Trainer) -> str | None:
+    """The path of the checkpoint; None where checkpoints are switched off."""
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    checkpoint = next((c for c in callbacks if isinstance(c, PhaseCheckpoint)), None)
+    return None if checkpoint is None else checkpoint.save_now(trainer)
+
+
+def _save_and_requeue(trainer: Trainer) -> str:
+    """Save where Lightning looks when SLURM starts the job anew, and have it started."""
+    path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+    save_whole(trainer, path)
+    if trainer.is_global_zero:
+        _requeue()
+    return str(path)
+
+
+def _requeue() -> None:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"The job {job} could not be queued again ({error}). Submit it anew: it resumes by itself.")

@@ -1,0 +1,209 @@
+"""What each phase trains on, from its first micro-batch to its last, and how far training has come.
+
+A phase is a Lightning epoch: a pass over the demonstrations, or a collection of rollouts with its PPO epochs and
+minibatches. Which data it holds follows from the seed and its number, so a resumed run goes on with the same; only the
+rollouts of a phase that is under way have to be kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from egspo_lightning.data.expert import ExpertPool
+from egspo_lightning.data.loader import SizedLoader
+from egspo_lightning.errors import UserError
+from egspo_lightning.rollout.collector import Collector
+from egspo_lightning.rollout.experience import Collection, collection_rows, score
+from egspo_lightning.rollout.minibatches import cut_updates, plan_updates
+from egspo_lightning.rollout.protocol import RolloutPolicy
+from egspo_lightning.rollout.storage import pack, unpack
+from egspo_lightning.types import ExpertBatch, RolloutBatch, Stage, TrainingBatch
+
+
+@dataclass(frozen=True)
+class PhaseSizes:
+    """How a phase is cut into updates; all over ranks and accumulated micro-batches.
+
+    Args:
+        sft_batch_size: Demonstrations an update in stage SFT.
+        expert_batch_size: Demonstrations that an update in stage EGSPO carries where mu > 0.
+        num_ppo_epochs: Passes over a collection.
+        num_minibatches: Updates a pass.
+    """
+
+    sft_batch_size: int
+    expert_batch_size: int
+    num_ppo_epochs: int
+    num_minibatches: int
+
+
+class Split(NamedTuple):
+    """What of an update falls to this process."""
+
+    rank: int
+    world_size: int
+    parts: int
+    """Micro-batches an update, on each rank."""
+
+
+class CutOff(NamedTuple):
+    """A phase that a checkpoint was made in."""
+
+    num_given: int
+    """Micro-batches that were trained on."""
+    length: int
+    packed: dict[str, Any] | None
+    """This rank's rollouts, in stage EGSPO."""
+
+
+class Phases:
+    """Makes the micro-batches of one phase after another.
+
+    Args:
+        collector: Samples and grades rollouts.
+        sizes: How phases are cut.
+        seed: Of the order within a collection.
+    """
+
+    def __init__(self, collector: Collector, sizes: PhaseSizes, seed: int) -> None:
+        self.collector, self.sizes, self.seed = collector, sizes, seed
+        self.num_passes = self.num_collections = 0
+        """Of SFT data and of rollouts, begun in this run."""
+        self.collection: Collection | None = None
+        self.pool: ExpertPool | None = None
+        """The demonstrations, once they are loaded."""
+        self._length = self._num_given = 0  # micro-batches of the latest phase, and those of them that were given
+        self._cut_off: CutOff | None = None  # the phase that a checkpoint was made in, until it goes on
+
+    def loader(self, policy: RolloutPolicy, split: Split) -> SizedLoader:
+        """The loader of the coming phase, by the policy's stage; a phase that was cut off goes on where it was.
+
+        Raises:
+            UserError: it is cut otherwise than the phase that the checkpoint was made in.
+        """
+        is_sft = policy.stage == Stage.SFT
+        updates = self._num_sft_updates if is_sft else self.sizes.num_ppo_epochs * self.sizes.num_minibatches
+        cut_off, self._cut_off = self._cut_off, None
+        length, first = updates * split.parts, 0 if cut_off is None else cut_off.num_given
+        if cut_off is not None and length != cut_off.length:
+            raise UserError(
+                f"ckpt_path: the checkpoint was made within a phase of {cut_off.length} micro-batches a rank, and with "
+                f"this config a phase has {length}: the demonstrations, data.sft_batch_size, data.num_ppo_epochs, "
+                "data.num_minibatches or trainer.accumulate_grad_batches differ. Resume with those of the checkpoint, "
+                "or from a checkpoint of the end of a phase."
+            )
+        self._length, self._num_given = length, first
+        batches = self._sft_batches if is_sft else self._rollout_batches
+        return SizedLoader(length, lambda: self._counted(batches(policy, split, cut_off), first))
+
+    def _counted(self, batches: Iterator[TrainingBatch], first: int) -> Iterator[TrainingBatch]:
+        for number, batch in enumerate(batches):
+            if number >= first:
+                self._num_given = number + 1
+                yield batch
+
+    # Stage SFT
+
+    def _sft_batches(self, policy: RolloutPolicy, split: Split, cut_off: CutOff | None) -> Iterator[TrainingBatch]:
+        """One pass over the demonstrations."""
+        self.num_passes += cut_off is None
+        size, count = self.sizes.sft_batch_size, len(self._pool.demonstrations)
+        order = self._pool.draw((self.num_passes - 1) * count, count)
+        for start in range(0, count, size):
+            for expert in self._pool.micro_batches(order[start : start + size], *split):
+                yield TrainingBatch(Stage.SFT, None, expert)
+
+    @property
+    def _num_sft_updates(self) -> int:
+        return -(-len(self._pool.demonstrations) // self.sizes.sft_batch_size)
+
+    # Stage EGSPO
+
+    def _rollout_batches(self, policy: RolloutPolicy, split: Split, cut_off: CutOff | None) -> Iterator[TrainingBatch]:
+        """One collection of rollouts, and the updates on it."""
+        if cut_off is None:
+            self.collection = self._collect(policy, split)
+            self.num_collections += 1
+        else:
+            assert cut_off.packed is not None
+            self.collection = unpack(cut_off.packed, policy.device)
+        number = self.num_collections - 1
+        updates = self._updates(policy, split, self.collection, number)
+        for i, micro in enumerate(updates):
+            position = number * self.sizes.num_ppo_epochs * self.sizes.num_minibatches + i
+            for part, expert in zip(micro, self._expert_parts(policy, split, position), strict=True):
+                yield TrainingBatch(Stage.EGSPO, part, expert)
+
+    def _collect(self, policy: RolloutPolicy, split: Split) -> Collection:
+        sampled = self.collector.sample(policy, self.num_collections, split.rank, split.world_size)
+        rollouts, measurements = score(policy, sampled, self.collector.max_completion_length)
+        return Collection(
+            completions=collection_rows(sampled.groups),
+            rollout=policy.admit(rollouts, measurements),
+            measurements=measurements,
+            numbers=[group.number for group in sampled.groups],
+            expert_groups=rollouts.expert_groups.tolist(),
+        )
+
+    def _updates(
+        self, policy: RolloutPolicy, split: Split, collection: Collection, number: int
+    ) -> Iterator[list[RolloutBatch]]:
+        plan = plan_updates(
+            collection.numbers,
+            self.collector.num_generations,
+            self.sizes.num_minibatches,
+            self.sizes.num_ppo_epochs,
+            seed=f"{self.seed}/{number}",
+            expert_groups=collection.expert_groups,
+        )
+        keep, total = policy.needs_every_rollout, policy.sum_over_ranks
+        return cut_updates(collection.rollout, plan, split.parts, keep_inactive=keep, total=total)
+
+    def _expert_parts(self, policy: RolloutPolicy, split: Split, position: int) -> Sequence[ExpertBatch | None]:
+        """The demonstrations that an update in stage EGSPO carries, in micro-batches."""
+        if not policy.mixes_expert_data:
+            return [None] * split.parts
+        size = self.sizes.expert_batch_size
+        return self._pool.micro_batches(self._pool.draw(position * size, size), *split)
+
+    @property
+    def _pool(self) -> ExpertPool:
+        assert self.pool is not None, "setup has not run"
+        return self.pool
+
+    # Checkpoints
+
+    def state_dict(self, policy: RolloutPolicy, *, is_running: bool) -> dict[str, Any]:
+        """How far the streams of data have been drawn and, within a phase, its rollouts on every rank. Collective."""
+        state: dict[str, Any] = {
+            "num_passes": self.num_passes,
+            "num_collections": self.num_collections,
+            "num_drawn": self.collector.num_drawn,
+        }
+        if is_running and 0 < self._num_given < self._length:
+            own = None if policy.stage == Stage.SFT or self.collection is None else pack(self.collection)
+            state["phase"] = {
+                "num_given": self._num_given,
+                "length": self._length,
+                "collections": policy.collect_over_ranks(own),
+            }
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int) -> None:
+        """Go on where they were.
+
+        Raises:
+            UserError: within a phase, another number of ranks splitd its data.
+        """
+        self.num_passes, self.num_collections = state["num_passes"], state["num_collections"]
+        self.collector.num_drawn = state["num_drawn"]
+        phase = state.get("phase")
+        if phase is None:
+            return
+        saved = len(phase["collections"])
+        if saved != world_size:
+            raise UserError(
+                f"ckpt_path: the checkpoint was made within a phase whose data {saved} ranks shared, and this run has "
+                f"{world_size}. Resume on {saved}, or from a checkpoint of the end of a phase."
+            )
+        self._cut_off = CutOff(phase["num_given"], phase["length"], phase["collections"][rank])

@@ -1,0 +1,151 @@
+"""A run that is taken up again goes on as if it had never been cut off, wherever in a phase that was."""
+
+import csv
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from egspo_lightning.analysis.schema import file_of
+from egspo_lightning.callbacks import PhaseCheckpoint, StageTransition, TokenRecords
+from egspo_lightning.controllers import KLReward
+from egspo_lightning.critic import CriticConfig
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.estimators import GAE, GroupRelative
+from egspo_lightning.ops.gate import QuantileGate
+from egspo_lightning.ops.objective import Objective
+
+STAGES = {"after_epochs": 2}
+PHASES = {"max_epochs": 4, "enable_checkpointing": True}
+"""Two of SFT with 2 updates each, then two of EGSPO with 4 updates each."""
+METHODS = {
+    "egspo": {},
+    "ppo": {"advantage": GAE(), "critic": CriticConfig("own"), "objective": Objective(beta=0.1, mu=0.0)},
+    "kl": {
+        "advantage": GroupRelative(scale_by_std=False),
+        "kl_reward": KLReward(coefficient=0.1, target=0.01, horizon=16),
+        "gate": QuantileGate(running_decay=0.5),
+    },
+}
+
+
+class Log(Callback):
+    """Every loss."""
+
+    def __init__(self):
+        self.losses = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses[(trainer.current_epoch, batch_idx)] = outputs["loss"].item()
+
+
+def run_of(tiny_run, folder, log, *callbacks, module=None, parts=1, **checkpoint):
+    save = PhaseCheckpoint(dirpath=folder, save_top_k=-1, **(checkpoint or {"every_n_epochs": 1}))
+    settings = PHASES | {"accumulate_grad_batches": parts, "logger": CSVLogger(folder)}
+    data = {"num_ppo_epochs": 2}
+    return tiny_run(StageTransition(**STAGES), log, save, *callbacks, module=module, data=data, trainer=settings)
+
+
+def metrics_of(run):
+    """The metrics of each phase by their step, but those that measure time."""
+    with open(Path(run.trainer.log_dir) / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        int(row["step"]): {
+            name: value for name, value in row.items() if value and not name.startswith("time/") and "second" not in name
+        }
+        for row in rows
+    }
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.module.state_dict().items()}
+
+
+@pytest.mark.parametrize(("method", "parts"), [("egspo", 1), ("egspo", 2), ("ppo", 1), ("kl", 1)])
+def test_every_checkpoint_within_a_phase_leads_to_the_same_end(tiny_run, tmp_path, method, parts):
+    module, whole = METHODS[method], Log()
+    run = run_of(tiny_run, tmp_path / "whole", whole, module=module, parts=parts, every_n_train_steps=1).fit()
+    expected = weights(run)
+    saved = sorted((tmp_path / "whole").glob("epoch*.ckpt"), key=lambda path: int(path.stem.split("step=")[1]))
+    assert len(saved) == run.trainer.global_step == 12
+    positions = []
+    for path in saved[:-1]:
+        log = Log()
+        rest = run_of(tiny_run, tmp_path / path.stem, log, module=module, parts=parts)
+        torch.manual_seed(99)  # nothing may depend on where the global generator was
+        rest.fit(ckpt_path=path, weights_only=True)
+        assert all(torch.equal(value, expected[name]) for name, value in weights(rest).items()), path.stem
+        assert log.losses == {key: value for key, value in whole.losses.items() if key in log.losses}
+        metrics = metrics_of(rest)
+        assert metrics == {step: values for step, values in metrics_of(run).items() if step in metrics}
+        assert max(metrics) == 11
+        assert rest.trainer.global_step == 12
+        positions.append((min(log.losses), len(log.losses)))
+    assert [count for _, count in positions] == [parts * left for left in range(11, 0, -1)]
+
+
+def test_a_checkpoint_that_falls_due_with_a_phase_is_made_after_it(tiny_run, tmp_path):
+    run_of(tiny_run, tmp_path / "whole", Log(), every_n_train_steps=4).fit()
+    first, second, third = sorted((tmp_path / "whole").glob("epoch*.ckpt"))
+    for path, step in ((first, 4), (second, 8), (third, 12)):
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["global_step"] == step
+        assert "phase" not in checkpoint["HybridDataModule"]
+        assert checkpoint["egspo"]["metrics"] == [{}]
+    assert torch.load(first, weights_only=True)["egspo"]["stage"] == "egspo"  # the stage had been decided
+
+
+def test_global_random_numbers_go_on(tiny_run, tmp_path):
+    """A user's reward may draw them."""
+
+    class Draw(Callback):
+        def __init__(self):
+            self.drawn = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            drawn = [random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()]  # noqa: NPY002
+            self.drawn.append(drawn)
+
+    whole, rest = Draw(), Draw()
+    run_of(tiny_run, tmp_path / "whole", Log(), whole, every_n_train_steps=1).fit()
+    path = next((tmp_path / "whole").glob("*step=7.ckpt"))
+    run_of(tiny_run, tmp_path / "rest", Log(), rest).fit(ckpt_path=path, weights_only=True)
+    assert rest.drawn == whole.drawn[7:]
+    assert len({tuple(row) for row in whole.drawn}) == len(whole.drawn)
+
+
+def test_the_collection_of_a_cut_off_phase_is_recorded_as_it_was(tiny_run, tmp_path):
+    """Row for row, with the completions' texts and verdicts, which no tensor holds."""
+    records = TokenRecords(every_n_collections=1)
+    whole = run_of(tiny_run, tmp_path / "whole", Log(), records, every_n_train_steps=1).fit()
+    path = next((tmp_path / "whole").glob("*step=6.ckpt"))
+    rest = run_of(tiny_run, tmp_path / "rest", Log(), TokenRecords(every_n_collections=1))
+    rest.fit(ckpt_path=path, weights_only=True)
+    for kind, number in (("tokens", 0), ("tokens", 1), ("completions", 0), ("completions", 1)):
+        one, other = (pq.read_table(file_of(run.trainer.log_dir, kind, number, 0)) for run in (whole, rest))
+        assert one.num_rows > 10
+        assert one.equals(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"num_minibatches": 1}, "phase of 4 micro-batches a rank, and with this config a phase has 2")],
+)
+def test_a_phase_that_is_cut_otherwise_is_refused(tiny_run, tmp_path, change, words):
+    run_of(tiny_run, tmp_path / "whole", Log(), every_n_train_steps=1).fit()
+    path = next((tmp_path / "whole").glob("*step=6.ckpt"))
+    rest = tiny_run(StageTransition(**STAGES), data={"num_ppo_epochs": 2} | change, trainer=PHASES)
+    with pytest.raises(UserError, match=words):
+        rest.fit(ckpt_path=path, weights_only=True)
+
+
+def test_what_a_checkpoint_holds_is_read_without_running_code(tiny_run, tmp_path):
+    run_of(tiny_run, tmp_path, Log(), every_n_train_steps=1).fit()
+    for path in tmp_path.glob("epoch*.ckpt"):
+        assert torch.load(path, weights_only=True)["egspo"]["random"][0]["python"]["version"] == 3
