@@ -4,6 +4,7 @@ One Lightning epoch is one phase: a pass of SFT, or one rollout collection with 
 Optimisation is automatic, so clipping, accumulation, precision, strategies and checkpoints work by flag.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
-from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics
+from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics, Reduction
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
 from egspo_lightning.ops.gate import Gate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
@@ -197,9 +198,20 @@ class EGSPOModule(PolicyModule):
         """
         if not (self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done):
             return
-        for reduce, metrics in self._phase.take().items():
-            values = {name: value.to(self.device) for name, value in metrics.items()}
-            self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1, reduce_fx=reduce)
+        values = self._over_ranks(self._phase.take())
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        row = values | {"epoch": self.current_epoch}
+        for logger in self.loggers:  # now: Lightning would log them after the phase's checkpoint, and a kill lose them
+            logger.log_metrics(row, step=self.global_step - 1)
+
+    def _over_ranks(self, metrics: Mapping[Reduction, Metrics]) -> dict[str, float]:
+        """Means and maxima over all ranks, in one exchange."""
+        keys = sorted((reduction, name) for reduction, found in metrics.items() for name in found)
+        own = torch.stack([metrics[reduction][name].to(self.device) for reduction, name in keys])
+        ranks = own.unsqueeze(0) if self.trainer.world_size == 1 else self._all_gather(own)
+        means, maxima = ranks.mean(0).tolist(), ranks.amax(0).tolist()
+        both = zip(keys, means, maxima, strict=True)
+        return {name: largest if reduction == "max" else mean for (reduction, name), mean, largest in both}
 
     def _refuse_stale(self, rollout: RolloutBatch) -> None:
         if rollout.policy_version != self._phase_version:

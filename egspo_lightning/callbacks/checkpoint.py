@@ -46,6 +46,8 @@ class PhaseCheckpoint(ModelCheckpoint):
         return self.last_model_path or self._last_checkpoint_saved
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # a run that goes on from here does not log again what led here
         save_whole(trainer, filepath, weights_only=self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath

@@ -57,7 +57,9 @@ def metrics_of(run):
         rows = list(csv.DictReader(file))
     return {
         int(row["step"]): {
-            name: value for name, value in row.items() if value and not name.startswith("time/") and "second" not in name
+            name: value
+            for name, value in row.items()
+            if value and not name.startswith("time/") and "second" not in name
         }
         for row in rows
     }
