@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -208,7 +209,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
     try:
         run(args)
+        _leave_ranks()
     except RunStopped as stopped:
+        _leave_ranks()
         if stopped.code:
             print(f"error: {stopped}", file=sys.stderr)
         raise
@@ -237,3 +240,9 @@ def run(args: Sequence[str] | None = None) -> EgspoCLI:
     disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own do not survive a fork
     return EgspoCLI(args)
+
+
+def _leave_ranks() -> None:
+    """End the process group: threads of its backend that outlive the interpreter abort it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -66,15 +66,28 @@ class Interruption(Checkpoint):
         self._answer(trainer)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received:  # the second
-            self._restore()
-            signal.raise_signal(number)
+        if self._received:
+            self._end_at_once(number)
             return
         self._received = number
-        launcher = self._trainer.strategy.launcher
-        if launcher is not None and hasattr(launcher, "kill"):
-            launcher.kill(number)  # the ranks that this process has started
+        self._tell_ranks(number)
         rank_zero_info(f"{signal.Signals(number).name}: the run saves and ends after this update.")
+
+    def _end_at_once(self, number: int) -> None:
+        """At the second signal; a rank that the first one has started is ended by it, and may have been told twice."""
+        environment = self._trainer._accelerator_connector.cluster_environment
+        if environment.local_rank() > 0 and not environment.creates_processes_externally:
+            return
+        self._restore()
+        self._tell_ranks(signal.SIGKILL)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    def _tell_ranks(self, number: int) -> None:
+        """Send a signal to the ranks that this process has started."""
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.Signals(number))
 
     def _answer(self, trainer: Trainer) -> None:
         number = self._agreed(trainer) if self.enabled else 0

@@ -1,36 +1,209 @@
-"""A run that is ended from outside says so, and not by exit code 0."""
+"""A run that is ended from outside saves, says so, and not by exit code 0; then it goes on as if nothing had been."""
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SHORT = [
+    "--config=configs/quickstart.yaml",
+    "--trainer.max_epochs=40",
+    "--trainer.enable_progress_bar=false",
+    "--stage_transition.after_epochs=2",
+    "--stage_transition.monitor=null",
+    "--stage_transition.target=null",
+    "--data.demonstrations.init_args.num_demonstrations=64",
+    "--data.sft_batch_size=16",
+    "--data.benchmarks=null",
+    "--data.num_problems=4",
+    "--data.num_generations=4",
+    "--data.max_completion_length=40",
+    "--data.reward=ranks_program.Uneven",
+    "--hf_export.enabled=false",
+]
+DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
 
 
-def test_sigterm_ends_with_its_own_exit_code(repository, tmp_path):
-    command = [sys.executable, "-m", "egspo_lightning", "fit", "--config=configs/quickstart.yaml"]
-    command += [f"--trainer.default_root_dir={tmp_path}", "--data.benchmarks.init_args.num_problems=8"]
-    log = tmp_path / "output"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
+def start(repository, root: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """The command in a session of its own; what it says goes to a file."""
+    here = str(Path(__file__).parent)
+    with (root / "output").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "egspo_lightning", "fit", *SHORT, f"--trainer.default_root_dir={root}", *arguments],
             cwd=repository,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here} | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 120
-        while "phase 1/" not in log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        try:
-            code = process.wait(timeout=60)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    text = log.read_text()
-    assert code == 128 + signal.SIGTERM, text
-    assert "ended by SIGTERM. Saved " in text
-    assert "resume with the same command and --ckpt_path last" in text
+
+
+def wait_for(process: subprocess.Popen, *, until, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not until() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def end_of(process: subprocess.Popen) -> int:
+    """The exit code; nothing of the run is left behind."""
+    try:
+        code = process.wait(timeout=120)
+        deadline = time.monotonic() + 60
+        while _is_alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _is_alive(process.pid), "a process of the run is left"
+        return code
+    finally:
+        if _is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _is_alive(group: int) -> bool:
+    """Whether a process group has members that are more than zombies."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has just ended
+                continue
+            if int(fields[2]) == group and fields[0] != "Z":
+                return True
+    return False
+
+
+def records_of(root: Path) -> list[Path]:
+    return list(root.glob("lightning_logs/version_*/token_records/tokens-*.parquet"))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def alone(repository, tmp_path_factory) -> dict[str, torch.Tensor]:
+    root = tmp_path_factory.mktemp("alone")
+    assert end_of(start(repository, root)) == 0, (root / "output").read_text()
+    return weights(root / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_and_the_run_goes_on_from_there(repository, tmp_path, alone, number):
+    process = start(repository, tmp_path)
+    wait_for(process, until=lambda: records_of(tmp_path))
+    process.send_signal(number)
+    assert end_of(process) == 128 + number
+    text = (tmp_path / "output").read_text()
+    last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    assert f"error: ended by {number.name}. Saved {last}: resume with the same command and --ckpt_path last." in text
     assert "Traceback" not in text
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 8 < step < 160
+    assert end_of(start(repository, tmp_path, "--ckpt_path=last")) == 0
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+    ended = weights(last)
+    assert all(torch.equal(value, ended[name]) for name, value in alone.items())
+
+
+def test_a_second_signal_ends_the_run_at_once(repository, tmp_path):
+    """Of a run that would not get to the end of its update for long."""
+    slow = [
+        "--data.reward=sleeping_reward.Sleeping",
+        f"--data.reward.folder={tmp_path}",
+        "--stage_transition.after_epochs=1",
+    ]
+    process = start(repository, tmp_path, *slow)
+    wait_for(process, until=lambda: (tmp_path / "asleep").exists())
+    process.send_signal(signal.SIGINT)
+    wait_for(process, until=lambda: "the run saves and ends after this update" in (tmp_path / "output").read_text())
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert end_of(process) != 0
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("told", ["first", "all"])
+def test_ranks_agree_on_the_update_that_is_their_last(repository, tmp_path, number, told):
+    process = start(repository, tmp_path, *DDP)
+    wait_for(process, until=lambda: records_of(tmp_path))
+    (os.kill if told == "first" else os.killpg)(process.pid, number)  # scancel or torchrun, or Ctrl-C in a terminal
+    assert end_of(process) == 128 + number, (tmp_path / "output").read_text()
+    text = (tmp_path / "output").read_text()
+    assert text.count(f"ended by {number.name}. Saved ") == 1
+    assert "Traceback" not in text
+    checkpoint = torch.load(tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert len(checkpoint["egspo"]["random"]) == 2
+    assert end_of(start(repository, tmp_path, *DDP, "--ckpt_path=last")) == 0, (tmp_path / "output").read_text()
+
+
+@pytest.mark.slow
+def test_slurm_has_the_run_queued_again(repository, tmp_path, alone):
+    """Its signal, its environment and a scontrol of its name; Lightning takes up hpc_ckpt by itself."""
+    called = tmp_path / "called"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {called}\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    slurm = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "egspo",
+        "SLURM_NTASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+    }
+    process = start(repository, tmp_path, **slurm)
+    wait_for(process, until=lambda: records_of(tmp_path))
+    process.send_signal(signal.SIGUSR1)
+    assert end_of(process) == 128 + signal.SIGUSR1, (tmp_path / "output").read_text()
+    assert called.read_text() == "requeue 4711\n"
+    assert [path.name for path in tmp_path.glob("hpc_ckpt*")] == ["hpc_ckpt_1.ckpt"]
+    assert end_of(start(repository, tmp_path, **slurm)) == 0, (tmp_path / "output").read_text()
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_4711"]
+    ended = weights(tmp_path / "lightning_logs" / "version_4711" / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(value, ended[name]) for name, value in alone.items())
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run_and_two_ranks_go_on_with_equal_losses(repository, tmp_path):
+    """Their losses are the scalars that TensorBoard shows."""
+    often = [*DDP, "--checkpoint.every_n_epochs=0", "--checkpoint.every_n_train_steps=1"]
+    roots = [tmp_path / name for name in ("alone", "killed")]
+    for root in roots:
+        root.mkdir()
+    assert end_of(start(repository, roots[0], *often)) == 0, (roots[0] / "output").read_text()
+    for victim, number in ((0, 1), (1, 3), (0, 6)):
+        process = start(repository, roots[1], *often, "--ckpt_path=last")
+        wait_for(process, until=lambda number=number: len(records_of(roots[1])) >= number)
+        os.kill(process.pid if victim == 0 else child_of(process.pid), signal.SIGKILL)
+        assert end_of(process) != 0
+    assert end_of(start(repository, roots[1], *often, "--ckpt_path=last")) == 0, (roots[1] / "output").read_text()
+    one, other = (losses(root / "lightning_logs" / "version_0") for root in roots)
+    assert one == other
+    assert len(one) == 40
+    first, second = (weights(root / "lightning_logs/version_0/checkpoints/last.ckpt") for root in roots)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def child_of(pid: int) -> int:
+    """The rank that a process has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (rank,) = [int(c) for c in children if b"LOCAL_RANK=1" in Path(f"/proc/{c}/environ").read_bytes()]
+    return rank
+
+
+def losses(run: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {event.step: event.value for event in events.Scalars("loss/total")}
