@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -76,7 +77,7 @@ class Interruption(Checkpoint):
     def _end_at_once(self, number: int) -> None:
         """At the second signal; a rank that the first one has started is ended by it, and may have been told twice."""
         environment = self._trainer._accelerator_connector.cluster_environment
-        if environment.local_rank() > 0 and not environment.creates_processes_externally:
+        if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
             return
         self._restore()
         self._tell_ranks(signal.SIGKILL)
