@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -39,6 +40,7 @@ from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.exits import end, take_debug
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.ranks import end_other_ranks
 from egspo_lightning.surroundings import require_ranks, require_writable
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
@@ -141,6 +143,16 @@ class EgspoCLI(LightningCLI):
             if config.get(flag) is False
         ]
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(unwanted))])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Where this rank fails, none of the others is left waiting for it."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException:  # every rank has been told
+            raise
+        except Exception:
+            end_other_ranks(self.trainer)
+            raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a key of its own, so that a config changes one argument without repeating the list."""

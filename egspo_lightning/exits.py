@@ -27,6 +27,10 @@ FAULTS = {
     errno.EFBIG: "A limit on the size of files (ulimit -f) is reached. Raise it, then resume with --ckpt_path",
     errno.EACCES: "Give a folder that you may write to",
     errno.EPERM: "Give a folder that you may write to",
+    errno.ENOENT: "Something has removed or never made it. Give another path, or make it",
+    errno.ENOTDIR: "A file stands where a folder should be. Give another folder",
+    errno.EISDIR: "A folder stands where a file should be. Give another path",
+    errno.EEXIST: "Something else stands there. Give another path",
     errno.EROFS: "The file system is read-only. Give another folder",
     errno.EIO: "The disk does not answer. Resume elsewhere with --ckpt_path at the last checkpoint",
     errno.EADDRINUSE: "Another program listens at MASTER_PORT. Unset it, or give a free one",
@@ -71,10 +75,12 @@ def judge(error: BaseException) -> Ending:
         return Ending(f"a package is missing: {error}. Install it: pip install {error.name}", FAULT)
     if isinstance(error, ValueError) and _raised_in(error, "jsonargparse"):
         return Ending(f"config: {error}", MISTAKE)
+    if isinstance(error, ValueError) and _raised_in(error, "lightning.fabric.plugins.environments"):
+        return Ending(f"environment: {error}", MISTAKE)
     fault = cause_of(error, OSError)
     if isinstance(fault, OSError) and fault.errno in FAULTS:
         where = f": {fault.filename}" if fault.filename else ""
-        return Ending(f"{fault.strerror}{where}. {FAULTS[fault.errno]}.", FAULT)
+        return Ending(f"{fault.strerror}{where}. {FAULTS[fault.errno]}. ({DEBUG} shows what was going on.)", FAULT)
     kind = type(error).__name__
     return Ending(f"unforeseen, a mistake of this program: {kind}. Report it with the traceback above.", BUG, False)
 
@@ -90,4 +96,4 @@ def _sharded(error: CheckpointException) -> str:
 def _raised_in(error: BaseException, package: str) -> bool:
     """Whether the package itself found the mistake, rather than something that it called."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").partition(".")[0] == package
+    return bool(frames) and f"{frames[-1][0].f_globals.get('__name__')}.".startswith(f"{package}.")

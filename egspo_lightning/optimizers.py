@@ -21,8 +21,8 @@ def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opt
         raise UserError(f"model.optimizer: {error}. Change its init_args.") from error
     if isinstance(optimizer, LBFGS):
         raise UserError(
-            "model.optimizer: LBFGS evaluates the loss several times a step and keeps no state that a stage or a skipped "
-            "update could reset. Use one of a gradient a step, such as torch.optim.AdamW."
+            "model.optimizer: LBFGS evaluates the loss several times a step, so that no update could be "
+            "skipped. Use one of a gradient a step, such as torch.optim.AdamW."
         )
     return optimizer
 

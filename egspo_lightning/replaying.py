@@ -39,7 +39,8 @@ def replay(path: Path) -> list[str]:
     kept, config = checkpoint["egspo"].get("bad_part"), checkpoint.get(KEY)
     if kept is None or config is None:
         raise UserError(
-            f"{COMMAND}: {path} keeps no update that was not finite. Give the nonfinite.ckpt that such a run has written."
+            f"{COMMAND}: {path} keeps no update that was not finite. Give the nonfinite.ckpt that such a run "
+            "has written."
         )
     if not checkpoint.get("state_dict"):
         raise UserError(

@@ -12,7 +12,7 @@ NAME = PACKAGE.name
 LAYERS = [
     ["errors"],
     ["types", "jsonl", "flags", "checkpoints", "checkpoint_files", "checkpoint_fit"],
-    ["config_files", "surroundings", "optimizers"],
+    ["config_files", "surroundings", "optimizers", "ranks"],
     ["ops", "rewards", "tasks"],
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],

@@ -38,10 +38,8 @@ class Guards(Callback):
         num_zero_rewards: int = 5,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("min_entropy_share", min_entropy_share),
-            ("max_truncated_fraction", max_truncated_fraction),
-        ):
+        shares = {"min_entropy_share": min_entropy_share, "max_truncated_fraction": max_truncated_fraction}
+        for name, value in shares.items():
             require(0 <= value <= 1, f"guards.{name}", value, "in [0, 1]")
         for name, value in (("max_kl", max_kl), ("max_first_ratio_gap", max_first_ratio_gap)):
             require(value > 0, f"guards.{name}", value, "above 0")
@@ -135,11 +133,12 @@ class Guards(Callback):
             else (
                 "within every group of a collection all rewards were equal, so advantages that compare "
                 "them are 0 and updates without another term are skipped (policy/skipped_fraction). Take problems of "
-                "another difficulty, more data.num_generations, or data.max_resampling. guard/flat_collections counts them."
+                "another difficulty, more data.num_generations, or data.max_resampling. guard/flat_collections "
+                "counts them."
             ),
         )
 
-    def _above(self, fires: bool, what: str, field: str, remedy: str) -> str | None:
+    def _told(self, fires: bool, what: str, field: str, remedy: str) -> str | None:
         return f"{what} (guards.{field} = {getattr(self, field)}). {remedy}" if fires else None
 
     def _speak(self, name: str, message: str | None) -> None:
@@ -161,6 +160,6 @@ def _duplicates(count: int) -> str | None:
     if count == 0:
         return None
     return (
-        f"{count} training problems or demonstrations also stand in a benchmark. They were dropped; those that differ in "
-        "wording alone are not found."
+        f"{count} training problems or demonstrations also stand in a benchmark. They were dropped; those that differ "
+        "in wording alone are not found."
     )

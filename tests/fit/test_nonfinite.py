@@ -151,9 +151,11 @@ def test_replay_computes_the_loss_that_training_had(tiny_run, repository, tmp_pa
     """On a batch that was declared bad although it is finite, both must agree, in both stages."""
     monkeypatch.chdir(repository)
     for stage in ("sft", "egspo"):
-        with monkeypatch.context() as patch, pytest.raises(NonFiniteError):
+        arguments = [*SHORT, f"--trainer.default_root_dir={tmp_path / stage}", f"--model.initial_stage={stage}"]
+        with monkeypatch.context() as patch:
             patch.setattr("egspo_lightning.faults.FiniteUpdates.judge", _always_bad)
-            run([*SHORT, f"--trainer.default_root_dir={tmp_path / stage}", f"--model.initial_stage={stage}"])
+            with pytest.raises(NonFiniteError):
+                run(arguments)
         (path,) = (tmp_path / stage).rglob("nonfinite.ckpt")
         lines = replay(path)
         said = next(line for line in lines if line.startswith("loss "))

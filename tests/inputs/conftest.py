@@ -42,9 +42,13 @@ def start() -> Iterator[Start]:
         assert process.stdout is not None
 
         def run(
-            folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, seconds: float = 60.0
+            folder: Path,
+            *arguments: str,
+            environment: Mapping[str, str] | None = None,
+            seconds: float = 60.0,
+            file_size: int | None = None,
         ) -> Ended:
-            request = {"folder": str(folder), "arguments": arguments, "seconds": seconds}
+            request = {"folder": str(folder), "arguments": arguments, "seconds": seconds, "file_size": file_size}
             process.stdin.write(json.dumps(request | {"environment": dict(environment or {})}) + "\n")
             process.stdin.flush()
             return Ended(**json.loads(process.stdout.readline()))

@@ -351,9 +351,9 @@ def vocabulary_smaller_than_the_tokenizer(folder):
     edit(folder / "config.json", vocab_size=100)
 
 
-@model("config")
-def heads_that_do_not_divide_the_width(folder):
-    edit(folder / "config.json", num_attention_heads=5, hidden_size="wide")
+@model("hidden_size", "wide")
+def width_that_is_no_number(folder):
+    edit(folder / "config.json", hidden_size="wide")
 
 
 @model("trust_remote_code")
@@ -377,7 +377,7 @@ def hub_model_without_a_network(run):
     run.put("model.policy.name_or_path", "some/model")
 
 
-@case("flash_attention_2")
+@case("FlashAttention2", "model.policy.attn_implementation")
 def attention_of_a_package_that_is_missing(run):
     run.put("model.policy.attn_implementation", "flash_attention_2")
 
@@ -468,7 +468,7 @@ def weights_alone_for_a_checkpoint(run, path):
     torch.save(torch.load(path, weights_only=True)["state_dict"], path)
 
 
-@checkpoint("shape", "(32, 16)")
+@checkpoint("shape", "(32,)", "(16,)")
 def checkpoint_of_another_width(run, path):
     edit_model(run, hidden_size=16)
 

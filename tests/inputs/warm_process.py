@@ -2,10 +2,11 @@
 
     python warm_process.py  < requests  > replies
 
-A request is a JSON line with ``arguments``, ``folder``, ``environment`` and ``seconds``; its reply has ``code``,
-``seconds``, ``output`` and ``left``. Each fork runs the package's ``__main__`` by ``runpy``, as ``python -m`` does, in a
-session, working directory and environment of its own, and ends as any interpreter ends. What differs from a process
-started anew is only that torch, transformers and lightning are there already: the import is most of its time.
+A request is a JSON line with ``arguments``, ``folder``, ``environment``, ``seconds`` and ``file_size`` (what
+``ulimit -f`` sets, in bytes); its reply has ``code``, ``seconds``, ``output`` and ``left``. Each fork runs the package's
+``__main__`` by ``runpy``, as ``python -m`` does, in a session, working directory and environment of its own, and ends
+as any interpreter ends. What differs from a process started anew is only that torch, transformers and lightning are
+there already: the import is most of its time.
 
 This process is the reaper of whatever its forks leave behind, so ``left`` counts every process that outlives its run.
 """
@@ -13,6 +14,7 @@ This process is the reaper of whatever its forks leave behind, so ``left`` count
 import ctypes
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -53,6 +55,8 @@ def become(request: dict[str, Any], log: Path) -> None:
     ):
         os.dup2(os.open(path, flags, 0o600), number)
     os.dup2(1, 2)
+    if request["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  as the interpreter's own, for as long as it lives
 
 
