@@ -3,8 +3,8 @@
     python warm_process.py  < requests  > replies
 
 A request is a JSON line with ``arguments``, ``folder``, ``environment``, ``seconds`` and ``file_size`` (what
-``ulimit -f`` sets, in bytes); its reply has ``code``, ``seconds``, ``output`` and ``left``. Each fork runs the package's
-``__main__`` by ``runpy``, as ``python -m`` does, in a session, working directory and environment of its own, and ends
+``ulimit -f`` sets, in bytes); its reply has ``code``, ``seconds``, ``output`` and ``left``. Each fork runs the
+package's ``__main__`` by ``runpy``, as ``python -m`` does, in a session and environment of its own, and ends
 as any interpreter ends. What differs from a process started anew is only that torch, transformers and lightning are
 there already: the import is most of its time.
 
