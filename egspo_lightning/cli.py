@@ -5,7 +5,6 @@ Built on LightningCLI: every constructor argument is a flag and a config key, an
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,14 +16,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
-from torch.distributed.checkpoint.api import CheckpointException
 from transformers.utils.logging import disable_progress_bar
 
+from egspo_lightning import replaying
 from egspo_lightning.callbacks import (
     EntropyHistogram,
+    Guards,
     HFExport,
     Interruption,
     MathBenchmark,
@@ -35,10 +36,16 @@ from egspo_lightning.callbacks import (
     StageTransition,
     TokenRecords,
 )
+from egspo_lightning.callbacks.run_config import RunConfig
+from egspo_lightning.checkpoint_files import open_checkpoint
+from egspo_lightning.config_files import require_readable
 from egspo_lightning.datamodule import HybridDataModule
-from egspo_lightning.errors import RunStopped, UserError, cause_of
+from egspo_lightning.errors import RunStopped, UserError
+from egspo_lightning.exits import end, take_debug
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.ranks import end_other_ranks
 from egspo_lightning.resumption import go_on_logging, last_checkpoint, places
+from egspo_lightning.surroundings import require_ranks, require_writable
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -47,6 +54,7 @@ CALLBACKS: dict[str, type] = {
     "math_benchmark": MathBenchmark,
     "stage_transition": StageTransition,
     "entropy_histogram": EntropyHistogram,
+    "guards": Guards,
     "token_records": TokenRecords,
     "rollout_samples": RolloutSamples,
     "checkpoint": PhaseCheckpoint,
@@ -75,10 +83,11 @@ class EgspoCLI(LightningCLI):
             HybridDataModule,
             args=None if args is None else list(args),
             trainer_defaults=TRAINER_DEFAULTS,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=1,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "egspo"},
+            parser_kwargs={"prog": "egspo", "epilog": "egspo replay FILE looks into an update that was not finite."},
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -86,7 +95,18 @@ class EgspoCLI(LightningCLI):
         parser = super().init_parser(allow_abbrev=False, **kwargs)
         if "prog" not in kwargs:  # a subcommand's
             parser.usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
+        else:
+            parser.add_argument("--debug", action="store_true", help="Show the traceback of every error.")
         return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take the model's arguments from the checkpoint here, silently; ours hold none of them."""
+
+    def _set_seed(self) -> None:
+        seed = self.config[self.config.subcommand].get("seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, or true for a random one, got {seed}.")
+        super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there before anything is loaded; load those that are without running code."""
@@ -94,30 +114,47 @@ class EgspoCLI(LightningCLI):
         _require_one_method([str(path) for path in config.get("config") or []])
         if config.get("weights_only") is None:
             config["weights_only"] = True
+        require_writable(config.trainer.default_root_dir, "trainer.default_root_dir")
         path = config.get("ckpt_path")
-        is_local = path is not None and path not in ("best", "last", "hpc") and ":" not in str(path)
-        if is_local and not Path(path).exists():
-            raise UserError(f"ckpt_path: no such file or folder: {path}.")
+        if path is not None and path not in ("best", "last", "hpc") and ":" not in str(path):
+            open_checkpoint(Path(path))
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a sharded checkpoint where nothing is sharded."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        strategy = self.trainer.strategy
+        is_sharding = isinstance(strategy, (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy))
+        if path is not None and Path(path).is_dir() and not is_sharding:
+            raise UserError(
+                f"ckpt_path: {path} is a sharded checkpoint, which trainer.strategy {type(strategy).__name__} cannot "
+                "load. Give lightning.pytorch.strategies.ModelParallelStrategy, as the run that wrote it."
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer; what Lightning says of impossible flags is told as any other mistake."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UserError(f"trainer: {error}") from error
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
+            given = self.config[self.subcommand].trainer
+            fields = ("accelerator", "devices", "num_nodes", "strategy", "precision", "max_time")
+            shown = ", ".join(f"{name} = {given.get(name)}" for name in fields if given.get(name) is not None)
+            raise UserError(f"trainer: {error} Change one of what was given: {shown}.") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """``--ckpt_path last`` is the last checkpoint of the latest run, whose folder a resumed run goes on in."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if kwargs.get("ckpt_path") == "last":
-            path = kwargs["ckpt_path"] = last_checkpoint(self.trainer)
-            if path is None and subcommand != "fit":
-                raise UserError(f"ckpt_path: last: there is no checkpoint in {places(self.trainer)}.")
-            if path is None:  # as in Lightning, so that one command starts a run and takes it up again
-                rank_zero_warn(f"ckpt_path: last: no checkpoint in {places(self.trainer)}; the run starts anew.")
-            elif subcommand == "fit":
-                go_on_logging(self.trainer, path)
-        return kwargs
+        if kwargs.get("ckpt_path") != "last":
+            return kwargs
+        path, looked_in = last_checkpoint(self.trainer), places(self.trainer)
+        if path is not None:
+            open_checkpoint(Path(path))
+        elif subcommand != "fit":
+            raise UserError(f"ckpt_path: last: there is no checkpoint in {looked_in}. Give the path of one.")
+        else:  # as in Lightning, so that one command starts a run and takes it up again
+            rank_zero_warn(f"ckpt_path: last: no checkpoint in {looked_in}; the run starts anew.")
+        if path is not None and subcommand == "fit":
+            go_on_logging(self.trainer, path)
+        return kwargs | {"ckpt_path": path}
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out the callbacks that Lightning's own flags switch off."""
@@ -127,6 +164,14 @@ class EgspoCLI(LightningCLI):
             if config.get(flag) is False
         ]
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(unwanted))])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Where this rank fails, none of the others is left waiting for it."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception:
+            end_other_ranks(self.trainer)
+            raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a key of its own, so that a config changes one argument without repeating the list."""
@@ -207,37 +252,28 @@ def _silence_noise() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
+    arguments, debug = take_debug(sys.argv[1:] if args is None else args)
     try:
-        run(args)
+        if arguments[:1] == [replaying.COMMAND]:
+            replaying.main(arguments[1:])
+        else:
+            run(arguments)
         _leave_ranks()
     except RunStopped as stopped:
         _leave_ranks()
         if stopped.code:
             print(f"error: {stopped}", file=sys.stderr)
         raise
-    except SIGTERMException:
-        print("error: ended by SIGTERM. Resume with --ckpt_path last.", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)  # Lightning's own exit code would be 0
-    except CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-        print(
-            f"error: ckpt_path: this sharded checkpoint does not fit the run: {reason} Start from one with the same "
-            "networks: model.policy, model.critic, model.objective.beta and model.kl_reward decide on them.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except (ValueError, MisconfigurationException) as error:
-        cause = cause_of(error, UserError, MisconfigurationException)  # jsonargparse wraps mistakes within lists
-        if cause is None:
-            raise
-        print(f"error: {cause}", file=sys.stderr)
-        sys.exit(2)
+    except (Exception, SIGTERMException) as error:  # the latter where nothing is trained: Lightning's exit code is 0
+        sys.exit(end(error, debug=debug))
 
 
 def run(args: Sequence[str] | None = None) -> EgspoCLI:
     """The same for Python callers: mistakes are raised, and the finished CLI with its trainer is returned."""
     _silence_noise()
     disable_progress_bar()
+    require_ranks(os.environ)
+    require_readable(sys.argv[1:] if args is None else args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own do not survive a fork
     return EgspoCLI(args)
 

@@ -33,6 +33,9 @@ from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import ExpertSolution, ProblemBatch
 
+MOST = 10**8
+"""Of anything that is counted in memory: far above what fits, and below what would hang before it fails."""
+
 
 class HybridDataModule(LightningDataModule):
     """Gives a pass of demonstrations in stage SFT, and in stage EGSPO a fresh collection of rollouts an epoch.
@@ -100,10 +103,14 @@ class HybridDataModule(LightningDataModule):
         for name, value in vars(self).items():
             if name in ("num_ppo_epochs", "num_minibatches", "max_prompt_length") or name.endswith("_batch_size"):
                 require(value >= 1, f"data.{name}", value, "at least 1")
+            if name.startswith(("num_", "max_")) or name.endswith("_batch_size"):
+                require(value <= MOST, f"data.{name}", value, f"at most {MOST}")
         require(0 <= expert_fraction <= 1, "data.expert_fraction", expert_fraction, "in [0, 1]")
         num_experts = round(expert_fraction * num_problems)
         allowed = f"0, or large enough to be at least one of the {num_problems} problems of data.num_problems"
         require(num_experts > 0 or expert_fraction == 0, "data.expert_fraction", expert_fraction, allowed)
+        self.num_duplicates = 0
+        """Training problems and demonstrations that a benchmark asks; they are dropped."""
         self.answerer = Answerer(
             self.benchmarks, engine, evaluation_grader, predict_sampling, max_completion_length, seed
         )
@@ -143,6 +150,7 @@ class HybridDataModule(LightningDataModule):
         dropped = prepare_problems(
             self.problems, self.encoder, excluded, long_problems=self.long_problems, seed=self.seed
         )
+        self.num_duplicates = num_asked + dropped[0]
         if self.expert_fraction > 0:
             pool.require_answers()
         self.phases.pool = pool

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, require
 
 
 def require_phases(trainer: Any) -> None:
@@ -11,6 +11,11 @@ def require_phases(trainer: Any) -> None:
     Raises:
         UserError: it would not.
     """
+    parts = trainer.accumulate_grad_batches
+    require(parts >= 1, "trainer.accumulate_grad_batches", parts, "at least 1")
+    allowed = "at least 1, or -1 to go on until trainer.max_steps or trainer.max_time"
+    require(trainer.max_epochs != 0, "trainer.max_epochs", trainer.max_epochs, allowed)
+    require(trainer.max_steps != 0, "trainer.max_steps", trainer.max_steps, "at least 1, or -1 for no limit")
     if trainer.reload_dataloaders_every_n_epochs != 1:
         raise UserError(
             "trainer.reload_dataloaders_every_n_epochs must be 1, since each epoch has a loader of its own, got "

@@ -5,6 +5,7 @@ Optimisation is automatic, so clipping, accumulation, precision, strategies and 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,8 @@ from torch.optim import AdamW, Optimizer
 from egspo_lightning.admission import Admission
 from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, require
+from egspo_lightning.faults import FiniteUpdates, NonFiniteError, Part, describe, to_plain
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics, Reduction
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
@@ -26,7 +28,7 @@ from egspo_lightning.ops.masking import masked_mean
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.policy_module import PolicyModule
-from egspo_lightning.types import ExpertBatch, Measurements, RolloutBatch, ScoredRollouts, Stage, TrainingBatch
+from egspo_lightning.types import Current, ExpertBatch, Measurements, RolloutBatch, ScoredRollouts, Stage, TrainingBatch
 
 FULL_PRECISION_TOLERANCE = 1e-3
 """Largest |log(pi / pi_old)| before the first update, nats, where everything is computed in float32."""
@@ -50,6 +52,8 @@ class EGSPOModule(PolicyModule):
         optimizer: The optimiser, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimiser steps; constant by default.
         initial_stage: sft, or egspo to start with rollouts at once.
+        max_bad_updates: Updates in a row with a loss or gradient that is not finite, after which the run stops. Each
+            is skipped and counted; at the last, weights and batch are written to nonfinite.ckpt for ``egspo replay``.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class EGSPOModule(PolicyModule):
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         initial_stage: Literal["sft", "egspo"] = "sft",
+        max_bad_updates: int = 5,
     ) -> None:
         has_reference = objective.beta > 0 or kl_reward is not None
         super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
@@ -76,6 +81,8 @@ class EGSPOModule(PolicyModule):
         self._require_critic()
         self._phase = PhaseMetrics()
         self._skip_update = False
+        require(max_bad_updates >= 1, "model.max_bad_updates", max_bad_updates, "at least 1")
+        self._finite = FiniteUpdates(max_bad_updates)
 
     def _require_critic(self) -> None:
         name = type(self.advantage).__name__
@@ -123,10 +130,13 @@ class EGSPOModule(PolicyModule):
             raise RuntimeError(f"A batch of stage {batch.stage} came in stage {self.stage}: a loader was not renewed.")
         if batch.stage == Stage.SFT:
             assert batch.expert is not None
+            weights = None
             loss, metrics = self._sft_step(batch.expert)
         else:
             assert batch.rollout is not None
-            loss, metrics = self._egspo_step(batch.rollout, batch.expert)
+            weights = self._coefficients()
+            loss, metrics = self._egspo_step(batch.rollout, batch.expert, weights)
+        self._finite.note(Part(batch_idx, batch, weights, loss.detach()))
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         self._phase.add({name: value * scale for name, value in (metrics | {"loss/total": loss.detach()}).items()})
         return loss * scale
@@ -137,21 +147,37 @@ class EGSPOModule(PolicyModule):
         loss = sft_loss(stats.logprobs, expert, weighting="plain")
         return loss + self._untouched(stats.values), {"loss/sft": loss.detach()}
 
-    def _egspo_step(self, rollout: RolloutBatch, expert: ExpertBatch | None) -> tuple[Tensor, Metrics]:
+    def _egspo_step(
+        self, rollout: RolloutBatch, expert: ExpertBatch | None, weights: Coefficients
+    ) -> tuple[Tensor, Metrics]:
         self._refuse_stale(rollout)
-        weights = self._coefficients()
         if weights.mu == 0:
             expert = None  # a schedule may end there
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
         current = self.statistics(rollout.input_ids, rollout.completion_mask)
         self._check_first_ratio(current.logprobs.detach(), rollout)
         self._phase.add({"policy/mu": weights.mu})
+        return self._egspo_loss(current, rollout, expert, weights)
+
+    def _egspo_loss(
+        self, current: Current, rollout: RolloutBatch, expert: ExpertBatch | None, weights: Coefficients
+    ) -> tuple[Tensor, Metrics]:
         expert_loss = None if expert is None else self._expert_loss(expert)
         loss, metrics = self.objective.hybrid_loss(current, rollout, self.attenuation, expert_loss, weights)
         if self.critic_config is None or current.values is None:
             return loss, metrics
         error, value_metrics = value_loss(current.values, rollout, clip=self.critic_config.clip)
         return loss + weights.value * error, metrics | value_metrics
+
+    def replay(self, part: Part) -> tuple[Tensor, Current]:
+        """The loss of a micro-batch that was kept, and what the networks say of its tokens, with gradient."""
+        rollout, expert, weights = part.batch.rollout, part.batch.expert, part.coefficients
+        if rollout is None or weights is None:
+            assert expert is not None
+            stats = self._policy(expert.input_ids, expert.completion_mask)
+            return sft_loss(stats.logprobs, expert, weighting="plain"), stats
+        current = self.statistics(rollout.input_ids, rollout.completion_mask)
+        return self._egspo_loss(current, rollout, expert if weights.mu > 0 else None, weights)[0], current
 
     def _expert_loss(self, expert: ExpertBatch) -> Tensor:
         stats = self._policy(expert.input_ids, expert.completion_mask)
@@ -185,8 +211,12 @@ class EGSPOModule(PolicyModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """What is not trained in this step must not be moved by the optimiser's momentum or weight decay either."""
-        self._phase.add({"policy/skipped_fraction": float(self._skip_update)})
         policy, critic = self._trained_parameters()
+        scaled = str(self.trainer.precision) == "16-mixed"  # its scaler skips, and lowers the scale
+        is_bad = self._finite.judge([*policy, *critic], self.sum_over_ranks, scaled=scaled)
+        self._phase.add({"fault/nonfinite_updates": float(self._finite.num_bad)}, "max")
+        self._skip_update = self._skip_update or is_bad
+        self._phase.add({"policy/skipped_fraction": float(self._skip_update)})
         idle = critic if self.stage == Stage.SFT else policy if self._is_warming_up else []
         for parameter in [*policy, *critic] if self._skip_update else idle:
             parameter.grad = None
@@ -196,6 +226,8 @@ class EGSPOModule(PolicyModule):
 
         Lightning's ``log`` takes longer than many a metric, and at every step it would be called for each of them.
         """
+        if self._finite.must_stop:
+            self._stop_for_bad_updates()
         if not (self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done):
             return
         values = self._over_ranks(self._phase.take())
@@ -212,6 +244,19 @@ class EGSPOModule(PolicyModule):
         means, maxima = ranks.mean(0).tolist(), ranks.amax(0).tolist()
         both = zip(keys, means, maxima, strict=True)
         return {name: largest if reduction == "max" else mean for (reduction, name), mean, largest in both}
+
+    def _stop_for_bad_updates(self) -> None:
+        """Write weights and batch as a checkpoint, and end. Collective."""
+        part, log_dir = self._finite.bad_part, self.trainer.log_dir
+        assert part is not None
+        path = Path(log_dir or self.trainer.default_root_dir) / "nonfinite.ckpt"
+        self.trainer.save_checkpoint(path, weights_only=False)
+        raise NonFiniteError(
+            f"{self._finite.num_in_a_row} updates in a row had a loss or gradient that is not finite, the last at "
+            f"{describe(part)} after {self.global_step} optimiser steps, phase {self.trainer.current_epoch + 1}. They "
+            f"were skipped; the weights are those of before. To see which tokens: egspo replay {path}. Lower the "
+            "learning rate, clip the gradient (trainer.gradient_clip_val), or look at the data, then resume."
+        )
 
     def _refuse_stale(self, rollout: RolloutBatch) -> None:
         if rollout.policy_version != self._phase_version:
@@ -232,8 +277,9 @@ class EGSPOModule(PolicyModule):
         if self.policy_version != self._phase_version:
             return
         distance = masked_mean(ratios.abs(), mask) if self.takes_sampled_statistics else ratios.abs().max()
+        self._phase.add({"policy/first_ratio_gap": distance}, "max")
         tolerance = FULL_PRECISION_TOLERANCE if self.is_full_precision else LOW_PRECISION_TOLERANCE
-        if not distance <= tolerance:
+        if distance > tolerance:  # NaN is another matter: such an update is skipped, and kept for replay
             raise RuntimeError(
                 f"Before the first update |log(pi / pi_old)| is {distance.item():.4f} nats, where at most {tolerance} "
                 "is expected: the training forward pass disagrees with the one that scored the rollouts (in float32, "
@@ -270,6 +316,9 @@ class EGSPOModule(PolicyModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["egspo"]["admission"] = self.admission.state_dict()
         checkpoint["egspo"]["metrics"] = self.collect_over_ranks(self._phase.state_dict())
+        checkpoint["egspo"]["finite"] = self._finite.state_dict()
+        if self._finite.must_stop and self._finite.bad_part is not None:
+            checkpoint["egspo"]["bad_part"] = to_plain(self._finite.bad_part)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what they remembered."""
@@ -278,3 +327,5 @@ class EGSPOModule(PolicyModule):
         metrics, rank = checkpoint["egspo"].get("metrics", []), self.trainer.global_rank
         if len(metrics) == self.trainer.world_size:
             self._phase.load_state_dict(metrics[rank])
+        if "finite" in checkpoint["egspo"]:
+            self._finite.load_state_dict(checkpoint["egspo"]["finite"])

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +20,18 @@ from egspo_lightning.ops.padding import like_lengths, row_lengths
 from egspo_lightning.ops.token_stats import token_stats
 from egspo_lightning.types import Current
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 """What transformers raises for a name, folder or file that it cannot make a model of."""
 
 
@@ -73,10 +87,40 @@ class PolicyConfig:
             with self._told("architecture"):
                 lm = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention, **trust)
         else:
-            lm = self._load(AutoModelForCausalLM, "weights", dtype=dtype, **attention)
+            told = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # refused below, by name and shape
+            lm, info = self._load(AutoModelForCausalLM, "weights", dtype=dtype, **attention, **told)
+            self._require_whole(info)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return Policy(lm, ValueHead(lm) if with_value_head else None)
+
+    def require_vocabulary(self, tokenizer: Any) -> None:
+        """Refuse a model that has no row for some of the tokenizer's ids.
+
+        Raises:
+            UserError: naming both sizes.
+        """
+        size = self._load(AutoConfig, "config").get_text_config().vocab_size
+        most = max(tokenizer.get_vocab().values(), default=-1)
+        if most >= size:
+            raise UserError(
+                f"model.policy.name_or_path: the tokenizer of {self.name_or_path!r} gives ids up to {most}, and "
+                f"vocab_size in its config.json is {size}. Take the tokenizer and the weights of the same model."
+            )
+
+    def _require_whole(self, info: dict[str, Any]) -> None:
+        """Refuse weights that transformers would make up: a part of the policy would silently be noise."""
+        told = [
+            f"{name} has the shape {tuple(has)}, by config.json {tuple(needs)}"
+            for name, has, needs in info["mismatched_keys"]
+        ]
+        told += [f"{name} is missing" for name in sorted(info["missing_keys"])]
+        if told:
+            raise UserError(
+                f"model.policy.name_or_path: the weights of {self.name_or_path!r} are not those of its config.json: "
+                f"{'; '.join(told[:3])}{f' (and {len(told) - 3} more)' if len(told) > 3 else ''}. Take both from one "
+                "source, or train from random weights by model.policy.from_scratch: true."
+            )
 
     def _load(self, factory: Any, part: str, **kwargs: Any) -> Any:
         looks_local = self.name_or_path.startswith((".", "/", "~")) or Path(self.name_or_path).exists()
@@ -93,12 +137,25 @@ class PolicyConfig:
         try:
             yield
         except LOADING_ERRORS as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = " ".join(str(error).strip().split("\n")[:2])
             raise UserError(
-                f"model.policy.name_or_path: cannot load the {part} of {self.name_or_path!r}: {reason} Give a "
-                "folder that holds it, or a name on the hub with a network (a folder without weights needs "
-                "model.policy.from_scratch: true)."
+                f"model.policy.name_or_path: cannot load the {part} of {self.name_or_path!r}: {reason} {self._remedy}"
             ) from error
+
+    @property
+    def _remedy(self) -> str:
+        """What helps where a model cannot be loaded."""
+        if not Path(self.name_or_path).is_dir() and HF_HUB_OFFLINE:
+            return (
+                f"HF_HUB_OFFLINE is set, so nothing is fetched: config.json, the tokenizer and the weights of "
+                f"{self.name_or_path!r} (revision {self.revision}) have to stand in {HF_HUB_CACHE}. Download them "
+                "beforehand (hf download), or unset HF_HUB_OFFLINE."
+            )
+        return (
+            "Give a folder that holds it, or a name on the hub with a network (a folder without weights needs "
+            "model.policy.from_scratch: true; a model with Python code of its own, if you trust it, "
+            "model.policy.trust_remote_code: true; another kernel, model.policy.attn_implementation: sdpa)."
+        )
 
 
 class ValueHead(nn.Module):

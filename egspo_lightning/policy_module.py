@@ -16,9 +16,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from egspo_lightning.checkpoint_fit import (
+    fit_optimizer_kind,
+    require_same_shapes,
+    require_same_tokenizer,
+    tokenizer_digest,
+)
 from egspo_lightning.checkpoints import adapt_optimizer, adapt_weights
 from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.errors import UserError
+from egspo_lightning.optimizers import build_optimizer, build_scheduler
 from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
 from egspo_lightning.randomness import random_state, restore_random_state
 from egspo_lightning.sharding import gathered, shard
@@ -85,6 +92,7 @@ class PolicyModule(LightningModule):
         """Build the networks; to measure a policy, it alone is enough."""
         if self.policy is not None:
             return
+        self.policy_config.require_vocabulary(self.tokenizer)
         is_training = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
         critic = self.critic_config if is_training else None
         self.policy = self.policy_config.build(with_value_head=critic is not None and critic.trunk == "shared")
@@ -105,15 +113,16 @@ class PolicyModule(LightningModule):
             return optimizer
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
+            "lr_scheduler": {"scheduler": build_scheduler(self._lr_scheduler, optimizer), "interval": "step"},
         }
 
     def _build_optimizer(self) -> Optimizer:
         policy, critic = self._trained_parameters()
         if not critic:
-            return self._optimizer(policy)
+            return build_optimizer(self._optimizer, policy)
         rate = self.critic_config.learning_rate if self.critic_config is not None else None
-        return self._optimizer([{"params": policy}, {"params": critic} | ({} if rate is None else {"lr": rate})])
+        groups = [{"params": policy}, {"params": critic} | ({} if rate is None else {"lr": rate})]
+        return build_optimizer(self._optimizer, groups)
 
     def _trained_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Of the policy, and of the critic."""
@@ -146,7 +155,7 @@ class PolicyModule(LightningModule):
             group["lr"] = optimizer.defaults["lr"] if rate is None else rate
         for config in self.trainer.lr_scheduler_configs:
             assert self._lr_scheduler is not None
-            config.scheduler = self._lr_scheduler(optimizer)
+            config.scheduler = build_scheduler(self._lr_scheduler, optimizer)
 
     # What rollouts need
 
@@ -266,6 +275,8 @@ class PolicyModule(LightningModule):
             "phase_version": self._phase_version,
             "entered_step": self.entered_step,
             "random": self.collect_over_ranks(random_state()),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "optimizer": type(self.optimizers(use_pl_optimizer=False)).__name__,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -282,9 +293,15 @@ class PolicyModule(LightningModule):
             self._take_up_random_state(state.get("random", []))
         is_exact = is_entry or self.stage == Stage.SFT or not is_fit
         weights = checkpoint.get("state_dict", {})
-        adapt_weights(weights, self.state_dict() if weights else {}, is_exact=is_exact)
-        if is_fit and checkpoint.get("optimizer_states"):
-            adapt_optimizer(checkpoint["optimizer_states"], self._build_optimizer().state_dict(), is_entry=is_entry)
+        own = self.state_dict() if weights else {}
+        adapt_weights(weights, own, is_exact=is_exact)
+        require_same_shapes(weights, own)
+        require_same_tokenizer(state.get("tokenizer"), tokenizer_digest(self.tokenizer))
+        if is_fit and (states := checkpoint.get("optimizer_states")):
+            optimizer = self._build_optimizer()
+            fresh, kind = optimizer.state_dict(), type(optimizer).__name__
+            fit_optimizer_kind(states, state.get("optimizer"), fresh, kind, is_entry=is_entry)
+            adapt_optimizer(states, fresh, is_entry=is_entry)
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed: until here, starting has drawn some."""

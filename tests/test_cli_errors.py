@@ -299,7 +299,7 @@ def test_a_config_file_that_is_not_yaml_is_told(config, refused, tmp_path):
     (tmp_path / "bad.yaml").write_text("a: 1\n\nb: {")
     message = refused(config, "--config", str(tmp_path / "bad.yaml"))
     assert "config" in message
-    assert "line 4, column 1" in message  # behind the open brace
+    assert "line 3, column 5" in message  # behind the open brace
 
 
 def test_an_unknown_subcommand_is_told(config, refused):

@@ -11,17 +11,18 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "checkpoints", "randomness"],
+    ["types", "jsonl", "flags", "checkpoints", "checkpoint_files", "checkpoint_fit", "randomness"],
+    ["config_files", "surroundings", "optimizers", "ranks"],
     ["ops", "rewards", "tasks"],
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],
     ["critic", "sharding", "answering", "phases"],
-    ["policy_module"],
+    ["policy_module", "faults"],
     ["module", "datamodule"],
-    ["callbacks"],
-    ["resumption"],
+    ["callbacks", "exits"],
+    ["replaying", "resumption"],
     ["cli"],
     ["__main__"],
 ]
@@ -108,7 +109,7 @@ def test_sampling_does_not_know_what_it_is_for(path):
 
 
 def test_only_the_upper_layers_import_lightning():
-    upper = ("policy_module", "module", "datamodule", "callbacks", "resumption", "cli")
+    upper = ("policy_module", "module", "datamodule", "callbacks", "exits", "replaying", "resumption", "cli")
     for path in FILES:
         if home(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)
@@ -123,7 +124,7 @@ def test_plots_and_data_frames_are_the_analysis_own():
     assert top_level(PACKAGE / "analysis" / "schema.py") <= {"pathlib", "pyarrow"}
 
 
-@pytest.mark.parametrize("part", ["module", "policy_module", "policy", "critic", "checkpoints", "sharding"])
+@pytest.mark.parametrize("part", ["module", "policy_module", "policy", "critic", "checkpoints", "sharding", "faults"])
 def test_the_module_reads_no_text(part):
     """Nor does anything that it is made of."""
     forbidden = {

@@ -2,6 +2,7 @@
 
 from egspo_lightning.callbacks.checkpoint import PhaseCheckpoint
 from egspo_lightning.callbacks.entropy_histogram import EntropyHistogram
+from egspo_lightning.callbacks.guards import Guards
 from egspo_lightning.callbacks.hf_export import HFExport
 from egspo_lightning.callbacks.interruption import Interruption
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark
@@ -13,6 +14,7 @@ from egspo_lightning.callbacks.token_records import TokenRecords
 
 __all__ = [
     "EntropyHistogram",
+    "Guards",
     "HFExport",
     "Interruption",
     "MathBenchmark",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from egspo_lightning.callbacks.access import module_of
 from egspo_lightning.callbacks.checkpoint import save_whole
@@ -79,6 +80,13 @@ class StageTransition(Callback):
         if has_left_sft and module.entered_step == trainer.global_step:
             module.branch_off()
             self._restart(module)
+        left, most = (self.after_epochs or 0) - self.num_epochs, trainer.max_epochs or -1
+        if self.enabled and module.stage == Stage.SFT and 0 < most <= trainer.current_epoch + left:
+            rank_zero_warn(
+                f"trainer.max_epochs = {most} ends within stage SFT (stage_transition.after_epochs = "
+                f"{self.after_epochs}): there will be no phase of EGSPO. Raise max_epochs, or set "
+                "stage_transition.enabled: false to say that SFT alone is meant."
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """SFT alone goes on with SFT, also from a checkpoint at which another run left it."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
-from egspo_lightning.tasks.family import ProblemFamily
+from egspo_lightning.tasks.family import ProblemFamily, require_family
 from egspo_lightning.types import Demonstration, Problem
 
 DEFAULT_TASK = ArithmeticTask()
@@ -27,6 +27,9 @@ class GeneratedDemonstrations(DemonstrationSource):
     seed: int = 0
     task: ProblemFamily = DEFAULT_TASK
 
+    def __post_init__(self) -> None:
+        require_family(self.task, "data.demonstrations.init_args.task")
+
     def load(self) -> list[Demonstration]:
         """The demonstrations."""
         problems = self.task.distinct(f"demonstrations/{self.seed}", "train", self.num_demonstrations)
@@ -45,6 +48,9 @@ class GeneratedProblems(ProblemSource):
 
     _stream: str | None = field(default=None, init=False, repr=False)
     _excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        require_family(self.task, "data.problems.init_args.task")
 
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
         """Fix the stream; count the texts kept out of it. See ``ProblemSource.prepare``."""

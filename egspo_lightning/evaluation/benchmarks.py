@@ -15,7 +15,7 @@ from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
 from egspo_lightning.jsonl import read_rows
 from egspo_lightning.rows import hub_rows, problem_of
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
-from egspo_lightning.tasks.family import ProblemFamily, Split
+from egspo_lightning.tasks.family import ProblemFamily, Split, require_family
 from egspo_lightning.types import Problem
 
 
@@ -97,6 +97,7 @@ class GeneratedBenchmark(Benchmark):
         task: ProblemFamily = ArithmeticTask(),  # noqa: B008 - frozen
         **sampling: Any,
     ) -> None:
+        require_family(task, "data.benchmarks.init_args.task")
         super().__init__(task.name if name is None else name, **sampling)
         self.split: Split = split
         self.num_problems = num_problems

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar, Literal
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, require
 from egspo_lightning.tasks.family import ProblemFamily
 from egspo_lightning.types import Demonstration, Problem
 
+MOST = 1000
+"""Terms or digits: no model reads more of them, and Python prints no number of more than 4300 digits."""
 _EXPRESSION = re.compile(r"[0-9]+(?:[+-][0-9]+)+=\?")
 
 
@@ -41,10 +43,8 @@ class ArithmeticTask(ProblemFamily):
     operators: Literal["+", "+-"] = "+"
 
     def __post_init__(self) -> None:
-        if self.num_terms < 2:
-            raise UserError(f"num_terms must be at least 2, got {self.num_terms}.")
-        if self.num_digits < 1:
-            raise UserError(f"num_digits must be at least 1, got {self.num_digits}.")
+        require(2 <= self.num_terms <= MOST, "num_terms", self.num_terms, f"at least 2 and at most {MOST}")
+        require(1 <= self.num_digits <= MOST, "num_digits", self.num_digits, f"at least 1 and at most {MOST}")
         if self.operators not in ("+", "+-"):
             raise UserError(f'operators must be "+" or "+-", got {self.operators!r}.')
 

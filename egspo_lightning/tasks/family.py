@@ -92,3 +92,16 @@ class ProblemFamily(ABC):
             return False
         digest = blake2b(key.encode(), digest_size=4).digest()
         return int.from_bytes(digest) % 10 in SPLITS[split]
+
+
+def require_family(task: object, field: str) -> None:
+    """Refuse what is no family of problems, such as null.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(task, ProblemFamily):
+        raise UserError(
+            f"{field} must be a family of problems, such as egspo_lightning.tasks.arithmetic.ArithmeticTask, got "
+            f"{'null' if task is None else task}. Leave it out for the default."
+        )

@@ -1,4 +1,4 @@
-"""Hundreds of collections in which everything goes wrong that can: the counts are right, and the policy still learns."""
+"""Hundreds of collections in which all goes wrong that can: the counts are right, and the policy still learns."""
 
 import errno
 import json

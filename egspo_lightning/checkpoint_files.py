@@ -1,0 +1,62 @@
+"""Opens checkpoints as data: nothing in them is run, and what is none is told apart from what was cut off."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from egspo_lightning.errors import UserError
+
+SHARDED_PARTS = ("meta.pt", ".metadata")
+"""What a sharded checkpoint's folder holds besides the shards."""
+WRITER = "pytorch-lightning_version"
+
+
+def open_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; its tensors are read from the file when they are used. A sharded one's are not in it.
+
+    Raises:
+        UserError: it is no checkpoint of this program, was cut off while it was written, or would have to run code.
+    """
+    if not path.exists():
+        raise UserError(f"ckpt_path: no such file or folder: {path}.")
+    if path.is_dir():
+        if missing := [name for name in SHARDED_PARTS if not (path / name).is_file()]:
+            raise UserError(
+                f"ckpt_path: {path} is a folder without {' and '.join(missing)}, so no sharded checkpoint. Give the "
+                "folder that the run wrote, or a .ckpt file."
+            )
+        return _require_ours(_load(path / SHARDED_PARTS[0]), path)
+    return _require_ours(_load(path), path)
+
+
+def _load(path: Path) -> Any:
+    if path.stat().st_size == 0:
+        raise UserError(f"ckpt_path: {path} is empty: it was cut off while it was written. Take an earlier one.")
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            is_cut = file.read(2) == b"PK"
+        what = "was cut off while it was written or copied" if is_cut else "is no checkpoint"
+        raise UserError(f"ckpt_path: {path} {what}. Give a .ckpt file that this program wrote, such as last.ckpt.")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "it is no plain data")
+        raise UserError(
+            f"ckpt_path: {path} would have to run code to be loaded ({reason.strip().split('. ')[0]}), and is not "
+            "loaded. Checkpoints of this program hold plain data alone."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"ckpt_path: {path} is damaged or no checkpoint: {reason} Take an earlier one.") from error
+
+
+def _require_ours(content: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or "egspo" not in content or WRITER not in content:
+        raise UserError(
+            f"ckpt_path: {path} was not written by EGSPOModule. To start from a model's weights, give its folder as "
+            "model.policy.name_or_path."
+        )
+    return content

@@ -1,0 +1,45 @@
+"""Builds the optimiser and the schedule that a config names, and refuses those that training cannot use."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from egspo_lightning.errors import UserError
+
+
+def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
+    """The optimiser over parameters or groups of them.
+
+    Raises:
+        UserError: its arguments are out of range, or it evaluates the loss several times a step.
+    """
+    try:
+        optimizer = factory(parameters)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.optimizer: {error}. Change its init_args.") from error
+    if isinstance(optimizer, LBFGS):
+        raise UserError(
+            "model.optimizer: LBFGS evaluates the loss several times a step, so that no update could be "
+            "skipped. Use one of a gradient a step, such as torch.optim.AdamW."
+        )
+    return optimizer
+
+
+def build_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
+    """The schedule of the learning rate, stepped once an update.
+
+    Raises:
+        UserError: its arguments are out of range, or it waits for a metric, which no update has.
+    """
+    try:
+        scheduler = factory(optimizer)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model.lr_scheduler: {error}. Change its init_args.") from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(
+            "model.lr_scheduler: ReduceLROnPlateau answers to a metric, and schedules here are stepped once an update. "
+            "Use one of the step, such as torch.optim.lr_scheduler.LinearLR."
+        )
+    return scheduler

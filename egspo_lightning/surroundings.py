@@ -1,0 +1,59 @@
+"""Checks of what a run is started in: its environment variables, and the folder that it writes to."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from egspo_lightning.errors import UserError
+
+COUNTS = {
+    "MASTER_PORT": 65535,
+    "LOCAL_RANK": None,
+    "GLOBAL_RANK": None,
+    "RANK": None,
+    "NODE_RANK": None,
+    "GROUP_RANK": None,
+    "WORLD_SIZE": None,
+    "LOCAL_WORLD_SIZE": None,
+    "SLURM_NTASKS": None,
+    "SLURM_PROCID": None,
+    "SLURM_LOCALID": None,
+}
+"""Variables by which ranks find each other, and the largest value that each may have."""
+
+
+def require_ranks(environment: Mapping[str, str]) -> None:
+    """Refuse variables that are no whole numbers: the libraries would fail on them after the ranks are started.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    for name, most in COUNTS.items():
+        value = environment.get(name)
+        if value is None:
+            continue
+        allowed = "a whole number" if most is None else f"a whole number up to {most}"
+        if not value.isascii() or not value.isdigit() or (most is not None and int(value) > most):
+            raise UserError(
+                f"environment variable {name} must be {allowed}, got {value!r}. Set it so, or unset it: a run on one "
+                "machine needs none of them."
+            )
+
+
+def require_writable(folder: str | Path, field: str) -> None:
+    """Make the folder, and write into it what is gone at once: better now than at the first checkpoint.
+
+    Raises:
+        UserError: naming field, folder and reason.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(
+            f"{field}: cannot write into {folder}: {reason}. Give a folder that you may write to."
+        ) from error

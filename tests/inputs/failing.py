@@ -1,0 +1,25 @@
+"""A callback that fails on one rank, in the middle of a phase."""
+
+import os
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+class Fail(Callback):
+    """Raises, or ends the process without a word.
+
+    Args:
+        rank: Where.
+        silently: Whether to end the process, as the kernel does that runs out of memory.
+    """
+
+    def __init__(self, rank: int, silently: bool = False) -> None:
+        self.rank, self.silently = rank, silently
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Fail in the second phase."""
+        if trainer.global_rank == self.rank and trainer.current_epoch == 1:
+            if self.silently:
+                os._exit(9)
+            raise RuntimeError(f"rank {self.rank} fails")

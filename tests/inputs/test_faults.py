@@ -1,0 +1,100 @@
+"""Faults of the machine while a run writes: one clear message, no process left, the last whole checkpoint usable."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from egspo_lightning.exits import FAULTS, judge
+
+
+@pytest.fixture
+def resumable(start, smallest, small_model, tmp_path):
+    """A finished run, and how it goes on in the same folders."""
+    run = smallest(tmp_path, small_model)
+    run.put("checkpoint.dirpath", str(tmp_path / "kept"))
+    run.put("token_records.every_n_collections", 1)
+    ended = start(tmp_path, *run.command)
+    assert ended.code == 0, ended.output
+    last = tmp_path / "kept" / "last.ckpt"
+    run.put("trainer.max_epochs", 4)
+    run.arguments = [f"--ckpt_path={last}"]
+    return run, last
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_full_disk_while_saving_a_checkpoint(start, resumable):
+    run, last = resumable
+    before = digest(last)
+    ended = start(run.folder, *run.command, file_size=100_000)
+    assert ended.code == 1
+    assert "Traceback" not in ended.output
+    assert "error: File too large" in ended.output
+    assert "ulimit -f" in ended.output
+    assert ended.left == []
+    assert digest(last) == before
+    for path in run.folder.rglob("*.ckpt"):
+        torch.load(path, weights_only=True)
+    again = start(run.folder, *run.command)
+    assert again.code == 0, again.output
+    epochs = [torch.load(path, weights_only=True)["epoch"] for path in last.parent.glob("*.ckpt")]
+    assert max(epochs) == 3
+
+
+def test_a_full_disk_while_writing_token_records(start, resumable):
+    run, last = resumable
+    run.put("checkpoint.every_n_epochs", 100)
+    before = digest(last)
+    ended = start(run.folder, *run.command, file_size=6_000)
+    assert ended.code == 1
+    assert "Traceback" not in ended.output
+    assert "File too large" in ended.output.splitlines()[-1]
+    assert digest(last) == before
+    assert start(run.folder, *run.command).code == 0
+
+
+def test_a_checkpoint_folder_that_turned_into_a_file(start, smallest, small_model, tmp_path):
+    run = smallest(tmp_path, small_model)
+    (tmp_path / "kept").write_text("")
+    run.put("checkpoint.dirpath", str(tmp_path / "kept"))
+    ended = start(tmp_path, *run.command)
+    assert ended.code == 1
+    assert "Traceback" not in ended.output
+    assert str(tmp_path / "kept") in ended.output
+    assert ended.left == []
+
+
+@pytest.mark.parametrize("number", FAULTS)
+def test_every_fault_has_a_remedy_and_names_the_file(number):
+    ending = judge(OSError(number, "what happened", "/some/file"))
+    assert ending.code == 1
+    assert ending.is_foreseen
+    assert "/some/file" in ending.text
+    assert "--debug" in ending.text
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    for error in (RuntimeError("a"), KeyError("b"), ValueError("c"), AssertionError()):
+        ending = judge(error)
+        assert not ending.is_foreseen
+        assert type(error).__name__ in ending.text
+        assert "Report it" in ending.text
+
+
+@pytest.mark.parametrize(("rank", "silently"), [(0, False), (1, False), (1, True)])
+def test_one_rank_failing_ends_all(start, smallest, small_model, tmp_path, rank, silently):
+    run = smallest(tmp_path, small_model)
+    run.put("trainer.strategy", "ddp")
+    run.put("trainer.devices", 2)
+    run.put("trainer.callbacks", [{"class_path": "failing.Fail", "init_args": {"rank": rank, "silently": silently}}])
+    run.environment["PYTHONPATH"] = str(Path(__file__).parent)
+    ended = start(tmp_path, *run.command, environment=run.environment, seconds=120)
+    assert ended.code not in (None, 0)
+    assert silently or f"rank {rank} fails" in ended.output
+    assert ended.left == []
+    at = next(i for i, line in enumerate(ended.output.splitlines()) if "sft -> egspo" in line)
+    assert at >= 0  # both ranks were training

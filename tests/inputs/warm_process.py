@@ -1,0 +1,106 @@
+"""Runs ``python -m egspo_lightning ...`` again and again in forks of one process that has already imported it.
+
+    python warm_process.py  < requests  > replies
+
+A request is a JSON line with ``arguments``, ``folder``, ``environment``, ``seconds`` and ``file_size`` (what
+``ulimit -f`` sets, in bytes); its reply has ``code``, ``seconds``, ``output`` and ``left``. Each fork runs the
+package's ``__main__`` by ``runpy``, as ``python -m`` does, in a session and environment of its own, and ends
+as any interpreter ends. What differs from a process started anew is only that torch, transformers and lightning are
+there already: the import is most of its time.
+
+This process is the reaper of whatever its forks leave behind, so ``left`` counts every process that outlives its run.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PR_SET_CHILD_SUBREAPER = 36
+SECONDS_TO_VANISH = 3.0
+"""What a process that has been told to end may take for it."""
+
+
+def serve() -> list[str] | None:
+    """Answer requests until there are none; in a fork, the arguments it has to run."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        log = Path(request["folder"]) / "output.txt"
+        started = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            become(request, log)
+            return list(request["arguments"])
+        code = wait(pid, request["seconds"])
+        seconds = time.monotonic() - started
+        reply = {"code": code, "seconds": seconds, "output": log.read_text(errors="replace"), "left": left_behind()}
+        print(json.dumps(reply), flush=True)
+    return None
+
+
+def become(request: dict[str, Any], log: Path) -> None:
+    """Be what a shell would have started."""
+    os.setsid()
+    os.chdir(request["folder"])
+    os.environ.update(request["environment"])
+    for number, path, flags in (
+        (0, "/dev/null", os.O_RDONLY),
+        (1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND),
+    ):
+        os.dup2(os.open(path, flags, 0o600), number)
+    os.dup2(1, 2)
+    if request["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  as the interpreter's own, for as long as it lives
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    """The exit code, that of a shell where a signal ended it; None where it had to be killed."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+        time.sleep(0.02)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def left_behind() -> list[str]:
+    """Command lines of processes that the run has left; they are ended."""
+    until = time.monotonic() + SECONDS_TO_VANISH
+    while (orphans := children()) and time.monotonic() < until:
+        time.sleep(0.05)
+    names = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in orphans]
+    for pid in orphans:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return names
+
+
+def children() -> list[int]:
+    """Children of this process that run; those that have ended are buried."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return []
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+if __name__ == "__main__":
+    import egspo_lightning.cli  # noqa: F401  what every run begins with
+
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    arguments = serve()
+    if arguments is not None:
+        sys.argv = ["egspo_lightning", *arguments]
+        runpy.run_module("egspo_lightning", run_name="__main__", alter_sys=True)
