@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from egspo_lightning.callbacks.checkpoint import PhaseCheckpoint, is_between_updates, save_whole
 from egspo_lightning.errors import RunStopped
 
 
-class Interruption(Checkpoint):
+class Interruption(Callback):
     """Answers to SIGINT (Ctrl-C), SIGTERM and, under SLURM, the signal to requeue.
 
     The update that is under way is finished on every rank, ``last.ckpt`` is saved, and the run ends with exit code 128
@@ -30,8 +29,6 @@ class Interruption(Checkpoint):
     Args:
         enabled: Whether signals are waited with; false leaves them to Lightning, which ends a run without saving.
     """
-
-    # A Checkpoint, because Lightning calls those after all other callbacks: what a phase leaves behind is then written.
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
