@@ -19,7 +19,7 @@ LAYERS = [
     ["data", "rollout", "evaluation", "policy", "analysis"],
     ["critic", "sharding", "answering"],
     ["policy_module"],
-    ["module", "datamodule"],
+    ["module", "datamodule", "trainer"],
     ["callbacks"],
     ["cli"],
     ["__main__"],
@@ -107,7 +107,7 @@ def test_sampling_does_not_know_what_it_is_for(path):
 
 
 def test_only_the_upper_layers_import_lightning():
-    upper = ("policy_module", "module", "datamodule", "callbacks", "cli")
+    upper = ("policy_module", "module", "datamodule", "trainer", "callbacks", "cli")
     for path in FILES:
         if home(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)

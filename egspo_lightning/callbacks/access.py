@@ -1,9 +1,6 @@
-"""What callbacks reach for: this project's module and datamodule, and TensorBoard where it is one of the loggers."""
-
-from typing import Any
+"""What callbacks reach for: this project's module and datamodule."""
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
@@ -23,13 +20,3 @@ def data_of(trainer: Trainer) -> HybridDataModule:
     if not isinstance(datamodule, HybridDataModule):
         raise UserError(f"This callback works with HybridDataModule, got {type(datamodule).__name__}.")
     return datamodule
-
-
-def tensorboard_writer(trainer: Trainer) -> Any | None:
-    """The SummaryWriter on the first rank, None elsewhere and without TensorBoard."""
-    if not trainer.is_global_zero:
-        return None
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            return logger.experiment
-    return None
