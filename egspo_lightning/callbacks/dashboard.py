@@ -34,8 +34,8 @@ class Dashboard(Callback):
     """Gives TensorBoard a layout, marks of the stages and the HParams tab; other loggers get the hyperparameters.
 
     The layout is the Custom Scalars tab (http://localhost:6006/#custom_scalars): reward, accuracy, entropy, gate, loss.
-    Where stage EGSPO begins, each has an upright line, ``stage_mark/<chart>``, twice as high as its first values, and
-    the Text tab has an entry ``stage`` with the step and the reason.
+    Where stage EGSPO begins, each has an upright line, ``stage_mark/<chart>``, from its first values down to the axis,
+    and the Text tab has an entry ``stage`` with the step and the reason.
 
     Args:
         enabled: Whether to write any of it.
@@ -79,13 +79,13 @@ class Dashboard(Callback):
         self._stage = stage
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mark the beginning of the stage once its first values are known: they say how high the charts are."""
+        """Mark the beginning of the stage once its first values are known: they say where the chart is."""
         if self._begun is None:
             return
         for logger in tensorboard_of(trainer):
             for title, names in CHARTS.items():
-                top = 2 * _largest(trainer.callback_metrics, names)  # after TensorBoard's smoothing 1.25 times
-                for step, height in ((self._begun, 0.0), (self._begun + 1, top)):  # of two at one step one is dropped
+                points = ((self._begun, _middle(trainer.callback_metrics, names)), (self._begun + 1, 0.0))
+                for step, height in points:  # two of one step would be one to TensorBoard
                     logger.experiment.add_scalar(_mark(title), height, step)
         self._begun = None
 
@@ -101,10 +101,10 @@ def _reason(trainer: Trainer) -> str:
     return "".join(f": {c.reason}" for c in callbacks if isinstance(c, StageTransition) and c.reason)
 
 
-def _largest(values: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    """The largest finite value of the names; 1 where none is above 0."""
+def _middle(values: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    """The mean of the chart's values: a point amid them is drawn whatever TensorBoard takes for outliers."""
     found = [float(values[name]) for name in names if name in values and values[name].isfinite()]
-    return max((value for value in found if value > 0), default=1.0)
+    return sum(found) / len(found) if found else 1.0
 
 
 def _mark(title: str) -> str:
