@@ -138,7 +138,8 @@ def test_markup_is_shown_as_it_is_written(tiny_run, events):
         assert interpreted not in html
 
 
-def test_a_completion_full_of_markup_is_shown_as_it_is_written(tiny_run, events):
+@pytest.mark.parametrize("entropy", [0.0, 1.0])
+def test_a_completion_full_of_markup_is_shown_as_it_is_written(tiny_run, events, entropy):
     """Its tokens are those of a text that would break out of a block, a table, a list and an attribute."""
     samples = RolloutSamples()
     run = tiny_run(samples, **ONE_COLLECTION).fit()
@@ -147,7 +148,7 @@ def test_a_completion_full_of_markup_is_shown_as_it_is_written(tiny_run, events)
     length = len(token_ids)
     ones = torch.ones(1, length)
     rollout = run.data.collection.rollout._replace(
-        completion_mask=ones.bool(), entropies=ones, advantages=ones, threshold=torch.tensor([[0.5]])
+        completion_mask=ones.bool(), entropies=entropy * ones, advantages=ones, threshold=torch.tensor([[0.5]])
     )
     completion = run.data.collection.completions[0]._replace(token_ids=token_ids)
     run.data.collection = run.data.collection._replace(rollout=rollout, completions=[completion])
