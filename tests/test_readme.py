@@ -55,7 +55,7 @@ def test_the_tree_is_true(repository):
     named = set(re.findall(r"[\w.]+\.py|\w+/", tree))
     for name in package:
         assert (f"{name}/" if (repository / "egspo_lightning" / name).is_dir() else name) in named, name
-    elsewhere = {"configs/", "methods/", "tiny_model/", "notebooks/", "benchmarks/", "tests/", "fit/"}
+    elsewhere = {"configs/", "methods/", "tiny_model/", "docs/", "notebooks/", "benchmarks/", "tests/", "fit/"}
     for name in named - elsewhere - {"egspo_lightning/"}:
         assert list((repository / "egspo_lightning").rglob(name.rstrip("/"))), f"{name} is not there"
 
