@@ -34,7 +34,7 @@ class Dashboard(Callback):
     """Gives TensorBoard a layout, marks of the stages and the HParams tab; other loggers get the hyperparameters.
 
     The layout is the Custom Scalars tab (http://localhost:6006/#custom_scalars): reward, accuracy, entropy, gate, loss.
-    Where stage EGSPO begins, each has an upright line, ``stage_mark/<chart>``, from its first values down to the axis,
+    Where stage EGSPO begins, each has an upright line, ``stage_mark/<chart>``, from its first values towards 0,
     and the Text tab has an entry ``stage`` with the step and the reason.
 
     Args:
