@@ -68,19 +68,26 @@ class Dashboard(Callback):
             for part in hparams(parameters, judged)[:2] if parameters else []:
                 writer.file_writer.add_summary(part)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say with which stage the run begins, or goes on: a phase that is resumed in its middle has no start."""
+        self._enter(module_of(pl_module).stage, trainer)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say when a stage begins."""
-        stage = module_of(pl_module).stage
-        if not self.enabled or stage == self._stage:
-            return
-        where = f"phase {trainer.current_epoch + 1}, step {trainer.global_step}"
-        log_text(trainer, "stage", f"Stage **{stage}** from {where}{'' if self._stage is None else _reason(trainer)}.")
-        self._begun = None if self._stage is None else trainer.global_step
+        if module_of(pl_module).stage != self._stage:
+            self._begun = trainer.global_step
+            self._enter(module_of(pl_module).stage, trainer)
+
+    def _enter(self, stage: Stage, trainer: Trainer) -> None:
+        if self.enabled:
+            where = f"phase {trainer.current_epoch + 1}, step {trainer.global_step}"
+            why = "" if self._stage is None else _reason(trainer)
+            log_text(trainer, "stage", f"Stage **{stage}** from {where}{why}.")
         self._stage = stage
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the beginning of the stage once its first values are known: they say where the chart is."""
-        if self._begun is None:
+        if self._begun is None or not self.enabled:
             return
         for logger in tensorboard_of(trainer):
             for title, names in CHARTS.items():
