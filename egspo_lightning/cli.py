@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from egspo_lightning import replaying
 from egspo_lightning.callbacks import (
+    Dashboard,
     EntropyHistogram,
     Guards,
     HFExport,
@@ -36,6 +37,8 @@ from egspo_lightning.callbacks import (
     StageTransition,
     TokenRecords,
 )
+from egspo_lightning.callbacks.dashboard import flat
+from egspo_lightning.callbacks.displays import tensorboard_of
 from egspo_lightning.callbacks.run_config import RunConfig
 from egspo_lightning.checkpoint_files import open_checkpoint
 from egspo_lightning.config_files import require_readable
@@ -46,6 +49,7 @@ from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ranks import end_other_ranks
 from egspo_lightning.resumption import go_on_logging, last_checkpoint, places
 from egspo_lightning.surroundings import require_ranks, require_writable
+from egspo_lightning.trainer import RunTrainer
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -53,6 +57,7 @@ CALLBACKS: dict[str, type] = {
     # MathBenchmark stands before StageTransition: what it logs at the end of an epoch can decide the stage
     "math_benchmark": MathBenchmark,
     "stage_transition": StageTransition,
+    "dashboard": Dashboard,
     "entropy_histogram": EntropyHistogram,
     "guards": Guards,
     "token_records": TokenRecords,
@@ -64,6 +69,22 @@ CALLBACKS: dict[str, type] = {
     "interruption": Interruption,  # last, so that what a phase leaves behind is written when the run ends after it
 }
 """Config key to callback. Each can be switched off, by an argument of its own or by Lightning's flag for its kind."""
+
+CHARTS_ADDRESS = "http://localhost:6006/#custom_scalars"
+HYPERPARAMETERS = ("seed_everything", "model", "data", "stage_transition")
+"""Parts of the config that decide what is trained, besides ``TRAINER_HYPERPARAMETERS``."""
+ONLY_EVALUATION = ("benchmarks", "eval_batch_size", "evaluation_grader", "predict_sampling", "seed")
+"""Keys of ``data`` that do not; its seed is seed_everything."""
+TRAINER_HYPERPARAMETERS = (
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+)
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
@@ -82,6 +103,7 @@ class EgspoCLI(LightningCLI):
             EGSPOModule,
             HybridDataModule,
             args=None if args is None else list(args),
+            trainer_class=RunTrainer,
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
@@ -180,6 +202,15 @@ class EgspoCLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_epochs": 10})
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def before_fit(self) -> None:
+        """Tell the dashboard the hyperparameters, which only the config knows as the user wrote them."""
+        config = self.config["fit"].as_dict()
+        config["data"] = {key: value for key, value in config["data"].items() if key not in ONLY_EVALUATION}
+        chosen = {key: config[key] for key in HYPERPARAMETERS} | {
+            "trainer": {key: config["trainer"][key] for key in TRAINER_HYPERPARAMETERS}
+        }
+        self._callback(Dashboard).hyperparameters = flat(chosen)
+
     def after_fit(self) -> None:
         """Print the run's one table, and where to find what it made."""
         log_dir = self.trainer.log_dir  # asked for on every rank: it is broadcast
@@ -190,6 +221,9 @@ class EgspoCLI(LightningCLI):
         if benchmark.milestones:
             console.print(benchmark.summary())
         console.print(f"Logs:  {log_dir}", soft_wrap=True, highlight=False)
+        if tensorboard_of(self.trainer):
+            root = self.trainer.default_root_dir
+            console.print(f"See:   tensorboard --logdir {root}, then {CHARTS_ADDRESS}", soft_wrap=True, highlight=False)
         if export.exported is not None:
             console.print(f"Model: {export.exported}", soft_wrap=True, highlight=False)
 

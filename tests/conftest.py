@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from browser import Browser, chromium, missing_browser
 from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.datamodule import HybridDataModule
@@ -164,8 +165,18 @@ def events() -> Callable[[Trainer], EventAccumulator]:
     def read(trainer: Trainer) -> EventAccumulator:
         assert trainer.log_dir is not None
         for logger in trainer.loggers:
-            logger.experiment.flush()
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
         accumulator = EventAccumulator(trainer.log_dir, size_guidance={"histograms": 0, "tensors": 0, "scalars": 0})
         return accumulator.Reload()
 
     return read
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """Chromium with an empty profile; skips where it is not installed."""
+    if (missing := missing_browser()) is not None:
+        pytest.skip(missing)
+    with chromium(tmp_path / "profile") as session:
+        yield session

@@ -20,7 +20,7 @@ LAYERS = [
     ["data", "rollout", "evaluation", "policy", "analysis"],
     ["critic", "sharding", "answering", "phases"],
     ["policy_module", "faults"],
-    ["module", "datamodule"],
+    ["module", "datamodule", "trainer"],
     ["callbacks", "exits"],
     ["replaying", "resumption"],
     ["cli"],
@@ -109,7 +109,8 @@ def test_sampling_does_not_know_what_it_is_for(path):
 
 
 def test_only_the_upper_layers_import_lightning():
-    upper = ("policy_module", "module", "datamodule", "callbacks", "exits", "replaying", "resumption", "cli")
+    lower_callers = ("policy_module", "module", "datamodule", "trainer")
+    upper = (*lower_callers, "callbacks", "exits", "replaying", "resumption", "cli")
     for path in FILES:
         if home(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)

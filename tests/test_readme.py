@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from egspo_lightning.analysis.__main__ import main as analyse
 from egspo_lightning.cli import main
 
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -34,7 +35,11 @@ def parts(repository):
 def test_install_and_test_commands_are_those_of_ci(repository):
     ci = (repository / ".ci" / "run").read_text()
     ours = [part for part in parts(repository) if "egspo_lightning" not in part]
-    assert ours == ["pip install -e . -c constraints.txt", 'pip install -e ".[dev]" -c constraints.txt', "pytest"]
+    assert ours == [
+        'pip install -e ".[notebooks]" -c constraints.txt',
+        'pip install -e ".[dev]" -c constraints.txt',
+        "pytest",
+    ]
     assert 'pip install -e ".[dev]" -c constraints.txt && pytest\n' in ci
 
 
@@ -50,7 +55,7 @@ def test_the_tree_is_true(repository):
     named = set(re.findall(r"[\w.]+\.py|\w+/", tree))
     for name in package:
         assert (f"{name}/" if (repository / "egspo_lightning" / name).is_dir() else name) in named, name
-    elsewhere = {"configs/", "methods/", "tiny_model/", "notebooks/", "benchmarks/", "tests/", "fit/"}
+    elsewhere = {"configs/", "methods/", "tiny_model/", "docs/", "notebooks/", "benchmarks/", "tests/", "fit/"}
     for name in named - elsewhere - {"egspo_lightning/"}:
         assert list((repository / "egspo_lightning").rglob(name.rstrip("/"))), f"{name} is not there"
 
@@ -67,7 +72,7 @@ def test_the_equation_is_that_of_the_objective(repository):
 def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, shared_data):
     """In the README's order, since later ones use what the first has written."""
     ours = [part for part in parts(repository) if part.startswith("python -m egspo_lightning")]
-    assert len(ours) == 7
+    assert len(ours) == 8
     monkeypatch.chdir(repository)
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps({"problem": "12+34=?", "answer": "46"}))
@@ -75,7 +80,10 @@ def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, 
         if "--trainer.strategy ddp" in command:
             continue  # two processes: tests/fit/test_ranks.py runs these flags
         command = command.replace("logs/lightning_logs/version_0", f"{tmp_path}/logs/lightning_logs/version_0")
-        arguments = shlex.split(command.replace("problems.jsonl", str(problems)))[3:]
+        module, *arguments = shlex.split(command.replace("problems.jsonl", str(problems)))[2:]
+        if module == "egspo_lightning.analysis":
+            analyse([*arguments[:-1], str(tmp_path / arguments[-1])])
+            continue
         short = [] if "gsm8k" in command else SHORT[arguments[0]]
         if "gsm8k" in command:
             short = ["--trainer.max_epochs=2", "--stage_transition.after_epochs=1", "--data.num_problems=1"]
@@ -85,6 +93,7 @@ def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, 
         main([*arguments, *short, f"--trainer.default_root_dir={tmp_path / 'logs'}"])
     out = capsys.readouterr().out
     assert out.count("after EGSPO") == 4
+    assert "<article" in (tmp_path / "completions.html").read_text()
     assert "avg@1" in out
     assert "Answers:" in out
 

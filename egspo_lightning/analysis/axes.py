@@ -57,11 +57,11 @@ def require_one_run(frame: pd.DataFrame, what: str) -> None:
 
 
 def finish(ax: Axes, *, x: str, y: str, title: str = "", legend: bool = False) -> Axes:
-    """Label the axes, and drop what carries nothing."""
+    """Label the axes, and drop what carries nothing; the legend stands below, where it covers nothing."""
     ax.set(xlabel=x, ylabel=y, title=title)
     ax.spines[["top", "right"]].set_visible(False)
-    if legend and len(ax.get_legend_handles_labels()[0]) > 0:
-        ax.legend(framealpha=0.85, edgecolor="none")
+    if legend and (number := len(ax.get_legend_handles_labels()[0])) > 0:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=min(number, 2), frameon=False)
     return ax
 
 

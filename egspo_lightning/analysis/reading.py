@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from egspo_lightning.analysis.schema import FOLDER, VERSION, VERSION_KEY, files_of
+from egspo_lightning.analysis.schema import FOLDER, STAGE_MARK, VERSION, VERSION_KEY, files_of
 from egspo_lightning.errors import UserError
 
 
@@ -105,9 +105,8 @@ def _load_metrics(folder: Path) -> pd.DataFrame:
     if not any(folder.glob("events.out.tfevents.*")):
         return pd.DataFrame({"step": []})
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
-    columns = {
-        tag: pd.Series({event.step: event.value for event in events.Scalars(tag)}) for tag in events.Tags()["scalars"]
-    }
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(f"{STAGE_MARK}/")]
+    columns = {tag: pd.Series({event.step: event.value for event in events.Scalars(tag)}) for tag in tags}
     return pd.DataFrame(columns).rename_axis("step").reset_index()
 
 

@@ -14,6 +14,8 @@ VERSION = "1"
 """Changes whenever a column goes, or comes to mean something else; a new column leaves it."""
 VERSION_KEY = b"egspo_token_records"
 FOLDER = "token_records"
+STAGE_MARK = "stage_mark"
+"""Scalars in TensorBoard under this name are lines in its charts, not metrics."""
 
 
 def _column(name: str, kind: pa.DataType, meaning: str) -> pa.Field:

@@ -75,9 +75,8 @@ def weight_mass(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.plot(high, color="black", linestyle="--", label="high tokens, share of all")
     ax.set_ylim(0, 100)
     ax.margins(x=0)
-    finish(ax, x=COLLECTION_LABEL, y="share of the weight (%)", title="Weight of high and low tokens")
-    ax.legend(loc="center right", framealpha=0.85, edgecolor="none")
-    return ax
+    title = "Weight of high and low tokens"
+    return finish(ax, x=COLLECTION_LABEL, y="share of the weight (%)", title=title, legend=True)
 
 
 def metric_curves(metrics: pd.DataFrame, name: str, *, unit: str, window: int = 1, ax: Axes | None = None) -> Axes:

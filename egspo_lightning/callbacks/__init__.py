@@ -1,6 +1,7 @@
 """Observers of training, and the one that decides its stage."""
 
 from egspo_lightning.callbacks.checkpoint import PhaseCheckpoint
+from egspo_lightning.callbacks.dashboard import Dashboard
 from egspo_lightning.callbacks.entropy_histogram import EntropyHistogram
 from egspo_lightning.callbacks.guards import Guards
 from egspo_lightning.callbacks.hf_export import HFExport
@@ -13,6 +14,7 @@ from egspo_lightning.callbacks.stage_transition import StageTransition
 from egspo_lightning.callbacks.token_records import TokenRecords
 
 __all__ = [
+    "Dashboard",
     "EntropyHistogram",
     "Guards",
     "HFExport",

@@ -1,10 +1,8 @@
-"""What callbacks reach for: this project's module and datamodule, and TensorBoard where it is one of the loggers."""
+"""What callbacks reach for: this project's module and datamodule, and where the run that they are in came from."""
 
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
@@ -24,16 +22,6 @@ def data_of(trainer: Trainer) -> HybridDataModule:
     if not isinstance(datamodule, HybridDataModule):
         raise UserError(f"This callback works with HybridDataModule, got {type(datamodule).__name__}.")
     return datamodule
-
-
-def tensorboard_writer(trainer: Trainer) -> Any | None:
-    """The SummaryWriter on the first rank, None elsewhere and without TensorBoard."""
-    if not trainer.is_global_zero:
-        return None
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            return logger.experiment
-    return None
 
 
 def goes_on_in(trainer: Trainer, folder: str | Path) -> bool:

@@ -2,15 +2,18 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from egspo_lightning.callbacks.access import data_of, tensorboard_writer
+from egspo_lightning.callbacks.access import data_of
+from egspo_lightning.callbacks.displays import SHOWS_HISTOGRAMS, log_histograms, note_once
 from egspo_lightning.errors import require
 from egspo_lightning.ops.gate import high_entropy_mask
 
 
 class EntropyHistogram(Callback):
-    """Logs histograms of token entropy, of all tokens and of high and low ones apart, to TensorBoard.
+    """Logs histograms of token entropy, of all tokens and of high and low ones apart.
 
-    The curves of threshold and gate are metrics (``gate/*``) that training logs itself.
+    To TensorBoard and Weights & Biases; other loggers have no histograms, and get their means and quantiles as metrics
+    (``entropy/all/mean``, ``.../p10``, ``.../p50``, ``.../p90``). The curves of threshold and gate are metrics
+    (``gate/*``) that training logs itself.
 
     Args:
         every_n_collections: How often; 0 is never.
@@ -22,17 +25,21 @@ class EntropyHistogram(Callback):
         require(every_n_collections >= 0, field, every_n_collections, "at least 0")
         self.every_n_collections = every_n_collections
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what loggers without histograms get."""
+        if self.every_n_collections:
+            instead = "has no histograms; mean and quantiles of token entropy are logged as metrics, entropy/*."
+            note_once(trainer, "entropy_histogram", SHOWS_HISTOGRAMS, instead)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the collection that this epoch trained on."""
         data = data_of(trainer)
-        writer = tensorboard_writer(trainer)
-        if writer is None or data.collection is None or not self.every_n_collections:
+        if data.collection is None or not self.every_n_collections:
             return
         if (data.num_collections - 1) % self.every_n_collections:
             return
         rollout = data.collection.rollout
         sampled = rollout.sampled_mask
         high = high_entropy_mask(rollout.entropies, sampled, rollout.threshold)
-        for name, mask in (("all", sampled), ("high", high), ("low", sampled & ~high)):
-            if mask.any():
-                writer.add_histogram(f"entropy/{name}", rollout.entropies[mask], trainer.global_step)
+        masks = {"entropy/all": sampled, "entropy/high": high, "entropy/low": sampled & ~high}
+        log_histograms(trainer, {tag: rollout.entropies[mask] for tag, mask in masks.items() if mask.any()})

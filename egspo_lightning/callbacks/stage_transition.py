@@ -72,6 +72,8 @@ class StageTransition(Callback):
         )
         self.num_epochs = self.num_bad_epochs = 0
         self.best: float | None = None
+        self.reason: str | None = None
+        """Why SFT ended, where it ended in this run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that starts where SFT ended takes its own learning rate, and starts its own critic."""
@@ -155,6 +157,7 @@ class StageTransition(Callback):
         return None
 
     def _enter_egspo(self, trainer: Trainer, module: EGSPOModule, reason: str) -> None:
+        self.reason = reason
         module.stage = Stage.EGSPO
         module.branch_off()
         self._restart(module)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from egspo_lightning.callbacks import (
+    Dashboard,
     EntropyHistogram,
     MathBenchmark,
     PhaseProgress,
@@ -28,12 +29,14 @@ OBSERVERS = {
     "entropy_histogram": lambda: [EntropyHistogram()],
     "token_records": lambda: [TokenRecords(every_n_collections=1)],
     "rollout_samples": lambda: [RolloutSamples(1)],
+    "dashboard": lambda: [Dashboard()],
     "progress": lambda: [PhaseProgress()],
     "all": lambda: [
         MathBenchmark(every_n_epochs=1),
         EntropyHistogram(),
         TokenRecords(every_n_collections=1),
         RolloutSamples(1),
+        Dashboard(),
         PhaseProgress(),
     ],
 }

@@ -1,10 +1,17 @@
+import shlex
 from dataclasses import dataclass
+from html.parser import HTMLParser
 
 import pytest
+import torch
 
-from egspo_lightning.callbacks import RolloutSamples, StageTransition
+from egspo_lightning.analysis.__main__ import main
+from egspo_lightning.analysis.text import visible
+from egspo_lightning.callbacks import RolloutSamples, StageTransition, TokenRecords
+from egspo_lightning.callbacks.rollout_samples import SEPARATOR
 from egspo_lightning.data.sources import FiniteProblems
 from egspo_lightning.errors import UserError
+from egspo_lightning.ops.gate import OpenGate
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.format import FormatReward
 from egspo_lightning.types import Problem
@@ -33,29 +40,123 @@ def test_completions_are_logged_as_text_with_their_verdicts(tiny_run, events):
     run = tiny_run(RolloutSamples(num_samples=3), StageTransition(), logger=True, trainer={"max_epochs": 2}).fit()
     ((step, text),) = texts(events, run)
     assert step == 4
-    samples = text.split("\n\n---\n\n")
+    *samples, pointers = text.split(SEPARATOR)
     assert len(samples) == 3
     for sample, completion in zip(samples, run.data.collection.completions, strict=False):
         assert f"reward {completion.reward:g}, answer none, gold {completion.problem.answer}, no_answer" in sample
         assert completion.problem.problem in sample
-        for line in completion.text.splitlines():
-            assert f"    {line}" in sample
+    assert pointers == "Bold: let through whole by the gate."  # no records, so no page to point to
+
+
+class Shown(HTMLParser):
+    """The texts of a page's completions, and those of their bold tokens with their hints."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.completions: list[str] = []
+        self.bold: list[list[tuple[str, str]]] = []
+        self._open: list[str] = []
+        self._hint = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "hr":
+            return
+        self._open.append(tag)
+        self._hint = dict(attrs).get("title", "")
+        if tag == "pre":
+            self.completions.append("")
+            self.bold.append([])
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if "pre" in self._open and "code" not in self._open:
+            self.completions[-1] += data
+            if "strong" in self._open:
+                assert self._open[-1] == "a"
+                self.bold[-1].append((data, self._hint))
+
+
+def test_tokens_that_the_gate_let_through_are_bold(tiny_run, events):
+    """Read from what TensorBoard's server makes of the text, and told again from the collection."""
+    run = tiny_run(RolloutSamples(num_samples=4), **ONE_COLLECTION).fit()
+    shown = Shown(served(events, run))
+    shown.completions, shown.bold = (
+        shown.completions[1::2],
+        shown.bold[1::2],
+    )  # each after a block of verdict and problem
+    rollout, completions = run.data.collection[1::-1]
+    num_bold = 0
+    for row, completion in enumerate(completions[:4]):
+        tokens = [visible(run.module.tokenizer.decode([i])).replace("\u240a", "\u240a\n") for i in completion.token_ids]
+        values = rollout.entropies[row][rollout.completion_mask[row]].tolist()
+        advantage = rollout.advantages[row][rollout.completion_mask[row]][0].item()
+        expected = [
+            (token, f"entropy {value:.3g} nats, advantage {advantage:.3g}")
+            for token, value in zip(tokens, values, strict=True)
+            if value >= rollout.threshold[row].item()
+        ]
+        assert shown.completions[row] == "".join(tokens)
+        assert shown.bold[row] == expected
+        num_bold += len(expected)
+    assert 0 < num_bold < sum(len(completion.token_ids) for completion in completions[:4])
+
+
+def test_an_open_gate_marks_nothing(tiny_run, events):
+    options = {"module": {"initial_stage": "egspo", "gate": OpenGate()}, "trainer": {"max_epochs": 1}, "logger": True}
+    ((_, text),) = texts(events, tiny_run(RolloutSamples(), **options).fit())
+    assert "<pre>" in text
+    assert "<strong>" not in text
+
+
+def test_with_records_the_command_for_the_coloured_page_is_given_and_runs(tiny_run, events, tmp_path):
+    run = tiny_run(RolloutSamples(num_samples=1), TokenRecords(), **ONE_COLLECTION).fit()
+    ((_, text),) = texts(events, run)
+    command = shlex.split(text.rsplit("\n", 1)[-1])
+    assert command[:3] == ["python", "-m", "egspo_lightning.analysis"]
+    assert command[3:] == [run.trainer.log_dir, "--html", "completions.html"]
+    main([*command[3:5], str(tmp_path / command[5])])
+    assert "<article" in (tmp_path / "completions.html").read_text(encoding="utf-8")
+
+
+def served(events, run) -> str:
+    """What a browser gets of the latest samples."""
+    from tensorboard.plugins.text.text_plugin import text_array_to_html
+    from tensorboard.util.tensor_util import make_ndarray
+
+    return text_array_to_html(make_ndarray(events(run.trainer).Tensors(TAG)[-1].tensor_proto), enable_markdown=True)
 
 
 def test_markup_is_shown_as_it_is_written(tiny_run, events):
     """Every line is in an indented block: Markdown shows it literally, and escapes HTML in it."""
-    from tensorboard.plugins.text.text_plugin import text_array_to_html
-    from tensorboard.util.tensor_util import make_ndarray
-
     options = ONE_COLLECTION | {"data": {"problems": Marked(), "max_prompt_length": 99}}
-    run = tiny_run(RolloutSamples(), **options).fit()
-    ((_, text),) = texts(events, run)
-    lines = [line for line in text.splitlines() if line and line != "---"]
-    assert all(line.startswith("    ") for line in lines)
-    shown = make_ndarray(events(run.trainer).Tensors(TAG)[0].tensor_proto)
-    html = text_array_to_html(shown, enable_markdown=True)  # what the browser gets
+    html = served(events, tiny_run(RolloutSamples(), **options).fit())
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\n# not a title **bold** | [a](b)" in html
-    for interpreted in ("<script", "<h1", "<strong", "<a "):
+    for interpreted in ("<script", "<h1", 'href="b"'):
+        assert interpreted not in html
+
+
+@pytest.mark.parametrize("entropy", [0.0, 1.0])
+def test_a_completion_full_of_markup_is_shown_as_it_is_written(tiny_run, events, entropy):
+    """Its tokens are those of a text that would break out of a block, a table, a list and an attribute."""
+    samples = RolloutSamples()
+    run = tiny_run(samples, **ONE_COLLECTION).fit()
+    hostile = "</pre><script>alert(1)</script>\n\n# title\n\n**bold** [a](b) </strong> \" '"
+    token_ids = run.module.tokenizer.encode(hostile)
+    length = len(token_ids)
+    ones = torch.ones(1, length)
+    rollout = run.data.collection.rollout._replace(
+        completion_mask=ones.bool(), entropies=entropy * ones, advantages=ones, threshold=torch.tensor([[0.5]])
+    )
+    completion = run.data.collection.completions[0]._replace(token_ids=token_ids)
+    run.data.collection = run.data.collection._replace(rollout=rollout, completions=[completion])
+    samples.on_train_epoch_end(run.trainer, run.module)
+    html = served(events, run)
+    shown = Shown(html).completions[1]
+    assert shown == visible(hostile).replace("\u240a", "\u240a\n")
+    for interpreted in ("<script", "<h1", "href="):
         assert interpreted not in html
 
 

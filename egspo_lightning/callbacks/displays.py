@@ -1,0 +1,81 @@
+"""Histograms and text for whichever loggers a run has: TensorBoard, Weights & Biases, MLflow, CSV or another.
+
+What a logger cannot show is given to it in another form where there is one, and said once, when training starts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+SHOWS_HISTOGRAMS = (TensorBoardLogger, WandbLogger)
+SHOWS_TEXT = (TensorBoardLogger, WandbLogger, MLFlowLogger)
+
+
+def note_once(trainer: Trainer, key: str, able: tuple[type[Logger], ...], instead: str) -> None:
+    """Say which loggers are not among those that are able, and what they get instead; to be called once a fit.
+
+    Args:
+        trainer: The running one.
+        key: The callback's config key.
+        able: Kinds of loggers that show what it logs.
+        instead: What the others get.
+    """
+    others = [type(logger).__name__ for logger in trainer.loggers if not isinstance(logger, able)]
+    if others:
+        rank_zero_info(f"{key}: {', '.join(others)} {instead}")
+
+
+def log_histograms(trainer: Trainer, histograms: Mapping[str, Tensor]) -> None:
+    """Values as histograms, or as the metrics of ``summary`` where the logger has none. On the first rank."""
+    if not trainer.is_global_zero:
+        return
+    step = trainer.global_step
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for tag, values in histograms.items():
+                logger.experiment.add_histogram(tag, values, step)
+        elif isinstance(logger, WandbLogger):
+            import wandb
+
+            shown: Any = {tag: wandb.Histogram(values.float().cpu().numpy()) for tag, values in histograms.items()}
+            logger.log_metrics(shown, step)
+        else:
+            parts = [{f"{tag}/{name}": v for name, v in summary(values).items()} for tag, values in histograms.items()]
+            logger.log_metrics({name: v for part in parts for name, v in part.items()}, step)
+
+
+def log_text(trainer: Trainer, tag: str, text: str) -> None:
+    """Markdown, for the loggers that keep text. On the first rank."""
+    if not trainer.is_global_zero:
+        return
+    step = trainer.global_step
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(tag, text, step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_text(tag, columns=["step", "text"], data=[[str(step), text]], step=step)
+        elif isinstance(logger, MLFlowLogger):
+            assert logger.run_id is not None
+            logger.experiment.log_text(logger.run_id, text, f"{tag}/step-{step:08d}.md")
+
+
+def summary(values: Tensor) -> dict[str, float]:
+    """What is left of a histogram in numbers: mean, and the smallest values that 10, 50 and 90 % do not exceed.
+
+    Args:
+        values: (N,) with N > 0
+    """
+    ordered = values.detach().float().cpu().sort().values
+    last = len(ordered) - 1
+    shares = {f"p{percent}": ordered[-(-percent * len(ordered) // 100) - 1 if last else 0] for percent in (10, 50, 90)}
+    return {"mean": ordered.mean().item()} | {name: value.item() for name, value in shares.items()}
+
+
+def tensorboard_of(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The TensorBoard loggers, on the first rank; none on others."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]

@@ -1,0 +1,24 @@
+"""Lightning's Trainer, with a log folder of its own for each run, whatever the logger."""
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+
+class RunTrainer(Trainer):
+    """Lightning's Trainer, but for ``log_dir`` with loggers that only know a folder for all runs.
+
+    Of those (MLflow, Weights & Biases) Lightning gives the common folder, in which the config, records and model of one
+    run would lie on those of another, or none. Here it is ``<folder>/<name>/<version>``, where ModelCheckpoint saves.
+    """
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder. Collective."""
+        first = self.loggers[0] if self.loggers else None
+        if first is None or isinstance(first, TensorBoardLogger | CSVLogger):
+            return super().log_dir
+        version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+        folder = Path(first.save_dir or self.default_root_dir) / str(first.name) / version
+        return self.strategy.broadcast(str(folder))

@@ -1,0 +1,219 @@
+"""The guides: their commands run, links lead somewhere, the reference has every module. `.ci/run` builds the site."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from egspo_lightning.analysis.__main__ import main as analyse
+from egspo_lightning.cli import main
+from reference_pages import on_page_markdown
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))
+WRITTEN = [*PAGES, *sorted(REPOSITORY.glob("*.md")), REPOSITORY / "benchmarks" / "README.md"]
+GUIDES = sorted((REPOSITORY / "docs" / "guides").glob("*.md"))
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"`[^`\n]+`")
+LINK = re.compile(r"\]\(([^()\s]+)\)|<(https?://[^>\s]+)>")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+# Links
+
+
+def prose(path: Path) -> str:
+    """A page without its code, in which brackets mean something else."""
+    return CODE.sub("", FENCED.sub("", path.read_text(encoding="utf-8")))
+
+
+def anchors(path: Path) -> set[str]:
+    """Those that GitHub and MkDocs make of headings."""
+    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def fault(page: Path, link: str) -> str | None:
+    """What is wrong with a link; addresses elsewhere are looked at, not visited."""
+    parts = urlsplit(link)
+    if parts.scheme:
+        is_address = parts.scheme in ("http", "https") and re.fullmatch(r"[\w.-]+(:\d+)?", parts.netloc)
+        return None if is_address else "is no address"
+    target = (page.parent / parts.path).resolve() if parts.path else page
+    if not target.exists():
+        return "leads to no file"
+    if not parts.fragment:
+        return None
+    if "reference" in target.parts:
+        return None if is_documented(parts.fragment) else "names nothing in the package"
+    return None if parts.fragment in anchors(target) else "leads to no heading"
+
+
+def is_documented(name: str) -> bool:
+    """Whether a module, or a name in one, is there."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return hasattr(importlib.import_module(module), attribute)
+    return True
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_links_lead_somewhere(page):
+    links = [a or b for a, b in LINK.findall(prose(page))]
+    assert {link: found for link in links if (found := fault(page, link)) is not None} == {}
+
+
+def test_wrong_links_are_found():
+    page = REPOSITORY / "README.md"
+    assert fault(page, "docs/no_such.md") == "leads to no file"
+    assert fault(page, "CONTRIBUTING.md#no-such") == "leads to no heading"
+    assert fault(page, "#stages") is None
+    assert fault(page, "docs/reference/ops.md#egspo_lightning.ops.gate.NoGate") == "names nothing in the package"
+    assert fault(page, "htp://arxiv.org/abs/1") == fault(page, "https:///abs") == "is no address"
+    assert sum(len(LINK.findall(prose(path))) for path in WRITTEN) > 30
+
+
+# Reference
+
+
+def test_the_reference_has_every_public_module():
+    pages = (REPOSITORY / "docs" / "reference").glob("*.md")
+    shown = {name for page in pages for name in re.findall(r"^::: (\S+)$", on_page_markdown(page.read_text()), re.M)}
+    package = REPOSITORY / "egspo_lightning"
+    modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in package.rglob("*.py")}
+    assert shown == {name for name in modules if not any(part.startswith("_") for part in name.split("."))}
+
+
+def test_every_page_stands_in_the_menu():
+    class Loader(yaml.SafeLoader):
+        """Knows the tags that mkdocs.yml may have."""
+
+    menu = yaml.load((REPOSITORY / "mkdocs.yml").read_text(), Loader)["nav"]
+    listed = re.findall(r"[\w/]+\.md", json.dumps(menu))
+    assert sorted(listed) == sorted(str(page.relative_to(REPOSITORY / "docs")) for page in PAGES)
+
+
+def test_ci_builds_the_site():
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    assert 'pip install -q -e ".[docs]" -c constraints.txt' in ci
+    assert "mkdocs build --strict" in ci
+
+
+def test_the_table_of_metrics_is_that_of_the_readme():
+    rows = [
+        {line for line in (REPOSITORY / name).read_text().splitlines() if re.match(r"\| `(loss|gate|policy)/", line)}
+        for name in ("README.md", "docs/guides/metrics.md")
+    ]
+    assert len(rows[0]) >= 6
+    assert rows[0] <= rows[1]
+
+
+# Commands
+
+ELSEWHERE = {
+    'pip install -e ".[notebooks]" -c constraints.txt',  # .ci/run installs
+    "tensorboard --logdir logs",  # tests/callbacks/test_dashboard.py starts it
+    "python -m egspo_lightning fit --config configs/quickstart.yaml --trainer.strategy ddp --trainer.devices 2",
+}
+"""Commands that other tests run: the last is of two processes, tests/fit/test_ranks.py."""
+OPTIONAL = {"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}
+SHORT = [
+    "--trainer.max_epochs=2",
+    "--trainer.enable_progress_bar=false",
+    "--stage_transition.after_epochs=1",
+    "--data.num_problems=2",
+    "--data.num_generations=2",
+    "--data.max_completion_length=40",
+    "--data.eval_batch_size=8",
+    "--data.benchmarks.init_args.limit=4",
+]
+LOCAL = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
+    "--model.policy.from_scratch=true",
+    "--data.demonstrations.init_args.name=rows",
+    "--data.problems.init_args.name=rows",
+    '--data.benchmarks=[{"class_path": "egspo_lightning.evaluation.benchmarks.JsonlBenchmark", '
+    '"init_args": {"name": "local", "path": "held.jsonl"}}]',
+]
+"""What a recipe for the hub and GPUs has instead here."""
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+ALL = sorted({(named(page), command) for page in PAGES for command in commands(page)} - {("", "")})
+RUN = [pair for pair in ALL if pair[1] not in ELSEWHERE]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, small_model) -> Iterator[Path]:
+    """Where a reader stands: the recipes, with a smaller model still, and the files of all guides."""
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    shutil.copytree(small_model, tmp_path / "configs" / "tiny_model", dirs_exist_ok=True)
+    for page in GUIDES:
+        for name, text in re.findall(
+            r'^```\w+ title="([^"]+)"\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE
+        ):
+            assert not (tmp_path / name).exists(), f"{name} stands in two guides"
+            (tmp_path / name).write_text(text)
+    (tmp_path / "rows").mkdir()
+    rows = [{"problem": f"{i}+1=?", "solution": f"\\boxed{{{i + 1}}}", "answer": str(i + 1)} for i in range(10, 26)]
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"problem": "7+1=?", "answer": "8"}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for path in tmp_path.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def words(command: str) -> list[str]:
+    """Without the prefix that makes the folder's modules importable: it is, here."""
+    return [word for word in shlex.split(command) if word != "PYTHONPATH=."]
+
+
+def fit(arguments: list[str], folder: Path) -> None:
+    hub = "qwen" in " ".join(arguments)
+    own = ["--model.policy.name_or_path=configs/tiny_model", *LOCAL] if hub else []
+    main([*arguments, *SHORT[: -1 if hub else None], *own])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), RUN, ids=[f"{page}-{i}" for i, (page, _) in enumerate(RUN)])
+def test_commands_run(folder, capsys, page, command):
+    module, *arguments = words(command)[2:]
+    for name, library in OPTIONAL.items():
+        if name in arguments:
+            pytest.importorskip(library, reason=f"needs {library}: pip install {library}")
+    if "logs/lightning_logs/version_0" in command:  # what an earlier command has left
+        quickstart = ["fit", "--config=configs/quickstart.yaml"]
+        fit([*quickstart, "--trainer.max_epochs=2"], folder)
+    if module == "egspo_lightning.analysis":
+        analyse(arguments)
+        assert (folder / "completions.html").stat().st_size > 1000
+        return
+    fit(arguments, folder)
+    assert "after EGSPO" in capsys.readouterr().out or "--math_benchmark.enabled" in arguments
+
+
+def test_commands_that_are_not_run_here_are_in_the_guides():
+    assert {command for _, command in ALL} >= ELSEWHERE
+    assert len(RUN) > 15
