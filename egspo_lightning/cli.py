@@ -35,6 +35,7 @@ from egspo_lightning.callbacks import (
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError, cause_of
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.strategies import require_known, require_strategy
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -96,8 +97,13 @@ class EgspoCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer; what Lightning says of impossible flags is told as any other mistake."""
+        require_known(self.config[self.subcommand].trainer.strategy)  # of which Lightning may only say: not on a CPU
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            require_strategy(trainer)  # before one that would pickle the module
+            return trainer
+        except UserError:
+            raise
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
 

@@ -11,13 +11,14 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "checkpoints"],
-    ["ops", "rewards", "tasks"],
+    ["types", "jsonl", "flags", "lora"],
+    ["ops", "rewards", "tasks", "checkpoints"],
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],
     ["critic", "sharding", "answering"],
+    ["strategies"],
     ["policy_module"],
     ["module", "datamodule"],
     ["callbacks"],
@@ -107,7 +108,7 @@ def test_sampling_does_not_know_what_it_is_for(path):
 
 
 def test_only_the_upper_layers_import_lightning():
-    upper = ("policy_module", "module", "datamodule", "callbacks", "cli")
+    upper = ("strategies", "policy_module", "module", "datamodule", "callbacks", "cli")
     for path in FILES:
         if home(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)
@@ -122,7 +123,10 @@ def test_plots_and_data_frames_are_the_analysis_own():
     assert top_level(PACKAGE / "analysis" / "schema.py") <= {"pathlib", "pyarrow"}
 
 
-@pytest.mark.parametrize("part", ["module", "policy_module", "policy", "critic", "checkpoints", "sharding"])
+NETWORKS = {"policy_module", "policy", "critic", "checkpoints", "sharding", "strategies", "lora"}
+
+
+@pytest.mark.parametrize("part", ["module", *sorted(NETWORKS)])
 def test_the_module_reads_no_text(part):
     """Nor does anything that it is made of."""
     forbidden = {"data", "rollout", "rewards", "evaluation", "datamodule", "answering", "answers", "rows", "jsonl"}
@@ -131,7 +135,7 @@ def test_the_module_reads_no_text(part):
 
 @pytest.mark.parametrize("part", ["datamodule", "answering"])
 def test_the_data_know_the_policy_by_its_protocol_alone(part):
-    networks = {"module", "policy_module", "policy", "critic", "checkpoints", "sharding"}
+    networks = {"module", *NETWORKS}
     assert not {name.split(".")[0] for name in reached(PACKAGE / f"{part}.py")} & networks
 
 
