@@ -35,6 +35,7 @@ from egspo_lightning.callbacks import (
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError, cause_of
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.plan_command import PlanningTrainer
 from egspo_lightning.strategies import require_known, require_strategy
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
@@ -69,6 +70,7 @@ class EgspoCLI(LightningCLI):
         super().__init__(
             EGSPOModule,
             HybridDataModule,
+            trainer_class=PlanningTrainer,
             args=None if args is None else list(args),
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_kwargs={"overwrite": True},
@@ -76,6 +78,11 @@ class EgspoCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "egspo"},
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``plan``, which reads the configs of fit."""
+        return LightningCLI.subcommands() | {"plan": {"model", "datamodule", "flags"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose errors are not buried under the list of all options; ``--help`` still gives it."""
@@ -98,6 +105,8 @@ class EgspoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer; what Lightning says of impossible flags is told as any other mistake."""
         require_known(self.config[self.subcommand].trainer.strategy)  # of which Lightning may only say: not on a CPU
+        if self.subcommand == "plan":  # its devices need not be here
+            return PlanningTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         try:
             trainer = super().instantiate_trainer(**kwargs)
             require_strategy(trainer)  # before one that would pickle the module
@@ -115,6 +124,16 @@ class EgspoCLI(LightningCLI):
             if config.get(flag) is False
         ]
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(unwanted))])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Print what is planned; all else is Lightning's."""
+        if subcommand != "plan":
+            super()._run_subcommand(subcommand)
+            return
+        flags = self.config[subcommand]
+        trainer = self.trainer
+        assert isinstance(trainer, PlanningTrainer)
+        print(trainer.plan(self.model, self.datamodule, flags.trainer, flags.num_devices, flags.device_gib))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a key of its own, so that a config changes one argument without repeating the list."""

@@ -18,10 +18,10 @@ LAYERS = [
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],
     ["critic", "sharding", "answering"],
-    ["strategies"],
+    ["strategies", "planning"],
     ["policy_module"],
     ["module", "datamodule"],
-    ["callbacks"],
+    ["callbacks", "plan_command"],
     ["cli"],
     ["__main__"],
 ]
@@ -108,7 +108,7 @@ def test_sampling_does_not_know_what_it_is_for(path):
 
 
 def test_only_the_upper_layers_import_lightning():
-    upper = ("strategies", "policy_module", "module", "datamodule", "callbacks", "cli")
+    upper = ("strategies", "policy_module", "module", "datamodule", "callbacks", "plan_command", "cli")
     for path in FILES:
         if home(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)

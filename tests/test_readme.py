@@ -16,6 +16,7 @@ SHORT = {
         "--data.num_problems=2",
         "--data.benchmarks.init_args.limit=4",
     ],
+    "plan": [],
     "test": [],
     "predict": [],
 }
@@ -67,7 +68,7 @@ def test_the_equation_is_that_of_the_objective(repository):
 def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, shared_data):
     """In the README's order, since later ones use what the first has written."""
     ours = [part for part in parts(repository) if part.startswith("python -m egspo_lightning")]
-    assert len(ours) == 7
+    assert len(ours) == 8
     monkeypatch.chdir(repository)
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps({"problem": "12+34=?", "answer": "46"}))

@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,30 @@ Runs = dict[str, list[str]]
 def run_ranks(repository: Path) -> Callable[..., dict[str, list[dict[str, str]]]]:
     """Does runs one after another in one program of ``num_ranks`` processes; the rows of metrics of each."""
 
-    def run(folder: Path, runs: Runs, num_ranks: int = 2) -> dict[str, list[dict[str, str]]]:
+    def run(folder: Path, runs: Runs, num_ranks: int = 2, num_nodes: int = 1) -> dict[str, list[dict[str, str]]]:
         program = [str(Path(__file__).with_name("runs_program.py")), str(folder), json.dumps(runs)]
+        if num_nodes > 1:
+            on_nodes(program, repository, num_nodes, num_ranks // num_nodes)
+            return {name: rows_of(folder / name) for name in runs}
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         output, code = in_group([sys.executable, *([] if num_ranks == 1 else torchrun), *program], repository)
         assert code == 0, output
         return {name: rows_of(folder / name) for name in runs}
 
     return run
+
+
+def on_nodes(program: Sequence[str], cwd: Path, num_nodes: int, ranks_each: int) -> None:
+    """A program under an agent of torchrun for each node, here all on this machine, as docs/scaling.md starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ["-m", "torch.distributed.run", f"--nnodes={num_nodes}", f"--nproc-per-node={ranks_each}"]
+    nodes += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    commands = [[sys.executable, *nodes, f"--node-rank={node}", *program] for node in range(num_nodes)]
+    with ThreadPoolExecutor(num_nodes) as pool:
+        for output, code in pool.map(lambda command: in_group(command, cwd), commands):
+            assert code == 0, output
 
 
 def in_group(command: Sequence[str], cwd: Path, timeout: float = 600) -> tuple[str, int]:

@@ -173,6 +173,16 @@ def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_nodes_of_one_rank_are_one_node_of_two(run_ranks, told_apart, alone, folder, strategy):
+    """Two agents of torchrun, each with a process of its own."""
+    nodes = ["--trainer.max_epochs=3", "--trainer.num_nodes=2", "--trainer.devices=1", f"--trainer.strategy={strategy}"]
+    name = f"nodes_{strategy}"
+    rows = run_ranks(folder, {name: nodes}, num_nodes=2)[name]
+    assert told_apart(rows, alone[:3]) > 40
+
+
+@pytest.mark.slow
 def test_the_quickstart_in_short_form_learns_under_fsdp2(run_ranks, folder):
     """From SFT on, as in the quickstart itself; the exported model is the last checkpoint's."""
     quickstart = [
