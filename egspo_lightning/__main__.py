@@ -1,4 +1,4 @@
-"""``python -m egspo_lightning {fit,validate,test,predict}``."""
+"""``python -m egspo_lightning {fit,validate,test,predict,plan}``."""
 
 
 def main() -> None:

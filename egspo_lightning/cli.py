@@ -16,7 +16,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -46,10 +45,11 @@ from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import RunStopped, UserError
 from egspo_lightning.exits import end, take_debug
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.plan_command import PlanningTrainer
 from egspo_lightning.ranks import end_other_ranks
 from egspo_lightning.resumption import go_on_logging, last_checkpoint, places
+from egspo_lightning.strategies import require_known, require_strategy
 from egspo_lightning.surroundings import require_ranks, require_writable
-from egspo_lightning.trainer import RunTrainer
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -102,8 +102,8 @@ class EgspoCLI(LightningCLI):
         super().__init__(
             EGSPOModule,
             HybridDataModule,
+            trainer_class=PlanningTrainer,
             args=None if args is None else list(args),
-            trainer_class=RunTrainer,
             trainer_defaults=TRAINER_DEFAULTS,
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
@@ -111,6 +111,11 @@ class EgspoCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "egspo", "epilog": "egspo replay FILE looks into an update that was not finite."},
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``plan``, which reads the configs of fit."""
+        return LightningCLI.subcommands() | {"plan": {"model", "datamodule", "flags"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose errors are not buried under the list of all options; ``--help`` still gives it."""
@@ -141,21 +146,17 @@ class EgspoCLI(LightningCLI):
         if path is not None and path not in ("best", "last", "hpc") and ":" not in str(path):
             open_checkpoint(Path(path))
 
-    def after_instantiate_classes(self) -> None:
-        """Refuse a sharded checkpoint where nothing is sharded."""
-        path = self.config[self.subcommand].get("ckpt_path")
-        strategy = self.trainer.strategy
-        is_sharding = isinstance(strategy, (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy))
-        if path is not None and Path(path).is_dir() and not is_sharding:
-            raise UserError(
-                f"ckpt_path: {path} is a sharded checkpoint, which trainer.strategy {type(strategy).__name__} cannot "
-                "load. Give lightning.pytorch.strategies.ModelParallelStrategy, as the run that wrote it."
-            )
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer; what Lightning says of impossible flags is told as any other mistake."""
+        require_known(self.config[self.subcommand].trainer.strategy)  # of which Lightning may only say: not on a CPU
+        if self.subcommand == "plan":  # its devices need not be here
+            return PlanningTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            require_strategy(trainer)  # before one that would pickle the module
+            return trainer
+        except UserError:
+            raise
         except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             given = self.config[self.subcommand].trainer
             fields = ("accelerator", "devices", "num_nodes", "strategy", "precision", "max_time")
@@ -188,11 +189,16 @@ class EgspoCLI(LightningCLI):
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(unwanted))])
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Where this rank fails, none of the others is left waiting for it."""
+        """Lightning's, or print what is planned; where this rank fails, none of the others is left waiting for it."""
+        trainer, flags = self.trainer, self.config[subcommand]
+        assert isinstance(trainer, PlanningTrainer)
+        if subcommand == "plan":
+            print(trainer.plan(self.model, self.datamodule, flags.trainer, flags.num_devices, flags.device_gib))
+            return
         try:
             super()._run_subcommand(subcommand)
         except Exception:
-            end_other_ranks(self.trainer)
+            end_other_ranks(trainer)
             raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from egspo_lightning.errors import UserError, require
+from egspo_lightning.lora import is_reference
 from egspo_lightning.policy import Policy, PolicyConfig, ValueHead
 
 
@@ -94,7 +95,8 @@ class Critic(nn.Module):
 
     def start_from(self, policy: Policy) -> None:
         """Take the weights of the policy's trunk, where the architectures are the same."""
-        theirs = dict(policy.lm.get_decoder().named_parameters())
+        parameters = policy.lm.get_decoder().named_parameters()
+        theirs = {name: value for name, value in parameters if not is_reference(name)}
         ours = dict(self.trunk.named_parameters())
         if {name: value.shape for name, value in ours.items()} == {name: v.shape for name, v in theirs.items()}:
             for name, value in ours.items():

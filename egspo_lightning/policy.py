@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.lora import LoraConfig
 from egspo_lightning.ops.padding import like_lengths, row_lengths
 from egspo_lightning.ops.token_stats import token_stats
 from egspo_lightning.types import Current
@@ -47,6 +48,7 @@ class PolicyConfig:
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         trust_remote_code: Run Python code that comes with the model.
         revision: Branch, tag or commit on the hub.
+        lora: Train low-rank adapters, and the model itself not; null trains the model.
     """
 
     name_or_path: str
@@ -56,6 +58,7 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     revision: str = "main"
+    lora: LoraConfig | None = None
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, checked to have an EOS, and with a padding token.
@@ -73,8 +76,8 @@ class PolicyConfig:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def build(self, *, with_value_head: bool = False) -> Policy:
-        """The model, in train mode, without dropout; with a value head on its trunk where asked for.
+    def build(self, *, with_value_head: bool = False, with_reference: bool = False) -> Policy:
+        """The model, in train mode, without dropout; where asked for with a value head, and a reference's adapter.
 
         Raises:
             UserError: it cannot be loaded, or its output layer is more than a linear map of the last hidden state.
@@ -92,6 +95,8 @@ class PolicyConfig:
             self._require_whole(info)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.lora is not None:
+            self.lora.inject(lm, with_reference=with_reference)
         return Policy(lm, ValueHead(lm) if with_value_head else None)
 
     def require_vocabulary(self, tokenizer: Any) -> None:

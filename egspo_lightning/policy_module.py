@@ -16,19 +16,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from egspo_lightning import lora
 from egspo_lightning.checkpoint_fit import (
     fit_optimizer_kind,
     require_same_shapes,
     require_same_tokenizer,
     tokenizer_digest,
 )
-from egspo_lightning.checkpoints import adapt_optimizer, adapt_weights
+from egspo_lightning.checkpoints import adapt_optimizer, adapt_weights, number_parameters
 from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.optimizers import build_optimizer, build_scheduler
 from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
 from egspo_lightning.randomness import random_state, restore_random_state
 from egspo_lightning.sharding import gathered, shard
+from egspo_lightning.strategies import require_strategy, sharding_plan
 from egspo_lightning.types import Current, Scores, Stage
 
 
@@ -81,7 +83,8 @@ class PolicyModule(LightningModule):
         return self.policy_config.load_tokenizer()
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions under which Lightning would round the rollouts' log-probabilities."""
+        """Refuse strategies that cannot be had, and precisions that would round the rollouts' log-probabilities."""
+        require_strategy(self.trainer)
         if str(self.trainer.precision) in ("bf16-true", "16-true"):
             raise UserError(
                 f"trainer.precision {self.trainer.precision} rounds old log-probabilities and advantages to half "
@@ -95,16 +98,20 @@ class PolicyModule(LightningModule):
         self.policy_config.require_vocabulary(self.tokenizer)
         is_training = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
         critic = self.critic_config if is_training else None
-        self.policy = self.policy_config.build(with_value_head=critic is not None and critic.trunk == "shared")
+        is_adapted = self.policy_config.lora is not None  # the reference is then an adapter on the policy's own model
+        self.policy = self.policy_config.build(
+            with_value_head=critic is not None and critic.trunk == "shared",
+            with_reference=is_adapted and self.has_reference and is_training,
+        )
         self.critic = None if critic is None else critic.build(self.policy_config)
         if self.critic is not None:
             self.critic.require_fit(self.policy)
-        if self.has_reference and is_training:
+        if self.has_reference and is_training and not is_adapted:
             self.reference = self.policy_config.build().requires_grad_(False).eval()
         self.branch_off()
         if self.device_mesh is not None:  # ModelParallelStrategy
             for network in self._networks:
-                shard(network, self.device_mesh["data_parallel"])
+                shard(network, self.device_mesh["data_parallel"], sharding_plan(self.trainer))
 
     def configure_optimizers(self) -> Any:
         """The optimiser over what is trained, and its schedule over steps."""
@@ -136,6 +143,7 @@ class PolicyModule(LightningModule):
         with torch.no_grad():
             if self.critic is not None:
                 self.critic.start_from(self._policy)
+            lora.copy_to_reference(self._policy.lm)
             if self.reference is not None:
                 pairs = zip(self.reference.lm.parameters(), self._policy.lm.parameters(), strict=True)
                 for frozen, current in pairs:
@@ -186,7 +194,7 @@ class PolicyModule(LightningModule):
         A reference or a critic has to be asked in any case, and products in reduced precision (TF32) are not float32.
         """
         is_exact = self.is_full_precision and torch.get_float32_matmul_precision() == "highest"
-        return is_exact and self.reference is None and self.critic_config is None
+        return is_exact and not self.has_reference and self.critic_config is None
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:
@@ -216,7 +224,7 @@ class PolicyModule(LightningModule):
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(self.trainer.precision_plugin.forward_context())
                 for network in fresh:
-                    stack.enter_context(gathered(network))
+                    stack.enter_context(gathered(network, sharding_plan(self.trainer)))
                 yield
         finally:
             for network, training in zip(fresh, was_training, strict=True):
@@ -228,8 +236,20 @@ class PolicyModule(LightningModule):
         input_ids, mask = input_ids.to(self.device), completion_mask.to(self.device)
         with self.scoring():
             current = self.statistics(input_ids, mask)
-            reference = None if self.reference is None else self.reference(input_ids, mask, self.temperature).logprobs
+            reference = self._reference_logprobs(input_ids, mask)
         return Scores(current.logprobs, current.entropies, reference, current.values)
+
+    def _reference_logprobs(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Of the reference, a network or an adapter; None without one."""
+        stats: Current
+        if self.reference is not None:
+            stats = self.reference(input_ids, mask, self.temperature)
+            return stats.logprobs
+        if not lora.has_reference(self._policy.lm):
+            return None
+        with lora.as_reference(self._policy.lm):
+            stats = self._policy(input_ids, mask, self.temperature)
+        return stats.logprobs
 
     def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
         """What policy and critic say of sequences, at the sampling temperature, with gradient where it is on."""
@@ -269,7 +289,12 @@ class PolicyModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the stage, the steps taken at the start of the phase and of the stage, and every rank's random state."""
+        """Keep the stage, the steps at the start of phase and stage, and every rank's random state.
+
+        What is frozen under adapters is left out.
+        """
+        for name in self._left_out():
+            checkpoint["state_dict"].pop(name, None)
         checkpoint["egspo"] = {
             "stage": str(self.stage),
             "phase_version": self._phase_version,
@@ -294,14 +319,21 @@ class PolicyModule(LightningModule):
         is_exact = is_entry or self.stage == Stage.SFT or not is_fit
         weights = checkpoint.get("state_dict", {})
         own = self.state_dict() if weights else {}
-        adapt_weights(weights, own, is_exact=is_exact)
+        adapt_weights(weights, own, is_exact=is_exact, left_out=self._left_out())
         require_same_shapes(weights, own)
         require_same_tokenizer(state.get("tokenizer"), tokenizer_digest(self.tokenizer))
         if is_fit and (states := checkpoint.get("optimizer_states")):
-            optimizer = self._build_optimizer()
-            fresh, kind = optimizer.state_dict(), type(optimizer).__name__
-            fit_optimizer_kind(states, state.get("optimizer"), fresh, kind, is_entry=is_entry)
-            adapt_optimizer(states, fresh, is_entry=is_entry)
+            self._fit_optimizer(states, state.get("optimizer"), is_entry=is_entry)
+
+    def _fit_optimizer(self, states: list[dict[str, Any]], saved_kind: str | None, *, is_entry: bool) -> None:
+        """Make a checkpoint's optimiser this run's."""
+        policy, critic = self._trained_parameters()
+        numbers = {id(parameter): number for number, parameter in enumerate([*policy, *critic])}
+        number_parameters(states, {name: numbers[id(p)] for name, p in self.named_parameters() if id(p) in numbers})
+        optimizer = self._build_optimizer()
+        fresh, kind = optimizer.state_dict(), type(optimizer).__name__
+        fit_optimizer_kind(states, saved_kind, fresh, kind, is_entry=is_entry)
+        adapt_optimizer(states, fresh, is_entry=is_entry)
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed: until here, starting has drawn some."""
@@ -317,6 +349,15 @@ class PolicyModule(LightningModule):
                 "the same data, but sums over ranks are rounded otherwise, so it is not bit-identical."
             )
         self._random_state = states[rank] if rank < len(states) else None
+
+    def _left_out(self) -> set[str]:
+        """Names of what checkpoints need not hold: frozen weights under adapters, where they can be loaded again."""
+        config, critic = self.policy_config, self.critic_config
+        is_own = critic is not None and critic.model is not None and critic.model.from_scratch
+        if config.lora is None or config.from_scratch or is_own:
+            return set()
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name for name in self.state_dict() if name not in trained and not lora.is_adapter(name)}
 
     @property
     def _networks(self) -> list[Any]:

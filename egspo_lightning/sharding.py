@@ -2,28 +2,59 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from egspo_lightning.policy import Policy, ValueHead
 
 
-def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard each transformer block, and what is left (embeddings, final norm, heads) with the network as the root."""
+@dataclass(frozen=True)
+class ShardingPlan:
+    """How networks are sharded.
+
+    Args:
+        param_dtype: What weights are gathered and computed in, while shards, gradients and the optimiser's state keep
+            the weights' own type; None gathers them as they are.
+        reshard_after_forward: Free a block's gathered weights after its forward pass and gather them again in the
+            backward pass (ZeRO-3); otherwise they are held in between (ZeRO-2): less traffic, more memory.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reshard_after_forward: bool = True
+
+    @property
+    def precision(self) -> MixedPrecisionPolicy:
+        """Gradients are summed over ranks in float32 whatever the weights are gathered in."""
+        reduced = None if self.param_dtype is None else torch.float32
+        return MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=reduced)
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, plan: ShardingPlan = ShardingPlan()) -> None:
+    """Shard each transformer block, and what is left (embeddings, final norm, heads) with the network as the root.
+
+    A value head stays in float32, as ``ValueHead`` computes.
+    """
     names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     for module in network.modules():
-        if type(module).__name__ in names or isinstance(module, ValueHead):  # whose type is not that of the trunk
-            fully_shard(module, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+        if isinstance(module, ValueHead):  # whose type is not that of the trunk
+            fully_shard(module, mesh=mesh, reshard_after_forward=plan.reshard_after_forward)
+        elif type(module).__name__ in names:
+            _shard(module, mesh, plan)
+    _shard(network, mesh, plan)
     if isinstance(network, Policy):
         network.splits_rows = False
 
 
+def _shard(module: nn.Module, mesh: DeviceMesh, plan: ShardingPlan) -> None:
+    fully_shard(module, mesh=mesh, mp_policy=plan.precision, reshard_after_forward=plan.reshard_after_forward)
+
+
 @contextmanager
-def gathered(network: nn.Module) -> Iterator[None]:
+def gathered(network: nn.Module, plan: ShardingPlan = ShardingPlan()) -> Iterator[None]:
     """Hold all weights on every rank, so that ranks may run different numbers of forward passes; collective.
 
     Does nothing for a network that is not sharded.
@@ -41,7 +72,8 @@ def gathered(network: nn.Module) -> Iterator[None]:
     finally:
         for module in shards:
             module.reshard()
-            module.set_reshard_after_forward(module is not network, recurse=False)
+            keeps = module is network or not plan.reshard_after_forward
+            module.set_reshard_after_forward(not keeps, recurse=False)
 
 
 def _make_root(network: nn.Module) -> None:

@@ -11,17 +11,18 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "checkpoints", "checkpoint_files", "checkpoint_fit", "randomness"],
+    ["types", "jsonl", "flags", "lora", "checkpoint_files", "checkpoint_fit", "randomness"],
     ["config_files", "surroundings", "optimizers", "ranks"],
-    ["ops", "rewards", "tasks"],
+    ["ops", "rewards", "tasks", "checkpoints"],
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],
     ["critic", "sharding", "answering", "phases"],
-    ["policy_module", "faults"],
+    ["strategies", "planning", "faults"],
+    ["policy_module"],
     ["module", "datamodule", "trainer"],
-    ["callbacks", "exits"],
+    ["callbacks", "exits", "plan_command"],
     ["replaying", "resumption"],
     ["cli"],
     ["__main__"],
@@ -109,8 +110,8 @@ def test_sampling_does_not_know_what_it_is_for(path):
 
 
 def test_only_the_upper_layers_import_lightning():
-    lower_callers = ("policy_module", "module", "datamodule", "trainer")
-    upper = (*lower_callers, "callbacks", "exits", "replaying", "resumption", "cli")
+    lower_callers = ("strategies", "policy_module", "module", "datamodule", "trainer")
+    upper = (*lower_callers, "callbacks", "exits", "plan_command", "replaying", "resumption", "cli")
     for path in FILES:
         if home(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)
@@ -125,7 +126,10 @@ def test_plots_and_data_frames_are_the_analysis_own():
     assert top_level(PACKAGE / "analysis" / "schema.py") <= {"pathlib", "pyarrow"}
 
 
-@pytest.mark.parametrize("part", ["module", "policy_module", "policy", "critic", "checkpoints", "sharding", "faults"])
+NETWORKS = {"policy_module", "policy", "critic", "checkpoints", "sharding", "strategies", "lora"}
+
+
+@pytest.mark.parametrize("part", ["module", "faults", *sorted(NETWORKS)])
 def test_the_module_reads_no_text(part):
     """Nor does anything that it is made of."""
     forbidden = {
@@ -145,7 +149,7 @@ def test_the_module_reads_no_text(part):
 
 @pytest.mark.parametrize("part", ["datamodule", "answering", "phases"])
 def test_the_data_know_the_policy_by_its_protocol_alone(part):
-    networks = {"module", "policy_module", "policy", "critic", "checkpoints", "sharding"}
+    networks = {"module", *NETWORKS}
     assert not {name.split(".")[0] for name in reached(PACKAGE / f"{part}.py")} & networks
 
 

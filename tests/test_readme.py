@@ -17,6 +17,7 @@ SHORT = {
         "--data.num_problems=2",
         "--data.benchmarks.init_args.limit=4",
     ],
+    "plan": [],
     "test": [],
     "predict": [],
 }

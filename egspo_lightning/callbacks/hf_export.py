@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -9,6 +10,7 @@ from transformers import GenerationConfig
 
 from egspo_lightning.callbacks.access import module_of
 from egspo_lightning.errors import UserError
+from egspo_lightning.lora import merged
 from egspo_lightning.module import EGSPOModule
 
 EXPORTED = (
@@ -59,12 +61,14 @@ class HFExport(Callback):
         module = module_of(pl_module)
         assert module.policy is not None
         lm = module.policy.lm
-        weights = get_model_state_dict(lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        weights: dict[str, Any] = get_model_state_dict(
+            lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         if trainer.is_global_zero:
             partial = target.with_name(target.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             lm.generation_config, configured = _plain_decoding(module), lm.generation_config
-            lm.save_pretrained(partial, state_dict=weights)
+            lm.save_pretrained(partial, state_dict=merged(lm, weights))
             lm.generation_config = configured
             module.tokenizer.save_pretrained(partial)
             shutil.rmtree(target, ignore_errors=True)

@@ -164,7 +164,6 @@ class StageTransition(Callback):
         log_dir = trainer.log_dir
         if self.save_checkpoint and log_dir is not None:
             save_whole(trainer, Path(log_dir) / "sft.ckpt")
-            self._restart(module)  # to save an empty state, torch fills it by a step of its own where it is sharded
         module.print(f"Stage sft -> egspo after phase {trainer.current_epoch + 1}: {reason}.")
 
     def _restart(self, module: EGSPOModule) -> None:

@@ -86,6 +86,25 @@ def token_stats(
     return TokenStats(logprobs.view(input_ids.shape), entropies.view(input_ids.shape))
 
 
+def token_stats_bytes(num_tokens: int, weight: Tensor, *, device: str = "cpu") -> int:
+    """Bytes that ``token_stats`` needs at most, forward and backward, beyond its inputs and their gradients.
+
+    Args:
+        num_tokens: N
+        weight: (V, D), of which only shape, dtype and whether it is trained count
+        device: type of the device, which decides on the tiles
+    """
+    entries, hidden = weight.shape
+    wide = 4 if weight.dtype != torch.float64 else 8
+    elements = CPU_TILE if device == "cpu" else GPU_TILE
+    height = min(max(TILE_TOKENS, elements // entries), max(num_tokens, 1))
+    tile = height * min(max(elements // height, 1), entries)
+    states = num_tokens * hidden * (weight.element_size() + wide)  # those with a gradient, and that gradient
+    of_head = entries * hidden * wide if weight.requires_grad else 0
+    buffers = tile * wide * (1 if weight.element_size() == wide else 2)
+    return states + of_head + buffers + 8 * num_tokens * wide
+
+
 def _widen(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
@@ -170,8 +189,11 @@ class _TiledTokenStats(torch.autograd.Function):
         state = _Upstream(input_ids[active], log_norms[active], entropies[active], pull_logprobs, pull_entropies)
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = _Tiles(hidden[active], weight, bias, *ctx.settings)
-            grad_active, grad_weight, grad_bias = _pull_back(tiles, state, log_norms.dtype)
+            trains_head = any(ctx.needs_input_grad[1:3])
+            grad_active, grad_weight, grad_bias = _pull_back(tiles, state, log_norms.dtype, trains_head)
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, active, grad_active.to(hidden.dtype))
+        if not trains_head:
+            return grad_hidden, None, None, None, None, None, None
         of_bias = None if bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), of_bias, None, None, None, None
 
@@ -229,10 +251,13 @@ class _Upstream(NamedTuple):
         return _Upstream(*own, pull_logprobs, pull_entropies)
 
 
-def _pull_back(tiles: _Tiles, upstream: _Upstream, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias, in ``wide``."""
+def _pull_back(
+    tiles: _Tiles, upstream: _Upstream, wide: torch.dtype, trains_head: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias, in ``wide``; those of a frozen head are empty."""
     hidden, weight = tiles.hidden, tiles.weight
-    grad_hidden, grad_weight = (torch.zeros_like(values, dtype=wide) for values in (hidden, weight))
+    grad_hidden = torch.zeros_like(hidden, dtype=wide)
+    grad_weight = torch.zeros_like(weight, dtype=wide) if trains_head else weight.new_empty(0, dtype=wide)
     grad_bias = weight.new_zeros(weight.shape[0], dtype=wide)
     for tokens in tiles.tokens:
         part = upstream.of(tokens)
@@ -242,7 +267,8 @@ def _pull_back(tiles: _Tiles, upstream: _Upstream, wide: torch.dtype) -> tuple[T
                 grad_bias[entries] += grad.sum(0)
             grad = grad.to(weight.dtype)
             _add_product(grad_hidden[tokens], grad, weight[entries])
-            _add_product(grad_weight[entries], grad.T, hidden[tokens])
+            if trains_head:
+                _add_product(grad_weight[entries], grad.T, hidden[tokens])
     return grad_hidden, grad_weight, grad_bias
 
 

@@ -150,7 +150,7 @@ class RandomStreams:
         self._generators = [self._generators[row] for row in kept.tolist()]
 
 
-class _CompactCache(DynamicCache):
+class CompactCache(DynamicCache):
     """Keeps keys and values in the type that attention computes in.
 
     Rotary embeddings promote them to float32 under autocast, which would double the memory of the cache for nothing:
@@ -206,7 +206,7 @@ def _prefill(lm: Any, requests: list[Request], pad_id: int, device: torch.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask = (torch.arange(width, device=device) >= (width - lengths).unsqueeze(1)).long()
     is_padded = any(len(prompt) < width for prompt in prompts)
-    cache = _CompactCache(config=lm.config)
+    cache = CompactCache(config=lm.config)
     output = lm(
         input_ids=input_ids,
         attention_mask=mask if is_padded else None,

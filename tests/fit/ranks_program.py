@@ -42,12 +42,7 @@ METHODS = {
 STRATEGIES = {
     "alone": [],
     "ddp": ["--trainer.strategy=ddp", "--trainer.devices=2"],
-    "fsdp2": [
-        "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
-        "--trainer.strategy.data_parallel_size=2",
-        "--trainer.strategy.tensor_parallel_size=1",
-        "--trainer.devices=2",
-    ],
+    "fsdp2": ["--trainer.strategy=fsdp2", "--trainer.devices=2"],
 }
 
 

@@ -20,12 +20,7 @@ SHORT = [
     "--trainer.logger=CSVLogger",
 ]
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
-FSDP2 = [
-    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
-    "--trainer.strategy.data_parallel_size=2",
-    "--trainer.strategy.tensor_parallel_size=1",
-    "--trainer.devices=2",
-]
+FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
 
 
 def fit(repository, folder, *arguments):

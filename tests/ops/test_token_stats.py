@@ -148,3 +148,20 @@ def test_gradients_in_float32_against_the_whole():
     )
     for mine, theirs in zip(ours, naive, strict=True):
         assert ((mine - theirs).abs().max() / theirs.abs().max()).item() < 1e-5
+
+
+def test_a_frozen_head_has_no_gradient_and_changes_none():
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 6, requires_grad=True)
+    head, input_ids = torch.nn.Linear(6, 11), torch.randint(11, (9,))
+    gradients = []
+    for is_trained in (True, False):
+        head.requires_grad_(is_trained)
+        stats = token_stats(hidden, head, input_ids, temperature=0.7)
+        hidden.grad = None
+        (stats.logprobs.sum() + 0.3 * stats.entropies.sum()).backward()
+        gradients.append(hidden.grad)
+        assert (head.weight.grad is not None) == is_trained
+        head.weight.grad = None
+    assert torch.equal(*gradients)
+    assert gradients[0].any()

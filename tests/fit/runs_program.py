@@ -1,0 +1,71 @@
+"""Does runs of the command line one after another, as one process or as one of the ranks that torchrun has started.
+
+    python runs_program.py FOLDER '{"NAME": [ARGUMENT, ...], ...}'
+
+Each writes to FOLDER/NAME. It is a program of its own so that torchrun and its imports are paid for once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch.distributed.tensor import DTensor
+
+from egspo_lightning.cli import run
+
+SHORT = [
+    "--config=configs/quickstart.yaml",
+    "--trainer.max_epochs=4",
+    "--trainer.logger=CSVLogger",
+    "--trainer.enable_progress_bar=false",
+    "--data.demonstrations.init_args.num_demonstrations=32",
+    "--data.sft_batch_size=16",
+    "--data.benchmarks=null",
+    "--data.num_problems=4",
+    "--data.num_generations=4",
+    "--data.max_completion_length=40",
+    "--data.reward=ranks_program.Uneven",
+    "--stage_transition.after_epochs=1",
+    "--stage_transition.learning_rate=1e-3",
+    "--hf_export.enabled=false",
+    "--token_records.every_n_collections=0",
+    "--checkpoint.every_n_epochs=1",
+    "--checkpoint.save_top_k=-1",
+    "--checkpoint.filename={epoch}",
+    "--trainer.callbacks+=runs_program.Norms",
+]
+
+
+class Norms(Callback):
+    """Writes each update's gradient norm, and what is left of it after clipping, to norms.jsonl in the root folder."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        def after_step(optimizer: Any, *_: Any) -> None:
+            if optimizer.param_groups[0]["lr"] != 0:  # torch's own, to fill an empty state
+                self.write(trainer, pl_module, "clipped")
+
+        trainer.optimizers[0].register_step_post_hook(after_step)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.write(trainer, pl_module, "norm")
+
+    def write(self, trainer: Any, pl_module: Any, kind: str) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+        norm = sum(g.double().square().sum().item() for g in whole) ** 0.5
+        if trainer.is_global_zero:
+            with (Path(trainer.default_root_dir) / "norms.jsonl").open("a") as file:
+                file.write(json.dumps({"step": trainer.global_step, "kind": kind, "norm": norm}) + "\n")
+
+
+if __name__ == "__main__":
+    root, runs = sys.argv[1], json.loads(sys.argv[2])
+    for name, arguments in runs.items():
+        place = f"{root}/{name}"
+        folders = [f"--trainer.default_root_dir={place}", f"--trainer.logger.save_dir={place}"]
+        run(["fit", *SHORT, *arguments, *folders])
+    if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
+        torch.distributed.destroy_process_group()

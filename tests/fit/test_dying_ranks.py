@@ -1,0 +1,72 @@
+"""A rank that dies ends the whole run within a minute, with its error shown and no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+RUN = [
+    "-m",
+    "egspo_lightning",
+    "fit",
+    "--config=configs/quickstart.yaml",
+    "--trainer.devices=2",
+    "--data.demonstrations.init_args.num_demonstrations=128",
+    "--data.sft_batch_size=16",
+    "--data.benchmarks=null",
+    "--stage_transition.after_epochs=1",
+]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def of_session(session):
+    """The processes that a session has, however they are related."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            pass
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+@pytest.mark.parametrize("how", ["error", "kill"])
+@pytest.mark.parametrize(("rank", "strategy"), [(0, "ddp"), (1, "ddp"), (1, "fsdp2")])
+def test_the_run_ends_with_its_rank(repository, tmp_path, rank, how, strategy, launcher):
+    dies = [
+        "--trainer.callbacks+=dying_rank.DyingRank",
+        f"--trainer.callbacks.rank={rank}",
+        f"--trainer.callbacks.how={how}",
+    ]
+    run = [*RUN, f"--trainer.strategy={strategy}", *dies, f"--trainer.default_root_dir={tmp_path}"]
+    log = tmp_path / "output"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *(TORCHRUN if launcher == "torchrun" else []), *run],
+            cwd=repository,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "tests/fit"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=90)  # a start of two ranks takes 10 s, so the end less than a minute
+            deadline = time.monotonic() + 10
+            while of_session(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            left = [" ".join(p.cmdline()) for p in of_session(process.pid)]
+        finally:
+            for each in of_session(process.pid):
+                os.kill(each.pid, signal.SIGKILL)
+    text = log.read_text()
+    assert code != 0, text
+    assert not left, text
+    if how == "error":
+        assert "ArithmeticError: the rank has divided by zero" in text

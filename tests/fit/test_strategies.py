@@ -1,0 +1,211 @@
+"""One process, DDP and FSDP2 make the same updates, and each goes on from the others' checkpoints."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from egspo_lightning.lora import is_adapter
+from egspo_lightning.policy import PolicyConfig
+from egspo_lightning.strategies import AnyCheckpointIO
+
+DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
+FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
+TO_FILE = [
+    "--trainer.strategy=egspo_lightning.strategies.FSDP2Strategy",
+    "--trainer.strategy.save_distributed_checkpoint=false",
+    "--trainer.devices=2",
+]
+TEN = ["--trainer.max_epochs=11"]
+
+
+def norms_of(folder, kind):
+    lines = [json.loads(line) for line in (folder / "norms.jsonl").read_text().splitlines()]
+    return [line["norm"] for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("strategies")
+
+
+@pytest.fixture(scope="module")
+def alone(run_ranks, folder):
+    return run_ranks(folder, {"alone": TEN}, num_ranks=1)["alone"]
+
+
+@pytest.fixture(scope="module")
+def ranks(run_ranks, folder):
+    runs = {"ddp": [*TEN, *DDP], "fsdp2": [*TEN, *FSDP2], "to_file": [*TEN, *TO_FILE]}
+    return run_ranks(folder, runs)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_first_update_is_that_of_one_process(alone, ranks, folder, strategy):
+    """Its loss and its gradient norm, and the norm that clipping leaves."""
+    first, other = (next(row for row in rows if row["loss/total"]) for rows in (alone, ranks[strategy]))
+    assert float(other["loss/total"]) == pytest.approx(float(first["loss/total"]), rel=1e-5)
+    for kind in ("norm", "clipped"):
+        mine, theirs = norms_of(folder / strategy, kind), norms_of(folder / "alone", kind)
+        assert len(mine) == len(theirs) == 2 + 10 * 4
+        assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert norms_of(folder / strategy, "norm")[0] > 1.1 > norms_of(folder / strategy, "clipped")[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_after_ten_iterations_the_rewards_are_those_of_one_process(alone, ranks, strategy):
+    rewards = [
+        [row["rollout/reward_mean"] for row in rows if row.get("rollout/reward_mean")]
+        for rows in (alone, ranks[strategy])
+    ]
+    assert len(rewards[0]) == 10
+    assert len(set(rewards[0])) > 5
+    assert [float(value) for value in rewards[1]] == pytest.approx([float(value) for value in rewards[0]], abs=1e-6)
+
+
+# Checkpoints
+
+ON = ["--trainer.max_epochs=5"]
+"""From the end of the third phase, the second with rollouts, whose optimiser has moments."""
+
+
+def at(folder, name, checkpoint="checkpoints/epoch=2.ckpt"):
+    return f"--ckpt_path={folder / name / 'lightning_logs' / 'version_0' / checkpoint}"
+
+
+@pytest.fixture(scope="module")
+def resumed(run_ranks, ranks, alone, folder):
+    """Runs that began under one strategy and go on under another: metrics of phases 4 and 5."""
+    sharded = {
+        "ddp_to_fsdp2": [*ON, *FSDP2, at(folder, "ddp")],
+        "alone_to_fsdp2": [*ON, *FSDP2, at(folder, "alone")],
+        "file_to_fsdp2": [*ON, *FSDP2, at(folder, "to_file")],
+        "fsdp2_to_fsdp2": [*ON, *FSDP2, at(folder, "fsdp2")],
+        "entry_to_fsdp2": [*ON, *FSDP2, at(folder, "ddp", "sft.ckpt")],
+        "own_entry_to_fsdp2": [*ON, *FSDP2, at(folder, "fsdp2", "sft.ckpt")],
+        "phase_to_fsdp2": [*ON, *FSDP2, at(folder, "fsdp2", "checkpoints/epoch=0.ckpt")],
+    }
+    whole = {
+        "fsdp2_to_ddp": [*ON, *DDP, at(folder, "fsdp2")],
+        "file_to_ddp": [*ON, *DDP, at(folder, "to_file")],
+        "entry_to_ddp": [*ON, *DDP, at(folder, "fsdp2", "sft.ckpt")],
+    }
+    return run_ranks(folder, sharded) | run_ranks(folder, whole)
+
+
+RESUMED = ["ddp_to_fsdp2", "alone_to_fsdp2", "file_to_fsdp2", "fsdp2_to_fsdp2", "fsdp2_to_ddp", "file_to_ddp"]
+ENTERED = ["entry_to_fsdp2", "own_entry_to_fsdp2", "phase_to_fsdp2", "entry_to_ddp"]
+
+
+@pytest.mark.parametrize(("name", "done"), [(n, 3) for n in RESUMED] + [(n, 1) for n in ENTERED])
+def test_a_run_goes_on_under_another_strategy_as_if_it_had_not_stopped(alone, resumed, told_apart, name, done):
+    assert told_apart(resumed[name], alone[done:5]) > 30
+
+
+def test_checkpoints_are_what_their_strategy_says(ranks, folder):
+    for name, is_folder in (("ddp", False), ("fsdp2", True), ("to_file", False)):
+        path = folder / name / "lightning_logs" / "version_0" / "checkpoints" / "epoch=2.ckpt"
+        assert path.exists()
+        assert path.is_dir() == is_folder
+
+
+WHOLE_METHOD = [
+    "--trainer.max_epochs=5",
+    "--config=configs/methods/ppo.yaml",
+    "--model.critic.warmup_steps=1",
+    "--model.objective.beta=0.01",
+    "--trainer.accumulate_grad_batches=2",
+]
+"""A reference and a value head beside the policy."""
+
+
+@pytest.mark.slow
+def test_reference_and_value_head_go_along(run_ranks, told_apart, folder):
+    one = run_ranks(folder, {"ppo_alone": WHOLE_METHOD}, num_ranks=1)["ppo_alone"]
+    assert any(float(row.get("loss/kl") or 0) > 0 for row in one)
+    began = {"ppo_fsdp2": [*WHOLE_METHOD, *FSDP2], "ppo_to_file": [*WHOLE_METHOD, *TO_FILE]}
+    for rows in run_ranks(folder, began).values():
+        assert told_apart(rows, one) > 50
+    on = {f"{name}_on": [*WHOLE_METHOD, *DDP, at(folder, name)] for name in began}
+    on |= {"ppo_alone_on": [*WHOLE_METHOD, *FSDP2, at(folder, "ppo_alone")]}
+    for rows in run_ranks(folder, on).values():
+        assert told_apart(rows, one[3:]) > 30
+
+
+@pytest.mark.slow
+def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, told_apart, folder, repository):
+    """With the reference beside them; a sharded sft.ckpt starts a method with other networks."""
+    PolicyConfig(str(repository / "configs" / "tiny_model"), from_scratch=True).build().lm.save_pretrained(
+        folder / "lm"
+    )
+    AutoTokenizer.from_pretrained(repository / "configs" / "tiny_model").save_pretrained(folder / "lm")
+    lora = [f"--model.policy.name_or_path={folder / 'lm'}", "--model.policy.from_scratch=false", *ON]
+    lora += ["--model.policy.lora.rank=4", "--model.objective.beta=0.01"]
+    one = run_ranks(folder, {"lora_alone": lora}, num_ranks=1)["lora_alone"]
+    on = {
+        "lora_fsdp2": [*lora, *FSDP2],
+        "lora_fsdp2_on": [*lora, *FSDP2, at(folder, "lora_fsdp2")],
+        "lora_alone_on": [*lora, *FSDP2, at(folder, "lora_alone")],
+        "lora_fsdp2_without": [*lora, "--model.objective.beta=0", *FSDP2],
+        "lora_with_again": [*lora, *FSDP2, at(folder, "lora_fsdp2_without", "sft.ckpt")],
+    }
+    rows = run_ranks(folder, on)
+    assert told_apart(rows["lora_fsdp2"], one) > 50
+    for name in ("lora_fsdp2_on", "lora_alone_on"):
+        assert told_apart(rows[name], one[3:]) > 30
+    assert told_apart(rows["lora_with_again"], one[1:]) > 30
+    weights = AnyCheckpointIO().load_checkpoint(at(folder, "lora_fsdp2").split("=", 1)[1])["state_dict"]
+    assert weights
+    assert all(is_adapter(name) for name in weights)
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
+    """The loss is that of autocast within its rounding, and what the optimiser moves is float32."""
+    mixed = ["--trainer.max_epochs=3", "--trainer.precision=bf16-mixed"]
+    rows = run_ranks(folder, {"mixed_ddp": [*mixed, *DDP], "mixed": [*mixed, *FSDP2]})
+    mine, theirs = (next(float(row["loss/sft"]) for row in rows[run] if row.get("loss/sft")) for run in rows)
+    assert mine == pytest.approx(theirs, rel=0.01)
+    assert mine != theirs
+    weights = AnyCheckpointIO().load_checkpoint(folder / "mixed/lightning_logs/version_0/checkpoints/epoch=1.ckpt")
+    assert {value.dtype for value in weights["state_dict"].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_nodes_of_one_rank_are_one_node_of_two(run_ranks, told_apart, alone, folder, strategy):
+    """Two agents of torchrun, each with a process of its own."""
+    nodes = ["--trainer.max_epochs=3", "--trainer.num_nodes=2", "--trainer.devices=1", f"--trainer.strategy={strategy}"]
+    name = f"nodes_{strategy}"
+    rows = run_ranks(folder, {name: nodes}, num_nodes=2)[name]
+    assert told_apart(rows, alone[:3]) > 40
+
+
+@pytest.mark.slow
+def test_the_quickstart_in_short_form_learns_under_fsdp2(run_ranks, folder):
+    """From SFT on, as in the quickstart itself; the exported model is the last checkpoint's."""
+    quickstart = [
+        "--trainer.max_epochs=90",
+        "--trainer.accumulate_grad_batches=1",
+        "--data.demonstrations.init_args.num_demonstrations=800",
+        "--data.sft_batch_size=64",
+        "--data.reward=egspo_lightning.rewards.functions.CorrectnessReward",
+        '--data.benchmarks=[{"class_path":"egspo_lightning.evaluation.benchmarks.GeneratedBenchmark"}]',
+        "--data.num_problems=16",
+        "--data.num_generations=8",
+        "--data.max_completion_length=64",
+        "--stage_transition.after_epochs=40",
+        "--stage_transition.learning_rate=1e-4",
+        "--hf_export.enabled=true",
+        "--checkpoint.every_n_epochs=1000",
+    ]
+    rows = run_ranks(folder, {"quickstart": [*quickstart, *FSDP2]})["quickstart"]
+    accuracy = [float(row["eval/arithmetic/avg@1"]) for row in rows if row.get("eval/arithmetic/avg@1")]
+    assert accuracy[0] < 0.05 < accuracy[1] + 0.08 < accuracy[2]
+    log = folder / "quickstart" / "lightning_logs" / "version_0"
+    exported = AutoModelForCausalLM.from_pretrained(log / "hf").state_dict()
+    weights = AnyCheckpointIO().load_checkpoint(log / "checkpoints" / "last.ckpt")["state_dict"]
+    assert torch.equal(exported["model.norm.weight"], weights["policy.lm.model.norm.weight"])
+    for name, value in exported.items():
+        assert torch.equal(value, weights[f"policy.lm.{name}"]), name

@@ -1,0 +1,129 @@
+"""The plan against what runs really allocate: every allocation of PyTorch on the CPU, as its profiler sees it."""
+
+import gc
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from egspo_lightning.cli import main
+from egspo_lightning.critic import CriticConfig
+from egspo_lightning.lora import LoraConfig
+from egspo_lightning.ops.estimators import GAE
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.planning import Workload, plan
+from egspo_lightning.policy import PolicyConfig
+
+PROMPT, COMPLETION = 5, 43  # "3+4=?" and what no random policy ends
+
+
+@pytest.fixture(scope="session")
+def wide_model(repository, tmp_path_factory) -> str:
+    """A model of 5 M parameters whose EOS is never sampled in so few tokens."""
+    folder = tmp_path_factory.mktemp("model") / "wide"
+    shutil.copytree(repository / "configs" / "tiny_model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 8192}
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    return str(folder)
+
+
+def allocated_at_most(run) -> int:
+    """Most bytes that are allocated at a time, of those that are allocated during the call."""
+    gc.collect()  # what is freed during the call must not have been allocated before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+CASES = {
+    "plain": ({}, {}),
+    "checkpointing": ({"gradient_checkpointing": True}, {}),
+    "lora": ({"lora": LoraConfig(rank=8)}, {}),
+    "reference": ({}, {"objective": Objective(beta=0.01)}),
+    "critic": ({}, {"critic": CriticConfig("own"), "advantage": GAE()}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "accumulate"),
+    [("plain", 1), ("plain", 4), ("checkpointing", 4), ("lora", 1), ("reference", 4), ("critic", 1)],
+)
+def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case, accumulate):
+    of_policy, of_module = CASES[case]
+    policy = PolicyConfig(wide_model, from_scratch=True, **of_policy)
+    data = {"num_generations": 8, "max_prompt_length": PROMPT, "max_completion_length": COMPLETION}
+    data |= {"num_minibatches": 1, "num_ppo_epochs": 2, "expert_batch_size": 8}  # the second update has moments
+    run = tiny_run(
+        module={"policy": policy, "initial_stage": "egspo"} | of_module,
+        data=data,
+        trainer={"max_epochs": 1, "accumulate_grad_batches": accumulate},
+    )
+    measured = allocated_at_most(run.fit)
+    scores = not run.module.takes_sampled_statistics
+    work = Workload(
+        policy=policy,
+        critic=of_module.get("critic"),
+        has_reference=run.module.has_reference,
+        optimizer=torch.optim.AdamW,
+        is_sharded=False,
+        is_bfloat16=False,
+        prompt_length=PROMPT,
+        completion_length=COMPLETION,
+        sampled_rows=32,
+        scored_tokens=32 * (PROMPT + COMPLETION) if scores else 0,
+        update_rows=32 // accumulate,
+        expert_rows=8 // accumulate,
+        sft_rows=0,
+        num_parts=accumulate,
+    )
+    memory = plan(work, 1)
+    assert memory.peak == pytest.approx(measured, rel=0.15)
+
+
+def test_the_command_reads_fits_configs_and_says_whether_it_fits(repository, monkeypatch, capsys):
+    """With devices that are not here; parts add up to the peak."""
+    monkeypatch.chdir(repository)
+    config = ["--config=configs/quickstart.yaml", "--trainer.accelerator=gpu", "--trainer.strategy=fsdp2"]
+    main(["plan", *config, "--trainer.devices=8", "--device_gib=0.001"])
+    out = capsys.readouterr().out
+    assert "one device of 8" in out
+    assert "does not fit in 0.001 GiB" in out
+    main(["plan", *config, "--num_devices=2"])
+    assert "fits in 80 GiB" in capsys.readouterr().out
+
+
+def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
+    work = Workload(
+        policy=PolicyConfig(wide_model, from_scratch=True),
+        critic=None,
+        has_reference=True,
+        optimizer=torch.optim.AdamW,
+        is_sharded=True,
+        is_bfloat16=False,
+        prompt_length=PROMPT,
+        completion_length=COMPLETION,
+        sampled_rows=4,
+        scored_tokens=0,
+        update_rows=4,
+        expert_rows=0,
+        sft_rows=0,
+        num_parts=1,
+    )
+    whole, half = plan(replace(work, is_sharded=False), 2), plan(work, 2)
+    size = 4 * sum(p.numel() for p in PolicyConfig(wide_model, from_scratch=True).build().parameters())
+    assert whole.weights == whole.reference == whole.gradients == size
+    assert whole.optimizer == pytest.approx(2 * size, rel=1e-4)  # and a step count a parameter
+    assert [2 * half.weights, 2 * half.reference, 2 * half.gradients] == [size] * 3
+    assert (whole.gathered, half.gathered) == (0, 2 * size)
+    kv_bytes = 4 * (PROMPT + COMPLETION - 1) * 2 * 192 * 4 * 4  # rows, tokens, keys and values, heads, layers, bytes
+    assert half.cache == kv_bytes
