@@ -30,7 +30,7 @@ presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -167,12 +167,14 @@ class MathGrader:
 
     def _grade(self, answers: Sequence[str | None], golds: Sequence[str]) -> list[Grade]:
         grades: list[Grade | None] = []
-        requests = []
-        for answer, gold in zip(answers, map(_bare_gold, golds), strict=True):
-            grades.append(_grade_fast(answer, gold))
-            if grades[-1] is None and answer is not None:
-                requests.append(_request(answer, gold, "boxed"))
-        outcomes = iter(self._pool.run(requests) if requests else ())
+
+        def requests() -> Iterator[dict[str, Any]]:  # made while the workers are at the ones before
+            for answer, gold in zip(answers, map(_bare_gold, golds), strict=True):
+                grades.append(_grade_fast(answer, gold))
+                if grades[-1] is None and answer is not None:
+                    yield _request(answer, gold, "boxed")
+
+        outcomes = iter(self._pool.run(requests()))
         return [
             _worker_grade(answer, next(outcomes)) if grade is None else grade
             for answer, grade in zip(answers, grades, strict=True)
