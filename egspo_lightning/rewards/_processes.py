@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from egspo_lightning.rewards._wire import receive_frame, send_frame
+from egspo_lightning.rewards._wire import receive_frame
 
 _START_S = 120.0
 _END_S = 0.3
@@ -30,7 +30,7 @@ _END_S = 0.3
 class Sent(NamedTuple):
     """A request that a worker has."""
 
-    index: int
+    number: int
     request: dict[str, Any]
     time: float
     """On the monotonic clock, which is that of all processes."""

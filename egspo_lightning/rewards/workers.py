@@ -19,10 +19,10 @@ from egspo_lightning.rewards._processes import Processes, Sent, Worker
 from egspo_lightning.rewards._wire import receive_frame, send_frame
 
 _GRACE_S = 0.5
-_MAX_QUEUE = 8
-"""Requests that a worker has at a time."""
+_MAX_QUEUE, _MIN_QUEUE = 16, 4
+"""Requests that a worker has at a time; it gets new ones, some at once, when it has no more than the lower number."""
 
-_MAX_LEAD = 4
+_MAX_LEAD = 8
 """By how many requests one worker's queue may be longer than another's for what it has parsed already."""
 
 
@@ -90,14 +90,19 @@ class _Run:
     def outcomes(self, requests: Iterator[tuple[int, dict[str, Any]]]) -> list[Outcome]:
         """All of them, in the order of the requests."""
         while True:
-            while self._has_room() and (item := self._next(requests)) is not None:
-                self._send(*item)
+            if self._are_few():
+                while self._has_room() and (item := self._next(requests)) is not None:
+                    self._send(*item)
             if not self._processes.busy:
                 return [self._outcomes[index] for index in range(len(self._outcomes))]
             self._collect()
 
     def _next(self, requests: Iterator[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]] | None:
         return self._returned.popleft() if self._returned else next(requests, None)
+
+    def _are_few(self) -> bool:
+        busy = self._processes.busy
+        return len(busy) < self._num_workers or any(len(worker.queue) <= _MIN_QUEUE for worker in busy)
 
     def _has_room(self) -> bool:
         busy = self._processes.busy
@@ -159,13 +164,13 @@ class _Run:
         if reply is None:
             seconds = time.monotonic() - started
             status = "timeout" if seconds >= self._deadline_s else "crashed"
-            self._returned.extend((it.index, it.request) for it in worker.queue)  # it never came to these
+            self._returned.extend((it.number, it.request) for it in worker.queue)  # it never came to these
             worker.queue.clear()
             worker.is_open = False
         else:
             worker.finished = reply["finished"]
             seconds, status = worker.finished - started, "graded"
-        self._outcomes[sent.index] = Outcome(reply, status, seconds)
+        self._outcomes[sent.number] = Outcome(reply, status, seconds)
         if not worker.queue:
             self._release(worker)
 
