@@ -6,6 +6,7 @@ Each repetition starts every side anew, in turn, so that no side profits from wh
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -60,17 +61,39 @@ def undecided(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
     return [Pair(rf"\boxed{{{pair.completion}}}", pair.gold) for pair in dict.fromkeys(pairs)]
 
 
-def measure(pairs: Sequence[Pair], num_workers: int) -> Measurement:
+def measure(
+    pairs: Sequence[Pair], num_workers: int, *, first_core: int = 0, ready: Callable[[], object] = lambda: None
+) -> Measurement:
     """One pass of a new grader, on as many cores as it has workers where the system lets us choose them."""
-    with _on_cores(num_workers), MathGrader(num_workers=num_workers) as grader:
+    with _on_cores(first_core, num_workers), MathGrader(num_workers=num_workers) as grader:
         grader.grade([r"\boxed{x+1}"] * 2 * num_workers, ["1+x"] * 2 * num_workers)  # starts the workers
         texts, golds = [pair.completion for pair in pairs], [pair.gold for pair in pairs]
+        ready()
         cpu, started = _cpu_seconds(grader), time.perf_counter()
         grades = grader.grade(texts, golds)
         wall = time.perf_counter() - started
         after = _cpu_seconds(grader)
     assert {grade.status for grade in grades} <= {"graded", "no_answer", "timeout"}
     return Measurement(wall, None if cpu is None or after is None else after - cpu, sum(g.correct for g in grades))
+
+
+def measure_apart(pairs: Sequence[Pair], num_cores: int) -> Measurement:
+    """As many graders as cores, each with a core, one worker and all the pairs to itself: what the machine allows."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(num_cores), context.SimpleQueue()
+
+    def grade(core: int) -> None:
+        results.put(measure(pairs, 1, first_core=core, ready=barrier.wait))
+
+    processes = [context.Process(target=grade, args=(core,)) for core in range(num_cores)]
+    for process in processes:
+        process.start()
+    measurements = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    cpu = [m.cpu_s for m in measurements if m.cpu_s is not None]
+    wall = max(m.wall_s for m in measurements) / num_cores
+    return Measurement(wall, sum(cpu) / num_cores if cpu else None, measurements[0].correct)
 
 
 def run(sides: Mapping[str, Callable[[], Measurement]], repetitions: int) -> dict[str, list[Measurement]]:
@@ -124,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind, pairs in {"completions": completions(rows), "undecided": undecided(rows)}.items():
         chosen = pairs[: options.limit]
         sides = {str(n): partial(measure, chosen, n) for n in options.workers}
+        sides |= {f"{n} apart": partial(measure_apart, chosen, n) for n in options.workers if n > 1}
         raw[kind] = run(sides, options.repetitions)
         report[kind] = {name: summary(chosen, measurements) for name, measurements in raw[kind].items()}
     print(table(report))
@@ -135,12 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def _on_cores(count: int) -> Iterator[None]:
+def _on_cores(first: int, count: int) -> Iterator[None]:
     if not hasattr(os, "sched_setaffinity"):  # macOS
         yield
         return
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[:count])
+    os.sched_setaffinity(0, sorted(before)[first : first + count])
     try:
         yield
     finally:

@@ -29,20 +29,10 @@ def normalise_problem(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def boxed_answer(text: str) -> str | None:
-    r"""The content of the last balanced ``\boxed{}``, or None where there is none or it is empty."""
-    return extract_boxed(text)
-
-
 def gsm8k_answer(text: str) -> str | None:
     """What follows the last ``####``, without thousands commas; None where nothing does."""
     _, mark, answer = text.rpartition("####")
     return _THOUSANDS_COMMA.sub("", answer.strip()) or None if mark else None
-
-
-def framed_answer(text: str) -> str | None:
-    r"""The content of the last balanced ``\framebox{}``, ``\fbox{}`` or ``\boxed{}``; None where there is none."""
-    return extract_framed(text)
 
 
 def bold_answer(text: str) -> str | None:
@@ -64,13 +54,13 @@ def extract_answer(text: str, extractor: AnswerExtractor, where: str) -> str:
         case "none":
             answer: str | None = text.strip()
         case "boxed":
-            answer = boxed_answer(text)
+            answer = extract_boxed(text)
         case "gsm8k":
             answer = gsm8k_answer(text)
         case "olympiadbench":
             answer = _DOLLAR.sub("", text).strip()
         case "framebox":
-            answer = framed_answer(text)
+            answer = extract_framed(text)
         case "bold":
             answer = bold_answer(text)
         case _:
@@ -98,7 +88,7 @@ def boxed_solution(solution: str, answer: str | None, solution_format: SolutionF
         case "auto":
             return boxed_solution(solution, answer, _recognise(solution), where)
         case "boxed":
-            if boxed_answer(solution):
+            if extract_boxed(solution):
                 return solution.strip()
             missing = "the solution has no \\boxed{} with an answer"
         case "gsm8k":
@@ -119,7 +109,7 @@ def boxed_solution(solution: str, answer: str | None, solution_format: SolutionF
 
 
 def _recognise(solution: str) -> SolutionFormat:
-    if boxed_answer(solution):
+    if extract_boxed(solution):
         return "boxed"
     return "gsm8k" if gsm8k_answer(solution) else "plain"
 

@@ -50,6 +50,19 @@ def are_different(gold: Any, answer: Any) -> bool:
     return _differ_as_sets(gold, answer)
 
 
+def are_same_decimals(gold: Any, answer: Any) -> bool:
+    """True where two parsed answers are equal with their decimals read exactly: 0.1 + 0.2 - 0.3 is 0."""
+
+    def compare() -> bool:
+        return bool(gold.atoms(Float) | answer.atoms(Float)) and bool(_exact(gold) == _exact(answer))
+
+    return bool(attempt(compare, False))
+
+
+def _exact(value: Any) -> Any:
+    return value.xreplace({decimal: Rational(str(decimal)) for decimal in value.atoms(Float)})
+
+
 def _differ_as_sets(gold: Any, answer: Any) -> bool:
     sides = [_elements(gold), _elements(answer)]
     if sides[0] is None or sides[1] is None:

@@ -18,7 +18,8 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 from math_verify.parser import parse_latex_cached
 
 from egspo_lightning.rewards import _quick_parse
-from egspo_lightning.rewards._difference import are_different, attempt
+from egspo_lightning.rewards._difference import are_different, are_same_decimals, attempt
+from egspo_lightning.rewards._samples import SAMPLES
 
 _MATH_MARKS = ("$", r"\boxed", r"\(", r"\[")
 _EXTRACTION = (LatexExtractionConfig(), ExprExtractionConfig())
@@ -46,16 +47,20 @@ def grade(answer: str, gold: str, extraction: str) -> dict[str, Any]:
 
 def warm_up() -> None:
     """Compile the patterns, and fill the tables of the parser and of sympy, which forked processes then share."""
-    for answer in _SAMPLES:
+    for answer in SAMPLES:
         grade(answer, answer, "boxed")
     grade("2+x", "x+1", "boxed")
     grade(r"\sqrt{12}", r"2\sqrt{3}", "boxed")
-    for answer in _SAMPLES[:6]:
+    for answer in SAMPLES[:6]:
         grade(f"The answer is ${answer}$.", answer, "lenient")
 
 
 def _equal(gold: Any, answer: Any) -> bool:
-    if gold is None or answer is None or attempt(lambda: are_different(gold, answer), False):
+    if gold is None or answer is None:
+        return False
+    if are_same_decimals(gold, answer):
+        return True
+    if attempt(lambda: are_different(gold, answer), False):
         return False
     return _verify([gold], [answer], allow_set_relation_comp=True)  # 3 < x <= 4 answers (3, 4]
 
@@ -80,42 +85,3 @@ def _parse_text(text: str) -> list[Any]:
 @lru_cache(maxsize=_CACHED)
 def _parse_gold(gold: str) -> list[Any]:
     return _parse_text(gold if any(mark in gold for mark in _MATH_MARKS) else rf"\boxed{{{gold}}}")
-
-
-_SAMPLES = (
-    r"\frac{\sqrt{3}}{2}",
-    r"(1, 2]",
-    r"\{1, 2\}",
-    "x=2y+1",
-    r"\begin{pmatrix}1\\2\end{pmatrix}",
-    "3.5",
-    "2+x",
-    "x+1",
-    r"-\frac{3x^2-5}{4y}",
-    r"2x^3-7x+\frac{1}{2}",
-    r"(x+1)(x-2)^2",
-    r"4x(8x^2-x+5)",
-    r"\left(-\infty, -\frac{6}{7}\right) \cup [3, \infty)",
-    r"1 \pm \sqrt{19}",
-    r"3+4i",
-    r"\frac{3}{2} - \frac{\sqrt{5}}{2} i",
-    r"\left( 3, \frac{\pi}{2}, -1 \right)",
-    r"1, -2, \frac{3}{4}",
-    r"3 < x \le 4",
-    r"2^{10} \cdot 3!",
-    r"e^{2x} + \ln(3)",
-    r"\sin^2(x) + \cos \theta",
-    r"\log_2 5",
-    r"\binom{10}{3}",
-    r"3\frac{1}{2}",
-    r"a_{n} = 2n+1",
-    r"\begin{pmatrix} 1 & \frac{1}{2} \\ -3 & 0 \end{pmatrix}",
-    r"5\sqrt[3]{2} + \sqrt{2+\sqrt{3}}",
-    r"7\pi",
-    r"|x-3|",
-    r"\lfloor \sqrt{n-1} \rfloor",
-    r"\frac{n(n+1)}{2}",
-    "10\\%",
-    "x^2+y^2=25",
-    "3:4",
-)

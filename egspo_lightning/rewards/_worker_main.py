@@ -53,13 +53,12 @@ def _end_graders() -> None:
 def _grade_until_end(client: socket.socket, deadline_s: float, memory_limit_mb: int) -> None:
     try:
         _limit(memory_limit_mb)
-        while (requests := receive_frame(client)) is not None:
-            for request in requests:
-                # The default action of SIGALRM ends the process also inside C code, where no handler would run.
-                signal.setitimer(signal.ITIMER_REAL, deadline_s)
-                reply = _verify.grade(**request)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                send_frame(client, {**reply, "finished": time.monotonic()})
+        while (request := receive_frame(client)) is not None:
+            # The default action of SIGALRM ends the process also inside C code, where no handler would run.
+            signal.setitimer(signal.ITIMER_REAL, deadline_s)
+            reply = _verify.grade(**request)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            send_frame(client, {**reply, "finished": time.monotonic()})
     finally:  # also out of memory: an end without a reply is how the client learns of it
         os._exit(0)
 

@@ -21,6 +21,7 @@ _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbo
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+(?: [A-Za-z'-]+)*")
 _NAME = r"(?:[A-Za-z]|\\(?!frac|sqrt|text|le|ge|ne)[A-Za-z]+)\s*(?:_\s*(?:\w|\{\s*\\?\w+\s*\}))?"
 _ASSIGNMENT = re.compile(rf"({_NAME}\s*(?:\(\s*{_NAME}\s*\))?)\s*=([^=<>,;]+)")
+_BETWEEN = re.compile(r"[,;]|\\text\{[\s,]*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])")
 _BRACKETS = (("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), (r"\{", r"\}"))
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
@@ -140,10 +141,22 @@ def _compare_plain_numbers(answer: str, gold: str) -> Verdict:
 
 def _values(answer: str, gold: str) -> tuple[str, str]:
     """What is assigned, where one of the two is an assignment or both are to the same name."""
+    named = _named_values(answer), _named_values(gold)
+    if (named[0] is None) != (named[1] is None):
+        return named[0] or answer, named[1] or gold
     left, right = _ASSIGNMENT.fullmatch(answer), _ASSIGNMENT.fullmatch(gold)
     if left and right and normalize(left[1]) != normalize(right[1]):
         return answer, gold
     return left[2] if left else answer, right[2] if right else gold
+
+
+def _named_values(text: str) -> str | None:
+    """The tuple, in the order of the names, of ``y=3, x=4``; None for all else, also for ``x_1=3, x_2=4``: a list."""
+    parts = [_ASSIGNMENT.fullmatch(part.strip(" $")) for part in _BETWEEN.split(text)] if "=" in text else []
+    values = {normalize(part[1]).partition("_")[0].lstrip("\\"): part[2].strip() for part in parts if part}
+    if not 2 <= len(values) == len(parts):
+        return None
+    return f"({', '.join(values[name] for name in sorted(values))})"
 
 
 def _compare_equations(answer: str, gold: str) -> Verdict:

@@ -13,15 +13,18 @@ bases               ``2516_8`` needs the same base, or another one and the same 
                     same digits
 sets, lists         order and repetition do not count; ``1, 2`` is ``\{1, 2\}``; neither is a tuple ``(1, 2)``, though
                     a list without brackets may answer a tuple, and a tuple such a list, in its order
-intervals           brackets count: ``[1, 2)`` is not ``(1, 2)``; ``1 \le x < 2`` answers ``[1, 2)``
+intervals           brackets count: ``[1, 2)`` is not ``(1, 2)``; ``1 \le x < 2`` answers ``[1, 2)``; ``1, 2`` does
+                    not answer ``[1, 2]``, nor ``[2, 1]``
 mixed numbers       ``3\frac{1}{2}`` and ``3 1/2`` are 7/2; ``31/2`` is not
 decimals            exact against decimals and integers; a decimal is a fraction or an irrational number if it agrees
-                    with it to six decimals and to a ten-thousandth of its size (0.333333 is 1/3, 0.333 is not)
+                    with it to six decimals and to a ten-thousandth of its size (0.333333 is 1/3, 0.333 is not);
+                    sums of decimals are exact (0.1 + 0.2 - 0.3 is 0)
 repeating decimals  ``0.\overline{3}``, ``0.\bar{3}`` and ``0.(3)`` are 1/3
 thousands           ``1,234``, ``1{,}234``, ``1\,234``, ``1 234`` and full-width digits are 1234; ``(1,234)`` is a pair
 text                by words, whatever their case and font
 choices             ``(A)``, ``A``, ``A.``, ``\text{A}`` are the letter; ``(C) 12`` is C and is 12
-assignments         ``x = 5`` is 5, and is not ``y = 5``; ``5 = 6`` is never right
+assignments         ``x = 5`` is 5, and is not ``y = 5``; ``5 = 6`` is never right; ``x = 4, y = 3`` is the tuple
+                    (4, 3), in the order of the names, unless both sides name them
 ``\pm``             both values: ``\pm 3`` is ``3, -3``, not 3
 presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode for LaTeX do not count; nor, in
                     algebra, does the case of a variable
@@ -30,7 +33,7 @@ presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -43,7 +46,7 @@ from egspo_lightning.rewards.workers import Outcome, WorkerPool
 
 EXTRACTIONS = ("boxed", "lenient")
 
-_POLICIES = 2
+_POLICIES = 3
 """Counted up whenever a verdict may change, so that none is kept from before."""
 
 
@@ -112,7 +115,7 @@ class MathGrader:
 
         Raises:
             ValueError: there are not as many references as completions.
-            RuntimeError: the workers cannot be started.
+            RuntimeError: the workers cannot be started, or another thread has closed the grader.
         """
         _require_pairs(completions, golds)
         if self.extraction == "boxed":
@@ -127,7 +130,7 @@ class MathGrader:
 
         Raises:
             ValueError: there are not as many references as answers.
-            RuntimeError: the workers cannot be started.
+            RuntimeError: the workers cannot be started, or another thread has closed the grader.
         """
         _require_pairs(answers, golds)
         return self._grade([_bare(answer) for answer in answers], golds)
@@ -139,7 +142,7 @@ class MathGrader:
         an answer joins the first one whose first member it equals; see `equivalence.equivalence_classes`.
 
         Raises:
-            RuntimeError: the workers cannot be started.
+            RuntimeError: the workers cannot be started, or another thread has closed the grader.
         """
         bare = [[None if answer is None else _bare(answer) for answer in group] for group in groups]
         return equivalence.equivalence_classes(bare, self._compare)
@@ -154,7 +157,7 @@ class MathGrader:
         }
 
     def close(self) -> None:
-        """End the worker processes; may be called again, and grading after it starts new ones."""
+        """End the worker processes, within a second; may be called again, and grading after it starts new ones."""
         self._pool.close()
 
     def worker_pids(self) -> list[int]:
@@ -167,12 +170,14 @@ class MathGrader:
 
     def _grade(self, answers: Sequence[str | None], golds: Sequence[str]) -> list[Grade]:
         grades: list[Grade | None] = []
-        requests = []
-        for answer, gold in zip(answers, map(_bare_gold, golds), strict=True):
-            grades.append(_grade_fast(answer, gold))
-            if grades[-1] is None and answer is not None:
-                requests.append(_request(answer, gold, "boxed"))
-        outcomes = iter(self._pool.run(requests) if requests else ())
+
+        def requests() -> Iterator[dict[str, Any]]:  # made while the workers are at the ones before
+            for answer, gold in zip(answers, map(_bare_gold, golds), strict=True):
+                grades.append(_grade_fast(answer, gold))
+                if grades[-1] is None and answer is not None:
+                    yield _request(answer, gold, "boxed")
+
+        outcomes = iter(self._pool.run(requests()))
         return [
             _worker_grade(answer, next(outcomes)) if grade is None else grade
             for answer, grade in zip(answers, grades, strict=True)

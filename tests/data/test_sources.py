@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
-from egspo_lightning.answers import boxed_answer, normalise_problem
+from egspo_lightning.answers import normalise_problem
 from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.data.hub import HubDemonstrations, HubProblems
 from egspo_lightning.data.jsonl import JsonlDemonstrations, JsonlProblems
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
 from egspo_lightning.errors import UserError
 from egspo_lightning.jsonl import read_rows
+from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.types import Problem
@@ -270,7 +271,7 @@ class TestRealFiles:
         demonstrations = JsonlDemonstrations(path).load()
         answers = [row["answer"].replace(",", "") for _, row in read_rows(path)]
         assert len(demonstrations) == 7473
-        assert [boxed_answer(d.solution) for d in demonstrations] == answers
+        assert [extract_boxed(d.solution) for d in demonstrations] == answers
         assert not any("<<" in d.solution or "####" in d.solution for d in demonstrations)
 
     def test_math_demonstrations_are_left_as_they_are(self):
@@ -278,11 +279,11 @@ class TestRealFiles:
         demonstrations = JsonlDemonstrations(path).load()
         solutions = [row["solution"].strip() for _, row in read_rows(path)]
         assert [d.solution for d in demonstrations] == solutions
-        assert all(boxed_answer(d.solution) for d in demonstrations)
+        assert all(extract_boxed(d.solution) for d in demonstrations)
 
     def test_olympiad_answers_are_appended_without_dollars(self):
         demonstrations = JsonlDemonstrations(shared("olympiadbench.jsonl")).load()
-        answers = [boxed_answer(d.solution) for d in demonstrations]
+        answers = [extract_boxed(d.solution) for d in demonstrations]
         assert len(answers) == 675
         assert all(answers)
         assert not any(re.fullmatch(r"\$[^$]*\$", answer) for answer in answers if answer)

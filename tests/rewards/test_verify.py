@@ -10,6 +10,7 @@ from sympy import I, Interval, Matrix, Rational, Symbol, Tuple, factorial, log, 
 
 from egspo_lightning.rewards import _verify
 from egspo_lightning.rewards._difference import are_different, attempt
+from egspo_lightning.rewards._samples import SAMPLES
 
 x = Symbol("x", real=True)
 
@@ -24,7 +25,7 @@ def parse_fully(text: str) -> Any:
         PSParser.math = quick
 
 
-@pytest.mark.parametrize("text", [*_verify._SAMPLES, "-x^3", "7x^5+12x^2+3x+9", r"\frac{h^2}{m}", "3s^2", "1, 2; 3"])
+@pytest.mark.parametrize("text", [*SAMPLES, "-x^3", "7x^5+12x^2+3x+9", r"\frac{h^2}{m}", "3s^2", "1, 2; 3"])
 def test_two_stages_give_the_tree_of_the_full_parse(text: str) -> None:
     assert latex2sympy(text, is_real=True) == parse_fully(text)
 

@@ -150,6 +150,40 @@ def test_ctrl_c_in_the_middle_leaves_a_grader_that_works(wait_until_gone: Gone) 
         assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
 
 
+@pytest.mark.parametrize("state", ["at work", "stopped", "starting"])
+def test_close_ends_within_a_second_what_another_thread_is_grading(wait_until_gone: Gone, state: str) -> None:
+    grader = MathGrader(num_workers=2, deadline_s=60.0)
+    raised: list[BaseException] = []
+
+    def grade() -> None:
+        try:
+            grader.grade_answers([BOMB] * 4, ["5"] * 4)
+        except RuntimeError as error:
+            raised.append(error)
+
+    if state != "starting":
+        grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
+    pids = grader.worker_pids()
+    for pid in pids[1:] if state == "stopped" else ():
+        os.kill(pid, signal.SIGSTOP)
+    threads = [threading.Thread(target=grade) for _ in range(2)]  # of which one waits for the other
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    pids = pids or grader.worker_pids()
+    started = time.monotonic()
+    grader.close()
+    assert time.monotonic() - started < 1.0
+    for thread in threads:
+        thread.join(timeout=5.0)
+    assert len(raised) == 2
+    assert all("closed" in str(error) for error in raised)
+    assert pids
+    wait_until_gone(pids)
+    assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
+    grader.close()
+
+
 def test_a_fork_of_the_client_has_workers_of_its_own() -> None:
     with MathGrader() as grader:
         grader.grade_answers(["x+1"], ["1+x"])

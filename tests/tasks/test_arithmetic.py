@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egspo_lightning.answers import boxed_answer
 from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.tasks.family import SPLITS
 from egspo_lightning.types import Problem
@@ -42,7 +42,7 @@ def test_every_step_and_the_answer_are_true(task, split, seed, index):
     assert {len(number) for number in numbers} == {task.num_digits}
 
     solution = task.solve(problem).solution
-    assert boxed_answer(solution) == problem.answer
+    assert extract_boxed(solution) == problem.answer
     equations = re.findall(r"([\d+-]+)=(\d+)", solution)
     assert len(equations) >= task.num_terms - 1
     assert all(value(left) == int(right) for left, right in equations)
@@ -55,7 +55,7 @@ def test_the_digits_of_the_answer_are_those_of_the_last_steps(task, index):
     last_line = task.solve(task.problem(0, "train", index)).solution.splitlines()[-1]
     columns = re.findall(r"=(\d+)", last_line)
     digits = "".join(column[-1] for column in columns[:-1])[::-1]
-    assert int(columns[-1] + digits) == int(boxed_answer(last_line))
+    assert int(columns[-1] + digits) == int(extract_boxed(last_line))
 
 
 def test_solutions_are_short():

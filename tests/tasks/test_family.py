@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egspo_lightning.answers import boxed_answer
 from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.tasks.family import SPLITS, ProblemFamily
@@ -58,7 +58,7 @@ def test_problems_are_of_their_split_alone_and_solved(task, seed, split, index):
     demonstration = task.solve(problem)
     assert demonstration == task.solve(problem)
     assert demonstration[:2] == problem[:2]
-    assert boxed_answer(demonstration.solution) == problem.answer == task.answer(problem.problem)
+    assert extract_boxed(demonstration.solution) == problem.answer == task.answer(problem.problem)
 
 
 @each_family
