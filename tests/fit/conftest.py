@@ -35,7 +35,7 @@ def run_ranks(repository: Path) -> Callable[..., dict[str, list[dict[str, str]]]
 
 
 def on_nodes(program: Sequence[str], cwd: Path, num_nodes: int, ranks_each: int) -> None:
-    """A program under an agent of torchrun for each node, here all on this machine, as docs/scaling.md starts them."""
+    """A program under an agent of torchrun for each node, here all on this machine, as docs/guides/scaling.md starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
