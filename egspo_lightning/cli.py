@@ -3,10 +3,8 @@
 Built on LightningCLI: every constructor argument is a flag and a config key, and every Lightning flag works.
 """
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +43,7 @@ from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import RunStopped, UserError
 from egspo_lightning.exits import end, take_debug
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.noise import silence_noise
 from egspo_lightning.plan_command import PlanningTrainer
 from egspo_lightning.ranks import end_other_ranks
 from egspo_lightning.resumption import go_on_logging, last_checkpoint, places
@@ -273,23 +272,6 @@ def _require_one_method(paths: Sequence[str]) -> None:
         )
 
 
-def _silence_noise() -> None:
-    """Drop messages of the libraries that ask nothing of the user: everything that remains is worth reading."""
-    for message in (
-        "Total length of `list` across ranks is zero",  # in fit, MathBenchmark asks for the benchmarks itself
-        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning with torch 2.13
-        "torch.distributed.nn.functional.all_gather is deprecated",  # Lightning with torch 2.13
-        r"Found \d+ module\(s\) in eval mode",  # the reference policy
-        "The dirpath has changed",  # ModelCheckpoint, when a checkpoint of another run is evaluated
-        "LightningCLI's args parameter is intended to run from within Python",  # as `run` is
-        ".*does not have many workers",  # loaders are lazy and in memory
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(word in record.getMessage() for word in ("litlogger", "TPU available"))
-    )
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
     arguments, debug = take_debug(sys.argv[1:] if args is None else args)
@@ -310,7 +292,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(args: Sequence[str] | None = None) -> EgspoCLI:
     """The same for Python callers: mistakes are raised, and the finished CLI with its trainer is returned."""
-    _silence_noise()
+    silence_noise()
     disable_progress_bar()
     require_ranks(os.environ)
     require_readable(sys.argv[1:] if args is None else args)

@@ -121,11 +121,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            return self._read_folder(path, weights_only)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+            return self._read_folder(path)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return checkpoint
 
-    def _read_folder(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+    def _read_folder(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         held = FileSystemReader(path).read_metadata().state_dict_metadata.keys()
         own = get_model_state_dict(self.model)
@@ -136,7 +136,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             kept = {n: v for n, v in moments["state"].items() if all(f"{prefix}.{n}.{key}" in held for key in v)}
             state[f"optimizer_{number}"] = {"state": kept, "param_groups": moments["param_groups"]}
         load(state, checkpoint_id=path)
-        rest: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=weights_only)
+        rest: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
         optimizers = [state[f"optimizer_{number}"] for number in range(len(self.optimizers))]
         return rest | {"state_dict": state["state_dict"], "optimizer_states": optimizers}
 

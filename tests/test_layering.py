@@ -12,7 +12,7 @@ NAME = PACKAGE.name
 LAYERS = [
     ["errors"],
     ["types", "jsonl", "flags", "lora", "checkpoint_files", "checkpoint_fit", "randomness"],
-    ["config_files", "surroundings", "optimizers", "ranks"],
+    ["config_files", "surroundings", "optimizers", "ranks", "noise"],
     ["ops", "rewards", "tasks", "checkpoints"],
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],

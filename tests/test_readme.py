@@ -73,7 +73,7 @@ def test_the_equation_is_that_of_the_objective(repository):
 def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, shared_data):
     """In the README's order, since later ones use what the first has written."""
     ours = [part for part in parts(repository) if part.startswith("python -m egspo_lightning")]
-    assert len(ours) == 8
+    assert len(ours) == 9
     monkeypatch.chdir(repository)
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps({"problem": "12+34=?", "answer": "46"}))

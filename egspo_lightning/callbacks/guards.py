@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -62,7 +63,9 @@ class Guards(Callback):
         told = {f"guard/{name}": float(message is not None) for name, message in found.items()}
         counts = {"flat_collections": self.num_flat, "duplicate_problems": data.num_duplicates}
         told |= {f"guard/{name}": float(count) for name, count in counts.items()}
-        pl_module.log_dict(told, on_step=False, on_epoch=True, batch_size=1)  # equal on all ranks, as the metrics are
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in told.items()})
+        for logger in trainer.loggers:  # before the phase's checkpoint, as the module's own metrics are
+            logger.log_metrics(told | {"epoch": trainer.current_epoch}, step=trainer.global_step - 1)
         found["duplicate_problems"] = _duplicates(data.num_duplicates)
         for name, message in found.items():
             self._speak(name, message)

@@ -151,7 +151,7 @@ def test_a_completion_full_of_markup_is_shown_as_it_is_written(tiny_run, events,
         completion_mask=ones.bool(), entropies=entropy * ones, advantages=ones, threshold=torch.tensor([[0.5]])
     )
     completion = run.data.collection.completions[0]._replace(token_ids=token_ids)
-    run.data.collection = run.data.collection._replace(rollout=rollout, completions=[completion])
+    run.data.phases.collection = run.data.collection._replace(rollout=rollout, completions=[completion])
     samples.on_train_epoch_end(run.trainer, run.module)
     html = served(events, run)
     shown = Shown(html).completions[1]

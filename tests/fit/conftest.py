@@ -35,7 +35,7 @@ def run_ranks(repository: Path) -> Callable[..., dict[str, list[dict[str, str]]]
 
 
 def on_nodes(program: Sequence[str], cwd: Path, num_nodes: int, ranks_each: int) -> None:
-    """A program under an agent of torchrun for each node, here all on this machine, as docs/guides/scaling.md starts them."""
+    """A program under an agent of torchrun for each node, all on this machine, as docs/guides/scaling.md has it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,9 +67,10 @@ def in_group(command: Sequence[str], cwd: Path, timeout: float = 600) -> tuple[s
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
-    """What CSVLogger has written, of the one run in a folder."""
+    """What CSVLogger has written of phases and benchmarks, of the one run in a folder."""
     with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["loss/total"] or any(row[name] for name in row if name.startswith("eval/"))]
 
 
 @pytest.fixture(scope="session")

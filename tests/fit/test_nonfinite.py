@@ -179,6 +179,7 @@ def test_a_file_without_such_an_update_is_told(tiny_run, tmp_path, capsys):
     assert "keeps no update that was not finite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_skip_together_when_one_is_bad(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(PROGRAM)]
     done = subprocess.run(

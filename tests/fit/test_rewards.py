@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from egspo_lightning.cli import main, run
+from egspo_lightning.cli import run
 
 MINE = '''
 class EvenBytes:
@@ -171,4 +171,4 @@ def test_accuracy_is_the_graders_whatever_the_reward(config, fit):
 
 def test_an_error_in_a_users_reward_ends_the_run_with_its_name(config, fit):
     with pytest.raises(RuntimeError, match=r"data\.reward: broken \(my_rewards\.broken\) raised ZeroDivisionError"):
-        fit(config, "--data.reward=my_rewards.broken", entry=main)
+        fit(config, "--data.reward=my_rewards.broken")

@@ -25,6 +25,9 @@ def norms_of(folder, kind):
     return [line["norm"] for line in lines if line["kind"] == kind]
 
 
+pytestmark = pytest.mark.slow  # tests/fit/test_ranks.py has the fast part
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("strategies")
@@ -120,7 +123,6 @@ WHOLE_METHOD = [
 """A reference and a value head beside the policy."""
 
 
-@pytest.mark.slow
 def test_reference_and_value_head_go_along(run_ranks, told_apart, folder):
     one = run_ranks(folder, {"ppo_alone": WHOLE_METHOD}, num_ranks=1)["ppo_alone"]
     assert any(float(row.get("loss/kl") or 0) > 0 for row in one)
@@ -133,7 +135,6 @@ def test_reference_and_value_head_go_along(run_ranks, told_apart, folder):
         assert told_apart(rows, one[3:]) > 30
 
 
-@pytest.mark.slow
 def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, told_apart, folder, repository):
     """With the reference beside them; a sharded sft.ckpt starts a method with other networks."""
     PolicyConfig(str(repository / "configs" / "tiny_model"), from_scratch=True).build().lm.save_pretrained(
@@ -160,7 +161,6 @@ def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, told_apa
     assert all(is_adapter(name) for name in weights)
 
 
-@pytest.mark.slow
 def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
     """The loss is that of autocast within its rounding, and what the optimiser moves is float32."""
     mixed = ["--trainer.max_epochs=3", "--trainer.precision=bf16-mixed"]
@@ -172,7 +172,6 @@ def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
     assert {value.dtype for value in weights["state_dict"].values()} == {torch.float32}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_nodes_of_one_rank_are_one_node_of_two(run_ranks, told_apart, alone, folder, strategy):
     """Two agents of torchrun, each with a process of its own."""
@@ -182,7 +181,6 @@ def test_two_nodes_of_one_rank_are_one_node_of_two(run_ranks, told_apart, alone,
     assert told_apart(rows, alone[:3]) > 40
 
 
-@pytest.mark.slow
 def test_the_quickstart_in_short_form_learns_under_fsdp2(run_ranks, folder):
     """From SFT on, as in the quickstart itself; the exported model is the last checkpoint's."""
     quickstart = [

@@ -62,7 +62,12 @@ def test_there_are_enough_of_them():
     assert all(case.words for case in malformed.CASES.values())
 
 
-@pytest.mark.parametrize("name", malformed.CASES)
+def some_at_a_time(names):
+    """A third of the cases in the fast run, all of them in CI."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if i % 3 else []) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", some_at_a_time(malformed.CASES))
 def test_a_malformed_input_is_told(start, spoiled, name):
     run = spoiled(name)
     given = {path for path in run.folder.rglob("*") if path.is_file()}
