@@ -85,7 +85,9 @@ class FiniteUpdates:
 
 
 def _any_bad_gradient(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
-    gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    whole = (p.grad for p in parameters if p.grad is not None)
+    own = (gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in whole)
+    gradients = [gradient for gradient in own if gradient.numel() > 0]  # of few rows, some ranks have none
     if not gradients:
         return like.new_tensor(False, dtype=torch.bool)
     largest = torch.stack(torch._foreach_norm(gradients, float("inf")))  # NaN and infinity both come through

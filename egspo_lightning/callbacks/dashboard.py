@@ -69,8 +69,9 @@ class Dashboard(Callback):
                 writer.file_writer.add_summary(part)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say with which stage the run begins, or goes on: a phase that is resumed in its middle has no start."""
-        self._enter(module_of(pl_module).stage, trainer)
+        """Say with which stage the run begins."""
+        if self._stage is None:
+            self._enter(module_of(pl_module).stage, trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say when a stage begins."""
@@ -95,6 +96,15 @@ class Dashboard(Callback):
                 for step, height in points:  # two of one step would be one to TensorBoard
                     logger.experiment.add_scalar(_mark(title), height, step)
         self._begun = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stage that was entered, and where, as long as it is not marked."""
+        return {"stage": None if self._stage is None else str(self._stage), "begun": self._begun}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Mark what the run that goes on here had yet to mark."""
+        stage, self._begun = state_dict["stage"], state_dict["begun"]
+        self._stage = None if stage is None else Stage(stage)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the HParams tab that the run is finished; one that is ended stays open there."""
