@@ -210,6 +210,10 @@ def test_commands_run(folder, capsys, page, command):
         analyse(arguments)
         assert (folder / "completions.html").stat().st_size > 1000
         return
+    if arguments[0] == "plan":
+        main([*arguments, "--model.policy.name_or_path=configs/tiny_model", "--model.policy.from_scratch=true"])
+        assert "fits" in capsys.readouterr().out
+        return
     fit(arguments, folder)
     assert "after EGSPO" in capsys.readouterr().out or "--math_benchmark.enabled" in arguments
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-COLLECTIONS, SFT_PHASES = 250, 40
+COLLECTIONS, SFT_PHASES = 250, 20
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,8 @@ def soaked(repository, tmp_path_factory) -> Path:
         f"--trainer.default_root_dir={folder}",
         "--trainer.enable_progress_bar=false",
         f"--stage_transition.after_epochs={SFT_PHASES}",
+        "--stage_transition.monitor=null",
+        "--stage_transition.target=null",
         "--data.benchmarks.init_args.num_problems=256",
         "--data.reward=egspo_lightning.rewards.functions.CorrectnessReward",
         "--data.reward.deadline_s=1",
@@ -72,7 +74,7 @@ def test_counts_are_those_of_what_was_injected(collections):
     injected = Counter(row["fault"] for row in collections.values())
     assert len(injected) == 8  # seven kinds, and none
     assert min(injected.values()) >= 3
-    last = collections[COLLECTIONS - 1]["metrics"]
+    last = collections[max(collections)]["metrics"]
     assert last["fault/nonfinite_updates"] == injected["nan_loss"] + injected["infinite_gradient"]
     for kind, metric in (("timeout", "rollout/grader_timeouts"), ("crash", "rollout/grader_crashes")):
         assert {n: row["metrics"][metric] for n, row in collections.items() if row["metrics"][metric]} == {
@@ -83,7 +85,6 @@ def test_counts_are_those_of_what_was_injected(collections):
     flat = {n for n, row in collections.items() if row["metrics"]["rollout/zero_spread_fraction"] == 1}
     assert flat >= {n for n, row in collections.items() if row["fault"] == "flat"}
     assert last["guard/flat_collections"] == len(flat)
-    assert all(collections[n]["metrics"]["policy/skipped_fraction"] == 1 for n in flat)
 
 
 @pytest.mark.slow
