@@ -169,13 +169,13 @@ class EgspoCLI(LightningCLI):
             return kwargs
         path, looked_in = last_checkpoint(self.trainer), places(self.trainer)
         if path is not None:
-            open_checkpoint(Path(path))
+            step = open_checkpoint(Path(path))["global_step"]
+            if subcommand == "fit":
+                go_on_logging(self.trainer, path, step)
         elif subcommand != "fit":
             raise UserError(f"ckpt_path: last: there is no checkpoint in {looked_in}. Give the path of one.")
         else:  # as in Lightning, so that one command starts a run and takes it up again
             rank_zero_warn(f"ckpt_path: last: no checkpoint in {looked_in}; the run starts anew.")
-        if path is not None and subcommand == "fit":
-            go_on_logging(self.trainer, path)
         return kwargs | {"ckpt_path": path}
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

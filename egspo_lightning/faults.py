@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.objective import Coefficients
-from egspo_lightning.types import ExpertBatch, RolloutBatch, Stage, TrainingBatch, UpdateSize
+from egspo_lightning.plain import from_plain, to_plain
+from egspo_lightning.types import ExpertBatch, RolloutBatch, Stage, TrainingBatch
 
 
 class NonFiniteError(UserError):
@@ -107,7 +108,7 @@ def _rows(batch: TrainingBatch) -> int:
 # To a checkpoint and back: plain dictionaries of tensors and numbers, which ``weights_only`` loads
 
 
-def to_plain(part: Part) -> dict[str, Any]:
+def pack(part: Part) -> dict[str, Any]:
     """A micro-batch as plain data."""
     batch = part.batch
     return {
@@ -115,33 +116,24 @@ def to_plain(part: Part) -> dict[str, Any]:
         "stage": str(batch.stage),
         "loss": float(part.loss),
         "coefficients": None if part.coefficients is None else dict(part.coefficients._asdict()),
-        "rollout": None if batch.rollout is None else _fields(batch.rollout),
-        "expert": None if batch.expert is None else _fields(batch.expert),
+        "rollout": None if batch.rollout is None else to_plain(batch.rollout),
+        "expert": None if batch.expert is None else to_plain(batch.expert),
     }
 
 
-def from_plain(data: dict[str, Any]) -> Part:
+def unpack(data: dict[str, Any]) -> Part:
     """The micro-batch again."""
     rollout, expert, weights = data["rollout"], data["expert"], data["coefficients"]
     return Part(
         number=data["number"],
         batch=TrainingBatch(
             Stage(data["stage"]),
-            None if rollout is None else RolloutBatch(**_sized(rollout)),
-            None if expert is None else ExpertBatch(**_sized(expert)),
+            None if rollout is None else from_plain(RolloutBatch, rollout),
+            None if expert is None else from_plain(ExpertBatch, expert),
         ),
         coefficients=None if weights is None else Coefficients(**weights),
         loss=torch.tensor(data["loss"]),
     )
-
-
-def _fields(batch: RolloutBatch | ExpertBatch) -> dict[str, Any]:
-    fields = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch._asdict().items()}
-    return fields | {"update_size": [float(value) for value in batch.update_size]}
-
-
-def _sized(fields: dict[str, Any]) -> dict[str, Any]:
-    return fields | {"update_size": UpdateSize(*fields["update_size"])}
 
 
 def bad_tokens(mask: Tensor, named: Sequence[tuple[str, Tensor | None]]) -> list[tuple[int, int, str, float]]:

@@ -18,7 +18,7 @@ from egspo_lightning.admission import Admission
 from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.faults import FiniteUpdates, NonFiniteError, Part, describe, to_plain
+from egspo_lightning.faults import FiniteUpdates, NonFiniteError, Part, describe, pack
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics, Reduction
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
@@ -230,11 +230,16 @@ class EGSPOModule(PolicyModule):
             self._stop_for_bad_updates()
         if not (self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done):
             return
-        values = self._over_ranks(self._phase.take())
+        self.log_phase(self._over_ranks(self._phase.take()))
+
+    def log_phase(self, values: Mapping[str, float]) -> None:
+        """Log metrics of the phase, equal on all ranks, at its last update, to be called when that is done.
+
+        At once: Lightning would log them after the phase's checkpoint, and a kill in between lose them.
+        """
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        row = values | {"epoch": self.current_epoch}
-        for logger in self.loggers:  # now: Lightning would log them after the phase's checkpoint, and a kill lose them
-            logger.log_metrics(row, step=self.global_step - 1)
+        for logger in self.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
 
     def _over_ranks(self, metrics: Mapping[Reduction, Metrics]) -> dict[str, float]:
         """Means and maxima over all ranks, in one exchange."""
@@ -318,7 +323,7 @@ class EGSPOModule(PolicyModule):
         checkpoint["egspo"]["metrics"] = self.collect_over_ranks(self._phase.state_dict())
         checkpoint["egspo"]["finite"] = self._finite.state_dict()
         if self._finite.must_stop and self._finite.bad_part is not None:
-            checkpoint["egspo"]["bad_part"] = to_plain(self._finite.bad_part)
+            checkpoint["egspo"]["bad_part"] = pack(self._finite.bad_part)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what they remembered."""

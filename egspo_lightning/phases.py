@@ -193,7 +193,7 @@ class Phases:
         """Go on where they were.
 
         Raises:
-            UserError: within a phase, another number of ranks splitd its data.
+            UserError: within a phase, another number of ranks shared its data.
         """
         self.num_passes, self.num_collections = state["num_passes"], state["num_collections"]
         self.collector.num_drawn = state["num_drawn"]

@@ -82,6 +82,11 @@ class PolicyModule(LightningModule):
         """The policy's tokenizer, loaded when first asked for."""
         return self.policy_config.load_tokenizer()
 
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        """It sorts the whole vocabulary, so once a run."""
+        return tokenizer_digest(self.tokenizer)
+
     def setup(self, stage: str) -> None:
         """Refuse strategies that cannot be had, and precisions that would round the rollouts' log-probabilities."""
         require_strategy(self.trainer)
@@ -300,7 +305,7 @@ class PolicyModule(LightningModule):
             "phase_version": self._phase_version,
             "entered_step": self.entered_step,
             "random": self.collect_over_ranks(random_state()),
-            "tokenizer": tokenizer_digest(self.tokenizer),
+            "tokenizer": self._tokenizer_digest,
             "optimizer": type(self.optimizers(use_pl_optimizer=False)).__name__,
         }
 
@@ -321,7 +326,7 @@ class PolicyModule(LightningModule):
         own = self.state_dict() if weights else {}
         adapt_weights(weights, own, is_exact=is_exact, left_out=self._left_out())
         require_same_shapes(weights, own)
-        require_same_tokenizer(state.get("tokenizer"), tokenizer_digest(self.tokenizer))
+        require_same_tokenizer(state.get("tokenizer"), self._tokenizer_digest)
         if is_fit and (states := checkpoint.get("optimizer_states")):
             self._fit_optimizer(states, state.get("optimizer"), is_entry=is_entry)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from egspo_lightning.callbacks.run_config import KEY
 from egspo_lightning.checkpoint_files import open_checkpoint
 from egspo_lightning.errors import UserError
-from egspo_lightning.faults import Part, bad_tokens, from_plain
+from egspo_lightning.faults import Part, bad_tokens, unpack
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.types import Current
 
@@ -46,7 +46,7 @@ def replay(path: Path) -> list[str]:
         raise UserError(
             f"{COMMAND}: the weights of {path} are in shards. Run it with a strategy that keeps them whole."
         )
-    module, part = _module(config["model"]), from_plain(kept)
+    module, part = _module(config["model"]), unpack(kept)
     module.configure_model()
     module.load_state_dict(checkpoint["state_dict"])
     with torch.enable_grad():

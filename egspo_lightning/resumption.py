@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,17 +29,22 @@ def places(trainer: Trainer) -> str:
     return str(given or (root / "checkpoints" if not trainer.loggers else root / "version_*" / "checkpoints"))
 
 
-def go_on_logging(trainer: Trainer, checkpoint: str) -> None:
+def go_on_logging(trainer: Trainer, checkpoint: str, step: int) -> None:
     """Let TensorBoard write into the folder of the run that is resumed, and hide what that run did after it had saved.
 
     Other loggers have a folder of their own for each start, or are told which run to go on with (``id``, ``run_id``).
+
+    Args:
+        trainer: The one that resumes.
+        checkpoint: What it resumes from.
+        step: The optimiser steps that the checkpoint has taken.
     """
     version = re.fullmatch(r"version_(\d+)", Path(checkpoint).parent.parent.name)
     for logger in trainer.loggers:
         is_of_run = isinstance(logger, TensorBoardLogger) and Path(checkpoint).is_relative_to(logger.root_dir)
         if version is not None and is_of_run and isinstance(logger, TensorBoardLogger):
             logger._version = int(version.group(1))
-            logger._kwargs["purge_step"] = _step_of(checkpoint) + 1
+            logger._kwargs["purge_step"] = step + 1
 
 
 def _folders(trainer: Trainer) -> list[Path]:
@@ -62,10 +66,3 @@ def _root(trainer: Trainer) -> Path:
     if logger is None:
         return Path(trainer.default_root_dir)
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
-
-
-def _step_of(checkpoint: str) -> int:
-    """The optimiser steps that a checkpoint has taken, without loading its weights."""
-    path = Path(checkpoint)
-    meta = path / "meta.pt" if path.is_dir() else path
-    return int(torch.load(meta, map_location="meta", mmap=True, weights_only=True)["global_step"])

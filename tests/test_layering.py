@@ -13,7 +13,7 @@ LAYERS = [
     ["errors"],
     ["types", "jsonl", "flags", "lora", "checkpoint_files", "checkpoint_fit", "randomness"],
     ["config_files", "surroundings", "optimizers", "ranks", "noise"],
-    ["ops", "rewards", "tasks", "checkpoints"],
+    ["ops", "rewards", "tasks", "checkpoints", "plain"],
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],
     ["rows"],

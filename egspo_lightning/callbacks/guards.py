@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from egspo_lightning.callbacks.access import data_of
+from egspo_lightning.callbacks.access import data_of, module_of
 from egspo_lightning.errors import require
 
 
@@ -63,9 +62,7 @@ class Guards(Callback):
         told = {f"guard/{name}": float(message is not None) for name, message in found.items()}
         counts = {"flat_collections": self.num_flat, "duplicate_problems": data.num_duplicates}
         told |= {f"guard/{name}": float(count) for name, count in counts.items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in told.items()})
-        for logger in trainer.loggers:  # before the phase's checkpoint, as the module's own metrics are
-            logger.log_metrics(told | {"epoch": trainer.current_epoch}, step=trainer.global_step - 1)
+        module_of(pl_module).log_phase(told)
         found["duplicate_problems"] = _duplicates(data.num_duplicates)
         for name, message in found.items():
             self._speak(name, message)

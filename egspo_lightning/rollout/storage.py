@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
-
+from egspo_lightning.plain import from_plain, to_plain
 from egspo_lightning.rollout.experience import Collection
-from egspo_lightning.types import Completion, Problem, RolloutBatch, UpdateSize
+from egspo_lightning.types import Completion, Problem, RolloutBatch
 
 
 def pack(collection: Collection) -> dict[str, Any]:
@@ -15,12 +14,7 @@ def pack(collection: Collection) -> dict[str, Any]:
     """
     return {
         "completions": [_pack_completion(completion) for completion in collection.completions],
-        "rollout": {
-            name: value.cpu() if isinstance(value, Tensor) else value
-            for name, value in collection.rollout._asdict().items()
-            if name != "update_size"
-        },
-        "update_size": list(collection.rollout.update_size),
+        "rollout": to_plain(collection.rollout),
         "measurements": {name: list(pair) for name, pair in collection.measurements.items()},
         "numbers": list(collection.numbers),
         "expert_groups": list(collection.expert_groups),
@@ -29,12 +23,9 @@ def pack(collection: Collection) -> dict[str, Any]:
 
 def unpack(state: dict[str, Any], device: Any) -> Collection:
     """The collection, its tensors on a device."""
-    rollout: dict[str, Any] = {
-        name: value.to(device) if isinstance(value, Tensor) else value for name, value in state["rollout"].items()
-    }
     return Collection(
         completions=[_unpack_completion(completion) for completion in state["completions"]],
-        rollout=RolloutBatch(**rollout, update_size=UpdateSize(*state["update_size"])),
+        rollout=from_plain(RolloutBatch, state["rollout"], device),
         measurements={name: (total, count) for name, (total, count) in state["measurements"].items()},
         numbers=state["numbers"],
         expert_groups=state["expert_groups"],
