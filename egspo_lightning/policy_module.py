@@ -27,11 +27,11 @@ from egspo_lightning.checkpoints import adapt_optimizer, adapt_weights, number_p
 from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.optimizers import build_optimizer, build_scheduler
-from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
+from egspo_lightning.policy import Policy, PolicyConfig, Sequences, end_of_sequence_ids
 from egspo_lightning.randomness import random_state, restore_random_state
 from egspo_lightning.sharding import gathered, shard
 from egspo_lightning.strategies import require_strategy, sharding_plan
-from egspo_lightning.types import Current, Scores, Stage
+from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, Scores, Stage
 
 
 class PolicyModule(LightningModule):
@@ -258,7 +258,15 @@ class PolicyModule(LightningModule):
 
     def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
         """What policy and critic say of sequences, at the sampling temperature, with gradient where it is on."""
-        current: Current = self._policy(input_ids, completion_mask, self.temperature)
+        return self._with_values(self._policy(input_ids, completion_mask, self.temperature), input_ids, completion_mask)
+
+    def statistics_beside(self, rollout: RolloutBatch, expert: ExpertBatch) -> tuple[Current, Current]:
+        """The same of rollouts, and what the policy says of experts' solutions at temperature 1, in shared passes."""
+        own = Sequences(rollout.input_ids, rollout.completion_mask, self.temperature)
+        current, of_expert = self._policy.together(own, Sequences(expert.input_ids, expert.completion_mask))
+        return self._with_values(current, rollout.input_ids, rollout.completion_mask), of_expert
+
+    def _with_values(self, current: Current, input_ids: Tensor, completion_mask: Tensor) -> Current:
         if self.critic is None:
             return current
         return current._replace(values=self.critic(input_ids, completion_mask))
