@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.ops.padding import pad_right, row_lengths
-from egspo_lightning.rollout.collector import Group, Sampled
+from egspo_lightning.rollout.collector import Collector, Group, Sampled
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.types import Completion, Measurements, RolloutBatch, ScoredRollouts, Scores
 
@@ -30,6 +30,27 @@ class Collection(NamedTuple):
     """The places of this rank's problems in the whole collection, in the order of their groups."""
     expert_groups: list[int]
     """For each row of an expert, which of this rank's problems it solves."""
+
+
+class Prepared(NamedTuple):
+    """A collection of one rank that is sampled, graded and scored, and has yet to be admitted to training."""
+
+    completions: list[Completion]
+    """In the order of the rollouts' rows."""
+    rollouts: ScoredRollouts
+    measurements: Measurements
+    numbers: list[int]
+    """As those of a ``Collection``."""
+    num_drawn: int
+    """Problems drawn so far, with its own, over all ranks."""
+
+
+def prepare(policy: RolloutPolicy, collector: Collector, number: int, rank: int, world_size: int) -> Prepared:
+    """Sample, grade and score collection ``number``. Collective."""
+    sampled = collector.sample(policy, number, rank, world_size)
+    rollouts, measurements = score(policy, sampled, collector.max_completion_length)
+    numbers = [group.number for group in sampled.groups]
+    return Prepared(collection_rows(sampled.groups), rollouts, measurements, numbers, collector.num_drawn)
 
 
 def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[ScoredRollouts, Measurements]:
