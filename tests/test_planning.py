@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from egspo_lightning.critic import CriticConfig
 from egspo_lightning.lora import LoraConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
+from egspo_lightning.plan_command import workload
 from egspo_lightning.planning import Workload, plan
 from egspo_lightning.policy import PolicyConfig
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from egspo_lightning.callbacks import MathBenchmark, PhaseCheckpoint, StageTransition
+from egspo_lightning.callbacks import Guards, MathBenchmark, PhaseCheckpoint, StageTransition
 from egspo_lightning.cli import main
 from egspo_lightning.controllers import KLReward
 from egspo_lightning.critic import CriticConfig
@@ -136,7 +136,10 @@ def test_what_is_sampled_ahead_is_what_those_weights_sample(tiny_run, monkeypatc
             again[age] = tokens_of(completion for group in groups for completion in group.completions)
             scores = run.module.score(*watch.collections[number].rollout[:2])
             rollout = watch.collections[number].rollout
-            gaps = (scores.logprobs - rollout.old_logprobs).abs().max(), (scores.entropies - rollout.entropies).abs().max()
+            gaps = (
+                (scores.logprobs - rollout.old_logprobs).abs().max(),
+                (scores.entropies - rollout.entropies).abs().max(),
+            )
             assert all(gap < 1e-5 for gap in gaps) if age == 1 else all(gap > 1e-3 for gap in gaps)
         found = tokens_of(watch.collections[number].completions)
         assert found == again[1]
@@ -278,7 +281,7 @@ def test_an_error_in_the_thread_ends_the_run_with_that_error(tiny_run, waits):
         raise ZeroDivisionError("mine")
 
     run = tiny_run(module=RL, data=AHEAD | {"reward": Second(fail), "num_ppo_epochs": 2})
-    with pytest.raises(RuntimeError, match="data.reward") as error:
+    with pytest.raises(RuntimeError, match=r"data\.reward") as error:
         run.fit()
     assert isinstance(error.value.__cause__, ZeroDivisionError)
     assert run.trainer.current_epoch <= 1
@@ -369,6 +372,15 @@ def test_every_checkpoint_leads_to_the_same_end(tiny_run, tmp_path, method, when
         assert watch.versions == whole.versions[-len(watch.versions) :]
         num_with_pending += "ahead" in torch.load(path, weights_only=True)["HybridDataModule"]
     assert num_with_pending == (6 if "every_n_train_steps" in when else 3)  # in phases 2 to 4 of 5, of two updates
+
+
+def test_guards_go_on_where_no_first_ratio_was_logged(tiny_run, tmp_path):
+    """A resumed run has the metrics of its own phases alone."""
+    resumable(tiny_run, tmp_path / "whole", Watch(), {}, every_n_epochs=1).fit()
+    path = next((tmp_path / "whole").glob("epoch=2-*.ckpt"))
+    run = resumable(tiny_run, tmp_path / "rest", Guards(), {}, every_n_epochs=1).fit(ckpt_path=path, weights_only=True)
+    assert run.trainer.callback_metrics["guard/ratio_after_sampling"] == 0
+    assert "policy/first_ratio_gap" not in run.trainer.callback_metrics
 
 
 def test_rollouts_ahead_of_a_checkpoint_are_sampled_anew_where_staleness_is_not_wanted_any_more(tiny_run, tmp_path):
