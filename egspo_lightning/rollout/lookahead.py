@@ -1,8 +1,9 @@
 """The collection after the one in training, made meanwhile in a thread from a snapshot of the policy."""
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from egspo_lightning.rollout.storage import pack_prepared, unpack_prepared
 
 Prepare = Callable[[RolloutPolicy], Prepared]
 
+PATIENCE_S = 10.0
+"""How long ``drop`` waits for a reward that is the user's own, and cannot be ended."""
+
 
 class Lookahead:
     """Holds one collection at most: one that is being made, has been made, or was in a checkpoint.
@@ -22,6 +26,7 @@ class Lookahead:
 
     def __init__(self) -> None:
         self._making: Future[dict[str, Any]] | None = None
+        self._thread: threading.Thread | None = None
         self._policy: FrozenPolicy | None = None
         self.saved: dict[str, Any] | None = None
         """The collection of a checkpoint, packed, until it is taken."""
@@ -41,9 +46,10 @@ class Lookahead:
             with policy.apart():
                 return pack_prepared(prepare(policy))
 
-        executor = ThreadPoolExecutor(1, thread_name_prefix="lookahead")
-        self._policy, self._making = policy, executor.submit(make)
-        executor.shutdown(wait=False)  # its thread ends with what it makes
+        self._policy, self._making = policy, Future()
+        # a daemon: a reward that hangs does not keep the process of a run that has ended
+        self._thread = threading.Thread(target=_settle, args=(self._making, make), name="lookahead", daemon=True)
+        self._thread.start()
 
     def check(self) -> None:
         """Let an error come up where training is, rather than when the collection is needed.
@@ -80,8 +86,19 @@ class Lookahead:
             self._policy.cancel()
 
     def drop(self) -> None:
-        """Hold nothing any more; what is being made has ended when this returns, and its error is nobody's."""
+        """Hold nothing any more; what is being made has ended when this returns, and its error is nobody's.
+
+        A user's reward that goes on for longer than ``PATIENCE_S`` is left behind, and ends with the process.
+        """
         self.cancel()
-        if self._making is not None:
-            wait([self._making])
+        if self._thread is not None:
+            self._thread.join(PATIENCE_S)
         self._making = self.saved = None
+
+
+def _settle(future: Future[dict[str, Any]], make: Callable[[], dict[str, Any]]) -> None:
+    """Call, and give the future what comes of it."""
+    try:
+        future.set_result(make())
+    except BaseException as error:
+        future.set_exception(error)
