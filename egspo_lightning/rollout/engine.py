@@ -35,7 +35,8 @@ class RolloutEngine(Protocol):
     ) -> Iterator[list[tuple[int, Sample]]]:
         """One sample a request, each with the number of its request, as they are done: in batches, in any order.
 
-        A batch is graded while the next one is sampled.
+        A batch is graded while the next one is sampled. With data.max_staleness it is called in a thread, with a copy
+        of the model as ``lm``, perhaps while a benchmark calls it with the model itself.
 
         Args:
             lm: the causal language model, in eval mode, within the policy's sampling context

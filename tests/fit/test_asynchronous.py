@@ -122,13 +122,14 @@ def test_the_first_collection_after_sft_is_sampled_by_the_policy_that_sft_has_ma
     assert len(engine.threads) == 3
 
 
-@pytest.mark.parametrize("is_scored", [False, True])
-def test_what_is_sampled_ahead_is_what_those_weights_sample(tiny_run, monkeypatch, is_scored):
-    """Tokens, log-probabilities and entropies are those of the policy at the start of the phase before."""
-    if is_scored:
-        monkeypatch.setattr("egspo_lightning.module.EGSPOModule.takes_sampled_statistics", False)
-    watch = Watch()
-    run = tiny_run(watch, module=RL | {"temperature": 0.8}, data=AHEAD, trainer={"max_epochs": 4}).fit()
+CRITIC = {"advantage": GAE(), "critic": CriticConfig("own")}
+
+
+@pytest.mark.parametrize("module", [{}, CRITIC], ids=["told", "scored"])
+def test_what_is_sampled_ahead_is_what_those_weights_sample(tiny_run, module):
+    """Tokens, log-probabilities, entropies and values are those of the networks at the start of the phase before."""
+    watch, module = Watch(), RL | {"temperature": 0.8} | module
+    run = tiny_run(watch, module=module, data=AHEAD, trainer={"max_epochs": 4}).fit()
     collector = run.data.phases.collector
     for number in range(1, 4):
         again = {}
@@ -226,6 +227,15 @@ def test_rollouts_beyond_the_bound_are_refused(tiny_run, staleness, version):
         run.fit()
     assert run.trainer.global_step == 4
     assert ahead_threads() == []
+
+
+def test_rollouts_of_the_policy_in_sft_are_refused(tiny_run):
+    """They are one phase old, and of another stage."""
+    run = tiny_run(StageTransition(after_epochs=2), data=AHEAD)
+    admit = run.module.admit
+    run.module.admit = lambda rollouts, measurements: admit(rollouts, measurements)._replace(policy_version=2)
+    with pytest.raises(RuntimeError, match=r"after 2 optimiser steps, but this phase began at 4, .* allows for 4\."):
+        run.fit()
 
 
 def test_the_first_ratio_is_judged_where_it_can_be(tiny_run, monkeypatch):
