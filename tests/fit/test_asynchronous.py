@@ -63,7 +63,7 @@ class Calls(TransformersEngine):
 def ahead_threads():
     for thread in threading.enumerate():
         if thread.name == "lookahead":
-            thread.join(0.5)  # its last breath
+            thread.join(1.0)  # its last breath
     return [thread for thread in threading.enumerate() if thread.name.startswith("lookahead")]
 
 
@@ -157,7 +157,8 @@ WAYS = {
         "module": {"advantage": GAE(), "critic": CriticConfig("own"), "objective": Objective(beta=0.1, mu=0.0)}
     },
     "shared_critic": {"module": {"advantage": GAE(), "critic": CriticConfig("shared"), "objective": Objective(mu=0.0)}},
-    "lora": {"lora": LoraConfig(rank=2), "module": {"objective": Objective(beta=0.1)}},
+    "lora": {"policy": {"lora": LoraConfig(rank=2)}, "module": {"objective": Objective(beta=0.1)}},
+    "checkpointing": {"policy": {"gradient_checkpointing": True}},
     "experts": {"data": {"expert_fraction": 0.5}},
     "resampling": {"data": {"max_resampling": 2, "num_generations": 2}},
 }
@@ -169,7 +170,7 @@ def test_a_policy_that_stands_still_has_the_same_rollouts_and_losses_either_way(
     runs = []
     for staleness in (0, 1):
         watch = Watch()
-        policy = PolicyConfig(small_model, from_scratch=True, lora=chosen.get("lora"))
+        policy = PolicyConfig(small_model, from_scratch=True, **chosen.get("policy", {}))
         module = RL | STILL | {"policy": policy} | chosen.get("module", {})
         data = {"max_staleness": staleness} | chosen.get("data", {})
         run = tiny_run(watch, module=module, data=data, trainer={"max_epochs": 3} | chosen.get("trainer", {})).fit()
@@ -284,20 +285,25 @@ class Second:
         return [float(len(text) % 2) for text in completions]
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_an_error_in_the_thread_ends_the_run_with_that_error(tiny_run, waits):
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_error_in_the_thread_ends_the_run_with_that_error(tiny_run, is_late):
     """At the next update, or where the collection is needed."""
 
     def fail():
-        if waits:
+        if is_late:
             time.sleep(1.0)
         raise ZeroDivisionError("mine")
 
-    run = tiny_run(module=RL, data=AHEAD | {"reward": Second(fail), "num_ppo_epochs": 2})
+    class Wait(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if not is_late:
+                assert ahead_threads() == []
+
+    run = tiny_run(Wait(), module=RL, data=AHEAD | {"reward": Second(fail), "num_ppo_epochs": 2})
     with pytest.raises(RuntimeError, match=r"data\.reward") as error:
         run.fit()
     assert isinstance(error.value.__cause__, ZeroDivisionError)
-    assert run.trainer.current_epoch <= 1
+    assert run.trainer.global_step == (4 if is_late else 1)
     assert ahead_threads() == []
 
 
