@@ -256,7 +256,9 @@ class HybridDataModule(LightningDataModule):
         return self._share_of(benchmark.name)
 
     def answer(self, batch: ProblemBatch) -> list[Answer]:
-        """Sample and grade the answers to a batch of problems."""
+        """Sample and grade the answers to a batch of problems, by an engine that is free or bears company."""
+        if not getattr(self.engine, "is_reentrant", False):
+            self.phases.ahead.packed()
         return self.answerer.answer(self._policy, self.encoder, batch)
 
     def _share_of(self, name: str) -> list[ProblemBatch]:

@@ -28,15 +28,19 @@ class Sample(NamedTuple):
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from the policy as it is now."""
+    """Samples completions from the policy as it is now.
+
+    With data.max_staleness ``stream`` is called in a thread, with a copy of the model. An engine that bears to be
+    called meanwhile from another one, with another model, says so by an attribute ``is_reentrant`` that is true;
+    benchmarks wait for the others.
+    """
 
     def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
     ) -> Iterator[list[tuple[int, Sample]]]:
         """One sample a request, each with the number of its request, as they are done: in batches, in any order.
 
-        A batch is graded while the next one is sampled. With data.max_staleness it is called in a thread, with a copy
-        of the model as ``lm``, perhaps while a benchmark calls it with the model itself.
+        A batch is graded while the next one is sampled.
 
         Args:
             lm: the causal language model, in eval mode, within the policy's sampling context

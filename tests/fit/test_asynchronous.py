@@ -210,6 +210,24 @@ def test_benchmarks_in_between_change_nothing(tiny_run):
     assert all(torch.equal(value, ended[1][name]) for name, value in ended[0].items())
 
 
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_benchmarks_wait_for_an_engine_that_does_one_thing_at_a_time(tiny_run, is_reentrant):
+    class Slow(TransformersEngine):
+        most, now = 0, 0
+
+        def stream(self, *args, **kwargs):
+            Slow.now += 1
+            Slow.most = max(Slow.most, Slow.now)
+            time.sleep(0.3)
+            yield from super().stream(*args, **kwargs)
+            Slow.now -= 1
+
+    Slow.is_reentrant = is_reentrant
+    data = AHEAD | {"engine": Slow(), "benchmarks": [GeneratedBenchmark(num_problems=8)], "max_prompt_length": 16}
+    tiny_run(MathBenchmark(every_n_epochs=1), module=RL, data=data, trainer={"max_epochs": 3}).fit()
+    assert Slow.most == (2 if is_reentrant else 1)
+
+
 # Bounds
 
 
