@@ -154,15 +154,22 @@ class EGSPOModule(PolicyModule):
         if weights.mu == 0:
             expert = None  # a schedule may end there
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
-        current = self.statistics(rollout.input_ids, rollout.completion_mask)
+        current, expert_loss = self._egspo_forward(rollout, expert)
         self._check_first_ratio(current.logprobs.detach(), rollout)
         self._phase.add({"policy/mu": weights.mu})
-        return self._egspo_loss(current, rollout, expert, weights)
+        return self._egspo_loss(current, rollout, expert_loss, weights)
+
+    def _egspo_forward(self, rollout: RolloutBatch, expert: ExpertBatch | None) -> tuple[Current, Tensor | None]:
+        """What the networks say of the rollouts, and the loss on the expert's solutions."""
+        if expert is None:
+            return self.statistics(rollout.input_ids, rollout.completion_mask), None
+        current, stats = self.statistics_beside(rollout, expert)
+        loss = sft_loss(stats.logprobs, expert, weighting=self.objective.expert_weighting)
+        return current, loss if stats.values is None else loss + self._untouched(stats.values)
 
     def _egspo_loss(
-        self, current: Current, rollout: RolloutBatch, expert: ExpertBatch | None, weights: Coefficients
+        self, current: Current, rollout: RolloutBatch, expert_loss: Tensor | None, weights: Coefficients
     ) -> tuple[Tensor, Metrics]:
-        expert_loss = None if expert is None else self._expert_loss(expert)
         loss, metrics = self.objective.hybrid_loss(current, rollout, self.attenuation, expert_loss, weights)
         if self.critic_config is None or current.values is None:
             return loss, metrics
@@ -176,13 +183,8 @@ class EGSPOModule(PolicyModule):
             assert expert is not None
             stats = self._policy(expert.input_ids, expert.completion_mask)
             return sft_loss(stats.logprobs, expert, weighting="plain"), stats
-        current = self.statistics(rollout.input_ids, rollout.completion_mask)
-        return self._egspo_loss(current, rollout, expert if weights.mu > 0 else None, weights)[0], current
-
-    def _expert_loss(self, expert: ExpertBatch) -> Tensor:
-        stats = self._policy(expert.input_ids, expert.completion_mask)
-        loss = sft_loss(stats.logprobs, expert, weighting=self.objective.expert_weighting)
-        return loss if stats.values is None else loss + self._untouched(stats.values)
+        current, expert_loss = self._egspo_forward(rollout, expert if weights.mu > 0 else None)
+        return self._egspo_loss(current, rollout, expert_loss, weights)[0], current
 
     def _untouched(self, values: Tensor | None) -> Tensor | float:
         """0, with a gradient of 0 for a critic that this step does not train: DDP waits for one of everything."""

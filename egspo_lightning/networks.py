@@ -8,7 +8,7 @@ from torch import Tensor
 
 from egspo_lightning import lora
 from egspo_lightning.critic import Critic
-from egspo_lightning.policy import Policy
+from egspo_lightning.policy import Policy, Sequences
 from egspo_lightning.types import Current, Scores
 
 
@@ -30,7 +30,16 @@ class Networks:
 
     def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
         """What policy and critic say of sequences, with gradient where it is on."""
-        current: Current = self.policy(input_ids, completion_mask, self.temperature)
+        return self._with_values(self.policy(input_ids, completion_mask, self.temperature), input_ids, completion_mask)
+
+    def statistics_beside(
+        self, input_ids: Tensor, completion_mask: Tensor, others: Sequences
+    ) -> tuple[Current, Current]:
+        """The same, and what the policy says of other sequences, which share the passes through the trunk."""
+        current, of_others = self.policy.together(Sequences(input_ids, completion_mask, self.temperature), others)
+        return self._with_values(current, input_ids, completion_mask), of_others
+
+    def _with_values(self, current: Current, input_ids: Tensor, completion_mask: Tensor) -> Current:
         if self.critic is None:
             return current
         return current._replace(values=self.critic(input_ids, completion_mask))

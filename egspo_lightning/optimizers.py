@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from egspo_lightning.errors import UserError
 
 
 def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
-    """The optimiser over parameters or groups of them.
+    """The optimiser over parameters or groups of them; Adam and AdamW in torch's fused form, unless they say otherwise.
 
     Raises:
         UserError: its arguments are out of range, or it evaluates the loss several times a step.
@@ -24,7 +24,18 @@ def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opt
             "model.optimizer: LBFGS evaluates the loss several times a step, so that no update could be "
             "skipped. Use one of a gradient a step, such as torch.optim.AdamW."
         )
+    _fuse(optimizer)
     return optimizer
+
+
+def _fuse(optimizer: Optimizer) -> None:
+    """The same step in one kernel, a fraction of the time of torch's default where parameters are many and small."""
+    if type(optimizer) not in (Adam, AdamW):
+        return
+    for group in optimizer.param_groups:
+        is_open = group["fused"] is None and not group["foreach"]
+        if is_open and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]):
+            group["fused"] = True
 
 
 def build_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:

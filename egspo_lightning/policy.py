@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.errors import UserError
@@ -163,6 +164,17 @@ class PolicyConfig:
         )
 
 
+class Sequences(NamedTuple):
+    """A batch to take the statistics of."""
+
+    input_ids: Tensor
+    """(B, T), padded on the right"""
+    completion_mask: Tensor
+    """(B, T) bool; never true at position 0, which nothing predicts"""
+    temperature: float = 1.0
+    """the sampling temperature"""
+
+
 class ValueHead(nn.Module):
     """A linear map from hidden states to values, in float32, which starts at 0."""
 
@@ -216,38 +228,55 @@ class Policy(nn.Module):
             completion_mask: (B, T) bool; never true at position 0, which nothing predicts
             temperature: the sampling temperature
         """
-        if self.value_head is not None or not self.splits_rows:
-            return self._whole(input_ids, completion_mask, temperature)
-        lengths = row_lengths(completion_mask).clamp(min=2).tolist()
-        runs = like_lengths(lengths)
-        if len(runs) == 1:
-            return self._whole(input_ids, completion_mask, temperature)
-        order = torch.tensor([row for run in runs for row in run], device=input_ids.device)
-        input_ids, mask = input_ids[order], completion_mask[order]
-        states, start = [], 0
-        for run in runs:
-            part, width = slice(start, start + len(run)), lengths[run[-1]]
-            states.append(self._states(input_ids[part, :width])[:, :-1][mask[part, 1:width]])
-            start += len(run)
-        stats = self._statistics(torch.cat(states), input_ids, mask, temperature)
-        back = order.argsort()
-        return Current(stats.logprobs[back], stats.entropies[back])
+        part = Sequences(input_ids, completion_mask, temperature)
+        return self.together(part)[0] if self._makes_runs else self._whole(part)
 
-    def _whole(self, input_ids: Tensor, completion_mask: Tensor, temperature: float) -> Current:
-        hidden = self._states(input_ids)
-        stats = self._statistics(hidden[:, :-1][completion_mask[:, 1:]], input_ids, completion_mask, temperature)
-        return stats if self.value_head is None else stats._replace(values=self.value_head(hidden, completion_mask))
+    def together(self, *parts: Sequences) -> list[Current]:
+        """What ``forward`` gives for each of several batches, whose rows share the runs through the trunk."""
+        if not self._makes_runs:
+            return [self(*part) for part in parts]
+        states = self._states_in_runs(parts)
+        num_tokens = [int(part.completion_mask.sum()) for part in parts]
+        return [self._statistics(own, part) for own, part in zip(states.split(num_tokens), parts, strict=True)]
+
+    @property
+    def _makes_runs(self) -> bool:
+        return self.splits_rows and self.value_head is None
+
+    def _whole(self, part: Sequences) -> Current:
+        hidden = self._states(part.input_ids)
+        mask = part.completion_mask
+        stats = self._statistics(hidden[:, :-1][mask[:, 1:]], part)
+        return stats if self.value_head is None else stats._replace(values=self.value_head(hidden, mask))
+
+    def _states_in_runs(self, parts: tuple[Sequences, ...]) -> Tensor:
+        """The state before each completion token, (N, D), in the order of batches, rows and tokens."""
+        width = max(part.input_ids.shape[1] for part in parts)
+        ids, mask = (
+            torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+            for tensors in zip(*((part.input_ids, part.completion_mask) for part in parts), strict=True)
+        )
+        lengths = row_lengths(mask).clamp(min=2).tolist()
+        starts, states, start = [0] * len(lengths), [], 0
+        for run in like_lengths(lengths):
+            run_width = lengths[run[-1]]
+            states.append(self._states(ids[run, :run_width]).flatten(0, 1))
+            for row in run:
+                starts[row], start = start, start + run_width
+        rows, positions = mask[:, 1:].nonzero(as_tuple=True)
+        return torch.cat(states).index_select(0, torch.tensor(starts, device=ids.device)[rows] + positions)
 
     def _states(self, input_ids: Tensor) -> Tensor:
         """(B, T, D)"""
         hidden: Tensor = self.lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
-    def _statistics(self, states: Tensor, input_ids: Tensor, mask: Tensor, temperature: float) -> Current:
+    def _statistics(self, states: Tensor, part: Sequences) -> Current:
         """From the states before the completion tokens, (N, D) in the order of the rows, to (B, T)."""
+        ids, mask = part.input_ids, part.completion_mask
         head = self.lm.get_output_embeddings()
-        stats = token_stats(states, head, input_ids[:, 1:][mask[:, 1:]], temperature=temperature)
-        blank = torch.zeros_like(input_ids, dtype=stats.logprobs.dtype)
+        stats = token_stats(states, head, ids[:, 1:][mask[:, 1:]], temperature=part.temperature)
+        blank = torch.zeros_like(ids, dtype=stats.logprobs.dtype)
         return Current(*(blank.masked_scatter(mask, values) for values in stats))
 
 

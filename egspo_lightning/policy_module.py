@@ -29,12 +29,12 @@ from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.networks import Networks
 from egspo_lightning.optimizers import build_optimizer, build_scheduler
-from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
+from egspo_lightning.policy import Policy, PolicyConfig, Sequences, end_of_sequence_ids
 from egspo_lightning.randomness import random_state, restore_random_state
 from egspo_lightning.sharding import gathered, shard
 from egspo_lightning.snapshot import Snapshot
 from egspo_lightning.strategies import require_strategy, sharding_plan
-from egspo_lightning.types import Current, Scores, Stage
+from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, Scores, Stage
 
 
 class PolicyModule(LightningModule):
@@ -279,6 +279,11 @@ class PolicyModule(LightningModule):
     def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
         """What policy and critic say of sequences, at the sampling temperature, with gradient where it is on."""
         return self.networks.statistics(input_ids, completion_mask)
+
+    def statistics_beside(self, rollout: RolloutBatch, expert: ExpertBatch) -> tuple[Current, Current]:
+        """The same of rollouts, and what the policy says of experts' solutions at temperature 1, in shared passes."""
+        expert_rows = Sequences(expert.input_ids, expert.completion_mask)
+        return self.networks.statistics_beside(rollout.input_ids, rollout.completion_mask, expert_rows)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of equally shaped tensors over all ranks."""

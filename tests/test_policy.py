@@ -6,7 +6,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from egspo_lightning.critic import Critic
 from egspo_lightning.errors import UserError
-from egspo_lightning.policy import Policy, PolicyConfig, ValueHead, end_of_sequence_ids
+from egspo_lightning.policy import Policy, PolicyConfig, Sequences, ValueHead, end_of_sequence_ids
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 
@@ -45,6 +45,32 @@ def test_values_and_gradients_are_those_of_the_naive_way(tied):
         strict=True,
     ):
         assert (ours - naive).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("way", ["runs", "whole", "value head"])
+def test_batches_together_have_the_statistics_of_each_alone(way):
+    lm = qwen2()
+    policy = Policy(lm, ValueHead(lm) if way == "value head" else None)
+    policy.splits_rows = way != "whole"
+    ids, mask = batch()
+    wide = torch.randint(50, (40, 30))
+    ends = torch.randint(3, 31, (40, 1))
+    wide_mask = (torch.arange(30) >= 2) & (torch.arange(30) < ends)
+    parts = [Sequences(ids, mask, 0.7), Sequences(wide, wide_mask)]
+    together = policy.together(*parts)
+    for found, part in zip(together, parts, strict=True):
+        alone = policy(*part)
+        torch.testing.assert_close(found.logprobs, alone.logprobs, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found.entropies, alone.entropies, rtol=0, atol=2e-5)
+        assert (found.values is None) == (alone.values is None)
+    whole = [policy._whole(part) for part in parts]
+    parameters = list(policy.lm.parameters())
+    ours, naive = (
+        torch.autograd.grad(sum((i + 1) * s.logprobs.sum() for i, s in enumerate(stats)), parameters)
+        for stats in (together, whole)
+    )
+    for one, other in zip(ours, naive, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_value_is_that_of_the_state_before_the_token():

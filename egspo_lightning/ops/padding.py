@@ -34,7 +34,7 @@ def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-SPLIT_TOKENS = 256
+SPLIT_TOKENS = 128
 """Tokens of padding that are worth a forward pass of their own: launching its kernels takes about as long as they."""
 
 

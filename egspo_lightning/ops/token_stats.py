@@ -57,7 +57,7 @@ def token_stats(
 
     The backward pass makes each tile anew, which costs one more matrix product with the head:
     ``d log p_y / dz = onehot(y) - p`` and ``d H / dz = -p (log p + H)``. Tokens without an upstream gradient have no
-    part in it.
+    part in it. Where a single tile holds all, its p is kept from the forward pass, and serves for ``d log p_y / dz``.
 
     Args:
         hidden_states: (..., D), the state before each token
@@ -102,6 +102,7 @@ def token_stats_bytes(num_tokens: int, weight: Tensor, *, device: str = "cpu") -
     states = num_tokens * hidden * (weight.element_size() + wide)  # those with a gradient, and that gradient
     of_head = entries * hidden * wide if weight.requires_grad else 0
     buffers = tile * wide * (1 if weight.element_size() == wide else 2)
+    buffers += tile * wide if tile == num_tokens * entries else 0  # kept from forward to backward
     return states + of_head + buffers + 8 * num_tokens * wide
 
 
@@ -124,8 +125,11 @@ class _Tiles:
         temperature: float,
         chunk_size: int | None,
         vocab_chunk_size: int | None,
+        probs: Tensor | None = None,
     ) -> None:
         self.hidden, self.weight, self.bias, self.temperature = hidden, weight, bias, temperature
+        self.probs = probs
+        """(N, V), where the forward pass has kept them"""
         (num_tokens, _), (num_entries, _) = hidden.shape, weight.shape
         elements = CPU_TILE if hidden.device.type == "cpu" else GPU_TILE
         height = min(chunk_size or max(TILE_TOKENS, elements // num_entries), max(num_tokens, 1))
@@ -133,6 +137,11 @@ class _Tiles:
         self.tokens = [slice(i, min(i + height, num_tokens)) for i in range(0, num_tokens, height)]
         self.entries = [slice(i, min(i + width, num_entries)) for i in range(0, num_entries, width)]
         self._size, self._buffers = height * width, dict[tuple[str, torch.dtype], Tensor]()
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one tile holds everything."""
+        return len(self.tokens) == len(self.entries) == 1
 
     def logits(self, tokens: slice, entries: slice) -> Tensor:
         """(n, v) over the temperature, float32 or wider, in a buffer that the next call uses again."""
@@ -154,7 +163,10 @@ class _Tiles:
 
 
 class _TiledTokenStats(torch.autograd.Function):
-    """Forward keeps hidden states, log-normalisers and entropies; backward recomputes the logits tile by tile."""
+    """Forward keeps hidden states, log-normalisers and entropies; backward recomputes the logits tile by tile.
+
+    Unless there is one tile: then its probabilities are kept, which need no more than it has.
+    """
 
     @staticmethod
     def forward(
@@ -170,11 +182,15 @@ class _TiledTokenStats(torch.autograd.Function):
         log_norms, chosen, entropies = (
             hidden.new_empty(hidden.shape[0], dtype=_wide_dtype(hidden.dtype)) for _ in range(3)
         )
+        probs: Tensor | None = None
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = _Tiles(hidden, weight, bias, temperature, chunk_size, vocab_chunk_size)
-            for tokens in tiles.tokens:
-                log_norms[tokens], chosen[tokens], entropies[tokens] = _fold(tiles, tokens, input_ids[tokens])
-        ctx.save_for_backward(hidden, weight, bias, input_ids, log_norms, entropies)
+            if tiles.is_single:
+                log_norms, chosen, entropies, probs = _at_once(tiles, input_ids)
+            else:
+                for tokens in tiles.tokens:
+                    log_norms[tokens], chosen[tokens], entropies[tokens] = _fold(tiles, tokens, input_ids[tokens])
+        ctx.save_for_backward(hidden, weight, bias, input_ids, log_norms, entropies, probs)
         ctx.settings = temperature, chunk_size, vocab_chunk_size
         ctx.set_materialize_grads(False)
         return chosen, entropies
@@ -182,29 +198,47 @@ class _TiledTokenStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, input_ids, log_norms, entropies = ctx.saved_tensors
+        hidden, weight, bias, input_ids, log_norms, entropies, probs = ctx.saved_tensors
         active = _pulled(log_norms, grad_logprobs, grad_entropies)
-        pull_logprobs = None if grad_logprobs is None else grad_logprobs[active]
-        pull_entropies = None if grad_entropies is None else grad_entropies[active]
-        state = _Upstream(input_ids[active], log_norms[active], entropies[active], pull_logprobs, pull_entropies)
+        hidden_active, *rest = _select(active, hidden, input_ids, log_norms, entropies, grad_logprobs, grad_entropies)
+        kept = _select(active, probs)[0] if grad_entropies is None else None
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden[active], weight, bias, *ctx.settings)
+            temperature, chunk_size, vocab_chunk_size = ctx.settings
+            tiles = _Tiles(hidden_active, weight, bias, temperature, chunk_size, vocab_chunk_size, kept)
             trains_head = any(ctx.needs_input_grad[1:3])
-            grad_active, grad_weight, grad_bias = _pull_back(tiles, state, log_norms.dtype, trains_head)
-        grad_hidden = torch.zeros_like(hidden).index_copy_(0, active, grad_active.to(hidden.dtype))
+            grad_active, grad_weight, grad_bias = _pull_back(tiles, _Upstream(*rest), log_norms.dtype, trains_head)
+        grad_hidden = grad_active.to(hidden.dtype)
+        if active is not None:
+            grad_hidden = torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
         if not trains_head:
             return grad_hidden, None, None, None, None, None, None
         of_bias = None if bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), of_bias, None, None, None, None
 
 
-def _pulled(like: Tensor, *pulls: Tensor | None) -> Tensor:
-    """Numbers of the tokens that have an upstream gradient."""
+def _pulled(like: Tensor, *pulls: Tensor | None) -> Tensor | None:
+    """Numbers of the tokens that have an upstream gradient; None where all have."""
     is_pulled = torch.zeros_like(like, dtype=torch.bool)
     for pull in pulls:
         if pull is not None:
             is_pulled |= pull != 0
-    return is_pulled.nonzero().squeeze(1)
+    numbers = is_pulled.nonzero().squeeze(1)
+    return None if len(numbers) == len(like) else numbers
+
+
+def _select(tokens: Tensor | None, *tensors: Tensor | None) -> list[Any]:
+    """Some tokens' part of each tensor that is there; None selects all."""
+    return [tensor if tensor is None or tokens is None else tensor[tokens] for tensor in tensors]
+
+
+def _at_once(tiles: _Tiles, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-normaliser, log-probability and entropy of all tokens, (N,) each, and their probabilities, (N, V)."""
+    logits, own = tiles.logits(tiles.tokens[0], tiles.entries[0]), input_ids.unsqueeze(-1)
+    log_probs = logits.log_softmax(-1)
+    chosen = log_probs.gather(-1, own)
+    log_norms = (logits.gather(-1, own) - chosen).squeeze(-1)
+    probs = torch.exp(log_probs, out=logits)
+    return log_norms, chosen.squeeze(-1), -torch.linalg.vecdot(probs, log_probs), probs
 
 
 def _fold(tiles: _Tiles, tokens: slice, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,6 +290,11 @@ def _pull_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, in ``wide``; those of a frozen head are empty."""
     hidden, weight = tiles.hidden, tiles.weight
+    if tiles.is_single:
+        grad = _grad_logits(tiles, tiles.tokens[0], tiles.entries[0], upstream)
+        grad_bias = grad.sum(0) if tiles.bias is not None else weight.new_empty(0, dtype=wide)
+        grad = grad.to(weight.dtype)
+        return (grad @ weight).to(wide), (grad.T @ hidden if trains_head else weight.new_empty(0)).to(wide), grad_bias
     grad_hidden = torch.zeros_like(hidden, dtype=wide)
     grad_weight = torch.zeros_like(weight, dtype=wide) if trains_head else weight.new_empty(0, dtype=wide)
     grad_bias = weight.new_zeros(weight.shape[0], dtype=wide)
@@ -275,11 +314,15 @@ def _pull_back(
 def _grad_logits(tiles: _Tiles, tokens: slice, entries: slice, upstream: _Upstream) -> Tensor:
     """Gradient with respect to the head's output in one tile, (n, v): that of ``logits / temperature`` over it."""
     input_ids, log_norms, entropies, pull_logprobs, pull_entropies = upstream
-    log_probs = tiles.logits(tokens, entries).sub_(log_norms.unsqueeze(-1))
     if pull_entropies is None:
         pull_logprobs = torch.zeros_like(log_norms) if pull_logprobs is None else pull_logprobs
-        grad = log_probs.exp_().mul_((-pull_logprobs / tiles.temperature).unsqueeze(-1))
+        factors = (-pull_logprobs / tiles.temperature).unsqueeze(-1)
+        if tiles.probs is not None:
+            grad = tiles.probs[tokens, entries] * factors
+        else:
+            grad = tiles.logits(tokens, entries).sub_(log_norms.unsqueeze(-1)).exp_().mul_(factors)
     else:
+        log_probs = tiles.logits(tokens, entries).sub_(log_norms.unsqueeze(-1))
         probs = torch.exp(log_probs, out=tiles.buffer("second", log_probs.shape, log_probs.dtype))
         constant = pull_entropies * entropies + (0 if pull_logprobs is None else pull_logprobs)
         grad = log_probs.mul_(-pull_entropies.unsqueeze(-1)).sub_(constant.unsqueeze(-1))

@@ -256,17 +256,17 @@ def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -
         uniforms: (B,) in [0, 1]; None for greedy
         sampling: temperature and top_p
     """
-    scaled = logits.float() / (sampling.temperature or 1.0)
-    shifted = scaled - scaled.amax(-1, keepdim=True)
-    probs = torch.softmax(shifted, -1)
+    scaled = logits.float() if sampling.temperature in (0, 1) else logits.float() / sampling.temperature
+    log_probs = scaled.log_softmax(-1)
+    probs = log_probs.exp()
     if uniforms is None or sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:
         tokens = _invert(probs, uniforms, sampling.top_p)
-    logprobs = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log()
-    # H = log Z - E[z] with z shifted to be at most 0: no logarithm a token of the vocabulary, and nothing cancels
-    log_norms = shifted.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logprobs
-    return Drawn(tokens, logprobs, log_norms - torch.linalg.vecdot(probs, shifted))
+    logprobs = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    with torch.autocast(logits.device.type, enabled=False):  # it would take the product in half precision
+        entropies = -torch.linalg.vecdot(probs, log_probs)
+    return Drawn(tokens, logprobs, entropies)
 
 
 def _invert(probs: Tensor, uniforms: Tensor, top_p: float) -> Tensor:

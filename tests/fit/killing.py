@@ -10,13 +10,12 @@ each: the moment, and how its process ended.
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import checkpoint, token_records
-from egspo_lightning.cli import main
+from processes import forked
 
 MOMENTS = ("sft", "sampling", "grading", "update", "half", "whole", "replaced", "recording")
 
@@ -76,31 +75,17 @@ class Kill(Callback):
         self._happens("sft" if pl_module.stage == "sft" else "update")
 
 
-def fork(moment: str, count: str, arguments: list[str]) -> str:
-    """How a run ended: the number of a signal, or an exit code."""
-    process = os.fork()
-    if process == 0:
-        kill = [f"--trainer.callbacks={{class_path: killing.Kill, init_args: {{moment: {moment}, count: {count}}}}}"]
-        code = 1
-        try:
-            main(["fit", *arguments, *kill, "--ckpt_path=last"])
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    _, status = os.waitpid(process, 0)
-    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else str(os.WEXITSTATUS(status))
+def end_of(moment: str, count: str, arguments: list[str]) -> str:
+    """How a run ended: the name of a signal, or an exit code."""
+    kill = f"--trainer.callbacks={{class_path: killing.Kill, init_args: {{moment: {moment}, count: {count}}}}}"
+    code = forked([*arguments, kill, "--ckpt_path=last"])
+    return signal.Signals(-code).name if code < 0 else str(code)
 
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
     folder, moments, arguments = Path(sys.argv[1]), sys.argv[2:split], sys.argv[split + 1 :]
     for moment in moments:
-        end = fork(*moment.split(":"), arguments)
+        end = end_of(*moment.split(":"), arguments)
         with (folder / "ends").open("a") as file:
             file.write(f"{moment} {end}\n")

@@ -15,17 +15,16 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import checkpoint
-from egspo_lightning.cli import main
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from processes import forked
 
 KINDS = ("nan_loss", "infinite_gradient", "flat", "truncated", "empty", "timeout", "crash")
 SHARE = 0.25
@@ -152,23 +151,10 @@ def resident_mb() -> float:
     return int(line.split()[1]) / 1024
 
 
-def fork(arguments: list[str], faults: dict[str, object]) -> int:
-    """The exit code of a run in a process of its own."""
-    process = os.fork()
-    if process == 0:
-        code, callback = 1, json.dumps({"class_path": "soak.Faults", "init_args": faults})
-        try:
-            main(["fit", *arguments, f"--trainer.callbacks={callback}"])
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def end_of(arguments: list[str], faults: dict[str, object]) -> int:
+    """The exit code of a run with faults."""
+    callback = json.dumps({"class_path": "soak.Faults", "init_args": faults})
+    return forked([*arguments, f"--trainer.callbacks={callback}"])
 
 
 if __name__ == "__main__":
@@ -176,5 +162,5 @@ if __name__ == "__main__":
     folder, collections, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[split + 1 :]
     tenth = collections // 10
     endings = [{"ending": "sigterm", "at": tenth}, {"ending": "disk", "at": 2 * tenth}, {}]
-    codes = [fork([*arguments, "--ckpt_path=last"], {"folder": folder} | ending) for ending in endings]
+    codes = [end_of([*arguments, "--ckpt_path=last"], {"folder": folder} | ending) for ending in endings]
     (Path(folder) / "codes.json").write_text(json.dumps(codes))

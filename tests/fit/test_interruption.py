@@ -1,16 +1,15 @@
 """An evaluation that is killed goes on where it stopped, also on more ranks, and ends as if nothing had been."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from egspo_lightning.cli import run
+from processes import in_group
 
 SHORT = [
     "--config=configs/quickstart.yaml",
@@ -63,21 +62,9 @@ def written(root: Path) -> Path:
 
 def evaluate(repository, checkpoint: Path, root: Path, *more: str) -> tuple[int, str]:
     """Exit code and output of the command in processes of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "egspo_lightning", "test", *arguments(checkpoint, root), *more],
-        cwd=repository,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, output
+    command = [sys.executable, "-m", "egspo_lightning", "test", *arguments(checkpoint, root), *more]
+    output, code = in_group(command, repository, PYTHONPATH=str(Path(__file__).parent))
+    return code, output
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Two processes do what one does: real ranks, started by the command line, talking through gloo."""
 
-import csv
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from processes import in_group, rows_of, told_apart
 
 SHORT = [
     "--trainer.max_epochs=4",
@@ -32,39 +30,12 @@ def fit(repository, folder, *arguments):
 
 def python(repository, *arguments):
     """Run Python in a process group of its own, with a time limit."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=repository,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, output
-
-
-def rows_of(folder):
-    """Of phases and benchmarks; charts of single tokens are those of the first rank."""
-    with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if row["loss/total"] or any(row[name] for name in row if name.startswith("eval/"))]
+    output, code = in_group([sys.executable, *arguments], repository)
+    assert code == 0, output
 
 
 def assert_equal_metrics(rows, expected):
-    assert len(rows) == len(expected)
-    compared = 0
-    for row, other in zip(rows, expected, strict=True):
-        for name, value in other.items():
-            if value and not name.startswith("time/") and name != "rollout/tokens_per_second":
-                assert float(row[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
-                compared += 1
-    assert compared > 50
+    assert told_apart(rows, expected) > 50
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from egspo_lightning.lora import is_adapter
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.strategies import AnyCheckpointIO
+from processes import told_apart
 
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
 FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
@@ -102,7 +103,7 @@ ENTERED = ["entry_to_fsdp2", "own_entry_to_fsdp2", "phase_to_fsdp2", "entry_to_d
 
 
 @pytest.mark.parametrize(("name", "done"), [(n, 3) for n in RESUMED] + [(n, 1) for n in ENTERED])
-def test_a_run_goes_on_under_another_strategy_as_if_it_had_not_stopped(alone, resumed, told_apart, name, done):
+def test_a_run_goes_on_under_another_strategy_as_if_it_had_not_stopped(alone, resumed, name, done):
     assert told_apart(resumed[name], alone[done:5]) > 30
 
 
@@ -123,7 +124,7 @@ WHOLE_METHOD = [
 """A reference and a value head beside the policy."""
 
 
-def test_reference_and_value_head_go_along(run_ranks, told_apart, folder):
+def test_reference_and_value_head_go_along(run_ranks, folder):
     one = run_ranks(folder, {"ppo_alone": WHOLE_METHOD}, num_ranks=1)["ppo_alone"]
     assert any(float(row.get("loss/kl") or 0) > 0 for row in one)
     began = {"ppo_fsdp2": [*WHOLE_METHOD, *FSDP2], "ppo_to_file": [*WHOLE_METHOD, *TO_FILE]}
@@ -135,7 +136,7 @@ def test_reference_and_value_head_go_along(run_ranks, told_apart, folder):
         assert told_apart(rows, one[3:]) > 30
 
 
-def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, told_apart, folder, repository):
+def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, folder, repository):
     """With the reference beside them; a sharded sft.ckpt starts a method with other networks."""
     PolicyConfig(str(repository / "configs" / "tiny_model"), from_scratch=True).build().lm.save_pretrained(
         folder / "lm"
@@ -173,7 +174,7 @@ def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_nodes_of_one_rank_are_one_node_of_two(run_ranks, told_apart, alone, folder, strategy):
+def test_two_nodes_of_one_rank_are_one_node_of_two(run_ranks, alone, folder, strategy):
     """Two agents of torchrun, each with a process of its own."""
     nodes = ["--trainer.max_epochs=3", "--trainer.num_nodes=2", "--trainer.devices=1", f"--trainer.strategy={strategy}"]
     name = f"nodes_{strategy}"

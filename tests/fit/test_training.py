@@ -5,21 +5,15 @@ import torch
 from lightning.pytorch import Callback
 from torch.testing import assert_close
 
-from egspo_lightning import policy
 from egspo_lightning.callbacks import StageTransition
-from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.ops import token_stats
 from egspo_lightning.ops.attenuation import ConstantAttenuation
-from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
-from egspo_lightning.ops.padding import row_lengths
-from egspo_lightning.rollout import transformers_engine
 from egspo_lightning.types import Stage
+from spies import RL, Spy, distance
 
-RL = {"initial_stage": Stage.EGSPO}
 PURE_RL = {"initial_stage": Stage.EGSPO, "objective": Objective(mu=0.0)}
 
 
@@ -28,29 +22,6 @@ class FlatReward:
 
     def __call__(self, completions, golds):
         return [1.0 for _ in completions]
-
-
-class Spy(Callback):
-    """Keeps the metrics and the weights at the end of every epoch, and every batch."""
-
-    def __init__(self):
-        self.metrics, self.weights, self.batches, self.gradients = [], [], [], []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append(batch)
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients.append([p.grad.clone() for p in pl_module.policy.parameters()])
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.weights.append([p.detach().clone() for p in pl_module.policy.parameters()])
-
-    def on_train_end(self, trainer, pl_module):
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def distance(one, other):
-    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
 def test_sft_lowers_its_loss_and_the_stages_alternate_by_epoch(tiny_run):
@@ -376,88 +347,3 @@ def test_resuming_at_a_phase_boundary_is_bit_identical(tiny_run, tmp_path):
     rest.fit(ckpt_path=tmp_path / "half.ckpt")
     assert rest.data.num_collections == whole.data.num_collections == 3
     assert distance(list(whole.module.policy.parameters()), list(rest.module.policy.parameters())) == 0.0
-
-
-# What saves time changes no result
-
-
-def losses_of(tiny_run, **settings):
-    """Losses of every update of two collections, with the seed fixed."""
-    losses = []
-
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            losses.append(outputs["loss"].item())
-
-    spy = Spy()
-    module = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.05), **RL}
-    tiny_run(Watch(), spy, module=module, trainer={"max_epochs": 2}, **settings).fit()
-    return losses, spy
-
-
-def test_losses_are_the_same_with_and_without_a_scoring_pass(tiny_run, monkeypatch):
-    scored = []
-    score = EGSPOModule.score
-    monkeypatch.setattr(EGSPOModule, "score", lambda self, *batch: scored.append(1) or score(self, *batch))
-    without, spy = losses_of(tiny_run)
-    assert not scored
-    monkeypatch.setattr(EGSPOModule, "takes_sampled_statistics", False)
-    with_scoring, other = losses_of(tiny_run)
-    assert scored
-    assert len(without) == 4
-    assert max(abs(loss) for loss in without) > 1e-2
-    assert without == pytest.approx(with_scoring, rel=0, abs=1e-5)
-    assert distance(spy.weights[-1], other.weights[-1]) < 1e-5
-
-
-@pytest.mark.parametrize("part", ["reference", "critic", "expert", "bfloat16"])
-def test_what_the_engine_cannot_tell_is_scored(tiny_run, monkeypatch, part):
-    scored = []
-    score = EGSPOModule.score
-    monkeypatch.setattr(EGSPOModule, "score", lambda self, *batch: scored.append(1) or score(self, *batch))
-    module = {
-        "reference": {"objective": Objective(beta=0.1)},
-        "critic": {"advantage": GAE(), "critic": CriticConfig()},
-    }.get(part, {})
-    data = {"expert_fraction": 0.25} if part == "expert" else {}
-    trainer = {"max_epochs": 1} | ({"precision": "bf16-mixed"} if part == "bfloat16" else {})
-    tiny_run(module=RL | module, data=data, trainer=trainer).fit()
-    assert scored
-
-
-def test_losses_do_not_depend_on_the_shrinking_of_the_decode_batch(tiny_run, monkeypatch):
-    usual, _ = losses_of(tiny_run)
-    monkeypatch.setattr(transformers_engine, "SHRINK_BELOW", 0.0)
-    assert losses_of(tiny_run)[0] == pytest.approx(usual, rel=0, abs=1e-5)
-
-
-def test_losses_do_not_depend_on_tiles(tiny_run, monkeypatch):
-    usual, _ = losses_of(tiny_run)
-    monkeypatch.setattr(token_stats, "CPU_TILE", 300)
-    monkeypatch.setattr(token_stats, "TILE_TOKENS", 7)
-    assert losses_of(tiny_run)[0] == pytest.approx(usual, rel=0, abs=1e-5)
-
-
-def test_losses_do_not_depend_on_leaving_out_rollouts_without_spread(tiny_run, monkeypatch):
-    class OneGroup:
-        """Flat but for the first group."""
-
-        def __call__(self, completions, golds):
-            return [float(i in (0, 3)) for i in range(len(completions))]
-
-    left_out, spy = losses_of(tiny_run, data={"reward": OneGroup()})
-    monkeypatch.setattr(EGSPOModule, "needs_every_rollout", True)
-    kept, other = losses_of(tiny_run, data={"reward": OneGroup()})
-    assert len(spy.batches[0].rollout.input_ids) < len(other.batches[0].rollout.input_ids)
-    assert left_out == pytest.approx(kept, rel=0, abs=1e-5)
-
-
-def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypatch):
-    def alone(lengths):
-        return [[row] for row in sorted(range(len(lengths)), key=lambda row: lengths[row])]
-
-    together, _ = losses_of(tiny_run, data={"num_minibatches": 1})
-    monkeypatch.setattr(policy, "like_lengths", alone)
-    split, spy = losses_of(tiny_run, data={"num_minibatches": 1})
-    assert len({int(length) for length in row_lengths(spy.batches[0].rollout.completion_mask)}) > 1
-    assert split == pytest.approx(together, rel=0, abs=1e-5)

@@ -165,3 +165,15 @@ def test_a_frozen_head_has_no_gradient_and_changes_none():
         head.weight.grad = None
     assert torch.equal(*gradients)
     assert gradients[0].any()
+
+
+def test_what_is_kept_for_the_backward_pass_serves_it_twice():
+    hidden, head, ids = make(torch.float64)
+    pull = torch.randn(3, 7, dtype=torch.float64)
+    pull[1] = 0.0
+    stats = token_stats(hidden, head, ids, temperature=0.7)
+    leaves = [hidden, *head.parameters()]
+    once, twice = (torch.autograd.grad((pull * stats.logprobs).sum(), leaves, retain_graph=True) for _ in range(2))
+    naive = token_stats_from_logits(head(hidden), ids, temperature=0.7)
+    assert_close(once, twice, rtol=0, atol=0)
+    assert_close(once, torch.autograd.grad((pull * naive.logprobs).sum(), leaves), rtol=1e-10, atol=1e-12)

@@ -1,0 +1,32 @@
+"""What tests of training look at: the metrics, weights, batches and gradients of a run."""
+
+from lightning.pytorch import Callback
+
+from egspo_lightning.types import Stage
+
+RL = {"initial_stage": Stage.EGSPO}
+
+
+class Spy(Callback):
+    """Keeps the metrics and the weights at the end of every epoch, every batch, and whether the optimiser is fused."""
+
+    def __init__(self):
+        self.metrics, self.weights, self.batches, self.gradients = [], [], [], []
+        self.fused = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append([p.grad.clone() for p in pl_module.policy.parameters()])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.weights.append([p.detach().clone() for p in pl_module.policy.parameters()])
+        self.fused = pl_module.optimizers().param_groups[0].get("fused")
+
+    def on_train_end(self, trainer, pl_module):
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def distance(one, other):
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))

@@ -1,0 +1,165 @@
+"""What saves time changes no result: losses with and without each shortcut, with the seed fixed."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from egspo_lightning import policy
+from egspo_lightning.critic import CriticConfig
+from egspo_lightning.module import EGSPOModule
+from egspo_lightning.ops import token_stats
+from egspo_lightning.ops.estimators import GAE
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.ops.padding import row_lengths
+from egspo_lightning.rollout import transformers_engine
+from spies import RL, Spy, distance
+
+
+def losses_of(tiny_run, module=None, **settings):
+    """Losses of every update of two collections, with the seed fixed."""
+    losses = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"].item())
+
+    spy = Spy()
+    module = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.05), **RL, **(module or {})}
+    tiny_run(Watch(), spy, module=module, trainer={"max_epochs": 2}, **settings).fit()
+    return losses, spy
+
+
+def test_losses_are_the_same_with_and_without_a_scoring_pass(tiny_run, monkeypatch):
+    scored = []
+    score = EGSPOModule.score
+    monkeypatch.setattr(EGSPOModule, "score", lambda self, *batch: scored.append(1) or score(self, *batch))
+    without, spy = losses_of(tiny_run)
+    assert not scored
+    monkeypatch.setattr(EGSPOModule, "takes_sampled_statistics", False)
+    with_scoring, other = losses_of(tiny_run)
+    assert scored
+    assert len(without) == 4
+    assert max(abs(loss) for loss in without) > 1e-2
+    assert without == pytest.approx(with_scoring, rel=0, abs=1e-5)
+    assert distance(spy.weights[-1], other.weights[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["reference", "critic", "expert", "bfloat16"])
+def test_what_the_engine_cannot_tell_is_scored(tiny_run, monkeypatch, part):
+    scored = []
+    score = EGSPOModule.score
+    monkeypatch.setattr(EGSPOModule, "score", lambda self, *batch: scored.append(1) or score(self, *batch))
+    module = {
+        "reference": {"objective": Objective(beta=0.1)},
+        "critic": {"advantage": GAE(), "critic": CriticConfig()},
+    }.get(part, {})
+    data = {"expert_fraction": 0.25} if part == "expert" else {}
+    trainer = {"max_epochs": 1} | ({"precision": "bf16-mixed"} if part == "bfloat16" else {})
+    tiny_run(module=RL | module, data=data, trainer=trainer).fit()
+    assert scored
+
+
+def test_losses_do_not_depend_on_the_shrinking_of_the_decode_batch(tiny_run, monkeypatch):
+    usual, _ = losses_of(tiny_run)
+    monkeypatch.setattr(transformers_engine, "SHRINK_BELOW", 0.0)
+    assert losses_of(tiny_run)[0] == pytest.approx(usual, rel=0, abs=1e-5)
+
+
+def test_losses_do_not_depend_on_tiles(tiny_run, monkeypatch):
+    usual, _ = losses_of(tiny_run)
+    monkeypatch.setattr(token_stats, "CPU_TILE", 300)
+    monkeypatch.setattr(token_stats, "TILE_TOKENS", 7)
+    assert losses_of(tiny_run)[0] == pytest.approx(usual, rel=0, abs=1e-5)
+
+
+def test_losses_do_not_depend_on_leaving_out_rollouts_without_spread(tiny_run, monkeypatch):
+    class OneGroup:
+        """Flat but for the first group."""
+
+        def __call__(self, completions, golds):
+            return [float(i in (0, 3)) for i in range(len(completions))]
+
+    left_out, spy = losses_of(tiny_run, data={"reward": OneGroup()})
+    monkeypatch.setattr(EGSPOModule, "needs_every_rollout", True)
+    kept, other = losses_of(tiny_run, data={"reward": OneGroup()})
+    assert len(spy.batches[0].rollout.input_ids) < len(other.batches[0].rollout.input_ids)
+    assert left_out == pytest.approx(kept, rel=0, abs=1e-5)
+
+
+def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypatch):
+    def alone(lengths):
+        return [[row] for row in sorted(range(len(lengths)), key=lambda row: lengths[row])]
+
+    together, _ = losses_of(tiny_run, data={"num_minibatches": 1})
+    monkeypatch.setattr(policy, "like_lengths", alone)
+    split, spy = losses_of(tiny_run, data={"num_minibatches": 1})
+    assert len({int(length) for length in row_lengths(spy.batches[0].rollout.completion_mask)}) > 1
+    assert split == pytest.approx(together, rel=0, abs=1e-5)
+
+
+def test_losses_do_not_depend_on_passes_that_rollouts_and_experts_share(tiny_run, monkeypatch):
+    parts = []
+    together = policy.Policy.together
+    monkeypatch.setattr(
+        policy.Policy, "together", lambda self, *batches: parts.append(len(batches)) or together(self, *batches)
+    )
+    shared, _ = losses_of(tiny_run)
+    assert set(parts) == {2}
+    monkeypatch.setattr(policy.Policy, "together", lambda self, *batches: [self._whole(batch) for batch in batches])
+    assert losses_of(tiny_run)[0] == pytest.approx(shared, rel=0, abs=1e-5)
+
+
+def test_losses_do_not_depend_on_probabilities_kept_for_the_backward_pass(tiny_run, monkeypatch):
+    kept, spy = losses_of(tiny_run)
+    monkeypatch.setattr(token_stats._Tiles, "is_single", False)
+    made_anew, other = losses_of(tiny_run)
+    assert made_anew == pytest.approx(kept, rel=0, abs=1e-5)
+    assert distance(spy.gradients[0], other.gradients[0]) < 1e-6
+
+
+def test_losses_do_not_depend_on_one_softmax_for_draw_and_statistics(tiny_run, monkeypatch):
+    def drawn_apart(logits, uniforms, sampling):
+        probs = torch.softmax(logits / sampling.temperature, -1)
+        tokens = torch.searchsorted(probs.cumsum(-1), uniforms.unsqueeze(1), right=True).squeeze(1)
+        stats = token_stats.token_stats_from_logits(logits, tokens, temperature=sampling.temperature)
+        return transformers_engine.Drawn(tokens, *stats)
+
+    at_once, spy = losses_of(tiny_run)
+    monkeypatch.setattr(transformers_engine, "sample_tokens", drawn_apart)
+    apart, other = losses_of(tiny_run)
+    assert apart == pytest.approx(at_once, rel=0, abs=1e-5)
+    one, two = (found.batches[0].rollout for found in (spy, other))
+    assert torch.equal(one.input_ids, two.input_ids)
+    assert torch.allclose(one.entropies, two.entropies, atol=1e-5)
+
+
+def test_losses_do_not_depend_on_prompts_that_are_computed_once(tiny_run, monkeypatch):
+    once, _ = losses_of(tiny_run)
+    monkeypatch.setattr(transformers_engine, "_distinct", lambda prompts: (list(prompts), [1] * len(prompts)))
+    assert losses_of(tiny_run)[0] == pytest.approx(once, rel=0, abs=1e-5)
+
+
+def test_losses_do_not_depend_on_the_fused_optimiser(tiny_run):
+    runs = {}
+    for fused in (None, False):
+        settings = {"optimizer": lambda params, fused=fused: torch.optim.AdamW(params, lr=1e-2, fused=fused)}
+        losses, spy = losses_of(tiny_run, module=settings)
+        runs[fused] = losses, spy.weights[-1], spy.fused
+    assert runs[None][2] is True
+    assert runs[False][2] is False
+    assert runs[None][0] == pytest.approx(runs[False][0], rel=0, abs=1e-5)
+    assert distance(runs[None][1], runs[False][1]) < 1e-5
+
+
+def test_losses_do_not_depend_on_logging_once_a_phase(tiny_run, monkeypatch):
+    """And what is logged is the mean over the updates of the phase."""
+    logged, spy = losses_of(tiny_run)
+    assert spy.metrics[0]["loss/total"] == pytest.approx(sum(logged[2:]) / 2, abs=1e-6)
+
+    def at_every_step(self, outputs, batch, batch_idx):
+        self.log_dict(self._over_ranks(self._phase.take()))
+
+    monkeypatch.setattr(EGSPOModule, "on_train_batch_end", at_every_step)
+    losses, other = losses_of(tiny_run)
+    assert losses == logged
+    assert other.metrics[0]["loss/total"] == pytest.approx(losses[-1], abs=1e-6)
