@@ -27,7 +27,7 @@ from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
-from egspo_lightning.rollout.engine import RolloutEngine
+from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.experience import Collection
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
@@ -177,7 +177,9 @@ class HybridDataModule(LightningDataModule):
         require(self.num_minibatches <= most, "data.num_minibatches", self.num_minibatches, allowed)
 
     def teardown(self, stage: str) -> None:
-        """End the graders' processes."""
+        """End the graders' processes, and what the engine holds."""
+        if isinstance(self.engine, ClosingEngine):
+            self.engine.close()
         self.answerer.close()
         self.reward.close()
 

@@ -9,8 +9,8 @@ near pi_old. Each term of the surrogate is an expectation under pi_old, and is w
     truncated:  c = min(w, cap)                                   (Ionides 2008, "Truncated Importance Sampling")
     masked:     c = w where 1 / cap <= w <= cap, else 0           (both sides, as IcePop, arXiv 2510.18855)
 
-and g_t min( r_t A_t, ... ) becomes c_t g_t min( r_t A_t, ... ). TRL and verl truncate by token or sequence; TRL's mask has
-the upper bound alone. The normaliser N still counts what is masked, and KL, entropy and value terms are not weighed.
+and g_t min( r_t A_t, ... ) becomes c_t g_t min( r_t A_t, ... ), as in TRL and verl, by token or by
+sequence. The normaliser N still counts what is masked, and KL, entropy and value terms are not weighed.
 """
 
 from dataclasses import dataclass

@@ -102,7 +102,7 @@ class Objective:
     kl_estimator: KLEstimator = "k3+"
     aggregation: Aggregation = "token-mean"
     mask_truncated: bool = False
-    sampler_correction: SamplerCorrection = SamplerCorrection()
+    sampler_correction: SamplerCorrection = SamplerCorrection()  # noqa: RUF009  frozen, so it can be shared
 
     def __post_init__(self) -> None:
         for prefix in ("", "low_branch_"):

@@ -77,7 +77,7 @@ def collection_rows(groups: Sequence[Group]) -> list[Completion]:
 
 
 def _sampled_logprobs(rows: Sequence[Completion], rollouts: ScoredRollouts) -> Tensor:
-    """What the engine told, (B, T); NaN on experts' rows, of which it has nothing to tell, and where it told no number."""
+    """What the engine told, (B, T); NaN where that is no number, and on experts' rows, which it did not sample."""
     mask = rollouts.completion_mask
     values = _spread((row.logprobs for row in rows), mask.cpu()).to(mask.device)
     values[rollouts.num_sampled :] = torch.nan
