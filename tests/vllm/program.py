@@ -6,12 +6,14 @@ Prints a line of JSON, which the tests judge.
 import json
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from egspo_lightning.cli import run
 from egspo_lightning.lora import LoraConfig
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.rollout.engine import Request
@@ -105,6 +107,37 @@ def adapters(folder: str) -> list[dict[str, Any]]:
     return found
 
 
+def checkpoint(folder: str, root: str, fault: str) -> list[dict[str, Any]]:
+    """One engine, through a fit and two checkpoints that are loaded into the same module; ``fault`` as above."""
+    VLLMEngine.close = lambda self: None  # type: ignore[method-assign]  # it lives on from one command to the next
+    cli = run(
+        [
+            "fit",
+            "--config=configs/quickstart.yaml",
+            f"--model.policy.name_or_path={folder}",
+            "--trainer.max_epochs=3",
+            f"--trainer.default_root_dir={root}",
+            "--trainer.enable_progress_bar=false",
+            "--stage_transition={after_epochs: 2, monitor: null, target: null, learning_rate: 1e-3}",
+            "--data.demonstrations.init_args.num_demonstrations=128",
+            "--data.benchmarks.init_args.num_problems=16",
+            "--data.num_problems=4",
+            "--data.reward.num_workers=1",
+            "--token_records.every_n_collections=0",
+            "--data.engine=egspo_lightning.rollout.vllm_engine.VLLMEngine",
+            "--data.engine.max_model_len=512",
+        ]
+    )
+    engine, module, log = cli.datamodule.engine, cli.model, Path(cli.trainer.log_dir)
+    found = [compare(engine, module.policy.eval().lm)]
+    if fault == "sync":
+        engine._copy_weights = lambda *_: None
+    for path in (log / "sft.ckpt", log / "checkpoints" / "last.ckpt"):
+        cli.trainer.validate(module, cli.datamodule, ckpt_path=path, weights_only=True, verbose=False)
+        found.append(compare(engine, module.policy.eval().lm))
+    return found
+
+
 def manners(folder: str) -> dict[str, Any]:
     """What a sample depends on, how it ends, and what vLLM leaves behind in the process."""
     lm, asked = model(folder, tied=True), requests()
@@ -152,7 +185,7 @@ def refusal(call: Any) -> str:
     return ""
 
 
-CASES = {case.__name__: case for case in (agreement, adapters, manners)}
+CASES = {case.__name__: case for case in (agreement, adapters, checkpoint, manners)}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
