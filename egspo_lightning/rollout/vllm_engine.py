@@ -76,7 +76,8 @@ class VLLMEngine:
         self.gpu_memory_utilization, self.kv_cache_gib = gpu_memory_utilization, kv_cache_gib
         self.max_model_len, self.max_num_seqs, self.dtype = max_model_len, max_num_seqs, dtype
         self.enable_sleep, self.enforce_eager = enable_sleep, enforce_eager
-        self._running: Running | None = None
+        self.running: Running | None = None
+        """vLLM, once it has started."""
         self._config = ""
         self._num_requests = 0
 
@@ -111,13 +112,13 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End vLLM and free its memory; it starts again when it is asked for samples."""
-        if self._running is not None and self._running.close():
-            self._running = None
+        if self.running is not None and self.running.close():
+            self.running = None
 
     def _started(self, lm: Any, device: torch.device) -> Running:
         """vLLM, started at the first call."""
         config = lm.config.to_json_string(use_diff=False)
-        if self._running is None:
+        if self.running is None:
             settings = {
                 "max_model_len": self.max_model_len,
                 "max_num_seqs": self.max_num_seqs,
@@ -127,14 +128,14 @@ class VLLMEngine:
                 "enable_sleep_mode": self._sleeps(device),
                 "enforce_eager": self.enforce_eager,
             }
-            self._running, self._config = start_vllm(lm, device, settings), config
+            self.running, self._config = start_vllm(lm, device, settings), config
         if config != self._config:
             raise RuntimeError(
                 "VLLMEngine was started for a model of another config: close it, or make another engine."
             )
-        if self._running.engine.has_unfinished_requests():
+        if self.running.engine.has_unfinished_requests():
             raise RuntimeError("VLLMEngine is asked for samples while it streams others, whose weights would change.")
-        return self._running
+        return self.running
 
     def _sleeps(self, device: torch.device) -> bool:
         return self.enable_sleep and device.type == "cuda"
@@ -151,13 +152,18 @@ class VLLMEngine:
         asleep = self._sleeps(next(lm.parameters()).device)
         if asleep:
             vllm.llm.wake_up(tags=["weights"])
-        self._copy_weights(vllm, lm)
+        self.copy_weights(vllm, lm)
         if asleep:
             vllm.llm.wake_up(tags=["kv_cache"])
         self._forget_prefixes(vllm)
 
     @torch.no_grad()
-    def _copy_weights(self, vllm: Running, lm: Any) -> None:
+    def copy_weights(self, vllm: Running, lm: Any) -> None:
+        """Give vLLM all weights of the policy.
+
+        Raises:
+            UserError: some of vLLM's have none there.
+        """
         weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in lm.named_parameters()}
         taken = vllm.model.load_weights(lora.merged(lm, weights).items())
         stale = {name for name, _ in vllm.model.named_parameters()} - (taken or set())

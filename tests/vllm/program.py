@@ -81,7 +81,7 @@ def agreement(folder: str, tied: str, fault: str) -> list[dict[str, Any]]:
     engine, lm = VLLMEngine(max_model_len=512, kv_cache_gib=0.25), model(folder, tied=tied == "tied")
     found = [compare(engine, lm)]
     if fault == "sync":
-        engine._copy_weights = lambda *_: None  # type: ignore[method-assign]
+        engine.copy_weights = lambda *_: None  # type: ignore[method-assign]
     if fault == "reset":
         engine._forget_prefixes = lambda *_: None  # type: ignore[method-assign]
     shake(lm, 1)
@@ -131,7 +131,7 @@ def checkpoint(folder: str, root: str, fault: str) -> list[dict[str, Any]]:
     engine, module, log = cli.datamodule.engine, cli.model, Path(cli.trainer.log_dir)
     found = [compare(engine, module.policy.eval().lm)]
     if fault == "sync":
-        engine._copy_weights = lambda *_: None
+        engine.copy_weights = lambda *_: None
     for path in (log / "sft.ckpt", log / "checkpoints" / "last.ckpt"):
         cli.trainer.validate(module, cli.datamodule, ckpt_path=path, weights_only=True, verbose=False)
         found.append(compare(engine, module.policy.eval().lm))
