@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), required=True)
     size = parser.parse_args().size
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES[size], num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256)
+    heads = SIZES[size]["hidden_size"] // 32  # vLLM's CPU kernels have no heads of 24
+    config = LlamaConfig(**SIZES[size], num_attention_heads=heads, max_position_embeddings=256)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     engines: dict[str, RolloutEngine] = {"transformers": TransformersEngine(), "vllm": VLLMEngine()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}

@@ -151,18 +151,22 @@ def manners(folder: str) -> dict[str, Any]:
     alone = [ask(engine, lm, [request], sampling)[0].token_ids for request in asked]
     torch.set_num_threads(2)
     threads = torch.get_num_threads()
-    stream = engine.stream(lm, asked, sampling, eos_ids=EOS, pad_id=PAD)
-    next(stream)
+    ends = sorted({token for tokens in together for token in tokens[1:]})[:40]
+    stream = engine.stream(lm, asked, sampling, eos_ids=ends, pad_id=PAD)
+    assert len(next(stream)) < len(asked)
+    second = refusal(lambda: ask(engine, lm, asked, sampling))
     stream.close()  # whoever stops in between leaves nothing behind
     again = [sample.token_ids for sample in ask(engine, lm, asked, sampling)]
     engine.close()
     has_group = torch.distributed.is_initialized()
     anew = [sample.token_ids for sample in ask(engine, lm, asked, sampling)]
-    ends = sorted({token for tokens in together for token in tokens[1:]})[:40]
     stopped = list(engine.stream(lm, asked, sampling, eos_ids=ends, pad_id=PAD))
+    one, two, three = ask(engine, lm, [asked[0]._replace(seed=seed) for seed in "aba"], sampling)
     longer = refusal(lambda: ask(engine, lm, asked, Sampling(313)))
     cold = refusal(lambda: ask(engine, lm, asked, Sampling(3, temperature=0.001)))
     other = refusal(lambda: ask(engine, model(folder, tied=False), asked, sampling))
+    lm.named_parameters = lambda **_: iter(list(torch.nn.Module.named_parameters(lm))[:-1])
+    partial = refusal(lambda: ask(engine, lm, asked, sampling))
     return {
         "distinct": len({tuple(tokens) for tokens in together}),
         "alone": alone == together,
@@ -173,7 +177,9 @@ def manners(folder: str) -> dict[str, Any]:
         "has_group": has_group,
         "ends": ends,
         "stopped": [[sample.token_ids, sample.is_truncated] for batch in stopped for _, sample in batch],
-        "refusals": [longer, cold, other],
+        "cut": [[len(sample.token_ids), sample.is_truncated] for sample in (one, two, three)],
+        "seeds": [one.token_ids == three.token_ids, one.token_ids == two.token_ids],
+        "refusals": [longer, cold, other, second, partial],
     }
 
 

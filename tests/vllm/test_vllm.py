@@ -102,10 +102,14 @@ def test_what_a_sample_depends_on_and_what_is_left_behind(repository, tiny_model
     for token_ids, is_truncated in found["stopped"]:
         assert is_truncated == (token_ids[-1] not in found["ends"])
         assert not set(token_ids[:-1]) & set(found["ends"])
-    long, cold, other = found["refusals"]
+    assert found["cut"] == [[12, True]] * 3
+    assert found["seeds"] == [True, False]
+    long, cold, other, second, partial = found["refusals"]
     assert long.startswith("UserError: VLLMEngine.max_model_len must be at least 513")
     assert cold.startswith("UserError: temperature must be 0, or at least 0.01")
     assert other.startswith("RuntimeError: VLLMEngine was started for a model of another config")
+    assert second.startswith("RuntimeError: VLLMEngine is asked for samples while it streams others")
+    assert partial.startswith("UserError: data.engine VLLMEngine: vLLM takes none of LlamaForCausalLM's weights for")
 
 
 def test_the_quickstart_learns_in_twenty_collections(repository, tmp_path):
