@@ -1,6 +1,6 @@
 """Tokens a second of the two engines, from the same weights and prompts, in one process.
 
-    python benchmarks/engine_speed.py
+    python benchmarks/engine_speed.py --size tiny
 
 16 prompts of 16 tokens, 8 completions each, of 48 tokens whatever they are. Each engine has a first call that is not
 counted, in which vLLM starts; then the two take turns. vLLM's time has the copy of the weights in it, which is also

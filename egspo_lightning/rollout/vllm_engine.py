@@ -195,6 +195,7 @@ class VLLMEngine:
                 seed=stable_seed(request.seed),
                 max_tokens=sampling.max_completion_length,
                 stop_token_ids=list(eos_ids),
+                ignore_eos=True,  # that of the model's config, which may be another
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,

@@ -161,6 +161,9 @@ def manners(folder: str) -> dict[str, Any]:
     has_group = torch.distributed.is_initialized()
     anew = [sample.token_ids for sample in ask(engine, lm, asked, sampling)]
     stopped = list(engine.stream(lm, asked, sampling, eos_ids=ends, pad_id=PAD))
+    engine.close()
+    lm.config.eos_token_id = ends[0]  # not one of those that are asked for
+    endless = [sample.token_ids for sample in ask(engine, lm, asked, sampling)]
     one, two, three = ask(engine, lm, [asked[0]._replace(seed=seed) for seed in "aba"], sampling)
     longer = refusal(lambda: ask(engine, lm, asked, Sampling(313)))
     cold = refusal(lambda: ask(engine, lm, asked, Sampling(3, temperature=0.001)))
@@ -175,6 +178,7 @@ def manners(folder: str) -> dict[str, Any]:
         "random": drawn == expected,
         "threads": threads,
         "has_group": has_group,
+        "endless": endless == together,
         "ends": ends,
         "stopped": [[sample.token_ids, sample.is_truncated] for batch in stopped for _, sample in batch],
         "cut": [[len(sample.token_ids), sample.is_truncated] for sample in (one, two, three)],

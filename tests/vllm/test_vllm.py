@@ -98,6 +98,7 @@ def test_what_a_sample_depends_on_and_what_is_left_behind(repository, tiny_model
     assert found["random"], "it drew from the global generators"
     assert found["threads"] == 2
     assert not found["has_group"]
+    assert found["endless"], "it ends at the EOS of the model's config, which was not asked for"
     assert len(found["stopped"]) == 8
     for token_ids, is_truncated in found["stopped"]:
         assert is_truncated == (token_ids[-1] not in found["ends"])
