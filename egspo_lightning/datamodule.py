@@ -27,7 +27,7 @@ from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
-from egspo_lightning.rollout.engine import RolloutEngine
+from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.experience import Collection
 from egspo_lightning.rollout.protocol import TrainedPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
@@ -195,9 +195,11 @@ class HybridDataModule(LightningDataModule):
             )
 
     def teardown(self, stage: str) -> None:
-        """End sampling ahead and the graders' processes."""
+        """End sampling ahead, the graders' processes, and what the engine holds."""
         self.answerer.close()
         self._end_sampling()
+        if isinstance(self.engine, ClosingEngine):
+            self.engine.close()
 
     def on_exception(self, exception: BaseException) -> None:
         """No thread outlives the run, whatever has ended it."""

@@ -1,7 +1,7 @@
 """What the rest of the project asks of something that samples, whether transformers or vLLM."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from egspo_lightning.types import Sampling
 
@@ -49,4 +49,13 @@ class RolloutEngine(Protocol):
             eos_ids: tokens that end a completion
             pad_id: fills the rows of shorter prompts
         """
+        ...
+
+
+@runtime_checkable
+class ClosingEngine(Protocol):
+    """An engine that holds something which should end with the run."""
+
+    def close(self) -> None:
+        """Let go of it; an engine that is asked for samples again starts again."""
         ...
