@@ -2,7 +2,7 @@
 
 Each request has a deadline and each worker a limit of memory: what goes past them costs that request alone. Requests
 are taken one by one, and may be made while the workers are at the ones before. A worker has some to go on with, so
-that it never waits for this process, and gets what resembles its last ones, which it has parsed already.
+that it never waits for this process, and gets those of which it has most parsed already.
 """
 
 from __future__ import annotations
@@ -83,8 +83,6 @@ class _Run:
         self._num_workers, self._deadline_s = num_workers, deadline_s
         self._returned: deque[tuple[int, dict[str, Any]]] = deque()
         """What a worker had and never came to."""
-        self._homes: dict[str, Worker] = {}
-        """By answer or reference, who has parsed it."""
         self._outcomes: dict[int, Outcome] = {}
 
     def outcomes(self, requests: Iterator[tuple[int, dict[str, Any]]]) -> list[Outcome]:
@@ -117,23 +115,22 @@ class _Run:
                 self._stop(worker, is_alive=isinstance(error, TimeoutError))
                 continue
             worker.queue.append(Sent(index, request, time.monotonic()))
-            self._homes[request["gold"]] = self._homes[request["answer"]] = worker
+            worker.learn(_texts(request))
             return
 
     def _choose(self, request: dict[str, Any]) -> Worker:
-        """A new worker while there may be more, then the one with the shortest queue or that knows the texts."""
+        """A new worker while there may be more, then the one that has least to parse for it."""
         self._processes.require_open()
         busy = self._processes.busy
-        shortest = min(filter(_has_room, busy), key=lambda worker: len(worker.queue), default=None)
-        if shortest is None or (shortest.queue and len(busy) < self._num_workers):
+        free = [worker for worker in busy if _has_room(worker)]
+        shortest = min((len(worker.queue) for worker in free), default=None)
+        if shortest is None or (shortest and len(busy) < self._num_workers):
             worker = self._processes.take()
             self._selector.register(worker.sock, selectors.EVENT_READ, worker)
             return worker
-        for text in (request["gold"], request["answer"]):
-            home = self._homes.get(text)
-            if home in busy and _has_room(home) and len(home.queue) <= len(shortest.queue) + _MAX_LEAD:
-                return home
-        return shortest
+        texts = _texts(request)
+        near = [worker for worker in free if len(worker.queue) <= shortest + _MAX_LEAD]
+        return min(near, key=lambda worker: (worker.unknown(texts), len(worker.queue)))
 
     def _stop(self, worker: Worker, *, is_alive: bool) -> None:
         """Send it no more. Its end, once its last replies are read, is seen as that of any other."""
@@ -181,3 +178,7 @@ class _Run:
 
 def _has_room(worker: Worker) -> bool:
     return worker.is_open and len(worker.queue) < _MAX_QUEUE
+
+
+def _texts(request: dict[str, Any]) -> tuple[str, str]:
+    return request["gold"], request["answer"]
