@@ -17,6 +17,8 @@ from latex2sympy2_extended.antlr_parser import PSParser
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from sympy import Integer
 
+from egspo_lightning.rewards import _quick_closure
+
 _KEPT = 4096
 _MAX_DIGITS = 40
 
@@ -25,6 +27,7 @@ def install() -> None:
     """Make the parser of this process the quick one; may be called again."""
     if not hasattr(PSParser.math, "__wrapped__"):
         PSParser.math = _in_two_stages(PSParser.math)
+        _quick_closure.install()
         _Latex2Sympy.parse_number = _read_once(_Latex2Sympy.parse_number)
 
 
