@@ -49,9 +49,9 @@ def main(control_fd: int) -> None:
     _end_graders()
 
 
-# CPython takes memory for the frames of calls from the system 16 KiB at a time, and gives it back as soon as they return:
-# a recursion that goes to and fro over such an edge, as the parser's does, spends a tenth of its time on that. The
-# space for one large frame is 1 MiB, half of which is left for the calls of the function that it belongs to.
+# CPython takes memory for the frames of calls from the system 16 KiB at a time and gives it back when they return: a
+# recursion that goes to and fro over such an edge, as the parser's does, spends a tenth of its time on that. The space
+# for one large frame is 1 MiB, half of which is left for the calls of the function that it belongs to.
 main.__code__ = main.__code__.replace(co_stacksize=_STACK_SLOTS)
 
 
