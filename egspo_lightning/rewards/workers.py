@@ -128,8 +128,10 @@ class _Run:
         now = time.monotonic()
         if now - self._looked < _LOOK_EVERY_S or not self._processes.busy:
             return False
-        self._looked = now
-        return bool(self._selector.select(0)) or now >= self._limit()
+        is_due = bool(self._selector.select(0)) or now >= self._limit()
+        if not is_due:  # or there may be more of them
+            self._looked = now
+        return is_due
 
     def _limit(self) -> float:
         """When the first worker will be late."""
