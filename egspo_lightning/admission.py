@@ -13,6 +13,7 @@ from torch import Tensor
 from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation, ConstantAttenuation
+from egspo_lightning.ops.correction import is_corrected, sampler_ratios
 from egspo_lightning.ops.credit import estimate_credit, reward_kl
 from egspo_lightning.ops.diagnostics import Metrics, collection_metrics, collection_sums
 from egspo_lightning.ops.estimators import Advantage, Estimate, GroupRelative
@@ -98,7 +99,7 @@ class Admission:
         sums = collection_sums(rollout, weights)
         summed = ranks.sum_over_ranks(torch.stack(list(sums.values())))
         totals = dict(zip(sums, summed, strict=True))
-        metrics |= collection_metrics(totals)
+        metrics |= collection_metrics(totals) | self._sampler_metrics(rollout, ranks)
         if self.entropy_bonus is not None:
             if totals["tokens"] > 0:  # a collection without tokens has no entropy to answer to
                 self.entropy_bonus.update(metrics["policy/entropy"].item())
@@ -141,7 +142,28 @@ class Admission:
             weight_scale=scores.entropies.new_ones(len(rows), 1),
             policy_version=rollouts.policy_version,
             update_size=UpdateSize(0, 0, float(rollouts.max_length), 0, 0),
+            sampled_logprobs=rollouts.sampled_logprobs,
         )
+
+    def _sampler_metrics(self, rollout: RolloutBatch, ranks: Ranks) -> Metrics:
+        """How far the engine sampled from pi_old, over the tokens of all ranks; nothing where it is pi_old's own word.
+
+        Ratios are by token or by sequence as the correction is, also where it is off.
+        """
+        sampled, correction = rollout.sampled_logprobs, self.objective.sampler_correction
+        if sampled is None:
+            return {}
+        mask = rollout.sampled_mask
+        ratios = sampler_ratios(rollout.old_logprobs, sampled, mask, level=correction.level)[mask]
+        corrected = is_corrected(ratios, mode=correction.mode, cap=correction.cap)
+        largest = torch.cat([ratios, ratios.new_zeros(1)]).max()
+        sums = torch.stack([ratios.sum(), corrected.sum().float(), mask.sum().float()])
+        total, num_corrected, num_tokens = ranks.sum_over_ranks(sums)
+        return {
+            "policy/sampler_ratio_mean": total / num_tokens.clamp(min=1),
+            "policy/sampler_ratio_max": ranks.gather_over_ranks(largest.reshape(1)).max(),
+            "policy/sampler_corrected_fraction": num_corrected / num_tokens.clamp(min=1),
+        }
 
     def _require_estimate(self, estimate: Estimate, rollouts: ScoredRollouts, ranks: Ranks) -> None:
         """Look at what an estimator, which may be the user's own, gives, on any rank."""

@@ -27,9 +27,9 @@ from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
-from egspo_lightning.rollout.engine import RolloutEngine
+from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.experience import Collection
-from egspo_lightning.rollout.protocol import RolloutPolicy
+from egspo_lightning.rollout.protocol import TrainedPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import ExpertSolution, ProblemBatch
 
@@ -58,6 +58,8 @@ class HybridDataModule(LightningDataModule):
             problems (DAPO's dynamic sampling); 0 keeps them, and skips them in updates.
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
+        max_staleness: Collections that the policy that samples may be behind the one in training: 0 samples, then
+            trains; 1 samples the next collection in a thread while this one is trained on.
         max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
         long_problems: What becomes of training problems with longer prompts: "error", or "drop", which counts them.
         max_completion_length: Longest completion in tokens, EOS included; longer demonstrations are dropped.
@@ -83,6 +85,7 @@ class HybridDataModule(LightningDataModule):
         max_resampling: int = 0,
         num_ppo_epochs: int = 1,
         num_minibatches: int = 1,
+        max_staleness: int = 0,
         max_prompt_length: int = 512,
         max_completion_length: int = 1024,
         long_problems: LongProblems = "error",
@@ -98,6 +101,7 @@ class HybridDataModule(LightningDataModule):
         self.num_problems, self.num_generations = num_problems, num_generations
         self.expert_fraction = expert_fraction
         self.num_ppo_epochs, self.num_minibatches = num_ppo_epochs, num_minibatches
+        self.max_resampling, self.max_staleness = max_resampling, max_staleness
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
         self.eval_batch_size, self.seed, self.long_problems = eval_batch_size, seed, long_problems
         for name, value in vars(self).items():
@@ -105,6 +109,8 @@ class HybridDataModule(LightningDataModule):
                 require(value >= 1, f"data.{name}", value, "at least 1")
             if name.startswith(("num_", "max_")) or name.endswith("_batch_size"):
                 require(value <= MOST, f"data.{name}", value, f"at most {MOST}")
+        allowed = "0, or 1: one snapshot of the policy samples while it trains, so rollouts are one collection old"
+        require(max_staleness in (0, 1), "data.max_staleness", max_staleness, allowed)
         require(0 <= expert_fraction <= 1, "data.expert_fraction", expert_fraction, "in [0, 1]")
         num_experts = round(expert_fraction * num_problems)
         allowed = f"0, or large enough to be at least one of the {num_problems} problems of data.num_problems"
@@ -140,6 +146,8 @@ class HybridDataModule(LightningDataModule):
         if stage == TrainerFn.FITTING and self.phases.pool is None:
             require_phases(self._trainer)
             self._require_groups()
+            self._require_ranks_apart()
+            self._policy.accept_staleness(self.max_staleness)
             self._load_training_data()
 
     def _load_training_data(self) -> None:
@@ -176,10 +184,32 @@ class HybridDataModule(LightningDataModule):
         allowed = f"at most {most}, the completions that each rank has"
         require(self.num_minibatches <= most, "data.num_minibatches", self.num_minibatches, allowed)
 
+    def _require_ranks_apart(self) -> None:
+        """Refuse what ranks would have to settle in a thread while their main threads talk about gradients."""
+        ranks = self._trainer.world_size
+        if self.max_staleness > 0 and self.max_resampling > 0 and ranks > 1:
+            raise UserError(
+                f"data.max_resampling = {self.max_resampling} has {ranks} ranks agree in each round on the groups to "
+                f"replace, which they cannot while they train, as data.max_staleness = {self.max_staleness} asks for. "
+                "Set one of them to 0, or use one rank."
+            )
+
     def teardown(self, stage: str) -> None:
-        """End the graders' processes."""
+        """End sampling ahead, the graders' processes, and what the engine holds."""
         self.answerer.close()
-        self.reward.close()
+        self._end_sampling()
+        if isinstance(self.engine, ClosingEngine):
+            self.engine.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """No thread outlives the run, whatever has ended it."""
+        self._end_sampling()
+
+    def _end_sampling(self) -> None:
+        self.phases.ahead.cancel()
+        self.reward.close()  # a thread that waits for grades has an error instead
+        self.phases.drop_ahead()
+        self.reward.close()  # it may have started new workers before it ended
 
     # Training
 
@@ -188,7 +218,15 @@ class HybridDataModule(LightningDataModule):
         self.encoder.require_positions(self.max_completion_length, self._policy.max_positions)
         for benchmark in self.benchmarks:  # now rather than when the first is measured, perhaps after all of SFT
             self._require_positions(benchmark.name)
-        return self.phases.loader(self._policy, self._split)
+        return self.phases.loader(self._policy, self._split, looks_ahead=self.max_staleness > 0 and self._is_followed)
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether a phase comes after the one whose loader is asked for, as far as it can be known."""
+        trainer = self._trainer
+        steps = trainer.global_step + self.num_ppo_epochs * self.num_minibatches
+        has_epochs = trainer.max_epochs in (None, -1) or trainer.current_epoch + 1 < trainer.max_epochs
+        return has_epochs and (trainer.max_steps == -1 or steps < trainer.max_steps)
 
     def _draw_experts(self, start: int, count: int) -> list[ExpertSolution]:
         """Demonstrations that stand among rollouts, from an endless order of their own."""
@@ -220,7 +258,9 @@ class HybridDataModule(LightningDataModule):
         return self._share_of(benchmark.name)
 
     def answer(self, batch: ProblemBatch) -> list[Answer]:
-        """Sample and grade the answers to a batch of problems."""
+        """Sample and grade the answers to a batch of problems, by an engine that is free or bears company."""
+        if not getattr(self.engine, "is_reentrant", False):
+            self.phases.ahead.packed()
         return self.answerer.answer(self._policy, self.encoder, batch)
 
     def _share_of(self, name: str) -> list[ProblemBatch]:
@@ -245,7 +285,7 @@ class HybridDataModule(LightningDataModule):
         return PromptEncoder(self.prompt, self._policy.tokenizer, self.max_prompt_length)
 
     @property
-    def _policy(self) -> RolloutPolicy:
+    def _policy(self) -> TrainedPolicy:
         return self._trainer.lightning_module  # type: ignore[return-value]
 
     @property
@@ -287,7 +327,13 @@ class HybridDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where they were; to measure a checkpoint, it does not matter."""
         if self._trainer.state.fn == TrainerFn.FITTING:
-            self.phases.load_state_dict(state_dict, self._trainer.global_rank, self._trainer.world_size)
+            rank, ranks = self._trainer.global_rank, self._trainer.world_size
+            self.phases.load_state_dict(state_dict, rank, ranks, looks_ahead=self.max_staleness > 0)
+            if state_dict.get("ahead") and not self.phases.ahead.is_there:
+                rank_zero_info(
+                    "The checkpoint holds rollouts that were sampled ahead, on another number of ranks or with another "
+                    "data.max_staleness: their problems are sampled anew."
+                )
 
 
 def _loader(batches: list[ProblemBatch]) -> SizedLoader:

@@ -120,8 +120,8 @@ class EGSPOModule(PolicyModule):
     # Training
 
     def on_train_epoch_start(self) -> None:
-        """A phase begins: rollouts of this phase are stamped with the policy as it is now."""
-        self._phase_version = self.policy_version
+        """A phase begins: its rollouts are stamped with the policy as it is now, or as it was one phase ago."""
+        self._previous_version, self._phase_version = self._phase_version, self.policy_version
         self._phase.add({"stage": float(self.stage == Stage.EGSPO)})
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
@@ -266,14 +266,22 @@ class EGSPOModule(PolicyModule):
         )
 
     def _refuse_stale(self, rollout: RolloutBatch) -> None:
-        if rollout.policy_version != self._phase_version:
+        """Rollouts may be those of the policy at the start of this phase or, by data.max_staleness, the one before."""
+        allowed = {self._phase_version}
+        if self._staleness > 0:
+            allowed.add(max(self._previous_version, self.entered_step))  # never of stage SFT
+        if rollout.policy_version not in allowed:
             raise RuntimeError(
                 f"Stale rollouts: they were sampled by the policy after {rollout.policy_version} optimiser steps, but "
-                f"this phase began at {self._phase_version}. A loader that prefetches across phases does this."
+                f"this phase began at {self._phase_version}, and data.max_staleness = {self._staleness} allows for "
+                f"{' and '.join(map(str, sorted(allowed)))}. A loader that prefetches across phases does this."
             )
 
     def _check_first_ratio(self, logprobs: Tensor, rollout: RolloutBatch) -> None:
         """Before the first update pi is pi_old, so every ratio must be 1 within the precision in use.
+
+        Rollouts that were sampled before the updates of the last phase have no such update: nothing is checked. The
+        first collection of the stage always is, and log-probabilities that are scored are compared with the engine's.
 
         Where pi_old is the engine's own word, which comes from a cache and not from such a forward pass, single tokens
         may be further off, and the mean is judged.
@@ -281,7 +289,7 @@ class EGSPOModule(PolicyModule):
         mask = rollout.sampled_mask
         ratios = log_ratio(logprobs, rollout.old_logprobs).masked_fill(~mask, 0.0)
         self._phase.add({"policy/ratio_max": ratios.max().exp()}, "max")
-        if self.policy_version != self._phase_version:
+        if self.policy_version != rollout.policy_version:
             return
         distance = masked_mean(ratios.abs(), mask) if self.takes_sampled_statistics else ratios.abs().max()
         self._phase.add({"policy/first_ratio_gap": distance}, "max")
@@ -296,6 +304,7 @@ class EGSPOModule(PolicyModule):
     def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
         """Take a collection in: credit each token, settle the gate, and keep metrics for the first step to log."""
         rollout, metrics = self.admission.admit(rollouts, self)
+        metrics["rollout/staleness"] = torch.tensor(float(self.policy_version - rollouts.policy_version))
         pairs = self.sum_over_ranks(torch.tensor(list(measurements.values()), device=self.device))
         counted = zip(measurements, pairs, strict=True)
         self._phase.add(metrics | {name: torch.where(n > 0, total / n, total) for name, (total, n) in counted})

@@ -2,7 +2,7 @@
 
 A phase is a Lightning epoch: a pass over the demonstrations, or a collection of rollouts with its PPO epochs and
 minibatches. Which data it holds follows from the seed and its number, so a resumed run goes on with the same; only the
-rollouts of a phase that is under way have to be kept.
+rollouts of a phase that is under way have to be kept, and those of the next one where they are made ahead of it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,10 @@ from egspo_lightning.data.expert import ExpertPool
 from egspo_lightning.data.loader import SizedLoader
 from egspo_lightning.errors import UserError
 from egspo_lightning.rollout.collector import Collector
-from egspo_lightning.rollout.experience import Collection, collection_rows, score
+from egspo_lightning.rollout.experience import Collection, Prepared, prepare
+from egspo_lightning.rollout.lookahead import Lookahead
 from egspo_lightning.rollout.minibatches import cut_updates, plan_updates
-from egspo_lightning.rollout.protocol import RolloutPolicy
+from egspo_lightning.rollout.protocol import RolloutPolicy, TrainedPolicy
 from egspo_lightning.rollout.storage import pack, unpack
 from egspo_lightning.types import ExpertBatch, RolloutBatch, Stage, TrainingBatch
 
@@ -72,11 +73,20 @@ class Phases:
         self.collection: Collection | None = None
         self.pool: ExpertPool | None = None
         """The demonstrations, once they are loaded."""
+        self.ahead = Lookahead()
+        """The collection of the next phase, where it is sampled while this one is trained on."""
+        self._num_drawn = 0  # problems of the collections that were begun; the collector may be ahead of that
         self._length = self._num_given = 0  # micro-batches of the latest phase, and those of them that were given
         self._cut_off: CutOff | None = None  # the phase that a checkpoint was made in, until it goes on
 
-    def loader(self, policy: RolloutPolicy, split: Split) -> SizedLoader:
+    def loader(self, policy: TrainedPolicy, split: Split, *, looks_ahead: bool = False) -> SizedLoader:
         """The loader of the coming phase, by the policy's stage; a phase that was cut off goes on where it was.
+
+        Args:
+            policy: What is trained
+            split: What of an update falls to this process
+            looks_ahead: Whether the rollouts of the phase after it are sampled meanwhile, by the policy as it is when
+                this one begins
 
         Raises:
             UserError: it is cut otherwise than the phase that the checkpoint was made in.
@@ -93,8 +103,11 @@ class Phases:
                 "or from a checkpoint of the end of a phase."
             )
         self._length, self._num_given = length, first
-        batches = self._sft_batches if is_sft else self._rollout_batches
-        return SizedLoader(length, lambda: self._counted(batches(policy, split, cut_off), first))
+        if is_sft:
+            return SizedLoader(length, lambda: self._counted(self._sft_batches(policy, split, cut_off), first))
+        return SizedLoader(
+            length, lambda: self._counted(self._rollout_batches(policy, split, cut_off, looks_ahead), first)
+        )
 
     def _counted(self, batches: Iterator[TrainingBatch], first: int) -> Iterator[TrainingBatch]:
         for number, batch in enumerate(batches):
@@ -104,7 +117,7 @@ class Phases:
 
     # Stage SFT
 
-    def _sft_batches(self, policy: RolloutPolicy, split: Split, cut_off: CutOff | None) -> Iterator[TrainingBatch]:
+    def _sft_batches(self, policy: TrainedPolicy, split: Split, cut_off: CutOff | None) -> Iterator[TrainingBatch]:
         """One pass over the demonstrations."""
         self.num_passes += cut_off is None
         size, count = self.sizes.sft_batch_size, len(self._pool.demonstrations)
@@ -119,11 +132,16 @@ class Phases:
 
     # Stage EGSPO
 
-    def _rollout_batches(self, policy: RolloutPolicy, split: Split, cut_off: CutOff | None) -> Iterator[TrainingBatch]:
+    def _rollout_batches(
+        self, policy: TrainedPolicy, split: Split, cut_off: CutOff | None, looks_ahead: bool
+    ) -> Iterator[TrainingBatch]:
         """One collection of rollouts, and the updates on it."""
         if cut_off is None:
             self.collection = self._collect(policy, split)
             self.num_collections += 1
+            if looks_ahead:
+                number = self.num_collections
+                self.ahead.start(policy.snapshot(), lambda frozen: self._prepare(frozen, split, number))
         else:
             assert cut_off.packed is not None
             self.collection = unpack(cut_off.packed, policy.device)
@@ -132,21 +150,31 @@ class Phases:
         for i, micro in enumerate(updates):
             position = number * self.sizes.num_ppo_epochs * self.sizes.num_minibatches + i
             for part, expert in zip(micro, self._expert_parts(policy, split, position), strict=True):
+                self.ahead.check()
                 yield TrainingBatch(Stage.EGSPO, part, expert)
 
-    def _collect(self, policy: RolloutPolicy, split: Split) -> Collection:
-        sampled = self.collector.sample(policy, self.num_collections, split.rank, split.world_size)
-        rollouts, measurements = score(policy, sampled, self.collector.max_completion_length)
+    def _collect(self, policy: TrainedPolicy, split: Split) -> Collection:
+        """The collection that was made ahead, or else one that is made now; admitted to training."""
+        prepared = self.ahead.take(policy.device)
+        if prepared is None:
+            prepared = self._prepare(policy, split, self.num_collections)
+        else:
+            waited = {"time/wait": (self.ahead.seconds_waited, 1.0)}
+            prepared = prepared._replace(measurements={**prepared.measurements, **waited})
+        self._num_drawn = self.collector.num_drawn = prepared.num_drawn
         return Collection(
-            completions=collection_rows(sampled.groups),
-            rollout=policy.admit(rollouts, measurements),
-            measurements=measurements,
-            numbers=[group.number for group in sampled.groups],
-            expert_groups=rollouts.expert_groups.tolist(),
+            completions=prepared.completions,
+            rollout=policy.admit(prepared.rollouts, prepared.measurements),
+            measurements=prepared.measurements,
+            numbers=prepared.numbers,
+            expert_groups=prepared.rollouts.expert_groups.tolist(),
         )
 
+    def _prepare(self, policy: RolloutPolicy, split: Split, number: int) -> Prepared:
+        return prepare(policy, self.collector, number, split.rank, split.world_size)
+
     def _updates(
-        self, policy: RolloutPolicy, split: Split, collection: Collection, number: int
+        self, policy: TrainedPolicy, split: Split, collection: Collection, number: int
     ) -> Iterator[list[RolloutBatch]]:
         plan = plan_updates(
             collection.numbers,
@@ -159,7 +187,7 @@ class Phases:
         keep, total = policy.needs_every_rollout, policy.sum_over_ranks
         return cut_updates(collection.rollout, plan, split.parts, keep_inactive=keep, total=total)
 
-    def _expert_parts(self, policy: RolloutPolicy, split: Split, position: int) -> Sequence[ExpertBatch | None]:
+    def _expert_parts(self, policy: TrainedPolicy, split: Split, position: int) -> Sequence[ExpertBatch | None]:
         """The demonstrations that an update in stage EGSPO carries, in micro-batches."""
         if not policy.mixes_expert_data:
             return [None] * split.parts
@@ -173,13 +201,18 @@ class Phases:
 
     # Checkpoints
 
-    def state_dict(self, policy: RolloutPolicy, *, is_running: bool) -> dict[str, Any]:
-        """How far the streams of data have been drawn and, within a phase, its rollouts on every rank. Collective."""
+    def state_dict(self, policy: TrainedPolicy, *, is_running: bool) -> dict[str, Any]:
+        """How far the streams of data have been drawn and, on every rank, the rollouts within a phase and those ahead.
+
+        Collective. The latter are waited for.
+        """
         state: dict[str, Any] = {
             "num_passes": self.num_passes,
             "num_collections": self.num_collections,
-            "num_drawn": self.collector.num_drawn,
+            "num_drawn": self._num_drawn,
         }
+        if self.ahead.is_there:  # on every rank or none
+            state["ahead"] = policy.collect_over_ranks(self.ahead.packed())
         if is_running and 0 < self._num_given < self._length:
             own = None if policy.stage == Stage.SFT or self.collection is None else pack(self.collection)
             state["phase"] = {
@@ -189,14 +222,20 @@ class Phases:
             }
         return state
 
-    def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int) -> None:
+    def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int, *, looks_ahead: bool = False) -> None:
         """Go on where they were.
+
+        Rollouts that were made ahead are those of a number of ranks; where that or ``looks_ahead`` has changed, their
+        problems are sampled anew when their phase comes.
 
         Raises:
             UserError: within a phase, another number of ranks shared its data.
         """
         self.num_passes, self.num_collections = state["num_passes"], state["num_collections"]
-        self.collector.num_drawn = state["num_drawn"]
+        self._num_drawn = self.collector.num_drawn = state["num_drawn"]
+        ahead = state.get("ahead", [])
+        if looks_ahead and len(ahead) == world_size:
+            self.ahead.saved = ahead[rank]
         phase = state.get("phase")
         if phase is None:
             return
@@ -207,3 +246,8 @@ class Phases:
                 f"{world_size}. Resume on {saved}, or from a checkpoint of the end of a phase."
             )
         self._cut_off = CutOff(phase["num_given"], phase["length"], phase["collections"][rank])
+
+    def drop_ahead(self) -> None:
+        """End what is being made ahead: its phase will not come, or not in this run."""
+        self.ahead.drop()
+        self.collector.num_drawn = self._num_drawn

@@ -5,20 +5,29 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from egspo_lightning.types import ExpertBatch, RolloutBatch, UpdateSize
+from egspo_lightning.types import ExpertBatch, RolloutBatch, ScoredRollouts, Scores, UpdateSize
 
-BatchT = TypeVar("BatchT", RolloutBatch, ExpertBatch)
+BatchT = TypeVar("BatchT", RolloutBatch, ExpertBatch, ScoredRollouts)
+PARTS: dict[str, Any] = {"update_size": UpdateSize, "scores": Scores}
+"""Fields that are records themselves."""
 
 
-def to_plain(batch: RolloutBatch | ExpertBatch) -> dict[str, Any]:
+def to_plain(batch: RolloutBatch | ExpertBatch | ScoredRollouts) -> dict[str, Any]:
     """The batch, its tensors on the CPU."""
-    fields = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch._asdict().items()}
-    return fields | {"update_size": [float(value) for value in batch.update_size]}
+    return {
+        name: [_on(part, "cpu") for part in value] if name in PARTS else _on(value, "cpu")
+        for name, value in batch._asdict().items()
+    }
 
 
 def from_plain(kind: type[BatchT], fields: dict[str, Any], device: torch.device | str = "cpu") -> BatchT:
     """The batch again, its tensors on a device."""
     placed: dict[str, Any] = {
-        name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()
+        name: PARTS[name](*(_on(part, device) for part in value)) if name in PARTS else _on(value, device)
+        for name, value in fields.items()
     }
-    return kind(**(placed | {"update_size": UpdateSize(*fields["update_size"])}))
+    return kind(**placed)
+
+
+def _on(value: Any, device: torch.device | str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

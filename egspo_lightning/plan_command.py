@@ -73,6 +73,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
         expert_rows=-(-data.expert_batch_size // shares) if model.mixes_expert_data else 0,
         sft_rows=-(-data.sft_batch_size // shares) if starts_with_sft else 0,
         num_parts=parts,
+        looks_ahead=data.max_staleness > 0,
     )
 
 

@@ -45,6 +45,7 @@ class Workload:
         expert_rows: Demonstrations in a micro-batch in stage EGSPO.
         sft_rows: Demonstrations in a micro-batch in stage SFT.
         num_parts: Micro-batches an update.
+        looks_ahead: Whether a snapshot of the policy samples while it trains.
     """
 
     policy: PolicyConfig
@@ -61,6 +62,7 @@ class Workload:
     expert_rows: int
     sft_rows: int
     num_parts: int
+    looks_ahead: bool = False
 
 
 class Memory(NamedTuple):
@@ -70,6 +72,8 @@ class Memory(NamedTuple):
     reference: int
     critic: int
     optimizer: int
+    snapshot: int
+    """a copy of what is trained, which samples meanwhile"""
     gradients: int
     """held over an update"""
     cache: int
@@ -92,15 +96,17 @@ class Memory(NamedTuple):
     @property
     def held(self) -> int:
         """At all times."""
-        return self.weights + self.reference + self.critic + self.optimizer
+        return self.weights + self.reference + self.critic + self.optimizer + self.snapshot
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak of each part of an iteration."""
+        """Peak of each part of an iteration; with a snapshot the others go on beside the update."""
+        sampling, scoring = self.cache + self.logits, self.scoring
+        beside = max(sampling, scoring) if self.snapshot else 0
         return {
-            "sampling": self.held + self.gathered + self.cache + self.logits,
-            "scoring": self.held + self.gathered + self.scoring if self.scoring else 0,
-            "update": self.held + self.gathered_blocks + self.update,
+            "sampling": self.held + self.gathered + sampling,
+            "scoring": self.held + self.gathered + scoring if scoring else 0,
+            "update": self.held + self.gathered_blocks + self.update + beside,
         }
 
     @property
@@ -122,6 +128,7 @@ def plan(work: Workload, num_devices: int) -> Memory:
         "reference": reference // shards,
         "critic": of_critic // shards,
         "optimizer": _optimizer_bytes(work.optimizer, trained) // shards,
+        "snapshot": _bytes(trained) if work.looks_ahead else 0,
         "gradients": _bytes(trained) // shards,
         "gathered": (weights + reference + of_critic) // halves if work.is_sharded else 0,
         "gathered_blocks": _gathered_blocks(policy) // halves if work.is_sharded else 0,

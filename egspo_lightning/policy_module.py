@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -26,10 +27,12 @@ from egspo_lightning.checkpoint_fit import (
 from egspo_lightning.checkpoints import adapt_optimizer, adapt_weights, number_parameters
 from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.errors import UserError
+from egspo_lightning.networks import Networks
 from egspo_lightning.optimizers import build_optimizer, build_scheduler
 from egspo_lightning.policy import Policy, PolicyConfig, Sequences, end_of_sequence_ids
 from egspo_lightning.randomness import random_state, restore_random_state
 from egspo_lightning.sharding import gathered, shard
+from egspo_lightning.snapshot import Snapshot
 from egspo_lightning.strategies import require_strategy, sharding_plan
 from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, Scores, Stage
 
@@ -74,6 +77,9 @@ class PolicyModule(LightningModule):
         """Optimiser steps that the latest checkpoint to be loaded has taken."""
         self._random_state: dict[str, Any] | None = None
         self._whole: list[Any] = []  # the networks that are held for inference
+        self._staleness = 0  # collections that rollouts may be behind
+        self._previous_version = 0  # optimiser steps at the start of the phase before this one
+        self._snapshot: Snapshot | None = None
 
     # Set-up
 
@@ -236,40 +242,48 @@ class PolicyModule(LightningModule):
                 self._whole.remove(network)
                 network.train(training)
 
+    def accept_staleness(self, num_collections: int) -> None:
+        """Train on rollouts of the policy of so many phases ago as well.
+
+        Raises:
+            UserError: the policy is sharded.
+        """
+        if num_collections > 0 and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise UserError(
+                f"data.max_staleness = {num_collections} samples from a copy of the policy while it trains, and under "
+                "trainer.strategy fsdp2 each rank holds a share of it alone: two threads would gather weights and "
+                "reduce gradients at the same time, in no order that ranks agree on. Set max_staleness to 0, or "
+                "trainer.strategy to ddp."
+            )
+        self._staleness = num_collections
+
+    def snapshot(self) -> Snapshot:
+        """The policy as it is now, for a thread; the one before is overwritten."""
+        if self._snapshot is None:
+            self._snapshot = Snapshot(
+                self.networks,
+                self.tokenizer,
+                self.eos_ids,
+                self.trainer.precision_plugin.forward_context,
+                self.takes_sampled_statistics,
+                self.trainer.world_size,
+            )
+        self._snapshot.refresh(self.networks, self.policy_version)
+        return self._snapshot
+
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
         """Statistics of given sequences under the policy and, where there are such, the reference and the critic."""
-        input_ids, mask = input_ids.to(self.device), completion_mask.to(self.device)
         with self.scoring():
-            current = self.statistics(input_ids, mask)
-            reference = self._reference_logprobs(input_ids, mask)
-        return Scores(current.logprobs, current.entropies, reference, current.values)
-
-    def _reference_logprobs(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
-        """Of the reference, a network or an adapter; None without one."""
-        stats: Current
-        if self.reference is not None:
-            stats = self.reference(input_ids, mask, self.temperature)
-            return stats.logprobs
-        if not lora.has_reference(self._policy.lm):
-            return None
-        with lora.as_reference(self._policy.lm):
-            stats = self._policy(input_ids, mask, self.temperature)
-        return stats.logprobs
+            return self.networks.score(input_ids.to(self.device), completion_mask.to(self.device))
 
     def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
         """What policy and critic say of sequences, at the sampling temperature, with gradient where it is on."""
-        return self._with_values(self._policy(input_ids, completion_mask, self.temperature), input_ids, completion_mask)
+        return self.networks.statistics(input_ids, completion_mask)
 
     def statistics_beside(self, rollout: RolloutBatch, expert: ExpertBatch) -> tuple[Current, Current]:
         """The same of rollouts, and what the policy says of experts' solutions at temperature 1, in shared passes."""
-        own = Sequences(rollout.input_ids, rollout.completion_mask, self.temperature)
-        current, of_expert = self._policy.together(own, Sequences(expert.input_ids, expert.completion_mask))
-        return self._with_values(current, rollout.input_ids, rollout.completion_mask), of_expert
-
-    def _with_values(self, current: Current, input_ids: Tensor, completion_mask: Tensor) -> Current:
-        if self.critic is None:
-            return current
-        return current._replace(values=self.critic(input_ids, completion_mask))
+        expert_rows = Sequences(expert.input_ids, expert.completion_mask)
+        return self.networks.statistics_beside(rollout.input_ids, rollout.completion_mask, expert_rows)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of equally shaped tensors over all ranks."""
@@ -311,6 +325,7 @@ class PolicyModule(LightningModule):
         checkpoint["egspo"] = {
             "stage": str(self.stage),
             "phase_version": self._phase_version,
+            "previous_version": self._previous_version,
             "entered_step": self.entered_step,
             "random": self.collect_over_ranks(random_state()),
             "tokenizer": self._tokenizer_digest,
@@ -324,6 +339,7 @@ class PolicyModule(LightningModule):
         state = checkpoint["egspo"]
         self.loaded_step = checkpoint["global_step"]
         self.stage, self._phase_version = Stage(state["stage"]), state["phase_version"]
+        self._previous_version = state.get("previous_version", self._phase_version)
         self.entered_step = state["entered_step"]
         is_entry = self.stage == Stage.EGSPO and checkpoint["global_step"] == self.entered_step
         is_fit = self.trainer.state.fn == TrainerFn.FITTING  # whoever only measures needs the policy alone
@@ -371,6 +387,11 @@ class PolicyModule(LightningModule):
             return set()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name for name in self.state_dict() if name not in trained and not lora.is_adapter(name)}
+
+    @property
+    def networks(self) -> Networks:
+        """Policy, reference and critic together."""
+        return Networks(self._policy, self.reference, self.critic, self.temperature)
 
     @property
     def _networks(self) -> list[Any]:

@@ -189,6 +189,8 @@ class ScoredRollouts(NamedTuple):
     """the length limit of a completion, in tokens"""
     policy_version: int
     """the optimiser steps that the sampling policy had taken"""
+    sampled_logprobs: Tensor | None = None
+    """(B, T) float32, nats: as the engine told them, NaN where it did not; None where they are the scores' own"""
 
     @property
     def num_sampled(self) -> int:
@@ -226,6 +228,8 @@ class RolloutBatch(NamedTuple):
     policy_version: int
     """the optimiser steps that the sampling policy had taken"""
     update_size: UpdateSize
+    sampled_logprobs: Tensor | None = None
+    """(B, T) float32, nats: as the engine told them, NaN where it did not; None where they are the old ones"""
 
     @property
     def sampled_mask(self) -> Tensor:

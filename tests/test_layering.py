@@ -19,7 +19,8 @@ LAYERS = [
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],
     ["critic", "sharding", "answering", "phases"],
-    ["strategies", "planning", "faults"],
+    ["strategies", "planning", "faults", "networks"],
+    ["snapshot"],
     ["policy_module"],
     ["module", "datamodule", "trainer"],
     ["callbacks", "exits", "plan_command"],
@@ -126,7 +127,17 @@ def test_plots_and_data_frames_are_the_analysis_own():
     assert top_level(PACKAGE / "analysis" / "schema.py") <= {"pathlib", "pyarrow"}
 
 
-NETWORKS = {"policy_module", "policy", "critic", "checkpoints", "sharding", "strategies", "lora"}
+NETWORKS = {
+    "policy_module",
+    "snapshot",
+    "networks",
+    "policy",
+    "critic",
+    "checkpoints",
+    "sharding",
+    "lora",
+    "strategies",
+}
 
 
 @pytest.mark.parametrize("part", ["module", "faults", *sorted(NETWORKS)])

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from egspo_lightning.critic import CriticConfig
 from egspo_lightning.lora import LoraConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
+from egspo_lightning.plan_command import workload
 from egspo_lightning.planning import Workload, plan
 from egspo_lightning.policy import PolicyConfig
 
@@ -127,3 +129,20 @@ def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
     assert (whole.gathered, half.gathered) == (0, 2 * size)
     kv_bytes = 4 * (PROMPT + COMPLETION - 1) * 2 * 192 * 4 * 4  # rows, tokens, keys and values, heads, layers, bytes
     assert half.cache == kv_bytes
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_a_snapshot_is_what_is_trained_once_more_and_samples_beside_the_update(tiny_run, wide_model, lora):
+    """Against the copy that a run holds."""
+    policy = PolicyConfig(wide_model, from_scratch=True, lora=lora)
+    data = {"max_staleness": 1, "max_prompt_length": PROMPT, "max_completion_length": 18}
+    run = tiny_run(module={"policy": policy, "initial_stage": "egspo"}, data=data, trainer={"max_epochs": 2}).fit()
+    of_run = {id(p) for p in run.module.policy.parameters()}
+    copied = [p for p in run.module._snapshot._networks.policy.parameters() if id(p) not in of_run]
+    flags = SimpleNamespace(precision="32-true", accumulate_grad_batches=1, strategy="auto")
+    work = workload(run.module, run.data, flags, 1)
+    ahead, alone = plan(work, 1), plan(replace(work, looks_ahead=False), 1)
+    assert ahead.snapshot == sum(p.numel() * p.element_size() for p in copied) > 0
+    assert alone.snapshot == 0
+    assert ahead.phases["update"] - alone.phases["update"] == ahead.snapshot + ahead.cache + ahead.logits
+    assert ahead.phases["sampling"] - alone.phases["sampling"] == ahead.snapshot

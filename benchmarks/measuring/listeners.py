@@ -40,6 +40,19 @@ def _num_tokens(trainer: Trainer) -> int:
     return sum(len(completion.token_ids) for completion in collection.completions)
 
 
+class PhaseTimes(Callback):
+    """What a run logs as ``time/...`` of each phase, seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A phase ends."""
+        logged = trainer.callback_metrics.items()
+        self.times.append({name: float(value) for name, value in logged if name.startswith("time/")})
+
+
 class Replay(Callback):
     """Goes through the same iteration again and again, from the same weights and moments, in one way after another.
 

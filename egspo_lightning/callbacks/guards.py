@@ -90,7 +90,7 @@ class Guards(Callback):
                 "Lower the learning rate, data.num_ppo_epochs, or clip the gradient.",
             ),
         )
-        gap = metrics["policy/first_ratio_gap"]
+        gap = metrics.get("policy/first_ratio_gap", 0.0)  # stale rollouts have none
         yield (
             "ratio_after_sampling",
             self._told(

@@ -17,6 +17,8 @@ after EGSPO (arXiv 2602.03309), of which only the abstract was at hand; what it 
   confident tokens too; it enters ungated, after any whitening. (``low_branch: nll`` is the ablation without it.)
 - phi below 1 shrinks the surrogate, against mu, beta and the clip of the gradient; ``rescale_weights`` divides g_t by
   its mean over the collection.
+- Where an engine sampled from a distribution other than pi_old, ``sampler_correction`` weighs the surrogate by what it
+  missed, see ``ops.correction``; it is off by default, and L then as above.
 - N counts the whole update: the completion tokens (or sequences, by ``aggregation``) of all micro-batches and ranks.
   Micro-batch losses therefore add up to the loss of the update, however it is split.
 
@@ -32,6 +34,7 @@ from torch import Tensor
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.ops.attenuation import Attenuation
+from egspo_lightning.ops.correction import SamplerCorrection, sampler_ratios, sampler_weights
 from egspo_lightning.ops.diagnostics import Metrics, policy_metrics, value_metrics
 from egspo_lightning.ops.gate import confidence_phi, high_share
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
@@ -80,6 +83,7 @@ class Objective:
             seq-mean-token-sum-norm (which divides by the sequences times max_completion_length).
         mask_truncated: Leave completions that reached the length limit out of the loss, its normaliser and the gate;
             their rewards still count for the others of their group.
+        sampler_correction: What makes up for an engine that samples from another distribution than the trainer's.
     """
 
     epsilon_low: float = 0.2
@@ -98,6 +102,7 @@ class Objective:
     kl_estimator: KLEstimator = "k3+"
     aggregation: Aggregation = "token-mean"
     mask_truncated: bool = False
+    sampler_correction: SamplerCorrection = SamplerCorrection()  # noqa: RUF009  frozen, so it can be shared
 
     def __post_init__(self) -> None:
         for prefix in ("", "low_branch_"):
@@ -176,7 +181,7 @@ class Objective:
         high_weight, low_weight = self.branch_weights(rollout, attenuation, current.entropies)
         high = self._surrogate(current.logprobs, rollout, self.epsilon_low, self.epsilon_high)
         low = self._low_branch(current.logprobs, rollout, high)
-        per_token = high_weight * high + low_weight * low
+        per_token = self._corrected(high_weight * high + low_weight * low, rollout)
         size = rollout.update_size
         if size.num_sampled_tokens < size.num_active_tokens:
             expert = off_policy(current.logprobs, rollout.advantages, shaping=self.expert_shaping)
@@ -197,6 +202,14 @@ class Objective:
             )
         low = torch.where(share < 1, (1 - share) * phi.detach(), torch.zeros_like(share))
         return share * rollout.weight_scale, low * rollout.weight_scale
+
+    def _corrected(self, per_token: Tensor, rollout: RolloutBatch) -> Tensor:
+        """The surrogate weighed by pi_old / mu, mu being what the engine sampled from."""
+        correction, sampled = self.sampler_correction, rollout.sampled_logprobs
+        if correction.mode == "off" or sampled is None:
+            return per_token
+        ratios = sampler_ratios(rollout.old_logprobs, sampled, rollout.sampled_mask, level=correction.level)
+        return per_token * sampler_weights(ratios, mode=correction.mode, cap=correction.cap)
 
     def _low_branch(self, logprobs: Tensor, rollout: RolloutBatch, high: Tensor) -> Tensor:
         """The per-token loss of low-entropy tokens; that of high ones where nothing tells them apart."""

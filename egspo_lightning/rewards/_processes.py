@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from egspo_lightning.rewards._wire import receive_frame
 _START_S = 120.0
 _END_S = 0.3
 """Within which the parent ends by itself when its client has gone; it does not while it imports sympy."""
+
+_KNOWN = 4096
 
 
 class Sent(NamedTuple):
@@ -47,10 +49,22 @@ class Worker:
     """When it was done with the one before, on its clock."""
     is_open: bool = True
     """Whether it takes requests."""
+    known: set[int] = field(default_factory=set)
+    """Hashes of the texts that it has parsed."""
 
     def started(self) -> float:
         """When it began with what it has in work."""
         return max(self.finished, self.queue[0].time)
+
+    def unknown(self, texts: Iterable[str]) -> int:
+        """How much it would have to parse, in characters: what a parse takes grows with them."""
+        return sum(len(text) for text in texts if hash(text) not in self.known)
+
+    def learn(self, texts: Iterable[str]) -> None:
+        """Note what it has parsed, about as much as it keeps itself."""
+        if len(self.known) >= _KNOWN:
+            self.known.clear()
+        self.known.update(map(hash, texts))
 
     def kill(self) -> None:
         """While the socket is open the pid is still its own."""

@@ -33,7 +33,7 @@ presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -119,7 +119,7 @@ class MathGrader:
         """
         _require_pairs(completions, golds)
         if self.extraction == "boxed":
-            return self._grade([extract_boxed(text) for text in completions], golds)
+            return self._grade(map(extract_boxed, completions), golds)
         requests = [
             _request(after_reasoning(text), gold, "lenient") for text, gold in zip(completions, golds, strict=True)
         ]
@@ -133,7 +133,7 @@ class MathGrader:
             RuntimeError: the workers cannot be started, or another thread has closed the grader.
         """
         _require_pairs(answers, golds)
-        return self._grade([_bare(answer) for answer in answers], golds)
+        return self._grade(map(_bare, answers), golds)
 
     def equivalence_classes(self, groups: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
         """The class of each bare answer among the answers to its problem, to be voted over; None for no answer.
@@ -168,20 +168,17 @@ class MathGrader:
         grades = self._grade(answers, golds)
         return [grade.correct if grade.status == "graded" else None for grade in grades]
 
-    def _grade(self, answers: Sequence[str | None], golds: Sequence[str]) -> list[Grade]:
-        grades: list[Grade | None] = []
+    def _grade(self, answers: Iterable[str | None], golds: Sequence[str]) -> list[Grade]:
+        graded: list[tuple[str | None, Grade | None]] = []
 
-        def requests() -> Iterator[dict[str, Any]]:  # made while the workers are at the ones before
+        def requests() -> Iterator[dict[str, Any] | None]:  # made while the workers are at the ones before
             for answer, gold in zip(answers, map(_bare_gold, golds), strict=True):
-                grades.append(_grade_fast(answer, gold))
-                if grades[-1] is None and answer is not None:
-                    yield _request(answer, gold, "boxed")
+                grade = _grade_fast(answer, gold)
+                graded.append((answer, grade))
+                yield _request(answer, gold, "boxed") if grade is None and answer is not None else None
 
         outcomes = iter(self._pool.run(requests()))
-        return [
-            _worker_grade(answer, next(outcomes)) if grade is None else grade
-            for answer, grade in zip(answers, grades, strict=True)
-        ]
+        return [_worker_grade(answer, next(outcomes)) if grade is None else grade for answer, grade in graded]
 
 
 def _grade_fast(answer: str | None, gold: str) -> Grade | None:

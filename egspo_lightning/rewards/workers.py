@@ -1,8 +1,8 @@
 """Requests spread over worker processes that can be killed at any moment, even inside C code.
 
 Each request has a deadline and each worker a limit of memory: what goes past them costs that request alone. Requests
-are taken one by one, and may be made while the workers are at the ones before. A worker has some to go on with, so
-that it never waits for this process, and gets what resembles its last ones, which it has parsed already.
+are made while the workers are at the ones before, and some ahead, so that neither waits for the other where many in a
+row need a worker, or none does. A worker has some to go on with, and gets those of which it has most parsed already.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ _MAX_QUEUE, _MIN_QUEUE = 16, 4
 
 _MAX_LEAD = 8
 """By how many requests one worker's queue may be longer than another's for what it has parsed already."""
+
+_MAX_AHEAD = 512
+"""Requests that are made before a worker has room for them."""
+
+_LOOK_EVERY_S = 0.001
+"""How often the workers are looked after while requests are made."""
 
 
 class Outcome(NamedTuple):
@@ -52,21 +58,23 @@ class WorkerPool:
         """The live processes: the parent, then the idle workers. Empty before the first request."""
         return self._processes.pids()
 
-    def run(self, requests: Iterable[dict[str, Any]]) -> list[Outcome]:
+    def run(self, requests: Iterable[dict[str, Any] | None]) -> list[Outcome]:
         """The outcomes, in the order of the requests.
+
+        Where making one takes long, None in between lets the pool look after its workers meanwhile.
 
         Raises:
             RuntimeError: the workers' parent process does not start, its own message is on stderr; or another
                 thread has called `close`.
         """
         num_workers, deadline_s, _ = self._arguments
-        numbered = enumerate(requests)
-        first = next(numbered, None)
+        source = iter(requests)
+        first = next((request for request in source if request is not None), None)
         if first is None:
             return []
         with self._processes.use(), selectors.DefaultSelector() as selector:
             run = _Run(self._processes, selector, num_workers, deadline_s)
-            return run.outcomes(chain([first], numbered))
+            return run.outcomes(chain([first], source))
 
     def close(self) -> None:
         """End all processes within a second, whatever they do; a later `run` starts new ones."""
@@ -81,24 +89,31 @@ class _Run:
     ) -> None:
         self._processes, self._selector = processes, selector
         self._num_workers, self._deadline_s = num_workers, deadline_s
-        self._returned: deque[tuple[int, dict[str, Any]]] = deque()
-        """What a worker had and never came to."""
-        self._homes: dict[str, Worker] = {}
-        """By answer or reference, who has parsed it."""
+        self._waiting: deque[tuple[int, dict[str, Any]]] = deque()
+        """Requests with their numbers: made ahead, or sent to a worker that never came to them."""
+        self._num_made, self._all_made = 0, False
+        self._looked = 0.0
         self._outcomes: dict[int, Outcome] = {}
 
-    def outcomes(self, requests: Iterator[tuple[int, dict[str, Any]]]) -> list[Outcome]:
+    def outcomes(self, requests: Iterator[dict[str, Any] | None]) -> list[Outcome]:
         """All of them, in the order of the requests."""
-        while True:
-            if self._are_few():
-                while self._has_room() and (item := self._next(requests)) is not None:
-                    self._send(*item)
-            if not self._processes.busy:
-                return [self._outcomes[index] for index in range(len(self._outcomes))]
-            self._collect()
+        while not self._all_made or self._waiting or self._processes.busy:
+            if self._waiting and self._are_few():
+                while self._waiting and self._has_room():
+                    self._send(*self._waiting.popleft())
+            if self._all_made or len(self._waiting) >= _MAX_AHEAD or self._is_due():
+                self._collect()
+            else:
+                self._make(requests)
+        return [self._outcomes[number] for number in range(self._num_made)]
 
-    def _next(self, requests: Iterator[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]] | None:
-        return self._returned.popleft() if self._returned else next(requests, None)
+    def _make(self, requests: Iterator[dict[str, Any] | None]) -> None:
+        for request in requests:
+            if request is not None:
+                self._waiting.append((self._num_made, request))
+                self._num_made += 1
+            return
+        self._all_made = True
 
     def _are_few(self) -> bool:
         busy = self._processes.busy
@@ -107,6 +122,20 @@ class _Run:
     def _has_room(self) -> bool:
         busy = self._processes.busy
         return len(busy) < self._num_workers or any(map(_has_room, busy))
+
+    def _is_due(self) -> bool:
+        """Whether a worker has replied or is late; looked up no more often than it has to be."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY_S or not self._processes.busy:
+            return False
+        is_due = bool(self._selector.select(0)) or now >= self._limit()
+        if not is_due:  # or there may be more of them
+            self._looked = now
+        return is_due
+
+    def _limit(self) -> float:
+        """When the first worker will be late."""
+        return min(worker.started() for worker in self._processes.busy) + self._deadline_s + _GRACE_S
 
     def _send(self, index: int, request: dict[str, Any]) -> None:
         while True:
@@ -117,23 +146,22 @@ class _Run:
                 self._stop(worker, is_alive=isinstance(error, TimeoutError))
                 continue
             worker.queue.append(Sent(index, request, time.monotonic()))
-            self._homes[request["gold"]] = self._homes[request["answer"]] = worker
+            worker.learn(_texts(request))
             return
 
     def _choose(self, request: dict[str, Any]) -> Worker:
-        """A new worker while there may be more, then the one with the shortest queue or that knows the texts."""
+        """A new worker while there may be more, then the one that has least to parse for it."""
         self._processes.require_open()
         busy = self._processes.busy
-        shortest = min(filter(_has_room, busy), key=lambda worker: len(worker.queue), default=None)
-        if shortest is None or (shortest.queue and len(busy) < self._num_workers):
+        free = [worker for worker in busy if _has_room(worker)]
+        shortest = min((len(worker.queue) for worker in free), default=None)
+        if shortest is None or (shortest and len(busy) < self._num_workers):
             worker = self._processes.take()
             self._selector.register(worker.sock, selectors.EVENT_READ, worker)
             return worker
-        for text in (request["gold"], request["answer"]):
-            home = self._homes.get(text)
-            if home in busy and _has_room(home) and len(home.queue) <= len(shortest.queue) + _MAX_LEAD:
-                return home
-        return shortest
+        texts = _texts(request)
+        near = [worker for worker in free if len(worker.queue) <= shortest + _MAX_LEAD]
+        return min(near, key=lambda worker: (worker.unknown(texts), len(worker.queue)))
 
     def _stop(self, worker: Worker, *, is_alive: bool) -> None:
         """Send it no more. Its end, once its last replies are read, is seen as that of any other."""
@@ -144,12 +172,13 @@ class _Run:
             self._release(worker)
 
     def _collect(self) -> None:
-        limit = self._deadline_s + _GRACE_S
-        oldest = min(worker.started() for worker in self._processes.busy)
-        ready = {key.data for key, _ in self._selector.select(max(0.0, oldest + limit - time.monotonic()))}
+        if not self._processes.busy:
+            return
+        wait_s = max(0.0, self._limit() - time.monotonic())
+        ready = {key.data for key, _ in self._selector.select(wait_s)}
         self._processes.require_open()
         for worker in list(self._processes.busy):
-            is_late = time.monotonic() - worker.started() >= limit
+            is_late = time.monotonic() - worker.started() >= self._deadline_s + _GRACE_S
             if worker not in ready and is_late:
                 worker.kill()
             if worker in ready or is_late:
@@ -164,7 +193,7 @@ class _Run:
         if reply is None:
             seconds = time.monotonic() - started
             status = "timeout" if seconds >= self._deadline_s else "crashed"
-            self._returned.extend((it.number, it.request) for it in worker.queue)  # it never came to these
+            self._waiting.extendleft((it.number, it.request) for it in reversed(worker.queue))  # it never came to these
             worker.queue.clear()
             worker.is_open = False
         else:
@@ -181,3 +210,7 @@ class _Run:
 
 def _has_room(worker: Worker) -> bool:
     return worker.is_open and len(worker.queue) < _MAX_QUEUE
+
+
+def _texts(request: dict[str, Any]) -> tuple[str, str]:
+    return request["gold"], request["answer"]

@@ -1,7 +1,7 @@
 """What the rest of the project asks of something that samples, whether transformers or vLLM."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from egspo_lightning.types import Sampling
 
@@ -28,7 +28,12 @@ class Sample(NamedTuple):
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from the policy as it is now."""
+    """Samples completions from the policy as it is now.
+
+    With data.max_staleness ``stream`` is called in a thread, with a copy of the model. An engine that bears to be
+    called meanwhile from another one, with another model, says so by an attribute ``is_reentrant`` that is true;
+    benchmarks wait for the others.
+    """
 
     def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
@@ -44,4 +49,13 @@ class RolloutEngine(Protocol):
             eos_ids: tokens that end a completion
             pad_id: fills the rows of shorter prompts
         """
+        ...
+
+
+@runtime_checkable
+class ClosingEngine(Protocol):
+    """An engine that holds something which should end with the run."""
+
+    def close(self) -> None:
+        """Let go of it; an engine that is asked for samples again starts again."""
         ...

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.ops.padding import pad_right, row_lengths
-from egspo_lightning.rollout.collector import Group, Sampled
+from egspo_lightning.rollout.collector import Collector, Group, Sampled
 from egspo_lightning.rollout.protocol import RolloutPolicy
 from egspo_lightning.types import Completion, Measurements, RolloutBatch, ScoredRollouts, Scores
 
@@ -30,6 +30,27 @@ class Collection(NamedTuple):
     """The places of this rank's problems in the whole collection, in the order of their groups."""
     expert_groups: list[int]
     """For each row of an expert, which of this rank's problems it solves."""
+
+
+class Prepared(NamedTuple):
+    """A collection of one rank that is sampled, graded and scored, and has yet to be admitted to training."""
+
+    completions: list[Completion]
+    """In the order of the rollouts' rows."""
+    rollouts: ScoredRollouts
+    measurements: Measurements
+    numbers: list[int]
+    """As those of a ``Collection``."""
+    num_drawn: int
+    """Problems drawn so far, with its own, over all ranks."""
+
+
+def prepare(policy: RolloutPolicy, collector: Collector, number: int, rank: int, world_size: int) -> Prepared:
+    """Sample, grade and score collection ``number``. Collective."""
+    sampled = collector.sample(policy, number, rank, world_size)
+    rollouts, measurements = score(policy, sampled, collector.max_completion_length)
+    numbers = [group.number for group in sampled.groups]
+    return Prepared(collection_rows(sampled.groups), rollouts, measurements, numbers, collector.num_drawn)
 
 
 def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[ScoredRollouts, Measurements]:
@@ -62,10 +83,10 @@ def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[Sco
         max_length=max_length,
         policy_version=policy.policy_version,
     )
-    own = slice(0, rollouts.num_sampled)
     gap = {}
     if told is None:
-        gap["rollout/sampler_gap"] = _sampler_gap(rows[own], scores.logprobs[own][rollouts.completion_mask[own]])
+        rollouts = rollouts._replace(sampled_logprobs=_sampled_logprobs(rows, rollouts))
+        gap["rollout/sampler_gap"] = _sampler_gap(rollouts)
     seconds = {"time/score": (time.perf_counter() - started, 1.0)}
     return rollouts, {**measure(sampled), **seconds, **gap}
 
@@ -76,11 +97,23 @@ def collection_rows(groups: Sequence[Group]) -> list[Completion]:
     return [completion for group in groups for completion in group.completions] + experts
 
 
-def _sampler_gap(completions: Sequence[Completion], scored: Tensor) -> tuple[float, float]:
-    """Distance between the engine's and the scorer's log-probabilities, as (sum, tokens)."""
-    sampled = torch.tensor([value for completion in completions for value in completion.logprobs])
-    gap = (sampled - scored.cpu().float()).abs()
-    if not gap.mean() <= MAX_SAMPLER_GAP:
+def _sampled_logprobs(rows: Sequence[Completion], rollouts: ScoredRollouts) -> Tensor:
+    """What the engine told, (B, T); NaN where that is no number, and on experts' rows, which it did not sample."""
+    mask = rollouts.completion_mask
+    values = _spread((row.logprobs for row in rows), mask.cpu()).to(mask.device)
+    values[rollouts.num_sampled :] = torch.nan
+    return torch.where(values.isfinite(), values, torch.nan)
+
+
+def _sampler_gap(rollouts: ScoredRollouts) -> tuple[float, float]:
+    """Distance between the engine's and the scorer's log-probabilities, as (sum, tokens), where the engine told any.
+
+    It is judged whatever correction is asked for: one that makes up for stale weights is noise.
+    """
+    assert rollouts.sampled_logprobs is not None
+    told = rollouts.completion_mask & ~rollouts.sampled_logprobs.isnan()
+    gap = (rollouts.sampled_logprobs - rollouts.scores.logprobs)[told].abs()
+    if gap.numel() and not gap.mean() <= MAX_SAMPLER_GAP:
         raise RuntimeError(
             f"The engine's log-probabilities are {gap.mean():.3f} nats a token from the scorer's, where at most "
             f"{MAX_SAMPLER_GAP} is expected: it samples from another distribution (stale weights, a cache or a mask "
@@ -131,12 +164,14 @@ def _sampled_scores(
     entropies = [row.entropies for row in rows if row.entropies is not None]
     if not policy.takes_sampled_statistics or len(entropies) < len(rows):
         return None
+    logprobs = _spread((row.logprobs for row in rows), mask)
+    return Scores(logprobs.to(device), _spread(entropies, mask).to(device))
 
-    def spread(values: Iterable[list[float]]) -> Tensor:
-        flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
-        return torch.zeros(mask.shape).masked_scatter(mask, flat).to(device)
 
-    return Scores(spread(row.logprobs for row in rows), spread(entropies))
+def _spread(values: Iterable[list[float]], mask: Tensor) -> Tensor:
+    """The values of the rows' tokens, one after another, to where a mask on the CPU is true, (B, T) float32."""
+    flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
+    return torch.zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:

@@ -139,5 +139,6 @@ def _select(rollout: RolloutBatch, rows: list[int], lengths: list[int], size: Up
         is_expert=rollout.is_expert[index],
         threshold=rollout.threshold[index],
         weight_scale=rollout.weight_scale[index],
+        sampled_logprobs=cut_optional(rollout.sampled_logprobs),
         update_size=size,
     )

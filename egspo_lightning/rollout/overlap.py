@@ -6,7 +6,7 @@ thread talks to other ranks, so ranks stay in step however long grading takes th
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 from egspo_lightning.rollout.engine import Sample
@@ -15,21 +15,28 @@ from egspo_lightning.types import Completion
 Grade = Callable[[Sequence[int], Sequence[Sample]], list[Completion]]
 """Request numbers and their samples to completions, in their order."""
 
+_CANCEL_EVERY_S = 0.1
+
 
 class OverlappedGrading:
     """Takes samples in as they come, grades whole groups, and gives all completions in the order of the requests.
 
     What comes last is graded in the caller's thread: there is nothing left to overlap it with. A context manager:
-    whatever ends it, nothing is graded any more when it has ended, beyond the call that an interrupt finds running.
+    whatever ends it, nothing is graded any more when it has ended.
 
     Args:
         grade: Grades; never called twice at a time.
         num_requests: Samples to come.
         group_size: Requests that are graded together: each ``group_size`` in a row.
+        cancel: Makes the call of ``grade`` that is under way raise, from another thread; called again and again
+            until it has, when an exception ends this. Without one the call is waited for.
     """
 
-    def __init__(self, grade: Grade, num_requests: int, group_size: int) -> None:
+    def __init__(
+        self, grade: Grade, num_requests: int, group_size: int, *, cancel: Callable[[], None] | None = None
+    ) -> None:
         self._grade, self._num_requests, self._group_size = grade, num_requests, group_size
+        self._cancel = cancel
         self._samples: dict[int, Sample] = {}
         self._waiting: list[int] = []  # the numbers of samples that are not handed to the grader yet
         self._futures: list[tuple[list[int], Future[list[Completion]]]] = []
@@ -43,7 +50,13 @@ class OverlappedGrading:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        if kind is not None and self._cancel is not None:
+            under_way = [future for _, future in self._futures if not future.done()]
+            while under_way:  # a call that has not come to its workers yet has nothing that could be cancelled
+                self._cancel()
+                under_way = list(wait(under_way, _CANCEL_EVERY_S).not_done)
+        self._executor.shutdown(wait=True)
 
     def add(self, batch: Sequence[tuple[int, Sample]]) -> None:
         """Take in samples with the numbers of their requests.

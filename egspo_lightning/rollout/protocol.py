@@ -10,12 +10,7 @@ from egspo_lightning.types import Measurements, RolloutBatch, ScoredRollouts, Sc
 
 
 class RolloutPolicy(Protocol):
-    """The policy in training, as the datamodule sees it."""
-
-    @property
-    def stage(self) -> Stage:
-        """What the coming epoch trains."""
-        ...
+    """A policy that can be sampled from and scored with: the one in training, or a snapshot of it."""
 
     @property
     def tokenizer(self) -> Any:
@@ -33,11 +28,6 @@ class RolloutPolicy(Protocol):
         ...
 
     @property
-    def max_positions(self) -> int | None:
-        """Longest sequence that the model was made for, in tokens; None where its config does not say."""
-        ...
-
-    @property
     def temperature(self) -> float:
         """The sampling temperature, which all log-probabilities in training are taken at."""
         ...
@@ -45,16 +35,6 @@ class RolloutPolicy(Protocol):
     @property
     def policy_version(self) -> int:
         """Optimiser steps taken: what rollouts are stamped with."""
-        ...
-
-    @property
-    def mixes_expert_data(self) -> bool:
-        """Whether updates on rollouts carry expert demonstrations as well."""
-        ...
-
-    @property
-    def needs_every_rollout(self) -> bool:
-        """Whether rollouts with advantage 0 take part in the loss."""
         ...
 
     @property
@@ -77,6 +57,46 @@ class RolloutPolicy(Protocol):
         """What the networks say of given sequences, at the sampling temperature."""
         ...
 
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of equally shaped tensors over all ranks."""
+        ...
+
+
+class FrozenPolicy(RolloutPolicy, Protocol):
+    """A policy as it was once, which another thread may use while the one in training goes on."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Enter what a thread needs so that its work on the device does not wait for that of training."""
+        ...
+
+    def cancel(self) -> None:
+        """Let whatever is being computed with it end with an error, soon."""
+        ...
+
+
+class TrainedPolicy(RolloutPolicy, Protocol):
+    """The policy in training, as the datamodule sees it."""
+
+    @property
+    def stage(self) -> Stage:
+        """What the coming epoch trains."""
+        ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model was made for, in tokens; None where its config does not say."""
+        ...
+
+    @property
+    def mixes_expert_data(self) -> bool:
+        """Whether updates on rollouts carry expert demonstrations as well."""
+        ...
+
+    @property
+    def needs_every_rollout(self) -> bool:
+        """Whether rollouts with advantage 0 take part in the loss."""
+        ...
+
     @property
     def min_generations(self) -> int:
         """The least number of completions a problem that advantages can be estimated from."""
@@ -87,12 +107,20 @@ class RolloutPolicy(Protocol):
         """Whether experts' solutions may stand among the rollouts."""
         ...
 
-    def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
-        """Take a whole collection in: credit its tokens, settle the gate on them, and log what was measured."""
+    def accept_staleness(self, num_collections: int) -> None:
+        """Train on rollouts of a policy so many collections old as well, and refuse what is older.
+
+        Raises:
+            UserError: no snapshot can be made of this policy.
+        """
         ...
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of equally shaped tensors over all ranks."""
+    def snapshot(self) -> FrozenPolicy:
+        """The policy as it is now; the snapshot before, whose memory it takes, must not be in use any more."""
+        ...
+
+    def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
+        """Take a whole collection in: credit its tokens, settle the gate, and log what was measured."""
         ...
 
     def collect_over_ranks(self, value: Any) -> list[Any]:

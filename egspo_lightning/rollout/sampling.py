@@ -49,7 +49,7 @@ def complete(
     def grade_some(numbers: Sequence[int], samples: Sequence[Sample]) -> list[Completion]:
         return grade(policy, composed, [owners[i] for i in numbers], samples, sampling.max_completion_length)
 
-    with OverlappedGrading(grade_some, len(owners), num_samples) as grading:
+    with OverlappedGrading(grade_some, len(owners), num_samples, cancel=composed.grader.close) as grading:
         for batch in _stream(policy, engine, prompts, num_samples, sampling):
             grading.add(batch)
         return grading.finish(), grading.seconds_waited

@@ -8,7 +8,7 @@ not on batch composition, number of ranks or global RNG state.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class TransformersEngine:
     """
 
     max_batch_size: int = 256
+    is_reentrant: ClassVar[bool] = True
+    """Nothing is kept from call to call, so threads may sample at the same time."""
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:

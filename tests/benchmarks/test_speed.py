@@ -40,6 +40,15 @@ def test_step_efficiency(tmp_path, models):
     assert [row["what"] for row in rows] == ["4 updates", "sampling 8 completions"]
 
 
+def test_asynchronous(tmp_path, models):
+    found = run("asynchronous", tmp_path, "--workloads", "smoke", "--models", models, "--iterations", "2")
+    (rows,) = found["tables"].values()
+    assert [row["way"].split(",")[0] for row in rows] == ["max_staleness 0", "max_staleness 1", "max_staleness 0"]
+    assert rows[0]["over the first"].startswith("1 ")
+    assert rows[0]["waited for it, s"].startswith("0 ")
+    assert not rows[1]["waited for it, s"].startswith("0 ")
+
+
 def test_scaling(tmp_path, models):
     small = ["--factors", "2", "--problems", "1", "--length", "32", "--vocabulary", "300", "--hidden", "32"]
     found = run("scaling", tmp_path, "--iterations", "1", "--models", models, *small)

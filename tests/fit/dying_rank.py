@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
@@ -20,3 +21,16 @@ class DyingRank(Callback):
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("the rank has divided by zero")
+
+
+class FailingAhead:
+    """A reward that fails on one rank when it has scored a first collection: with max_staleness 1, in a thread."""
+
+    def __init__(self, rank: int, num_completions: int) -> None:
+        self.rank, self.num_left = rank, num_completions
+
+    def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[float]:
+        self.num_left -= len(completions)
+        if self.num_left < 0 and int(os.environ.get("LOCAL_RANK", "0")) == self.rank:
+            raise ArithmeticError("the rank has divided by zero")
+        return [float(len(text) % 2) for text in completions]

@@ -1,17 +1,20 @@
 """A reward that takes its time."""
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 
 class Sleeping:
-    """Sleeps for minutes; FOLDER/asleep says that it does."""
+    """Sleeps for minutes; FOLDER/asleep says that it does. Where it is told so, only over what is sampled ahead."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str, only_ahead: bool = False) -> None:
+        self.folder, self.only_ahead = Path(folder), only_ahead
 
     def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[float]:
+        if self.only_ahead and threading.current_thread() is threading.main_thread():
+            return [float(len(text) % 2) for text in completions]
         (self.folder / "asleep").touch()
         time.sleep(300)
         return [0.0 for _ in completions]

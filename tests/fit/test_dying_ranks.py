@@ -45,6 +45,23 @@ def test_the_run_ends_with_its_rank(repository, tmp_path, rank, how, strategy, l
         f"--trainer.callbacks.rank={rank}",
         f"--trainer.callbacks.how={how}",
     ]
+    ends_with_its_rank(repository, tmp_path, strategy, launcher, dies, has_error=how == "error")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_run_ends_with_the_thread_of_a_rank(repository, tmp_path, rank):
+    """Which fails on a collection that is sampled ahead, while the others train."""
+    fails = [
+        "--data.max_staleness=1",
+        "--data.reward=dying_rank.FailingAhead",
+        f"--data.reward.rank={rank}",
+        "--data.reward.num_completions=64",  # half of the quickstart's 128
+    ]
+    ends_with_its_rank(repository, tmp_path, "ddp", "lightning", fails, has_error=True)
+
+
+def ends_with_its_rank(repository, tmp_path, strategy, launcher, dies, *, has_error):
     run = [*RUN, f"--trainer.strategy={strategy}", *dies, f"--trainer.default_root_dir={tmp_path}"]
     log = tmp_path / "output"
     with log.open("w") as output:
@@ -68,5 +85,5 @@ def test_the_run_ends_with_its_rank(repository, tmp_path, rank, how, strategy, l
     text = log.read_text()
     assert code != 0, text
     assert not left, text
-    if how == "error":
+    if has_error:
         assert "ArithmeticError: the rank has divided by zero" in text

@@ -32,6 +32,7 @@ SHORT = [
 SAVING = {
     "phases": ["--checkpoint.every_n_epochs=1"],
     "updates": ["--checkpoint.every_n_epochs=0", "--checkpoint.every_n_train_steps=1"],
+    "ahead": ["--checkpoint.every_n_epochs=0", "--checkpoint.every_n_train_steps=1", "--data.max_staleness=1"],
 }
 EARLY = ("sft", "half", "whole", "replaced")
 LATE = ("sampling", "grading", "update", "recording", "half", "whole", "replaced")

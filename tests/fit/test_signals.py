@@ -117,11 +117,14 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(repository, tmp_path, alo
     assert all(torch.equal(value, ended[name]) for name, value in alone.items())
 
 
-def test_a_second_signal_ends_the_run_at_once(repository, tmp_path):
-    """Of a run that would not get to the end of its update for long."""
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_second_signal_ends_the_run_at_once(repository, tmp_path, staleness):
+    """Of a run that would not get to the end of its update, or of what it samples meanwhile, for long."""
     slow = [
+        f"--data.max_staleness={staleness}",
         "--data.reward=sleeping_reward.Sleeping",
         f"--data.reward.folder={tmp_path}",
+        f"--data.reward.only_ahead={staleness > 0}",
         "--stage_transition.after_epochs=1",
     ]
     process = start(repository, tmp_path, *slow)
@@ -132,6 +135,26 @@ def test_a_second_signal_ends_the_run_at_once(repository, tmp_path):
     process.send_signal(signal.SIGINT)
     assert end_of(process) != 0
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_what_is_sampled_ahead(repository, tmp_path, number):
+    """The run that goes on from there ends as one that was left alone."""
+    ended = []
+    for name in ("alone", "told"):
+        root = tmp_path / name
+        root.mkdir()
+        process = start(repository, root, "--data.max_staleness=1")
+        if name == "told":
+            wait_for(process, until=lambda root=root: records_of(root))
+            process.send_signal(number)
+            assert end_of(process) == 128 + number, (root / "output").read_text()
+            process = start(repository, root, "--data.max_staleness=1", "--ckpt_path=last")
+        assert end_of(process) == 0, (root / "output").read_text()
+        assert "Traceback" not in (root / "output").read_text()
+        ended.append(weights(root / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"))
+    assert all(torch.equal(value, ended[1][name]) for name, value in ended[0].items())
 
 
 @pytest.mark.slow

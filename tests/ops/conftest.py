@@ -146,6 +146,7 @@ def split_scored() -> Callable[[ScoredRollouts, int], list[ScoredRollouts]]:
                     rewards=whole.rewards[rows],
                     is_truncated=whole.is_truncated[rows],
                     expert_groups=mine - offset,
+                    sampled_logprobs=None if whole.sampled_logprobs is None else whole.sampled_logprobs[rows],
                 )
             )
         return parts

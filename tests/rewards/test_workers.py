@@ -3,17 +3,21 @@ import gc
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from egspo_lightning.rewards import workers
+from egspo_lightning.rewards._wire import send_frame
 from egspo_lightning.rewards.grading import MathGrader
+from egspo_lightning.rewards.workers import WorkerPool
 
 Gone = Callable[[list[int]], None]
 BOMB = r"9^{9^{9^{9}}}+x"
@@ -232,6 +236,62 @@ def test_what_stands_behind_a_bomb_in_a_batch_is_graded_all_the_same() -> None:
     assert [grade.status for grade in grades] == ["timeout", "graded", "graded", "graded"] * 4
     assert [grade.correct for grade in grades] == [False, True, False, True] * 4
     assert all(grade.seconds >= 2.0 for grade in grades[::4])
+
+
+def test_workers_are_looked_after_while_requests_are_made(wait_until_gone: Gone) -> None:
+    simple = {"answer": "x+1", "gold": "1+x", "extraction": "boxed"}
+    pool = WorkerPool(1, 0.5, 1024)
+    assert [outcome.status for outcome in pool.run([None, simple, None])] == ["graded"]
+    worker = pool.pids()[1]
+    os.kill(worker, signal.SIGSTOP)
+    ended: list[bool] = []
+
+    def requests() -> Iterator[dict[str, str] | None]:
+        yield simple
+        limit = time.monotonic() + 10.0
+        while not ended and time.monotonic() < limit:  # plain numbers without end, say
+            yield None
+            with contextlib.suppress(AssertionError):
+                wait_until_gone([worker], 0.0)
+                ended.append(True)
+        yield simple
+
+    outcomes = pool.run(requests())
+    pool.close()
+    assert ended
+    assert [outcome.status for outcome in outcomes] == ["timeout", "graded"]
+
+
+def test_what_is_alike_goes_to_the_worker_that_has_parsed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[int, list[str]] = {}
+
+    def note(sock: socket.socket, request: dict[str, str]) -> None:
+        sent.setdefault(sock.fileno(), []).append(request["gold"])
+        send_frame(sock, request)
+
+    monkeypatch.setattr(workers, "send_frame", note)
+    golds = [f"x^2+{n // 8}x+1" for n in range(128)]  # 16, eight times each
+    with MathGrader(num_workers=2) as grader:
+        grades = grader.grade_answers([f"{gold}+{n}y" for n, gold in enumerate(golds, start=1)], golds)
+    assert {grade.status for grade in grades} == {"graded"}
+    first, second = sent.values()
+    assert min(len(first), len(second)) >= 32  # neither has been idle
+    assert len(set(first)) + len(set(second)) <= 26  # dealt in turn or at random both have all 16
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="page faults are counted by /proc")
+def test_the_parsers_recursion_takes_no_memory_from_the_system_again_and_again() -> None:
+    def faults(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+    answers = [f"{n}s^2" for n in range(2, 202)]  # the full prediction parses these, which remembers nothing
+    with MathGrader() as grader:
+        grader.grade_answers(["x+1"], ["1+x"])
+        worker = grader.worker_pids()[1]
+        grader.grade_answers(answers[:100], ["2z"] * 100)  # now it has pages of its own of what it writes to
+        before = faults(worker)
+        grader.grade_answers(answers[100:], ["2z"] * 100)
+        assert faults(worker) - before < 500  # 120 where it takes none, 1400 where it does
 
 
 CHILD = """

@@ -126,6 +126,7 @@ def collection(with_reference: bool = False, num_experts: int = 0) -> RolloutBat
         weight_scale=1.0 + torch.arange(5).unsqueeze(1),
         policy_version=3,
         update_size=UpdateSize(0, 0, 4.0, 0, 0),
+        sampled_logprobs=-3.0 * grid if with_reference else None,
     )
 
 
@@ -176,7 +177,7 @@ def test_a_micro_batch_carries_its_rows_of_everything():
     for batch in micro_batches(whole, [3, 1, 0, 4, 2], 3, SIZE, keep_inactive=True):
         rows, width = rows_of(batch), batch.input_ids.shape[1]
         per_token = ("input_ids", "completion_mask", "old_logprobs", "entropies", "ref_logprobs", "advantages")
-        for field in (*per_token, "returns", "old_values"):
+        for field in (*per_token, "returns", "old_values", "sampled_logprobs"):
             assert torch.equal(getattr(batch, field), getattr(whole, field)[rows, :width]), field
         for field in ("rewards", "is_expert", "threshold", "weight_scale"):
             assert torch.equal(getattr(batch, field), getattr(whole, field)[rows]), field

@@ -1,10 +1,12 @@
 """Grading beside sampling: what is graded when, in which thread, and what becomes of it when something fails."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout import overlap
 from egspo_lightning.rollout.engine import Sample
 from egspo_lightning.rollout.overlap import OverlappedGrading
@@ -143,6 +145,42 @@ def test_an_interrupt_of_sampling_leaves_nothing_running_and_begins_nothing():
         sample()
     assert grade.calls == [[0, 1]]  # [2, 3] stood in line
     assert grading_threads() == []
+
+
+def test_an_interrupt_cancels_the_grading_that_is_under_way():
+    """Grading that would take minutes: a worker has an answer that hangs."""
+    bomb = r"9^{9^{9^{9}}}+x"
+    begun = threading.Event()
+    raised = []
+
+    def grade(numbers, samples):
+        begun.set()
+        try:
+            return grader.grade_answers([bomb] * len(numbers), ["5"] * len(numbers))
+        except RuntimeError as error:
+            raised.append(str(error))
+            raise
+
+    def sample(delay):
+        begun.clear()
+        with OverlappedGrading(grade, 6, 2, cancel=grader.close) as grading:
+            take(grading, [0, 1])
+            assert begun.wait(LONG_S)
+            time.sleep(delay)
+            raise KeyboardInterrupt
+
+    with MathGrader(deadline_s=10 * LONG_S) as grader:
+        grader.grade_answers(["x+1"], ["1+x"])  # starts the workers
+        for delay in (0.3, 0.0):  # within the call of the pool, and perhaps before it
+            started = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                sample(delay)
+            assert time.monotonic() - started < LONG_S / 2
+            assert grading_threads() == []
+        assert grader.worker_pids() == []
+        assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
+    assert len(raised) == 2
+    assert "closed" in raised[0]
 
 
 def test_a_sample_that_never_comes_is_told():

@@ -1,0 +1,63 @@
+"""Policy, reference and critic, as rollouts and updates ask them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from egspo_lightning import lora
+from egspo_lightning.critic import Critic
+from egspo_lightning.policy import Policy, Sequences
+from egspo_lightning.types import Current, Scores
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """What a run computes with.
+
+    Args:
+        policy: The policy.
+        reference: The policy of the end of SFT, where it is a network; it may be an adapter on the policy instead.
+        critic: What estimates values, where it is a network of its own; it may be a head on the policy instead.
+        temperature: Sampling temperature, which log-probabilities and entropies are taken at.
+    """
+
+    policy: Policy
+    reference: Policy | None
+    critic: Critic | None
+    temperature: float
+
+    def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
+        """What policy and critic say of sequences, with gradient where it is on."""
+        return self._with_values(self.policy(input_ids, completion_mask, self.temperature), input_ids, completion_mask)
+
+    def statistics_beside(
+        self, input_ids: Tensor, completion_mask: Tensor, others: Sequences
+    ) -> tuple[Current, Current]:
+        """The same, and what the policy says of other sequences, which share the passes through the trunk."""
+        current, of_others = self.policy.together(Sequences(input_ids, completion_mask, self.temperature), others)
+        return self._with_values(current, input_ids, completion_mask), of_others
+
+    def _with_values(self, current: Current, input_ids: Tensor, completion_mask: Tensor) -> Current:
+        if self.critic is None:
+            return current
+        return current._replace(values=self.critic(input_ids, completion_mask))
+
+    def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
+        """What all of them say of sequences."""
+        current = self.statistics(input_ids, completion_mask)
+        reference = self._reference_logprobs(input_ids, completion_mask)
+        return Scores(current.logprobs, current.entropies, reference, current.values)
+
+    def _reference_logprobs(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor | None:
+        """Of the reference, a network or an adapter; None without one."""
+        stats: Current
+        if self.reference is not None:
+            stats = self.reference(input_ids, completion_mask, self.temperature)
+            return stats.logprobs
+        if not lora.has_reference(self.policy.lm):
+            return None
+        with lora.as_reference(self.policy.lm):
+            stats = self.policy(input_ids, completion_mask, self.temperature)
+        return stats.logprobs

@@ -1,0 +1,62 @@
+"""What the vLLM engine refuses, and says where vLLM is absent; vLLM itself runs in tests/vllm."""
+
+import pytest
+import torch
+
+from egspo_lightning.cli import run
+from egspo_lightning.errors import UserError
+from egspo_lightning.rollout import vllm_engine
+from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from egspo_lightning.rollout.vllm_engine import VLLMEngine, stable_seed
+from egspo_lightning.rollout.vllm_process import start_vllm
+
+
+def test_without_vllm_it_is_said_what_to_install(monkeypatch, repository):
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
+    arguments = ["fit", "--config=configs/quickstart.yaml", f"--data.engine={VLLMEngine.__module__}.VLLMEngine"]
+    with pytest.raises(UserError, match=r'not installed: pip install "egspo-lightning\[vllm\]"'):
+        run(arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gpu_memory_utilization", 0.0),
+        ("gpu_memory_utilization", 1.1),
+        ("kv_cache_gib", 0.0),
+        ("max_model_len", 1),
+        ("max_num_seqs", 0),
+        ("tensor_parallel_size", 2),
+    ],
+)
+def test_what_it_cannot_do_is_refused(field, value):
+    with pytest.raises(UserError, match=rf"VLLMEngine.{field} must be .*, got {value}"):
+        VLLMEngine(**{field: value})
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(UserError, match="one process as yet, and this run has 4"):
+        start_vllm(None, torch.device("cpu"), {})
+
+
+def test_a_gpu_that_it_would_not_take_is_refused():
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
+        start_vllm(None, torch.device("cuda:1"), {})
+
+
+def test_seeds_are_the_same_in_every_process():
+    assert stable_seed("abc") == 0xBA7816BF8F01CFEA >> 1  # FIPS 180-2, appendix B.1: SHA-256 of "abc"
+
+
+def test_an_engine_ends_with_the_run(tiny_run):
+    class Closing(TransformersEngine):
+        closed = 0
+
+        def close(self):
+            Closing.closed += 1
+
+    tiny_run(data={"engine": Closing()}, module={"initial_stage": "egspo"}, trainer={"max_epochs": 1}).fit()
+    assert Closing.closed == 1

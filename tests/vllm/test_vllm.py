@@ -1,0 +1,140 @@
+"""vLLM itself, on a CPU: `pip install -r tests/vllm/requirements.txt` as there, then `pytest -m vllm -n 0`."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; see tests/vllm/requirements.txt"),
+]
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+PROGRAM = str(Path(__file__).with_name("program.py"))
+LARGEST_GAP = 1e-4
+"""Nats: a hundred times what float32 rounds to here, and a hundredth of what stale values do."""
+
+
+def python(repository, *arguments):
+    """Run Python in a process group of its own, with a time limit; what it prints."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=repository,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=300)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output + errors
+    return output
+
+
+def case(repository, *arguments):
+    return json.loads(python(repository, PROGRAM, *arguments).splitlines()[-1])
+
+
+def agrees(found):
+    """Greedy tokens equal the transformers engine's for short and long prompts, log-probabilities a forward pass's."""
+    assert found["of"] == 4
+    return found["same"] == {"5": 4, "200": 4} and found["gap"] <= LARGEST_GAP
+
+
+@pytest.mark.parametrize("tied", ["tied", "untied"])
+def test_it_samples_from_the_policy_as_it_is(repository, tiny_model, tied):
+    found = case(repository, "agreement", tiny_model, tied, "none")
+    assert [agrees(each) for each in found] == [True, True, True], found
+
+
+def test_without_new_weights_the_comparison_fails(repository, tiny_model):
+    fresh, *stale = case(repository, "agreement", tiny_model, "tied", "sync")
+    assert agrees(fresh)
+    for each in stale:
+        assert each["gap"] > 1
+        assert each["same"] == {"5": 0, "200": 0}
+
+
+def test_with_cached_prefixes_the_comparison_fails_for_prompts_longer_than_a_block(repository, tiny_model):
+    fresh, *stale = case(repository, "agreement", tiny_model, "tied", "reset")
+    assert agrees(fresh)
+    for each in stale:
+        assert each["gap"] > 1
+        assert each["same"] == {"5": 4, "200": 0}
+
+
+def test_adapters_are_merged_at_every_call(repository, tiny_model):
+    found = case(repository, "adapters", tiny_model)
+    assert [agrees(each) for each in found] == [True, True], found
+
+
+@pytest.mark.parametrize("fault", ["none", "sync"])
+def test_a_checkpoint_that_is_loaded_is_what_is_sampled_from(repository, tiny_model, tmp_path, fault):
+    fitted, *loaded = case(repository, "checkpoint", tiny_model, str(tmp_path), fault)
+    assert agrees(fitted)
+    if fault == "none":
+        assert all(map(agrees, loaded)), loaded
+    else:  # the last checkpoint holds what was sampled from at last, the one before does not
+        assert not agrees(loaded[0])
+
+
+def test_what_a_sample_depends_on_and_what_is_left_behind(repository, tiny_model):
+    found = case(repository, "manners", tiny_model)
+    assert found["distinct"] == 8
+    assert found["alone"], "a sample depends on what is sampled beside it"
+    assert found["again"], "a stream that was given up left something behind"
+    assert found["anew"], "it does not start again after it was closed"
+    assert found["random"], "it drew from the global generators"
+    assert found["threads"] == 2
+    assert not found["has_group"]
+    assert found["endless"], "it ends at the EOS of the model's config, which was not asked for"
+    assert len(found["stopped"]) == 8
+    for token_ids, is_truncated in found["stopped"]:
+        assert is_truncated == (token_ids[-1] not in found["ends"])
+        assert not set(token_ids[:-1]) & set(found["ends"])
+    assert found["cut"] == [[12, True]] * 3
+    assert found["seeds"] == [True, False]
+    long, cold, other, second, partial = found["refusals"]
+    assert long.startswith("UserError: VLLMEngine.max_model_len must be at least 513")
+    assert cold.startswith("UserError: temperature must be 0, or at least 0.01")
+    assert other.startswith("RuntimeError: VLLMEngine was started for a model of another config")
+    assert second.startswith("RuntimeError: VLLMEngine is asked for samples while it streams others")
+    assert partial.startswith("UserError: data.engine VLLMEngine: vLLM takes none of LlamaForCausalLM's weights for")
+
+
+def test_the_quickstart_learns_in_twenty_collections(repository, tmp_path):
+    arguments = [
+        "--trainer.max_epochs=38",
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={tmp_path}",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+        "--stage_transition={after_epochs: 18, monitor: null, target: null, learning_rate: 1e-4}",
+        "--token_records.every_n_collections=0",
+        "--data.engine=egspo_lightning.rollout.vllm_engine.VLLMEngine",
+        "--data.engine.max_model_len=128",
+        "--model.objective.sampler_correction.mode=truncated",
+    ]
+    python(repository, "-m", "egspo_lightning", "fit", "--config=configs/quickstart.yaml", *arguments)
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    def values(name):
+        return [float(row[name]) for row in rows if row.get(name)]
+
+    before, after_sft, after = values("eval/arithmetic/avg@1")
+    assert before < 0.05 < after_sft + 0.08 < after  # the bar of the other strategies
+    assert len(values("rollout/sampler_gap")) == 20
+    assert max(values("rollout/sampler_gap")) < 1e-5
+    assert max(values("policy/sampler_ratio_max")) < 1.001
