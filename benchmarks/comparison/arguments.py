@@ -55,8 +55,8 @@ def shared_settings(arguments: argparse.Namespace) -> Settings:
 
 
 def command() -> str:
-    """The command line, as it was given."""
-    return shlex.join(["python", *sys.argv])
+    """The command line, from the repository's root and without this machine's folders."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def told(main: Callable[[], int]) -> int:
