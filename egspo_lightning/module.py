@@ -27,7 +27,7 @@ from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.ops.masking import masked_mean
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.policy import PolicyConfig
-from egspo_lightning.policy_module import PolicyModule
+from egspo_lightning.resumable_module import ResumableModule
 from egspo_lightning.types import Current, ExpertBatch, Measurements, RolloutBatch, ScoredRollouts, Stage, TrainingBatch
 
 FULL_PRECISION_TOLERANCE = 1e-3
@@ -36,7 +36,7 @@ LOW_PRECISION_TOLERANCE = 0.5
 """The same in bfloat16 and float16: 4e-2 was seen on sharp models."""
 
 
-class EGSPOModule(PolicyModule):
+class EGSPOModule(ResumableModule):
     """Trains a policy by SFT, then by EGSPO, in the stage that ``StageTransition`` sets.
 
     Args:

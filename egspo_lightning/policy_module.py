@@ -1,6 +1,7 @@
 """The networks of a run as a LightningModule, and what rollouts ask of them (``rollout.protocol.RolloutPolicy``).
 
-How they are trained is ``EGSPOModule``'s; how they are held, sharded, sampled from, scored and saved stands here.
+How they are saved is ``ResumableModule``'s, and how they are trained ``EGSPOModule``'s; how they are held, sharded,
+sampled from and scored stands here.
 """
 
 from collections.abc import Iterator
@@ -13,24 +14,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from egspo_lightning import lora
-from egspo_lightning.checkpoint_fit import (
-    fit_optimizer_kind,
-    require_same_shapes,
-    require_same_tokenizer,
-    tokenizer_digest,
-)
-from egspo_lightning.checkpoints import adapt_optimizer, adapt_weights, number_parameters
 from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.networks import Networks
 from egspo_lightning.optimizers import build_optimizer, build_scheduler
 from egspo_lightning.policy import Policy, PolicyConfig, Sequences, end_of_sequence_ids
-from egspo_lightning.randomness import random_state, restore_random_state
 from egspo_lightning.sharding import gathered, shard
 from egspo_lightning.snapshot import Snapshot
 from egspo_lightning.strategies import require_strategy, sharding_plan
@@ -38,7 +30,7 @@ from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, Scores, St
 
 
 class PolicyModule(LightningModule):
-    """Policy, reference and critic: built, sharded, optimised, sampled from, scored and saved.
+    """Policy, reference and critic: built, sharded, optimised, sampled from and scored.
 
     Args:
         policy: The model.
@@ -73,9 +65,6 @@ class PolicyModule(LightningModule):
         self._phase_version = 0
         self.entered_step = 0
         """Optimiser steps taken when stage EGSPO was entered."""
-        self.loaded_step = 0
-        """Optimiser steps that the latest checkpoint to be loaded has taken."""
-        self._random_state: dict[str, Any] | None = None
         self._whole: list[Any] = []  # the networks that are held for inference
         self._staleness = 0  # collections that rollouts may be behind
         self._previous_version = 0  # optimiser steps at the start of the phase before this one
@@ -87,11 +76,6 @@ class PolicyModule(LightningModule):
     def tokenizer(self) -> Any:
         """The policy's tokenizer, loaded when first asked for."""
         return self.policy_config.load_tokenizer()
-
-    @cached_property
-    def _tokenizer_digest(self) -> str:
-        """It sorts the whole vocabulary, so once a run."""
-        return tokenizer_digest(self.tokenizer)
 
     def setup(self, stage: str) -> None:
         """Refuse strategies that cannot be had, and precisions that would round the rollouts' log-probabilities."""
@@ -313,80 +297,7 @@ class PolicyModule(LightningModule):
         assert isinstance(gathered, Tensor)
         return gathered
 
-    # Checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the stage, the steps at the start of phase and stage, and every rank's random state.
-
-        What is frozen under adapters is left out.
-        """
-        for name in self._left_out():
-            checkpoint["state_dict"].pop(name, None)
-        checkpoint["egspo"] = {
-            "stage": str(self.stage),
-            "phase_version": self._phase_version,
-            "previous_version": self._previous_version,
-            "entered_step": self.entered_step,
-            "random": self.collect_over_ranks(random_state()),
-            "tokenizer": self._tokenizer_digest,
-            "optimizer": type(self.optimizers(use_pl_optimizer=False)).__name__,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the stage; fit the checkpoint's networks to this run's."""
-        if "egspo" not in checkpoint:
-            raise UserError("ckpt_path: this checkpoint was not written by EGSPOModule.")
-        state = checkpoint["egspo"]
-        self.loaded_step = checkpoint["global_step"]
-        self.stage, self._phase_version = Stage(state["stage"]), state["phase_version"]
-        self._previous_version = state.get("previous_version", self._phase_version)
-        self.entered_step = state["entered_step"]
-        is_entry = self.stage == Stage.EGSPO and checkpoint["global_step"] == self.entered_step
-        is_fit = self.trainer.state.fn == TrainerFn.FITTING  # whoever only measures needs the policy alone
-        if is_fit and not is_entry:
-            self._take_up_random_state(state.get("random", []))
-        is_exact = is_entry or self.stage == Stage.SFT or not is_fit
-        weights = checkpoint.get("state_dict", {})
-        own = self.state_dict() if weights else {}
-        adapt_weights(weights, own, is_exact=is_exact, left_out=self._left_out())
-        require_same_shapes(weights, own)
-        require_same_tokenizer(state.get("tokenizer"), self._tokenizer_digest)
-        if is_fit and (states := checkpoint.get("optimizer_states")):
-            self._fit_optimizer(states, state.get("optimizer"), is_entry=is_entry)
-
-    def _fit_optimizer(self, states: list[dict[str, Any]], saved_kind: str | None, *, is_entry: bool) -> None:
-        """Make a checkpoint's optimiser this run's."""
-        policy, critic = self._trained_parameters()
-        numbers = {id(parameter): number for number, parameter in enumerate([*policy, *critic])}
-        number_parameters(states, {name: numbers[id(p)] for name, p in self.named_parameters() if id(p) in numbers})
-        optimizer = self._build_optimizer()
-        fresh, kind = optimizer.state_dict(), type(optimizer).__name__
-        fit_optimizer_kind(states, saved_kind, fresh, kind, is_entry=is_entry)
-        adapt_optimizer(states, fresh, is_entry=is_entry)
-
-    def on_train_start(self) -> None:
-        """Go on with the random numbers of the run that is resumed: until here, starting has drawn some."""
-        if self._random_state is not None:
-            restore_random_state(self._random_state)
-            self._random_state = None
-
-    def _take_up_random_state(self, states: list[Any]) -> None:
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        if len(states) not in (0, world_size):
-            rank_zero_info(
-                f"The checkpoint was written on {len(states)} ranks, and this run has {world_size}: it goes on with "
-                "the same data, but sums over ranks are rounded otherwise, so it is not bit-identical."
-            )
-        self._random_state = states[rank] if rank < len(states) else None
-
-    def _left_out(self) -> set[str]:
-        """Names of what checkpoints need not hold: frozen weights under adapters, where they can be loaded again."""
-        config, critic = self.policy_config, self.critic_config
-        is_own = critic is not None and critic.model is not None and critic.model.from_scratch
-        if config.lora is None or config.from_scratch or is_own:
-            return set()
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name for name in self.state_dict() if name not in trained and not lora.is_adapter(name)}
+    # Its networks
 
     @property
     def networks(self) -> Networks:

@@ -22,6 +22,7 @@ LAYERS = [
     ["strategies", "planning", "faults", "networks"],
     ["snapshot"],
     ["policy_module"],
+    ["resumable_module"],
     ["module", "datamodule", "trainer"],
     ["callbacks", "exits", "plan_command"],
     ["replaying", "resumption"],
@@ -111,7 +112,7 @@ def test_sampling_does_not_know_what_it_is_for(path):
 
 
 def test_only_the_upper_layers_import_lightning():
-    lower_callers = ("strategies", "policy_module", "module", "datamodule", "trainer")
+    lower_callers = ("strategies", "policy_module", "resumable_module", "module", "datamodule", "trainer")
     upper = (*lower_callers, "callbacks", "exits", "plan_command", "replaying", "resumption", "cli")
     for path in FILES:
         if home(dotted(path)) not in upper:
@@ -128,6 +129,7 @@ def test_plots_and_data_frames_are_the_analysis_own():
 
 
 NETWORKS = {
+    "resumable_module",
     "policy_module",
     "snapshot",
     "networks",
