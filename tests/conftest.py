@@ -1,9 +1,11 @@
 """Where things are, and small real components that many tests share."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,26 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its back
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
+FIRST_PORT, PORTS_A_WORKER = 15_000, 2_000
+"""Below the range from which the system gives free ports."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have Lightning's ranks meet at a port that is this test's own.
+
+    It asks the system for a free one, lets go of it, and takes it some seconds later, when another test may have it.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = FIRST_PORT + worker * PORTS_A_WORKER
+    for port in itertools.islice(_PORTS, PORTS_A_WORKER):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", first + port)) != 0:
+                os.environ["STANDALONE_PORT"] = str(first + port)
+                return
+
+
+_PORTS = ((os.getpid() + turn) % PORTS_A_WORKER for turn in itertools.count())
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def rollouts_equal(one, other):
     for name, value in one._asdict().items():
         theirs = getattr(other, name)
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, theirs), name
+            torch.testing.assert_close(value, theirs, rtol=0, atol=0, equal_nan=True, msg=name)  # NaN: not sampled
         elif name != "policy_version":
             assert value == theirs, name
 
