@@ -21,6 +21,7 @@ from egspo_lightning.ops.gate import QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from processes import told_apart
 
 RL = {"initial_stage": "egspo"}
 AHEAD = {"max_staleness": 1}
@@ -460,7 +461,7 @@ def test_the_quickstart_in_short_form_learns(run_ranks, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process(run_ranks, told_apart, tmp_path):
+def test_two_ranks_are_one_process(run_ranks, tmp_path):
     runs = {"ahead": ["--data.max_staleness=1", "--trainer.max_epochs=6"]}
     alone = run_ranks(tmp_path / "one", runs, num_ranks=1)["ahead"]
     ranks = run_ranks(tmp_path / "two", {"ahead": [*runs["ahead"], "--trainer.strategy=ddp", "--trainer.devices=2"]})
