@@ -179,17 +179,9 @@ class _TiledTokenStats(torch.autograd.Function):
         chunk_size: int | None,
         vocab_chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
-        log_norms, chosen, entropies = (
-            hidden.new_empty(hidden.shape[0], dtype=_wide_dtype(hidden.dtype)) for _ in range(3)
-        )
-        probs: Tensor | None = None
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = _Tiles(hidden, weight, bias, temperature, chunk_size, vocab_chunk_size)
-            if tiles.is_single:
-                log_norms, chosen, entropies, probs = _at_once(tiles, input_ids)
-            else:
-                for tokens in tiles.tokens:
-                    log_norms[tokens], chosen[tokens], entropies[tokens] = _fold(tiles, tokens, input_ids[tokens])
+            log_norms, chosen, entropies, probs = (_at_once if tiles.is_single else _in_turn)(tiles, input_ids)
         ctx.save_for_backward(hidden, weight, bias, input_ids, log_norms, entropies, probs)
         ctx.settings = temperature, chunk_size, vocab_chunk_size
         ctx.set_materialize_grads(False)
@@ -239,6 +231,15 @@ def _at_once(tiles: _Tiles, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     log_norms = (logits.gather(-1, own) - chosen).squeeze(-1)
     probs = torch.exp(log_probs, out=logits)
     return log_norms, chosen.squeeze(-1), -torch.linalg.vecdot(probs, log_probs), probs
+
+
+def _in_turn(tiles: _Tiles, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    """The same tile by tile; probabilities are not kept."""
+    wide = _wide_dtype(tiles.hidden.dtype)
+    log_norms, chosen, entropies = (tiles.hidden.new_empty(len(input_ids), dtype=wide) for _ in range(3))
+    for tokens in tiles.tokens:
+        log_norms[tokens], chosen[tokens], entropies[tokens] = _fold(tiles, tokens, input_ids[tokens])
+    return log_norms, chosen, entropies, None
 
 
 def _fold(tiles: _Tiles, tokens: slice, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,20 @@ import pytest
 from egspo_lightning.cli import main
 
 Rows = list[dict[str, str]]
+SHORT_QUICKSTART = [
+    "--trainer.max_epochs=90",
+    "--data.demonstrations.init_args.num_demonstrations=800",
+    "--data.sft_batch_size=64",
+    "--data.reward=egspo_lightning.rewards.functions.CorrectnessReward",
+    '--data.benchmarks=[{"class_path":"egspo_lightning.evaluation.benchmarks.GeneratedBenchmark"}]',
+    "--data.num_problems=16",
+    "--data.num_generations=8",
+    "--data.max_completion_length=64",
+    "--stage_transition.after_epochs=40",
+    "--stage_transition.learning_rate=1e-4",
+    "--checkpoint.every_n_epochs=1000",
+]
+"""The quickstart, from SFT on, for the smaller runs of ``run_ranks`` to grow into."""
 
 
 def in_group(command: Sequence[str], cwd: Path, timeout: float = 240, **environment: str) -> tuple[str, int]:

@@ -2,9 +2,24 @@
 
 from lightning.pytorch import Callback
 
+from egspo_lightning.controllers import KLReward
+from egspo_lightning.critic import CriticConfig
+from egspo_lightning.ops.estimators import GAE, GroupRelative
+from egspo_lightning.ops.gate import QuantileGate
+from egspo_lightning.ops.objective import Objective
 from egspo_lightning.types import Stage
 
 RL = {"initial_stage": Stage.EGSPO}
+METHODS = {
+    "egspo": {},
+    "ppo": {"advantage": GAE(), "critic": CriticConfig("own"), "objective": Objective(beta=0.1, mu=0.0)},
+    "kl": {
+        "advantage": GroupRelative(scale_by_std=False),
+        "kl_reward": KLReward(coefficient=0.1, target=0.01, horizon=16),
+        "gate": QuantileGate(running_decay=0.5),
+    },
+}
+"""Module settings of runs that resume: each kind of thing that a checkpoint has to hold."""
 
 
 class Spy(Callback):

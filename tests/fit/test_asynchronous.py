@@ -11,17 +11,16 @@ from lightning.pytorch.loggers import CSVLogger
 
 from egspo_lightning.callbacks import Guards, MathBenchmark, PhaseCheckpoint, StageTransition
 from egspo_lightning.cli import main
-from egspo_lightning.controllers import KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.lora import LoraConfig
-from egspo_lightning.ops.estimators import GAE, GroupRelative
-from egspo_lightning.ops.gate import QuantileGate
+from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from processes import told_apart
+from processes import SHORT_QUICKSTART, told_apart
+from spies import METHODS
 
 RL = {"initial_stage": "egspo"}
 AHEAD = {"max_staleness": 1}
@@ -367,16 +366,6 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_what_nobody_needs(tiny_run
 
 # Resuming
 
-METHODS = {
-    "egspo": {},
-    "ppo": {"advantage": GAE(), "critic": CriticConfig("own"), "objective": Objective(beta=0.1, mu=0.0)},
-    "kl": {
-        "advantage": GroupRelative(scale_by_std=False),
-        "kl_reward": KLReward(coefficient=0.1, target=0.01, horizon=16),
-        "gate": QuantileGate(running_decay=0.5),
-    },
-}
-
 
 def resumable(tiny_run, folder, watch, module, data=AHEAD, **checkpoint):
     save = PhaseCheckpoint(dirpath=folder, save_top_k=-1, **checkpoint)
@@ -438,20 +427,7 @@ def test_rollouts_ahead_of_a_checkpoint_are_sampled_anew_where_staleness_is_not_
 @pytest.mark.slow
 def test_the_quickstart_in_short_form_learns(run_ranks, tmp_path):
     """From SFT on, as in the quickstart itself."""
-    quickstart = [
-        "--data.max_staleness=1",
-        "--trainer.max_epochs=90",
-        "--data.demonstrations.init_args.num_demonstrations=800",
-        "--data.sft_batch_size=64",
-        "--data.reward=egspo_lightning.rewards.functions.CorrectnessReward",
-        '--data.benchmarks=[{"class_path":"egspo_lightning.evaluation.benchmarks.GeneratedBenchmark"}]',
-        "--data.num_problems=16",
-        "--data.num_generations=8",
-        "--data.max_completion_length=64",
-        "--stage_transition.after_epochs=40",
-        "--stage_transition.learning_rate=1e-4",
-        "--checkpoint.every_n_epochs=1000",
-    ]
+    quickstart = ["--data.max_staleness=1", *SHORT_QUICKSTART]
     rows = run_ranks(tmp_path, {"quickstart": quickstart}, num_ranks=1)["quickstart"]
     accuracy = [float(row["eval/arithmetic/avg@1"]) for row in rows if row.get("eval/arithmetic/avg@1")]
     assert accuracy[0] < 0.05 < accuracy[1] + 0.08 < accuracy[2]

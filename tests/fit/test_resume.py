@@ -13,25 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 
 from egspo_lightning.analysis.schema import file_of
 from egspo_lightning.callbacks import PhaseCheckpoint, StageTransition, TokenRecords
-from egspo_lightning.controllers import KLReward
-from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.estimators import GAE, GroupRelative
-from egspo_lightning.ops.gate import QuantileGate
-from egspo_lightning.ops.objective import Objective
+from spies import METHODS
 
 STAGES = {"after_epochs": 2}
 PHASES = {"max_epochs": 4, "enable_checkpointing": True}
 """Two of SFT with 2 updates each, then two of EGSPO with 4 updates each."""
-METHODS = {
-    "egspo": {},
-    "ppo": {"advantage": GAE(), "critic": CriticConfig("own"), "objective": Objective(beta=0.1, mu=0.0)},
-    "kl": {
-        "advantage": GroupRelative(scale_by_std=False),
-        "kl_reward": KLReward(coefficient=0.1, target=0.01, horizon=16),
-        "gate": QuantileGate(running_decay=0.5),
-    },
-}
 
 
 class Log(Callback):

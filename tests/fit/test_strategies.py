@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from egspo_lightning.lora import is_adapter
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.strategies import AnyCheckpointIO
-from processes import told_apart
+from processes import SHORT_QUICKSTART, told_apart
 
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
 FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
@@ -184,21 +184,7 @@ def test_two_nodes_of_one_rank_are_one_node_of_two(run_ranks, alone, folder, str
 
 def test_the_quickstart_in_short_form_learns_under_fsdp2(run_ranks, folder):
     """From SFT on, as in the quickstart itself; the exported model is the last checkpoint's."""
-    quickstart = [
-        "--trainer.max_epochs=90",
-        "--trainer.accumulate_grad_batches=1",
-        "--data.demonstrations.init_args.num_demonstrations=800",
-        "--data.sft_batch_size=64",
-        "--data.reward=egspo_lightning.rewards.functions.CorrectnessReward",
-        '--data.benchmarks=[{"class_path":"egspo_lightning.evaluation.benchmarks.GeneratedBenchmark"}]',
-        "--data.num_problems=16",
-        "--data.num_generations=8",
-        "--data.max_completion_length=64",
-        "--stage_transition.after_epochs=40",
-        "--stage_transition.learning_rate=1e-4",
-        "--hf_export.enabled=true",
-        "--checkpoint.every_n_epochs=1000",
-    ]
+    quickstart = [*SHORT_QUICKSTART, "--trainer.accumulate_grad_batches=1", "--hf_export.enabled=true"]
     rows = run_ranks(folder, {"quickstart": [*quickstart, *FSDP2]})["quickstart"]
     accuracy = [float(row["eval/arithmetic/avg@1"]) for row in rows if row.get("eval/arithmetic/avg@1")]
     assert accuracy[0] < 0.05 < accuracy[1] + 0.08 < accuracy[2]
