@@ -1,6 +1,5 @@
 """Where things are, and small real components that many tests share."""
 
-import itertools
 import json
 import os
 import shutil
@@ -33,26 +32,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its back
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
-FIRST_PORT, PORTS_A_WORKER = 15_000, 2_000
-"""Below the range from which the system gives free ports."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Have Lightning's ranks meet at a port that is this test's own.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """Have Lightning's ranks meet at a port that is kept for this test.
 
-    It asks the system for a free one, lets go of it, and takes it some seconds later, when another test may have it.
+    Lightning asks the system for a free port, lets go of it, and takes it some seconds later, when another process may
+    have it. This one stays bound, so that the system gives it to nobody, and as it may be shared and does not listen,
+    the ranks can.
     """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    first = FIRST_PORT + worker * PORTS_A_WORKER
-    for port in itertools.islice(_PORTS, PORTS_A_WORKER):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", first + port)) != 0:
-                os.environ["STANDALONE_PORT"] = str(first + port)
-                return
-
-
-_PORTS = ((os.getpid() + turn) % PORTS_A_WORKER for turn in itertools.count())
+    with socket.socket() as kept:
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("", 0))
+        os.environ["STANDALONE_PORT"] = str(kept.getsockname()[1])
+        return (yield)
 
 
 @pytest.fixture(scope="session")

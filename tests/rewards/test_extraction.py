@@ -63,6 +63,6 @@ def test_length_cap() -> None:
     ids=["unclosed", "nested", "braces", "spaces", "no brace", "backslashes", "think"],
 )
 def test_hostile_text_takes_linear_time(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     extract_boxed(text)
-    assert time.perf_counter() - started < 2.0  # quadratic: minutes
+    assert time.process_time() - started < 2.0  # quadratic: minutes

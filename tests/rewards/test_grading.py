@@ -1,12 +1,12 @@
 import os
 import signal
 import threading
-import time
 from importlib.metadata import version
 
 import pytest
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.rewards import workers
 from egspo_lightning.rewards.grading import Grade, MathGrader
 
 BOMB = r"9^{9^{9^{9}}}+x"
@@ -70,22 +70,23 @@ def test_boxed_answers_and_golds_are_unwrapped(grader: MathGrader) -> None:
     ]
 
 
-def test_an_answer_that_hangs_times_out_and_the_next_is_graded(grader: MathGrader) -> None:
+def test_an_answer_that_hangs_times_out_and_the_next_is_graded(
+    grader: MathGrader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_GRACE_S", 60.0)  # the worker ends itself, long before the client would
     grader.grade_answers(["x+1"], ["1+x"])
-    started = time.monotonic()
     (grade,) = grader.grade_answers([BOMB], ["5"])
     assert grade[:3] == (False, "timeout", BOMB)
-    assert 1.0 <= grade.seconds < 1.45  # the worker ends itself, half a second before the client would
-    assert time.monotonic() - started < 2.0
+    assert 1.0 <= grade.seconds < 30.0
     assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
 
 
 def test_a_worker_that_cannot_end_itself_is_killed(grader: MathGrader) -> None:
     grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
-    workers = grader.worker_pids()[1:]
-    for pid in workers:
+    pids = grader.worker_pids()[1:]
+    for pid in pids:
         os.kill(pid, signal.SIGSTOP)  # its own alarm waits, too
-    grades = grader.grade_answers(["x+1"] * len(workers), ["1+x"] * len(workers))
+    grades = grader.grade_answers(["x+1"] * len(pids), ["1+x"] * len(pids))
     assert {grade.status for grade in grades} == {"timeout"}
     assert max(grade.seconds for grade in grades) < 2.0
     assert grader.grade_answers(["x+1"], ["1+x"])[0].correct

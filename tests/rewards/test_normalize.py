@@ -184,6 +184,6 @@ def test_numbers_are_exact() -> None:
 
 
 def test_a_million_digits_take_no_time() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert compare_fast("9" * 10**6, "8" * 10**6) is None
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
