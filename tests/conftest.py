@@ -46,7 +46,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         kept.bind(("", 0))
         os.environ["STANDALONE_PORT"] = str(kept.getsockname()[1])
-        return (yield)
+        try:
+            return (yield)
+        finally:
+            _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """What a test of a strategy leaves in this process, ranks that a later test starts would take for theirs."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
