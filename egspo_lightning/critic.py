@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.lora import is_reference
+from egspo_lightning.packing import use_packing
+from egspo_lightning.passes import Passes, Sequences
 from egspo_lightning.policy import Policy, PolicyConfig, ValueHead
 
 
@@ -72,12 +74,13 @@ class Critic(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.trunk = lm.get_decoder()
+        self.passes = Passes(use_packing(lm))
         self.value_head = ValueHead(lm)
 
     def forward(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
         """Value of the state before each completion token, (B, T) float32, 0 where the mask is false."""
-        hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-        values: Tensor = self.value_head(hidden, completion_mask)
+        (states,) = self.passes.states(self.trunk, [Sequences(input_ids, completion_mask)])
+        values: Tensor = self.value_head(states, completion_mask)
         return values
 
     def require_fit(self, policy: Policy) -> None:

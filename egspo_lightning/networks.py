@@ -8,7 +8,8 @@ from torch import Tensor
 
 from egspo_lightning import lora
 from egspo_lightning.critic import Critic
-from egspo_lightning.policy import Policy, Sequences
+from egspo_lightning.passes import Sequences
+from egspo_lightning.policy import Policy
 from egspo_lightning.types import Current, Scores
 
 

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.lora import LoraConfig
-from egspo_lightning.ops.padding import like_lengths, row_lengths
 from egspo_lightning.ops.token_stats import token_stats
+from egspo_lightning.packing import use_packing
+from egspo_lightning.passes import Passes, Sequences
 from egspo_lightning.types import Current
 
 LOADING_ERRORS = (
@@ -164,17 +164,6 @@ class PolicyConfig:
         )
 
 
-class Sequences(NamedTuple):
-    """A batch to take the statistics of."""
-
-    input_ids: Tensor
-    """(B, T), padded on the right"""
-    completion_mask: Tensor
-    """(B, T) bool; never true at position 0, which nothing predicts"""
-    temperature: float = 1.0
-    """the sampling temperature"""
-
-
 class ValueHead(nn.Module):
     """A linear map from hidden states to values, in float32, which starts at 0."""
 
@@ -184,15 +173,15 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden_states: Tensor, completion_mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, completion_mask: Tensor) -> Tensor:
         """Value of the state before each completion token, (B, T) float32, 0 where the mask is false.
 
         Args:
-            hidden_states: (B, T, D) of the trunk
-            completion_mask: (B, T) bool; never true at position 0
+            states: (N, D) of the trunk, before each token that the mask is true at
+            completion_mask: (B, T) bool
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            values = self.linear(hidden_states[:, :-1][completion_mask[:, 1:]].to(self.linear.weight.dtype)).squeeze(-1)
+        with torch.autocast(states.device.type, enabled=False):
+            values = self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
         return torch.zeros_like(completion_mask, dtype=values.dtype).masked_scatter(completion_mask, values)
 
 
@@ -210,74 +199,35 @@ class Policy(nn.Module):
         super().__init__()
         self.lm: Any = lm
         self.value_head = value_head
-        self.splits_rows = True
-        """Whether rows may go through the trunk in several runs; sharded, all ranks must run it equally often."""
         _disable_dropout(lm)
         self.lm.train()
         _check_linear_head(self.lm)
+        self.passes = Passes(use_packing(lm))
 
     def forward(self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0) -> Current:
         """Log-probability, entropy and value of each completion token, all (B, T), 0 where the mask is false.
-
-        Sequences are padded on the right, so under causal attention no token ever sees padding, and no attention
-        mask is needed: positions count from 0 in every row, and the fast attention kernels apply. Rows of like length
-        go through the trunk together, each run cut to its longest, where that saves enough padding.
 
         Args:
             input_ids: (B, T)
             completion_mask: (B, T) bool; never true at position 0, which nothing predicts
             temperature: the sampling temperature
         """
-        part = Sequences(input_ids, completion_mask, temperature)
-        return self.together(part)[0] if self._makes_runs else self._whole(part)
+        return self.together(Sequences(input_ids, completion_mask, temperature))[0]
 
     def together(self, *parts: Sequences) -> list[Current]:
-        """What ``forward`` gives for each of several batches, whose rows share the runs through the trunk."""
-        if not self._makes_runs:
-            return [self(*part) for part in parts]
-        states = self._states_in_runs(parts)
-        num_tokens = [int(part.completion_mask.sum()) for part in parts]
-        return [self._statistics(own, part) for own, part in zip(states.split(num_tokens), parts, strict=True)]
-
-    @property
-    def _makes_runs(self) -> bool:
-        return self.splits_rows and self.value_head is None
-
-    def _whole(self, part: Sequences) -> Current:
-        hidden = self._states(part.input_ids)
-        mask = part.completion_mask
-        stats = self._statistics(hidden[:, :-1][mask[:, 1:]], part)
-        return stats if self.value_head is None else stats._replace(values=self.value_head(hidden, mask))
-
-    def _states_in_runs(self, parts: tuple[Sequences, ...]) -> Tensor:
-        """The state before each completion token, (N, D), in the order of batches, rows and tokens."""
-        width = max(part.input_ids.shape[1] for part in parts)
-        ids, mask = (
-            torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-            for tensors in zip(*((part.input_ids, part.completion_mask) for part in parts), strict=True)
-        )
-        lengths = row_lengths(mask).clamp(min=2).tolist()
-        starts, states, start = [0] * len(lengths), [], 0
-        for run in like_lengths(lengths):
-            run_width = lengths[run[-1]]
-            states.append(self._states(ids[run, :run_width]).flatten(0, 1))
-            for row in run:
-                starts[row], start = start, start + run_width
-        rows, positions = mask[:, 1:].nonzero(as_tuple=True)
-        return torch.cat(states).index_select(0, torch.tensor(starts, device=ids.device)[rows] + positions)
-
-    def _states(self, input_ids: Tensor) -> Tensor:
-        """(B, T, D)"""
-        hidden: Tensor = self.lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden
+        """What ``forward`` gives for each of several batches, whose rows share the passes through the trunk."""
+        states = self.passes.states(self.lm.get_decoder(), parts)
+        return [self._statistics(own, part) for own, part in zip(states, parts, strict=True)]
 
     def _statistics(self, states: Tensor, part: Sequences) -> Current:
-        """From the states before the completion tokens, (N, D) in the order of the rows, to (B, T)."""
+        """From the states before the completion tokens, (N, D), to (B, T)."""
         ids, mask = part.input_ids, part.completion_mask
         head = self.lm.get_output_embeddings()
         stats = token_stats(states, head, ids[:, 1:][mask[:, 1:]], temperature=part.temperature)
         blank = torch.zeros_like(ids, dtype=stats.logprobs.dtype)
-        return Current(*(blank.masked_scatter(mask, values) for values in stats))
+        values = None if self.value_head is None else self.value_head(states, mask)
+        logprobs, entropies = (blank.masked_scatter(mask, values) for values in stats)
+        return Current(logprobs, entropies, values)
 
 
 def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:

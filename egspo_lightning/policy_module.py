@@ -22,7 +22,8 @@ from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.networks import Networks
 from egspo_lightning.optimizers import build_optimizer, build_scheduler
-from egspo_lightning.policy import Policy, PolicyConfig, Sequences, end_of_sequence_ids
+from egspo_lightning.passes import Sequences
+from egspo_lightning.policy import Policy, PolicyConfig, end_of_sequence_ids
 from egspo_lightning.sharding import gathered, shard
 from egspo_lightning.snapshot import Snapshot
 from egspo_lightning.strategies import require_strategy, sharding_plan

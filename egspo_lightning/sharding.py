@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from egspo_lightning.policy import Policy, ValueHead
+from egspo_lightning.policy import ValueHead
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def shard(network: nn.Module, mesh: DeviceMesh, plan: ShardingPlan = ShardingPla
         elif type(module).__name__ in names:
             _shard(module, mesh, plan)
     _shard(network, mesh, plan)
-    if isinstance(network, Policy):
-        network.splits_rows = False
+    passes: Any = network.passes
+    passes.splits_rows = False
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, plan: ShardingPlan) -> None:

@@ -11,10 +11,10 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "lora", "checkpoint_files", "checkpoint_fit", "randomness"],
+    ["types", "jsonl", "flags", "lora", "packing", "checkpoint_files", "checkpoint_fit", "randomness"],
     ["config_files", "surroundings", "optimizers", "ranks", "noise"],
     ["ops", "rewards", "tasks", "checkpoints", "plain"],
-    ["controllers", "answers", "evaluation.metrics"],
+    ["controllers", "answers", "evaluation.metrics", "passes"],
     ["admission"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],

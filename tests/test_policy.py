@@ -6,7 +6,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from egspo_lightning.critic import Critic
 from egspo_lightning.errors import UserError
-from egspo_lightning.policy import Policy, PolicyConfig, Sequences, ValueHead, end_of_sequence_ids
+from egspo_lightning.passes import Sequences
+from egspo_lightning.policy import Policy, PolicyConfig, ValueHead, end_of_sequence_ids
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 
@@ -47,27 +48,33 @@ def test_values_and_gradients_are_those_of_the_naive_way(tied):
         assert (ours - naive).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("way", ["runs", "whole", "value head"])
+def unpacked(policy, *, splits_rows):
+    """Without packing: rows of like length share a pass, or all of them do."""
+    policy.lm.set_attn_implementation("sdpa")
+    policy.passes.packs, policy.passes.splits_rows = False, splits_rows
+    return policy
+
+
+@pytest.mark.parametrize("way", ["packed", "runs", "whole", "value head"])
 def test_batches_together_have_the_statistics_of_each_alone(way):
-    lm = qwen2()
+    lm, plain = qwen2(), unpacked(Policy(qwen2()), splits_rows=False)
     policy = Policy(lm, ValueHead(lm) if way == "value head" else None)
-    policy.splits_rows = way != "whole"
+    assert policy.passes.packs
+    if way in ("runs", "whole"):
+        policy = unpacked(policy, splits_rows=way == "runs")
     ids, mask = batch()
     wide = torch.randint(50, (40, 30))
     ends = torch.randint(3, 31, (40, 1))
     wide_mask = (torch.arange(30) >= 2) & (torch.arange(30) < ends)
     parts = [Sequences(ids, mask, 0.7), Sequences(wide, wide_mask)]
-    together = policy.together(*parts)
-    for found, part in zip(together, parts, strict=True):
-        alone = policy(*part)
+    together, apart = policy.together(*parts), [plain(*part) for part in parts]
+    for found, alone in zip(together, apart, strict=True):
         torch.testing.assert_close(found.logprobs, alone.logprobs, rtol=0, atol=2e-5)
         torch.testing.assert_close(found.entropies, alone.entropies, rtol=0, atol=2e-5)
-        assert (found.values is None) == (alone.values is None)
-    whole = [policy._whole(part) for part in parts]
-    parameters = list(policy.lm.parameters())
+        assert (found.values is not None) == (way == "value head")
     ours, naive = (
-        torch.autograd.grad(sum((i + 1) * s.logprobs.sum() for i, s in enumerate(stats)), parameters)
-        for stats in (together, whole)
+        torch.autograd.grad(sum((i + 1) * s.logprobs.sum() for i, s in enumerate(stats)), list(lm.parameters()))
+        for lm, stats in ((policy.lm, together), (plain.lm, apart))
     )
     for one, other in zip(ours, naive, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -104,7 +111,11 @@ def test_a_critic_of_its_own_gives_the_same_values_where_its_weights_are_the_sam
 
 
 def test_a_critic_of_another_architecture_is_left_as_it_is():
-    other = Critic(AutoModelForCausalLM.from_config(Qwen2Config(**SIZES | {"hidden_size": 8}, num_attention_heads=4)))
+    other = Critic(
+        AutoModelForCausalLM.from_config(
+            Qwen2Config(**SIZES | {"hidden_size": 8}, num_attention_heads=4, num_key_value_heads=4)
+        )
+    )
     before = [p.clone() for p in other.parameters()]
     other.start_from(Policy(qwen2()))
     assert all(map(torch.equal, before, other.parameters()))

@@ -34,11 +34,7 @@ def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-SPLIT_TOKENS = 128
-"""Tokens of padding that are worth a forward pass of their own: launching its kernels takes about as long as they."""
-
-
-def like_lengths(lengths: Sequence[int], *, worth: int = SPLIT_TOKENS) -> list[list[int]]:
+def like_lengths(lengths: Sequence[int], *, worth: int) -> list[list[int]]:
     """Rows, shortest first, in runs of like length: cut where that saves more than ``worth`` tokens of padding."""
     return _cut(sorted(range(len(lengths)), key=lambda row: lengths[row]), lengths, worth)
 

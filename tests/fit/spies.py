@@ -23,11 +23,11 @@ METHODS = {
 
 
 class Spy(Callback):
-    """Keeps the metrics and the weights at the end of every epoch, every batch, and whether the optimiser is fused."""
+    """Keeps the metrics and the weights at the end of every epoch, every batch, what optimiser and attention are."""
 
     def __init__(self):
         self.metrics, self.weights, self.batches, self.gradients = [], [], [], []
-        self.fused = None
+        self.fused = self.attention = None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append(batch)
@@ -37,6 +37,7 @@ class Spy(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.weights.append([p.detach().clone() for p in pl_module.policy.parameters()])
+        self.attention = pl_module.policy.lm.config._attn_implementation
         self.fused = pl_module.optimizers().param_groups[0].get("fused")
 
     def on_train_end(self, trainer, pl_module):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning import policy
+from egspo_lightning import critic as critic_module
+from egspo_lightning import packing, passes, policy
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops import token_stats
@@ -87,14 +88,27 @@ def test_losses_do_not_depend_on_leaving_out_rollouts_without_spread(tiny_run, m
 
 
 def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypatch):
-    def alone(lengths):
+    def alone(lengths, worth):
         return [[row] for row in sorted(range(len(lengths)), key=lambda row: lengths[row])]
 
     together, _ = losses_of(tiny_run, data={"num_minibatches": 1})
-    monkeypatch.setattr(policy, "like_lengths", alone)
+    monkeypatch.setattr(passes, "like_lengths", alone)
     split, spy = losses_of(tiny_run, data={"num_minibatches": 1})
     assert len({int(length) for length in row_lengths(spy.batches[0].rollout.completion_mask)}) > 1
     assert split == pytest.approx(together, rel=0, abs=1e-5)
+
+
+@pytest.mark.parametrize("critic", [None, "shared", "own"])
+def test_losses_do_not_depend_on_packing(tiny_run, monkeypatch, critic):
+    module = {} if critic is None else {"advantage": GAE(), "critic": CriticConfig(trunk=critic)}
+    packed, spy = losses_of(tiny_run, module=module)
+    assert spy.attention == packing.NAME
+    for user in (policy, critic_module):
+        monkeypatch.setattr(user, "use_packing", lambda lm: False)
+    apart, other = losses_of(tiny_run, module=module)
+    assert other.attention == "sdpa"
+    assert apart == pytest.approx(packed, rel=0, abs=1e-5)
+    assert distance(spy.gradients[0], other.gradients[0]) < 1e-5
 
 
 def test_losses_do_not_depend_on_passes_that_rollouts_and_experts_share(tiny_run, monkeypatch):
@@ -105,7 +119,7 @@ def test_losses_do_not_depend_on_passes_that_rollouts_and_experts_share(tiny_run
     )
     shared, _ = losses_of(tiny_run)
     assert set(parts) == {2}
-    monkeypatch.setattr(policy.Policy, "together", lambda self, *batches: [self._whole(batch) for batch in batches])
+    monkeypatch.setattr(policy.Policy, "together", lambda self, *batches: [together(self, b)[0] for b in batches])
     assert losses_of(tiny_run)[0] == pytest.approx(shared, rel=0, abs=1e-5)
 
 

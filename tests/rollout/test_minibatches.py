@@ -220,4 +220,4 @@ def test_rows_are_cut_where_it_saves_more_padding_than_a_pass_is_worth():
     assert like_lengths(lengths, worth=21) == [[5, 1, 3, 0, 2, 4]]
     assert like_lengths(lengths, worth=0) == [[5], [1, 3], [0], [2, 4]]
     assert like_lengths([4, 4, 4], worth=0) == [[0, 1, 2]]
-    assert like_lengths([7]) == [[0]]
+    assert like_lengths([7], worth=0) == [[0]]
