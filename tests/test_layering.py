@@ -11,14 +11,15 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "lora", "checkpoint_files", "checkpoint_fit", "randomness"],
+    ["types", "jsonl", "flags", "lora", "checkpoint_files", "checkpoint_fit", "randomness", "accumulation"],
     ["config_files", "surroundings", "optimizers", "ranks", "noise"],
     ["ops", "rewards", "tasks", "checkpoints", "plain"],
     ["controllers", "answers", "evaluation.metrics"],
     ["admission"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],
-    ["critic", "sharding", "answering", "phases"],
+    ["critic", "sharding", "answering", "updates"],
+    ["phases"],
     ["strategies", "planning", "faults", "networks"],
     ["snapshot"],
     ["policy_module"],
