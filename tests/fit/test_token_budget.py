@@ -1,5 +1,7 @@
 """Micro-batches that are bounded by tokens: the same updates, in the fewest passes that keep the bound."""
 
+from itertools import chain
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -105,7 +107,7 @@ def test_no_pass_sees_more_and_no_phase_has_a_micro_batch_too_many(tiny_run, met
         assert len(phase) == num_updates * parts[0]
         assert is_last == (False,) * (len(phase) - 1) + (True,)
         assert list(steps) == [step + (i + 1) // parts[0] for i in range(len(phase))]
-        updates = [sum(lengths[i : i + parts[0]], []) for i in range(0, len(phase), parts[0])]
+        updates = [[*chain(*lengths[i : i + parts[0]])] for i in range(0, len(phase), parts[0])]
         reserved = 2 if max(kinds) == 2 else 0  # for the row that stands for none
         assert parts[0] == max(least_number(update, BUDGET - reserved) for update in updates)
         step += num_updates
