@@ -66,7 +66,7 @@ CASES = {
         ("reference", 4, None),
         ("critic", 1, None),
         ("plain", 1, 500),
-        ("critic", 1, 870),  # two parts, of 840 and 864
+        ("critic", 1, 870),  # two parts, the larger of 864
     ],
 )
 def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case, accumulate, max_tokens):
