@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from egspo_lightning.cut_off import CutOff
 from egspo_lightning.data.expert import ExpertPool
 from egspo_lightning.data.loader import SizedLoader
-from egspo_lightning.errors import UserError
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.experience import Collection, Prepared, prepare
 from egspo_lightning.rollout.lookahead import Lookahead
@@ -49,20 +49,6 @@ class Split(NamedTuple):
     world_size: int
     parts: int
     """Micro-batches an update, on each rank, unless it is found from their tokens."""
-
-
-class CutOff(NamedTuple):
-    """A phase that a checkpoint was made in."""
-
-    num_given: int
-    """Micro-batches that were trained on."""
-    length: int
-    packed: dict[str, Any] | None
-    """This rank's rollouts, in stage EGSPO."""
-    parts: int
-    """Micro-batches an update."""
-    max_tokens: int | None
-    """Of a micro-batch at most."""
 
 
 class Phases:
@@ -104,7 +90,7 @@ class Phases:
         cut_off, self._cut_off = self._cut_off, None
         parts, first = split.parts, 0
         if cut_off is not None:
-            parts, first = self._parts_of(cut_off, updates, split), cut_off.num_given
+            parts, first = cut_off.parts_now(updates, parts, self.sizes.max_tokens), cut_off.num_given
             if self.sizes.max_tokens is not None:  # Lightning counts from where it was as soon as it has the loader
                 policy.settle_micro_batches(parts, updates)
         self._parts, self._length, self._num_given = parts, updates * parts, first
@@ -120,25 +106,6 @@ class Phases:
                     yield batch
 
         return SizedLoader(self._length, batches)
-
-    def _parts_of(self, cut_off: CutOff, updates: int, split: Split) -> int:
-        """Micro-batches an update of a phase that goes on as it began."""
-        max_tokens = self.sizes.max_tokens
-        if max_tokens != cut_off.max_tokens:
-            raise UserError(
-                "ckpt_path: the checkpoint was made within a phase whose micro-batches were cut with "
-                f"data.max_tokens_per_micro_batch = {_shown(cut_off.max_tokens)}, and this config has "
-                f"{_shown(max_tokens)}. Resume with that of the checkpoint, or from a checkpoint of the end of a phase."
-            )
-        parts = split.parts if max_tokens is None else cut_off.parts
-        if updates * parts != cut_off.length:
-            raise UserError(
-                f"ckpt_path: the checkpoint was made within a phase of {cut_off.length} micro-batches a rank, and with "
-                f"this config a phase has {updates * parts}: the demonstrations, data.sft_batch_size, "
-                "data.num_ppo_epochs, data.num_minibatches or trainer.accumulate_grad_batches differ. Resume with "
-                "those of the checkpoint, or from a checkpoint of the end of a phase."
-            )
-        return parts
 
     def _settle_parts(self, policy: TrainedPolicy, shares: list[UpdateShare], max_tokens: int) -> None:
         """Find the least number of micro-batches that is enough for every update of the phase on every rank."""
@@ -246,13 +213,8 @@ class Phases:
             state["ahead"] = policy.collect_over_ranks(self.ahead.packed())
         if is_running and 0 < self._num_given < self._length:
             own = None if policy.stage == Stage.SFT or self.collection is None else pack(self.collection)
-            state["phase"] = {
-                "num_given": self._num_given,
-                "length": self._length,
-                "parts": self._parts,
-                "max_tokens": self.sizes.max_tokens,
-                "collections": policy.collect_over_ranks(own),
-            }
+            phase = CutOff(self._num_given, self._length, self._parts, self.sizes.max_tokens, own)
+            state["phase"] = phase.state_dict(policy.collect_over_ranks(own))
         return state
 
     def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int, *, looks_ahead: bool = False) -> None:
@@ -269,29 +231,10 @@ class Phases:
         ahead = state.get("ahead", [])
         if looks_ahead and len(ahead) == world_size:
             self.ahead.saved = ahead[rank]
-        phase = state.get("phase")
-        if phase is None:
-            return
-        saved = len(phase["collections"])
-        if saved != world_size:
-            raise UserError(
-                f"ckpt_path: the checkpoint was made within a phase whose data {saved} ranks shared, and this run has "
-                f"{world_size}. Resume on {saved}, or from a checkpoint of the end of a phase."
-            )
-        self._cut_off = CutOff(
-            num_given=phase["num_given"],
-            length=phase["length"],
-            packed=phase["collections"][rank],
-            parts=phase.get("parts", 0),  # of checkpoints that were made before, the length is enough
-            max_tokens=phase.get("max_tokens"),
-        )
+        if state.get("phase") is not None:
+            self._cut_off = CutOff.of_checkpoint(state["phase"], rank, world_size)
 
     def drop_ahead(self) -> None:
         """End what is being made ahead: its phase will not come, or not in this run."""
         self.ahead.drop()
         self.collector.num_drawn = self._num_drawn
-
-
-def _shown(value: int | None) -> str:
-    """As a config has it."""
-    return "null" if value is None else str(value)

@@ -11,7 +11,7 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "lora", "checkpoint_files", "checkpoint_fit", "randomness", "accumulation"],
+    ["types", "jsonl", "flags", "lora", "checkpoint_files", "checkpoint_fit", "randomness", "accumulation", "cut_off"],
     ["config_files", "surroundings", "optimizers", "ranks", "noise"],
     ["ops", "rewards", "tasks", "checkpoints", "plain"],
     ["controllers", "answers", "evaluation.metrics"],

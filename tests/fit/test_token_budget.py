@@ -55,6 +55,7 @@ class Passes(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         parts = [part for part in (batch.rollout, batch.expert) if part is not None]
         lengths = [length for part in parts for length in row_lengths(part.completion_mask).tolist() if length]
+        assert trainer.val_check_batch == trainer.num_training_batches  # Lightning validates at the end of the epoch
         step = (self.seen, trainer.accumulate_grad_batches, trainer.is_last_batch, trainer.global_step)
         self.phases[-1].append((lengths, len(parts), *step))
 
@@ -149,7 +150,7 @@ def test_every_checkpoint_leads_to_the_same_end(tiny_run, tmp_path, method, stal
     assert len(saved) == run.trainer.global_step == 12
     assert len({phase[0][3] for phase in whole}) > 1
     within = 0
-    for path in saved[:-1]:
+    for path in (saved[i - 1] for i in (1, 2, 4, 5, 7, 11)):  # phases end after updates 2, 4 and 8
         rest_passes = Passes()
         rest_passes.phases.append([])  # that of a phase which goes on is not begun again
         rest = resumable(tiny_run, tmp_path / path.stem, rest_passes, **settings)
@@ -160,7 +161,7 @@ def test_every_checkpoint_leads_to_the_same_end(tiny_run, tmp_path, method, stal
         done = [step for phase in rest_passes.phases for step in phase]
         assert done == [step for phase in whole for step in phase][-len(done) :]
         within += bool(rest_passes.phases[0])
-    assert within == 8
+    assert within == 4
 
 
 @pytest.mark.parametrize(("before", "after"), [(BUDGET, 61), (BUDGET, None), (None, BUDGET)])
