@@ -1,7 +1,8 @@
 """The LightningDataModule: alternates between expert data and freshly sampled rollouts.
 
 All sizes in its config are global: those of one optimiser step, or of one collection, over all ranks and accumulated
-micro-batches. More ranks or ``--trainer.accumulate_grad_batches`` change speed and memory, never the update.
+micro-batches. More ranks, ``--trainer.accumulate_grad_batches`` or ``max_tokens_per_micro_batch`` change speed and
+memory, never the update.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.evaluation.records import Answer
 from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
-from egspo_lightning.flags import require_phases
+from egspo_lightning.flags import require_budget, require_phases
 from egspo_lightning.phases import Phases, PhaseSizes, Split
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
@@ -32,6 +33,7 @@ from egspo_lightning.rollout.experience import Collection
 from egspo_lightning.rollout.protocol import TrainedPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import ExpertSolution, ProblemBatch
+from egspo_lightning.updates import longest_row
 
 MOST = 10**8
 """Of anything that is counted in memory: far above what fits, and below what would hang before it fails."""
@@ -58,6 +60,9 @@ class HybridDataModule(LightningDataModule):
             problems (DAPO's dynamic sampling); 0 keeps them, and skips them in updates.
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
+        max_tokens_per_micro_batch: Tokens, of prompts and completions, in one forward and backward pass on a device at
+            most; each phase then has the fewest micro-batches an update that keep it. null takes the number of
+            trainer.accumulate_grad_batches.
         max_staleness: Collections that the policy that samples may be behind the one in training: 0 samples, then
             trains; 1 samples the next collection in a thread while this one is trained on.
         max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
@@ -85,6 +90,7 @@ class HybridDataModule(LightningDataModule):
         max_resampling: int = 0,
         num_ppo_epochs: int = 1,
         num_minibatches: int = 1,
+        max_tokens_per_micro_batch: int | None = None,
         max_staleness: int = 0,
         max_prompt_length: int = 512,
         max_completion_length: int = 1024,
@@ -103,11 +109,12 @@ class HybridDataModule(LightningDataModule):
         self.num_ppo_epochs, self.num_minibatches = num_ppo_epochs, num_minibatches
         self.max_resampling, self.max_staleness = max_resampling, max_staleness
         self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.eval_batch_size, self.seed, self.long_problems = eval_batch_size, seed, long_problems
         for name, value in vars(self).items():
             if name in ("num_ppo_epochs", "num_minibatches", "max_prompt_length") or name.endswith("_batch_size"):
                 require(value >= 1, f"data.{name}", value, "at least 1")
-            if name.startswith(("num_", "max_")) or name.endswith("_batch_size"):
+            if value is not None and (name.startswith(("num_", "max_")) or name.endswith("_batch_size")):
                 require(value <= MOST, f"data.{name}", value, f"at most {MOST}")
         allowed = "0, or 1: one snapshot of the policy samples while it trains, so rollouts are one collection old"
         require(max_staleness in (0, 1), "data.max_staleness", max_staleness, allowed)
@@ -133,7 +140,9 @@ class HybridDataModule(LightningDataModule):
             max_resampling=max_resampling,
             seed=seed,
         )
-        sizes = PhaseSizes(sft_batch_size, expert_batch_size, num_ppo_epochs, num_minibatches)
+        sizes = PhaseSizes(
+            sft_batch_size, expert_batch_size, num_ppo_epochs, num_minibatches, max_tokens_per_micro_batch
+        )
         self.phases = Phases(collector, sizes, seed)
 
     # Set-up
@@ -144,7 +153,8 @@ class HybridDataModule(LightningDataModule):
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
         if stage == TrainerFn.FITTING and self.phases.pool is None:
-            require_phases(self._trainer)
+            require_phases(self._trainer, finds_parts=self.max_tokens_per_micro_batch is not None)
+            self.require_budget(self._trainer.accumulate_grad_batches, is_mixed=self._policy.mixes_expert_data)
             self._require_groups()
             self._require_ranks_apart()
             self._policy.accept_staleness(self.max_staleness)
@@ -167,6 +177,17 @@ class HybridDataModule(LightningDataModule):
             f"{pool.num_dropped} that are too long). Training problems dropped because a benchmark asks them: "
             f"{dropped[0]}; because they are too long: {dropped[1]}."
         )
+
+    def require_budget(self, parts: int, *, is_mixed: bool) -> None:
+        """Refuse a budget of tokens that cannot be kept, or stands beside a number of micro-batches.
+
+        Args:
+            parts: trainer.accumulate_grad_batches
+            is_mixed: whether updates on rollouts carry demonstrations as well
+        """
+        if self.max_tokens_per_micro_batch is not None:
+            longest = longest_row(self.max_prompt_length, self.max_completion_length, is_mixed=is_mixed)
+            require_budget(self.max_tokens_per_micro_batch, longest, parts)
 
     def _require_groups(self) -> None:
         """Refuse what the ranks cannot share, and what the advantage estimator cannot use."""
@@ -197,13 +218,20 @@ class HybridDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """End sampling ahead, the graders' processes, and what the engine holds."""
         self.answerer.close()
+        self._forget_parts()
         self._end_sampling()
         if isinstance(self.engine, ClosingEngine):
             self.engine.close()
 
     def on_exception(self, exception: BaseException) -> None:
         """No thread outlives the run, whatever has ended it."""
+        self._forget_parts()
         self._end_sampling()
+
+    def _forget_parts(self) -> None:
+        """Leave the trainer's flag as it was given."""
+        if self.max_tokens_per_micro_batch is not None:
+            self._trainer.accumulate_grad_batches = 1
 
     def _end_sampling(self) -> None:
         self.phases.ahead.cancel()

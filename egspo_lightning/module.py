@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from egspo_lightning.accumulation import settle
 from egspo_lightning.admission import Admission
 from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
@@ -123,6 +124,11 @@ class EGSPOModule(ResumableModule):
         """A phase begins: its rollouts are stamped with the policy as it is now, or as it was one phase ago."""
         self._previous_version, self._phase_version = self._phase_version, self.policy_version
         self._phase.add({"stage": float(self.stage == Stage.EGSPO)})
+
+    def settle_micro_batches(self, number: int, num_updates: int) -> None:
+        """Let this phase have so many micro-batches an update, and log it."""
+        settle(self.trainer, number, num_updates)
+        self._phase.add({"update/micro_batches": float(number)}, "max")
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """The loss of a micro-batch, scaled so that the mean over micro-batches and ranks is that of the update."""

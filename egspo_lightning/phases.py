@@ -5,20 +5,21 @@ minibatches. Which data it holds follows from the seed and its number, so a resu
 rollouts of a phase that is under way have to be kept, and those of the next one where they are made ahead of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from egspo_lightning.cut_off import CutOff
 from egspo_lightning.data.expert import ExpertPool
 from egspo_lightning.data.loader import SizedLoader
-from egspo_lightning.errors import UserError
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.experience import Collection, Prepared, prepare
 from egspo_lightning.rollout.lookahead import Lookahead
-from egspo_lightning.rollout.minibatches import cut_updates, plan_updates
+from egspo_lightning.rollout.minibatches import RolloutShare, plan_updates, share_updates
 from egspo_lightning.rollout.protocol import RolloutPolicy, TrainedPolicy
 from egspo_lightning.rollout.storage import pack, unpack
-from egspo_lightning.types import ExpertBatch, RolloutBatch, Stage, TrainingBatch
+from egspo_lightning.types import Stage, TrainingBatch
+from egspo_lightning.updates import UpdateShare
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ class PhaseSizes:
         expert_batch_size: Demonstrations that an update in stage EGSPO carries where mu > 0.
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
+        max_tokens: Tokens of a micro-batch at most, from which the number of micro-batches an update is found for each
+            phase; None takes the number that is given.
     """
 
     sft_batch_size: int
     expert_batch_size: int
     num_ppo_epochs: int
     num_minibatches: int
+    max_tokens: int | None = None
 
 
 class Split(NamedTuple):
@@ -44,17 +48,7 @@ class Split(NamedTuple):
     rank: int
     world_size: int
     parts: int
-    """Micro-batches an update, on each rank."""
-
-
-class CutOff(NamedTuple):
-    """A phase that a checkpoint was made in."""
-
-    num_given: int
-    """Micro-batches that were trained on."""
-    length: int
-    packed: dict[str, Any] | None
-    """This rank's rollouts, in stage EGSPO."""
+    """Micro-batches an update, on each rank, unless it is found from their tokens."""
 
 
 class Phases:
@@ -76,7 +70,7 @@ class Phases:
         self.ahead = Lookahead()
         """The collection of the next phase, where it is sampled while this one is trained on."""
         self._num_drawn = 0  # problems of the collections that were begun; the collector may be ahead of that
-        self._length = self._num_given = 0  # micro-batches of the latest phase, and those of them that were given
+        self._parts = self._length = self._num_given = 0  # micro-batches an update, of the latest phase, given of it
         self._cut_off: CutOff | None = None  # the phase that a checkpoint was made in, until it goes on
 
     def loader(self, policy: TrainedPolicy, split: Split, *, looks_ahead: bool = False) -> SizedLoader:
@@ -94,37 +88,49 @@ class Phases:
         is_sft = policy.stage == Stage.SFT
         updates = self._num_sft_updates if is_sft else self.sizes.num_ppo_epochs * self.sizes.num_minibatches
         cut_off, self._cut_off = self._cut_off, None
-        length, first = updates * split.parts, 0 if cut_off is None else cut_off.num_given
-        if cut_off is not None and length != cut_off.length:
-            raise UserError(
-                f"ckpt_path: the checkpoint was made within a phase of {cut_off.length} micro-batches a rank, and with "
-                f"this config a phase has {length}: the demonstrations, data.sft_batch_size, data.num_ppo_epochs, "
-                "data.num_minibatches or trainer.accumulate_grad_batches differ. Resume with those of the checkpoint, "
-                "or from a checkpoint of the end of a phase."
-            )
-        self._length, self._num_given = length, first
-        if is_sft:
-            return SizedLoader(length, lambda: self._counted(self._sft_batches(policy, split, cut_off), first))
-        return SizedLoader(
-            length, lambda: self._counted(self._rollout_batches(policy, split, cut_off, looks_ahead), first)
-        )
+        parts, first = split.parts, 0
+        if cut_off is not None:
+            parts, first = cut_off.parts_now(updates, parts, self.sizes.max_tokens), cut_off.num_given
+            if self.sizes.max_tokens is not None:  # Lightning counts from where it was as soon as it has the loader
+                policy.settle_micro_batches(parts, updates)
+        self._parts, self._length, self._num_given = parts, updates * parts, first
+        shares = self._sft_shares if is_sft else self._rollout_shares
 
-    def _counted(self, batches: Iterator[TrainingBatch], first: int) -> Iterator[TrainingBatch]:
-        for number, batch in enumerate(batches):
-            if number >= first:
-                self._num_given = number + 1
+        def batches() -> Iterator[TrainingBatch]:
+            made = shares(policy, split, cut_off, looks_ahead)
+            if self.sizes.max_tokens is not None and cut_off is None:
+                self._settle_parts(policy, made, self.sizes.max_tokens)
+            for number, batch in enumerate(self._micro_batches(made)):
+                if number >= first:
+                    self._num_given = number + 1
+                    yield batch
+
+        return SizedLoader(self._length, batches)
+
+    def _settle_parts(self, policy: TrainedPolicy, shares: list[UpdateShare], max_tokens: int) -> None:
+        """Find the least number of micro-batches that is enough for every update of the phase on every rank."""
+        own = max(share.num_needed(max_tokens) for share in shares)
+        self._parts = max(policy.collect_over_ranks(own))
+        self._length = len(shares) * self._parts
+        policy.settle_micro_batches(self._parts, len(shares))
+
+    def _micro_batches(self, shares: list[UpdateShare]) -> Iterator[TrainingBatch]:
+        for share in shares:
+            for batch in share.micro_batches(self._parts):
+                self.ahead.check()
                 yield batch
 
     # Stage SFT
 
-    def _sft_batches(self, policy: TrainedPolicy, split: Split, cut_off: CutOff | None) -> Iterator[TrainingBatch]:
+    def _sft_shares(
+        self, policy: TrainedPolicy, split: Split, cut_off: CutOff | None, looks_ahead: bool
+    ) -> list[UpdateShare]:
         """One pass over the demonstrations."""
         self.num_passes += cut_off is None
         size, count = self.sizes.sft_batch_size, len(self._pool.demonstrations)
         order = self._pool.draw((self.num_passes - 1) * count, count)
-        for start in range(0, count, size):
-            for expert in self._pool.micro_batches(order[start : start + size], *split):
-                yield TrainingBatch(Stage.SFT, None, expert)
+        updates = [order[start : start + size] for start in range(0, count, size)]
+        return [UpdateShare(None, self._pool.share(update, split.rank, split.world_size)) for update in updates]
 
     @property
     def _num_sft_updates(self) -> int:
@@ -132,9 +138,9 @@ class Phases:
 
     # Stage EGSPO
 
-    def _rollout_batches(
+    def _rollout_shares(
         self, policy: TrainedPolicy, split: Split, cut_off: CutOff | None, looks_ahead: bool
-    ) -> Iterator[TrainingBatch]:
+    ) -> list[UpdateShare]:
         """One collection of rollouts, and the updates on it."""
         if cut_off is None:
             self.collection = self._collect(policy, split)
@@ -146,12 +152,13 @@ class Phases:
             assert cut_off.packed is not None
             self.collection = unpack(cut_off.packed, policy.device)
         number = self.num_collections - 1
-        updates = self._updates(policy, split, self.collection, number)
-        for i, micro in enumerate(updates):
-            position = number * self.sizes.num_ppo_epochs * self.sizes.num_minibatches + i
-            for part, expert in zip(micro, self._expert_parts(policy, split, position), strict=True):
-                self.ahead.check()
-                yield TrainingBatch(Stage.EGSPO, part, expert)
+        rollouts = self._updates(policy, self.collection, number)
+        if not policy.mixes_expert_data:
+            return [UpdateShare(share, None) for share in rollouts]
+        size = self.sizes.expert_batch_size
+        drawn = (self._pool.draw((number * len(rollouts) + i) * size, size) for i in range(len(rollouts)))
+        experts = [self._pool.share(update, split.rank, split.world_size) for update in drawn]
+        return [UpdateShare(*pair) for pair in zip(rollouts, experts, strict=True)]
 
     def _collect(self, policy: TrainedPolicy, split: Split) -> Collection:
         """The collection that was made ahead, or else one that is made now; admitted to training."""
@@ -173,9 +180,7 @@ class Phases:
     def _prepare(self, policy: RolloutPolicy, split: Split, number: int) -> Prepared:
         return prepare(policy, self.collector, number, split.rank, split.world_size)
 
-    def _updates(
-        self, policy: TrainedPolicy, split: Split, collection: Collection, number: int
-    ) -> Iterator[list[RolloutBatch]]:
+    def _updates(self, policy: TrainedPolicy, collection: Collection, number: int) -> list[RolloutShare]:
         plan = plan_updates(
             collection.numbers,
             self.collector.num_generations,
@@ -185,14 +190,7 @@ class Phases:
             expert_groups=collection.expert_groups,
         )
         keep, total = policy.needs_every_rollout, policy.sum_over_ranks
-        return cut_updates(collection.rollout, plan, split.parts, keep_inactive=keep, total=total)
-
-    def _expert_parts(self, policy: TrainedPolicy, split: Split, position: int) -> Sequence[ExpertBatch | None]:
-        """The demonstrations that an update in stage EGSPO carries, in micro-batches."""
-        if not policy.mixes_expert_data:
-            return [None] * split.parts
-        size = self.sizes.expert_batch_size
-        return self._pool.micro_batches(self._pool.draw(position * size, size), *split)
+        return share_updates(collection.rollout, plan, keep_inactive=keep, total=total)
 
     @property
     def _pool(self) -> ExpertPool:
@@ -215,11 +213,8 @@ class Phases:
             state["ahead"] = policy.collect_over_ranks(self.ahead.packed())
         if is_running and 0 < self._num_given < self._length:
             own = None if policy.stage == Stage.SFT or self.collection is None else pack(self.collection)
-            state["phase"] = {
-                "num_given": self._num_given,
-                "length": self._length,
-                "collections": policy.collect_over_ranks(own),
-            }
+            phase = CutOff(self._num_given, self._length, self._parts, self.sizes.max_tokens, own)
+            state["phase"] = phase.state_dict(policy.collect_over_ranks(own))
         return state
 
     def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int, *, looks_ahead: bool = False) -> None:
@@ -236,16 +231,8 @@ class Phases:
         ahead = state.get("ahead", [])
         if looks_ahead and len(ahead) == world_size:
             self.ahead.saved = ahead[rank]
-        phase = state.get("phase")
-        if phase is None:
-            return
-        saved = len(phase["collections"])
-        if saved != world_size:
-            raise UserError(
-                f"ckpt_path: the checkpoint was made within a phase whose data {saved} ranks shared, and this run has "
-                f"{world_size}. Resume on {saved}, or from a checkpoint of the end of a phase."
-            )
-        self._cut_off = CutOff(phase["num_given"], phase["length"], phase["collections"][rank])
+        if state.get("phase") is not None:
+            self._cut_off = CutOff.of_checkpoint(state["phase"], rank, world_size)
 
     def drop_ahead(self) -> None:
         """End what is being made ahead: its phase will not come, or not in this run."""

@@ -1,5 +1,6 @@
 """``python -m egspo_lightning plan``: a run's memory by part, before it is run."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -52,13 +53,14 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
     """What a device has to do in a run with these flags."""
     precision = str(flags.precision or "32-true")
     is_bfloat16 = precision == "bf16-mixed"
-    parts = int(flags.accumulate_grad_batches)
+    parts, max_tokens = int(flags.accumulate_grad_batches), data.max_tokens_per_micro_batch
+    data.require_budget(parts, is_mixed=model.mixes_expert_data)
     shares = num_devices * parts
     completions = data.num_problems * data.num_generations
     is_told = not is_bfloat16 and model.policy_config.dtype == "float32"
     scores = not is_told or model.has_reference or model.critic_config is not None or data.expert_fraction > 0
     starts_with_sft = model.stage == Stage.SFT
-    return Workload(
+    work = Workload(
         policy=model.policy_config,
         critic=model.critic_config,
         has_reference=model.has_reference,
@@ -74,7 +76,12 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
         sft_rows=-(-data.sft_batch_size // shares) if starts_with_sft else 0,
         num_parts=parts,
         looks_ahead=data.max_staleness > 0,
+        max_tokens=max_tokens,
     )
+    if max_tokens is None:
+        return work
+    num_tokens = max(work.update_rows + work.expert_rows, work.sft_rows) * work.length
+    return replace(work, num_parts=-(-num_tokens // max_tokens))
 
 
 def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) -> str:
@@ -85,10 +92,10 @@ def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) 
     phases = [f"  {name:<{width}}  {size / GIB:10.3f}" for name, size in memory.phases.items() if size]
     fits = memory.peak <= device_gib * GIB
     verdict = "fits" if fits else "does not fit"
-    length = work.prompt_length + work.completion_length
+    bound = "" if work.max_tokens is None else f", in micro-batches of at most {work.max_tokens} tokens"
     return "\n".join(
         [
-            f"Memory of one device of {num_devices}, GiB, were every sequence {length} tokens long:",
+            f"Memory of one device of {num_devices}, GiB, were every sequence {work.length} tokens long{bound}:",
             *rows,
             "Peaks:",
             *phases,

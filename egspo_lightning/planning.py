@@ -7,7 +7,7 @@ workspaces and communication need on top is not in them.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -41,10 +41,11 @@ class Workload:
         completion_length: Longest completion, tokens.
         sampled_rows: Completions decoded at a time on a device.
         scored_tokens: Tokens scored at a time, where anything is scored; 0 where nothing is.
-        update_rows: Rollouts in a micro-batch.
-        expert_rows: Demonstrations in a micro-batch in stage EGSPO.
-        sft_rows: Demonstrations in a micro-batch in stage SFT.
+        update_rows: Rollouts in a micro-batch; where ``max_tokens`` is given, in an update.
+        expert_rows: Demonstrations in the same in stage EGSPO.
+        sft_rows: Demonstrations in the same in stage SFT.
         num_parts: Micro-batches an update.
+        max_tokens: Tokens of a micro-batch at most; None leaves it to the number of its rows.
         looks_ahead: Whether a snapshot of the policy samples while it trains.
     """
 
@@ -63,6 +64,30 @@ class Workload:
     sft_rows: int
     num_parts: int
     looks_ahead: bool = False
+    max_tokens: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Of the longest sequence, tokens."""
+        return self.prompt_length + self.completion_length
+
+    @property
+    def passes(self) -> list[tuple[int, int]]:
+        """What goes through the networks in the larger kind of micro-batch: (rows, tokens of each)."""
+        rows = max([self.update_rows, self.expert_rows], [self.sft_rows], key=sum)
+        if self.max_tokens is None:
+            return [(number, self.length) for number in rows if number]
+        full, rest = divmod(min(self.max_tokens, sum(rows) * self.length), self.length)
+        return [(number, length) for number, length in ((full, self.length), (1, rest)) if number and length]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Completion tokens that go through the output layer at a time in an update, at most.
+
+        Within ``max_tokens`` they may be all but a few, those of short prompts.
+        """
+        most = max(self.update_rows, self.expert_rows, self.sft_rows) * self.completion_length
+        return most if self.max_tokens is None else min(most, self.max_tokens)
 
 
 class Memory(NamedTuple):
@@ -133,14 +158,13 @@ def plan(work: Workload, num_devices: int) -> Memory:
         "gathered": (weights + reference + of_critic) // halves if work.is_sharded else 0,
         "gathered_blocks": _gathered_blocks(policy) // halves if work.is_sharded else 0,
     }
-    rows = max([work.update_rows, work.expert_rows], [work.sft_rows], key=sum)
     _make_fake(work, policy, critic)
     with FakeTensorMode(allow_non_fake_inputs=True):
         cache, logits = _sampling(work, policy)
-        scored = [max(work.scored_tokens // _length(work), 1)]
+        scored = [(max(work.scored_tokens // work.length, 1), work.length)]
         scoring = _passes(work, policy, critic, scored, train=False)[1] if work.scored_tokens else 0
-        activations, backward = _passes(work, policy, critic, rows, train=True)
-    output_layer = token_stats_bytes(work.completion_length * max(rows), policy.lm.get_output_embeddings().weight)
+        activations, backward = _passes(work, policy, critic, work.passes, train=True)
+    output_layer = token_stats_bytes(work.trained_tokens, policy.lm.get_output_embeddings().weight)
     gradients_before = held["gradients"] if work.num_parts > 1 else 0
     return Memory(
         **held,
@@ -197,10 +221,6 @@ def _gathered_blocks(policy: Policy) -> int:
     return 2 * root + 3 * block
 
 
-def _length(work: Workload) -> int:
-    return work.prompt_length + work.completion_length
-
-
 def _optimizer_bytes(build: Callable[[Iterable[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> int:
     """Of its state after a step on meta tensors, whatever the optimiser."""
     optimizer = build(parameters)
@@ -214,7 +234,7 @@ def _optimizer_bytes(build: Callable[[Iterable[nn.Parameter]], Any], parameters:
 
 def _sampling(work: Workload, policy: Policy) -> tuple[int, int]:
     """Bytes of the cache, and of the last step of decoding beyond it."""
-    rows, length = work.sampled_rows, _length(work)
+    rows, length = work.sampled_rows, work.length
     config = policy.lm.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -232,8 +252,10 @@ def _sampling(work: Workload, policy: Policy) -> tuple[int, int]:
     return held, living.peak - held
 
 
-def _passes(work: Workload, policy: Policy, critic: Critic | None, rows: list[int], *, train: bool) -> tuple[int, int]:
-    """Bytes after forward passes over some rows each, and at most, with the backward pass through all where one trains.
+def _passes(
+    work: Workload, policy: Policy, critic: Critic | None, shapes: Sequence[tuple[int, int]], *, train: bool
+) -> tuple[int, int]:
+    """Bytes after forward passes over some shapes, and at most, with the backward pass through all where one trains.
 
     Gradients of parameters are not in them: of the peak as much is taken off as they are in the end.
     """
@@ -245,7 +267,7 @@ def _passes(work: Workload, policy: Policy, critic: Critic | None, rows: list[in
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
             before = living.now
-        ids = [torch.zeros(number, _length(work), dtype=torch.long) for number in rows if number]
+        ids = [torch.zeros(shape, dtype=torch.long) for shape in shapes]
         states = [network(input_ids=i, use_cache=False).last_hidden_state for network in networks for i in ids]
         kept = living.now - before
         if train:

@@ -11,14 +11,16 @@ NAME = PACKAGE.name
 # Lowest first. A module may import from lower layers and from its own folder, never from a neighbour in its layer.
 LAYERS = [
     ["errors"],
-    ["types", "jsonl", "flags", "lora", "packing", "checkpoint_files", "checkpoint_fit", "randomness"],
+    ["types", "jsonl", "flags", "lora", "packing", "randomness"],
+    ["accumulation", "cut_off", "checkpoint_files", "checkpoint_fit"],
     ["config_files", "surroundings", "optimizers", "ranks", "noise"],
     ["ops", "rewards", "tasks", "checkpoints", "plain"],
     ["controllers", "answers", "evaluation.metrics", "passes"],
     ["admission"],
     ["rows"],
     ["data", "rollout", "evaluation", "policy", "analysis"],
-    ["critic", "sharding", "answering", "phases"],
+    ["critic", "sharding", "answering", "updates"],
+    ["phases"],
     ["strategies", "planning", "faults", "networks"],
     ["snapshot"],
     ["policy_module"],

@@ -57,14 +57,24 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "accumulate"),
-    [("plain", 1), ("plain", 4), ("checkpointing", 4), ("lora", 1), ("reference", 4), ("critic", 1)],
+    ("case", "accumulate", "max_tokens"),
+    [
+        ("plain", 1, None),
+        ("plain", 4, None),
+        ("checkpointing", 4, None),
+        ("lora", 1, None),
+        ("reference", 4, None),
+        ("critic", 1, None),
+        ("plain", 1, 500),
+        ("critic", 1, 870),  # two parts, the larger of 864
+    ],
 )
-def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case, accumulate):
+def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case, accumulate, max_tokens):
     of_policy, of_module = CASES[case]
     policy = PolicyConfig(wide_model, from_scratch=True, **of_policy)
     data = {"num_generations": 8, "max_prompt_length": PROMPT, "max_completion_length": COMPLETION}
     data |= {"num_minibatches": 1, "num_ppo_epochs": 2, "expert_batch_size": 8}  # the second update has moments
+    data["max_tokens_per_micro_batch"] = max_tokens
     run = tiny_run(
         module={"policy": policy, "initial_stage": "egspo"} | of_module,
         data=data,
@@ -86,7 +96,8 @@ def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case,
         update_rows=32 // accumulate,
         expert_rows=8 // accumulate,
         sft_rows=0,
-        num_parts=accumulate,
+        num_parts=accumulate if max_tokens is None else 2,
+        max_tokens=max_tokens,
     )
     memory = plan(work, 1)
     assert memory.peak == pytest.approx(measured, rel=0.15)
@@ -146,3 +157,29 @@ def test_a_snapshot_is_what_is_trained_once_more_and_samples_beside_the_update(t
     assert alone.snapshot == 0
     assert ahead.phases["update"] - alone.phases["update"] == ahead.snapshot + ahead.cache + ahead.logits
     assert ahead.phases["sampling"] - alone.phases["sampling"] == ahead.snapshot
+
+
+def test_a_budget_of_tokens_bounds_activations_and_logits_whatever_the_update_holds(repository, monkeypatch, capsys):
+    """As the command tells it, of updates four times and of one sixteenth as large; without a budget they grow."""
+    monkeypatch.chdir(repository)
+
+    def planned(*arguments):
+        main(["plan", "--config=configs/quickstart.yaml", "--data.engine.max_batch_size=8", *arguments])
+        lines = [line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        return {name.strip(): float(value) for name, value in lines}
+
+    small, large = ["--data.num_minibatches=8"], ["--data.num_minibatches=1"]
+    budget = ["--data.max_tokens_per_micro_batch=600", "--data.sft_batch_size=8"]
+    grows = [planned("--data.sft_batch_size=8", *size)["activations"] for size in (small, large)]
+    assert grows[1] > 2 * grows[0]
+    bounded = [planned(*budget, *size) for size in (small, large)]
+    assert bounded[0] == bounded[1]
+    assert bounded[0]["activations"] < grows[0]
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_by_the_plan(repository, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config=configs/quickstart.yaml", "--data.max_tokens_per_micro_batch=129"])
+    assert ended.value.code == 2
+    assert "data.max_tokens_per_micro_batch must be at least 130" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Expert demonstrations as token ids, in an order that is a pure function of the seed, cut into micro-batches."""
+"""Expert demonstrations as token ids, in an order that is a pure function of the seed, shared by ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from egspo_lightning.data.order import EndlessOrder
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.padding import pad_right, split_evenly
+from egspo_lightning.ops.padding import pad_right
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.types import Demonstration, ExpertBatch, ExpertSolution, Problem, UpdateSize
 
@@ -22,6 +22,27 @@ class Encoded(NamedTuple):
     completion_ids: list[int]
     """With the EOS."""
     demonstration: Demonstration
+
+
+class ExpertShare(NamedTuple):
+    """A rank's demonstrations of an update."""
+
+    items: Sequence[Encoded]
+    size: UpdateSize
+    """of the update, over all ranks"""
+    pad_id: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each, prompt included."""
+        return [len(item.prompt_ids) + len(item.completion_ids) for item in self.items]
+
+    def batch(self, places: Sequence[int]) -> ExpertBatch:
+        """A micro-batch of those at some places; of none, two tokens with nothing to train on: every rank steps."""
+        if not places:
+            return ExpertBatch(torch.full((1, 2), self.pad_id), torch.zeros(1, 2, dtype=torch.bool), self.size)
+        pairs = [(self.items[place].prompt_ids, self.items[place].completion_ids) for place in places]
+        return ExpertBatch(*pad_right(pairs, self.pad_id), self.size)
 
 
 @dataclass(frozen=True)
@@ -95,8 +116,8 @@ class ExpertPool:
     def _order(self) -> EndlessOrder:
         return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert")
 
-    def micro_batches(self, update: Sequence[Encoded], rank: int, world_size: int, parts: int) -> list[ExpertBatch]:
-        """This rank's share of an update, as ``parts`` micro-batches of like length.
+    def share(self, update: Sequence[Encoded], rank: int, world_size: int) -> ExpertShare:
+        """This rank's share of an update.
 
         Every rank is given the same update, and takes every ``world_size``-th of its demonstrations.
         """
@@ -108,15 +129,7 @@ class ExpertPool:
             num_active_tokens=num_tokens,
             num_sampled_tokens=0.0,
         )
-        share = sorted(update[rank::world_size], key=lambda item: len(item.prompt_ids) + len(item.completion_ids))
-        return [self._collate(part, size) for part in split_evenly(share, parts)]
-
-    def _collate(self, items: Sequence[Encoded], size: UpdateSize) -> ExpertBatch:
-        """A micro-batch; without items, two tokens with nothing to train on, so that every rank steps."""
-        if not items:
-            return ExpertBatch(torch.full((1, 2), self.pad_id), torch.zeros(1, 2, dtype=torch.bool), size)
-        pairs = [(item.prompt_ids, item.completion_ids) for item in items]
-        return ExpertBatch(*pad_right(pairs, self.pad_id), size)
+        return ExpertShare(update[rank::world_size], size, self.pad_id)
 
 
 def _as_problem(demonstration: Demonstration) -> Problem:

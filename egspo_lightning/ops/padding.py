@@ -1,13 +1,9 @@
 """Sequences of different lengths as rectangles, padded on the right, and back."""
 
-import itertools
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def pad_right(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -26,12 +22,6 @@ def row_lengths(completion_mask: Tensor) -> Tensor:
     """Length of each sequence: one past its last completion token, 0 where it has none. (B,)"""
     positions = torch.arange(1, completion_mask.shape[1] + 1, device=completion_mask.device)
     return (completion_mask * positions).amax(-1)
-
-
-def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
-    """Cut into ``parts`` runs whose sizes differ by at most one; some are empty where there are too few items."""
-    bounds = [len(items) * i // parts for i in range(parts + 1)]
-    return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def like_lengths(lengths: Sequence[int], *, worth: int) -> list[list[int]]:

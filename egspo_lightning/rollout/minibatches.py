@@ -1,4 +1,4 @@
-"""Cutting a collection of rollouts into PPO epochs, updates and micro-batches.
+"""Cutting a collection of rollouts into PPO epochs and updates, and taking micro-batches out of it.
 
 Which completion belongs to which update is a pure function of (seed, epoch, problem), so an update holds the same
 completions on one rank or many. Each update takes an even share of every problem's group, which keeps the mean
@@ -6,13 +6,14 @@ advantage near 0 in each.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from egspo_lightning.ops.masking import Total
-from egspo_lightning.ops.padding import row_lengths, split_evenly
+from egspo_lightning.ops.padding import row_lengths
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
 
@@ -51,23 +52,46 @@ def plan_updates(
     return updates
 
 
-def cut_updates(
-    rollout: RolloutBatch, plan: Sequence[Sequence[int]], parts: int, *, keep_inactive: bool, total: Total
-) -> Iterator[list[RolloutBatch]]:
-    """Each update of a plan as ``parts`` micro-batches, stamped with the update's size over all ranks.
+class RolloutShare(NamedTuple):
+    """The rows of this rank's collection that take part in an update."""
+
+    rollout: RolloutBatch
+    """the whole collection"""
+    rows: list[int]
+    lengths: list[int]
+    """tokens of each, prompt included"""
+    size: UpdateSize
+    """of the update, over all ranks"""
+
+    def batch(self, places: Sequence[int]) -> RolloutBatch:
+        """A micro-batch of those of the rows that stand at some places among them, cut to the longest."""
+        width = max((self.lengths[place] for place in places), default=0)
+        return _select(self.rollout, [self.rows[place] for place in places], width, self.size)
+
+
+def share_updates(
+    rollout: RolloutBatch, plan: Sequence[Sequence[int]], *, keep_inactive: bool, total: Total
+) -> list[RolloutShare]:
+    """Each update of a plan, with its size over all ranks.
+
+    Rows whose advantage is 0 contribute nothing to the surrogate: unless they are to be kept they are left out, while
+    the normaliser still counts them. Rows without tokens are left out in any case.
 
     Args:
         rollout: this rank's collection
         plan: rows of each update, see ``plan_updates``
-        parts: micro-batches an update
         keep_inactive: whether rows of advantage 0 take part
         total: adds a tensor over all ranks
     """
     max_length = rollout.update_size.max_length
     counts = total(count_updates(rollout, plan, keep_inactive=keep_inactive)).tolist()
+    kept, lengths = _kept_rows(rollout, keep_inactive), row_lengths(rollout.completion_mask).tolist()
+    shares = []
     for rows, (tokens, sequences, active, sampled) in zip(plan, counts, strict=True):
+        chosen = [row for row in rows if row in kept]
         size = UpdateSize(tokens, sequences, max_length, active, sampled)
-        yield micro_batches(rollout, rows, parts, size, keep_inactive=keep_inactive)
+        shares.append(RolloutShare(rollout, chosen, [lengths[row] for row in chosen], size))
+    return shares
 
 
 def count_updates(rollout: RolloutBatch, updates: Sequence[Sequence[int]], *, keep_inactive: bool) -> Tensor:
@@ -92,32 +116,17 @@ def count_updates(rollout: RolloutBatch, updates: Sequence[Sequence[int]], *, ke
     )
 
 
-def micro_batches(
-    rollout: RolloutBatch, rows: Sequence[int], parts: int, size: UpdateSize, *, keep_inactive: bool
-) -> list[RolloutBatch]:
-    """An update's rows as micro-batches of like length, each cut to its longest row.
-
-    Rows whose advantage is 0 contribute nothing to the surrogate: unless they are to be kept they are left out, while
-    the normaliser still counts them. Rows without tokens are left out in any case.
-    """
-    kept = _kept_rows(rollout, keep_inactive)
-    lengths = row_lengths(rollout.completion_mask).tolist()
-    chosen = sorted((row for row in rows if row in kept), key=lambda row: lengths[row])
-    return [_select(rollout, part, lengths, size) for part in split_evenly(chosen, parts)]
-
-
 def _kept_rows(rollout: RolloutBatch, keep_inactive: bool) -> set[int]:
     """The rows that have a token to train on: one with an advantage other than 0, unless every token is."""
     tokens = rollout.completion_mask if keep_inactive else (rollout.advantages != 0) & rollout.completion_mask
     return set(tokens.any(-1).nonzero().flatten().tolist())
 
 
-def _select(rollout: RolloutBatch, rows: list[int], lengths: list[int], size: UpdateSize) -> RolloutBatch:
-    """Some rows of a collection; without any, its first row with nothing to train on, so that every rank steps."""
+def _select(rollout: RolloutBatch, rows: list[int], width: int, size: UpdateSize) -> RolloutBatch:
+    """Some rows of a collection; without any, two tokens of its first with nothing to train on: every rank steps."""
     is_blank = not rows
-    rows = rows or [0]
+    rows, width = (rows, width) if rows else ([0], 2)
     index = torch.as_tensor(rows, dtype=torch.long, device=rollout.input_ids.device)
-    width = 2 if is_blank else max(lengths[row] for row in rows)
 
     def cut(values: Tensor) -> Tensor:
         return values[index, :width]

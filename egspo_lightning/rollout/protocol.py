@@ -123,6 +123,10 @@ class TrainedPolicy(RolloutPolicy, Protocol):
         """Take a whole collection in: credit its tokens, settle the gate, and log what was measured."""
         ...
 
+    def settle_micro_batches(self, number: int, num_updates: int) -> None:
+        """Let the phase, before its first micro-batch is trained on, have so many of them an update."""
+        ...
+
     def collect_over_ranks(self, value: Any) -> list[Any]:
         """The value of each rank, in their order."""
         ...

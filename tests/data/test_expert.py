@@ -3,6 +3,7 @@ import pytest
 from egspo_lightning.data.expert import ExpertPool
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.errors import UserError
+from egspo_lightning.ops.cutting import cut_evenly
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.types import Demonstration
 
@@ -79,7 +80,8 @@ def test_what_is_too_long_is_dropped_and_counted(tokenizer):
 @pytest.mark.parametrize(("world_size", "parts"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 4)])
 def test_the_micro_batches_of_all_ranks_make_the_update(pool, world_size, parts):
     update = pool.draw(0, 5)
-    batches = [batch for rank in range(world_size) for batch in pool.micro_batches(update, rank, world_size, parts)]
+    shares = [pool.share(update, rank, world_size) for rank in range(world_size)]
+    batches = [share.batch(run) for share in shares for run in cut_evenly(share.lengths, parts)]
     assert len(batches) == world_size * parts
     tokens = [row[mask].tolist() for b in batches for row, mask in zip(b.input_ids, b.completion_mask, strict=True)]
     assert sorted(row for row in tokens if row) == sorted(item.completion_ids for item in update)
@@ -89,7 +91,7 @@ def test_the_micro_batches_of_all_ranks_make_the_update(pool, world_size, parts)
 
 
 def test_a_batch_is_padded_on_the_right_behind_the_eos(pool, tokenizer):
-    (batch,) = pool.micro_batches(pool.draw(0, 7), 0, 1, 1)
+    batch = pool.share(pool.draw(0, 7), 0, 1).batch(range(7))
     for ids, mask in zip(batch.input_ids.tolist(), batch.completion_mask.tolist(), strict=True):
         end = max(i for i, inside in enumerate(mask) if inside)
         assert ids[end] == tokenizer.eos_token_id

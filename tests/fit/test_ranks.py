@@ -19,6 +19,7 @@ SHORT = [
 ]
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
 FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
+SLOW = pytest.mark.slow
 
 
 def fit(repository, folder, *arguments):
@@ -73,6 +74,27 @@ def test_fsdp2_on_two_processes_equals_one(repository, tmp_path, one_process):
 @pytest.mark.slow
 def test_accumulation_on_two_processes_equals_one(repository, tmp_path, one_process):
     assert_equal_metrics(fit(repository, tmp_path, *DDP, "--trainer.accumulate_grad_batches=3"), one_process)
+
+
+# A budget of tokens
+
+BUDGET = ["--data.max_tokens_per_micro_batch=120"]
+
+
+@pytest.fixture(scope="module")
+def without_budget(run_ranks, tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("whole"), {"whole": []}, num_ranks=1)["whole"]
+
+
+@pytest.mark.parametrize("strategy", [pytest.param(DDP, id="ddp"), pytest.param(FSDP2, id="fsdp2", marks=SLOW)])
+def test_ranks_agree_on_what_a_budget_of_tokens_needs(run_ranks, without_budget, tmp_path, strategy):
+    """Updates are those of one process without a budget."""
+    rows = run_ranks(tmp_path, {"budget": [*strategy, *BUDGET]})["budget"]
+    numbers = [float(row["update/micro_batches"]) for row in rows if row["loss/total"]]
+    assert len(numbers) == 4
+    assert min(numbers) > 1
+    assert len(set(numbers)) > 1
+    assert_equal_metrics(rows, without_budget)
 
 
 # Methods that add up over ranks, or whose ranks differ in what they have to do

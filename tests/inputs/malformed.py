@@ -101,6 +101,7 @@ value(
 value("unknown_precision", "trainer.precision", "8-wrong", "precision", "8-wrong")
 value("half_precision_weights", "trainer.precision", "16-true", "trainer.precision")
 value("no_accumulation", "trainer.accumulate_grad_batches", 0, "accumulate_grad_batches")
+value("budget_below_a_row", "data.max_tokens_per_micro_batch", 10, "max_tokens_per_micro_batch")
 value("no_epoch", "trainer.max_epochs", 0, "max_epochs")
 value("half_a_phase", "trainer.limit_train_batches", 0.5, "trainer.limit_train_batches")
 value("negative_seed", "seed_everything", -3, "seed_everything")

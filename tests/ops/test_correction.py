@@ -9,8 +9,10 @@ from torch.testing import assert_close
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.correction import SamplerCorrection, is_corrected, sampler_ratios, sampler_weights
+from egspo_lightning.ops.cutting import cut_evenly
 from egspo_lightning.ops.objective import Coefficients, Objective
-from egspo_lightning.rollout.minibatches import micro_batches
+from egspo_lightning.ops.padding import row_lengths
+from egspo_lightning.rollout.minibatches import RolloutShare
 from egspo_lightning.types import Current
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -162,7 +164,8 @@ def test_micro_batches_add_up(make_rollout, level):
     objective = Objective(sampler_correction=SamplerCorrection("truncated", level))
     rollout.input_ids[:, 0] = torch.arange(len(rollout.input_ids))  # tells rows apart
     whole = objective.egspo_loss(current, rollout, PHI)
-    parts = micro_batches(rollout, range(8), 3, rollout.update_size, keep_inactive=True)
+    share = RolloutShare(rollout, list(range(8)), row_lengths(rollout.completion_mask).tolist(), rollout.update_size)
+    parts = [share.batch(run) for run in cut_evenly(share.lengths, 3)]
     total = torch.zeros(()).double()
     for part in parts:
         rows, width = part.input_ids[:, 0], part.input_ids.shape[1]

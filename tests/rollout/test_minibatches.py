@@ -4,8 +4,9 @@ from collections import Counter
 import pytest
 import torch
 
-from egspo_lightning.ops.padding import like_lengths, split_evenly
-from egspo_lightning.rollout.minibatches import count_updates, cut_updates, micro_batches, plan_updates
+from egspo_lightning.ops.cutting import cut_evenly
+from egspo_lightning.ops.padding import like_lengths
+from egspo_lightning.rollout.minibatches import count_updates, plan_updates, share_updates
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
 SHAPES = [
@@ -85,17 +86,11 @@ def test_experts_tokens_are_active_and_not_sampled():
 
 def test_every_update_of_a_plan_is_stamped_with_its_size_over_all_ranks():
     whole, plan = collection(num_experts=1), [[0, 4], [1, 2, 3]]
-    cut = list(cut_updates(whole, plan, 2, keep_inactive=False, total=lambda counts: 2 * counts))
-    assert [len(parts) for parts in cut] == [2, 2]
-    assert [parts[0].update_size for parts in cut] == [
-        UpdateSize(10.0, 4.0, 4.0, 6.0, 6.0),
-        UpdateSize(14.0, 6.0, 4.0, 12.0, 12.0),
-    ]
-    assert all(part.update_size == parts[0].update_size for parts in cut for part in parts)
-    assert [sorted(row for part in parts for row in rows_of(part) if part.completion_mask.any()) for parts in cut] == [
-        [0],
-        [2, 3],
-    ]
+    shares = share_updates(whole, plan, keep_inactive=False, total=lambda counts: 2 * counts)
+    sizes = [UpdateSize(10.0, 4.0, 4.0, 6.0, 6.0), UpdateSize(14.0, 6.0, 4.0, 12.0, 12.0)]
+    assert [share.size for share in shares] == sizes
+    assert [share.batch([0]).update_size for share in shares] == sizes
+    assert [(share.rows, share.lengths) for share in shares] == [([0], [5]), ([2, 3], [4, 5])]
 
 
 # A collection of five rows by hand: prompt lengths 1 to 2, completion lengths 3, 1, 2, 4, 2
@@ -103,7 +98,6 @@ def test_every_update_of_a_plan_is_stamped_with_its_size_over_all_ranks():
 PROMPTS, COMPLETIONS = [2, 1, 2, 1, 2], [3, 1, 2, 4, 2]
 ADVANTAGES = [1.0, 0.0, -1.0, 0.5, 0.0]
 WIDTH = 6
-SIZE = UpdateSize(num_tokens=12.0, num_sequences=5.0, max_length=4.0, num_active_tokens=7.0, num_sampled_tokens=7.0)
 
 
 def collection(with_reference: bool = False, num_experts: int = 0) -> RolloutBatch:
@@ -128,6 +122,12 @@ def collection(with_reference: bool = False, num_experts: int = 0) -> RolloutBat
         update_size=UpdateSize(0, 0, 4.0, 0, 0),
         sampled_logprobs=-3.0 * grid if with_reference else None,
     )
+
+
+def micro_batches(rollout: RolloutBatch, rows: list[int], parts: int, keep_inactive: bool) -> list[RolloutBatch]:
+    """An update of some rows, in parts."""
+    (share,) = share_updates(rollout, [rows], keep_inactive=keep_inactive, total=lambda counts: counts)
+    return [share.batch(run) for run in cut_evenly(share.lengths, parts)]
 
 
 def rows_of(batch: RolloutBatch) -> list[int]:
@@ -155,26 +155,26 @@ def test_updates_are_counted_by_hand():
 
 
 def test_inactive_rows_are_left_out_and_still_counted():
-    (batch,) = micro_batches(collection(), [0, 1, 2, 3, 4], 1, SIZE, keep_inactive=False)
+    (batch,) = micro_batches(collection(), [0, 1, 2, 3, 4], 1, keep_inactive=False)
     assert sorted(rows_of(batch)) == [0, 2, 3]
-    assert batch.update_size == SIZE
+    assert batch.update_size == UpdateSize(12.0, 5.0, 4.0, 9.0, 9.0)
 
 
 def test_inactive_rows_are_kept_where_they_are_needed():
-    batches = micro_batches(collection(), [0, 1, 2, 3, 4], 2, SIZE, keep_inactive=True)
+    batches = micro_batches(collection(), [0, 1, 2, 3, 4], 2, keep_inactive=True)
     assert sorted(rows_of(batches[0]) + rows_of(batches[1])) == [0, 1, 2, 3, 4]
 
 
 def test_micro_batches_hold_rows_of_like_length_each_cut_to_its_longest():
     # sequences end at 5, 2, 4, 5, 4
-    batches = micro_batches(collection(True), [3, 1, 0, 4, 2], 3, SIZE, keep_inactive=True)
-    assert [rows_of(batch) for batch in batches] == [[1], [4, 2], [3, 0]]
-    assert [batch.input_ids.shape[1] for batch in batches] == [2, 4, 5]
+    batches = micro_batches(collection(True), [3, 1, 0, 4, 2], 3, keep_inactive=True)
+    assert [rows_of(batch) for batch in batches] == [[1, 4], [2, 3], [0]]
+    assert [batch.input_ids.shape[1] for batch in batches] == [4, 5, 5]
 
 
 def test_a_micro_batch_carries_its_rows_of_everything():
     whole = collection(True, num_experts=2)
-    for batch in micro_batches(whole, [3, 1, 0, 4, 2], 3, SIZE, keep_inactive=True):
+    for batch in micro_batches(whole, [3, 1, 0, 4, 2], 3, keep_inactive=True):
         rows, width = rows_of(batch), batch.input_ids.shape[1]
         per_token = ("input_ids", "completion_mask", "old_logprobs", "entropies", "ref_logprobs", "advantages")
         for field in (*per_token, "returns", "old_values", "sampled_logprobs"):
@@ -187,31 +187,23 @@ def test_a_micro_batch_carries_its_rows_of_everything():
 
 @pytest.mark.parametrize("rows", [[1, 4], []])
 def test_without_rows_a_micro_batch_is_blank(rows):
-    for batch in micro_batches(collection(), rows, 2, SIZE, keep_inactive=False):
+    for batch in micro_batches(collection(), rows, 2, keep_inactive=False):
         assert batch.input_ids.shape[0] == 1
         assert batch.input_ids.shape[1] >= 2
         assert not batch.completion_mask.any()
-        assert batch.update_size == SIZE
+        assert batch.update_size.num_sequences == len(rows)
 
 
 def test_more_micro_batches_than_rows_give_blank_ones():
-    batches = micro_batches(collection(), [0, 3], 4, SIZE, keep_inactive=False)
+    batches = micro_batches(collection(), [0, 3], 4, keep_inactive=False)
     assert len(batches) == 4
     assert sum(int(batch.completion_mask.sum()) for batch in batches) == 3 + 4
 
 
 def test_micro_batches_do_not_change_the_collection():
     whole = collection()
-    micro_batches(whole, [1, 4], 1, SIZE, keep_inactive=False)
+    micro_batches(whole, [1, 4], 1, keep_inactive=False)
     assert torch.equal(whole.completion_mask, collection().completion_mask)
-
-
-@pytest.mark.parametrize(("count", "parts"), [(7, 3), (2, 4), (0, 2), (6, 3)])
-def test_splitting_evenly(count, parts):
-    runs = split_evenly(range(count), parts)
-    assert len(runs) == parts
-    assert list(itertools.chain(*runs)) == list(range(count))
-    assert max(map(len, runs)) - min(map(len, runs)) <= 1
 
 
 def test_rows_are_cut_where_it_saves_more_padding_than_a_pass_is_worth():

@@ -1,0 +1,20 @@
+"""How many of Lightning's batches make an update, told to its loops while they run.
+
+Lightning reads ``trainer.accumulate_grad_batches`` anew at every batch; its GradientAccumulationScheduler changes it
+between epochs. But it asks a loader for its length before ``on_train_epoch_start`` and, at the start of a run, before
+``on_train_start``: too early to sample the rollouts whose lengths decide. So the numbers are put right where the first
+batch is fetched, after those hooks: nothing has been counted against them by then but that the epoch is not empty.
+"""
+
+from typing import Any
+
+
+def settle(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
+    """Let the epoch that begins have ``num_updates`` updates of ``num_micro_batches`` batches each."""
+    loop, length = trainer.fit_loop, num_updates * num_micro_batches
+    trainer.accumulate_grad_batches = num_micro_batches
+    loop.max_batches = length
+    if isinstance(trainer.val_check_interval, float):
+        trainer.val_check_batch = max(int(length * trainer.val_check_interval), 1)
+    if loop._data_fetcher is not None:  # there is none yet where the loader of a run's first epoch is asked for
+        loop._data_fetcher.length = length  # from which is_last_batch follows
