@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +212,13 @@ class Policy(nn.Module):
             completion_mask: (B, T) bool; never true at position 0, which nothing predicts
             temperature: the sampling temperature
         """
-        return self.together(Sequences(input_ids, completion_mask, temperature))[0]
+        return self._statistics_of([Sequences(input_ids, completion_mask, temperature)])[0]
 
     def together(self, *parts: Sequences) -> list[Current]:
         """What ``forward`` gives for each of several batches, whose rows share the passes through the trunk."""
+        return self._statistics_of(parts)
+
+    def _statistics_of(self, parts: Sequence[Sequences]) -> list[Current]:
         states = self.passes.states(self.lm.get_decoder(), parts)
         return [self._statistics(own, part) for own, part in zip(states, parts, strict=True)]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from egspo_lightning.policy import ValueHead
+from egspo_lightning.policy import Policy, ValueHead
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def shard(network: nn.Module, mesh: DeviceMesh, plan: ShardingPlan = ShardingPla
     _shard(network, mesh, plan)
     passes: Any = network.passes
     passes.splits_rows = False
+    if isinstance(network, Policy):
+        register_fsdp_forward_method(network, Policy.together.__name__)
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, plan: ShardingPlan) -> None:
