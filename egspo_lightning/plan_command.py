@@ -61,7 +61,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
     return Workload(
         policy=model.policy_config,
         critic=model.critic_config,
-        has_reference=model.has_reference,
+        holds_reference=model.has_reference and not model.base_is_reference,
         optimizer=model._optimizer,
         is_sharded=_is_sharded(flags.strategy),
         is_bfloat16=is_bfloat16,

@@ -33,7 +33,7 @@ class Workload:
     Args:
         policy: The model.
         critic: What estimates values; None has no critic.
-        has_reference: Whether a reference is kept.
+        holds_reference: Whether a reference is held: a network or, with LoRA, an adapter.
         optimizer: Makes the optimiser from parameters.
         is_sharded: Whether weights, gradients and moments are spread over the devices.
         is_bfloat16: Whether products are computed in bfloat16.
@@ -50,7 +50,7 @@ class Workload:
 
     policy: PolicyConfig
     critic: CriticConfig | None
-    has_reference: bool
+    holds_reference: bool
     optimizer: Callable[[Iterable[nn.Parameter]], Any]
     is_sharded: bool
     is_bfloat16: bool
@@ -120,7 +120,7 @@ def plan(work: Workload, num_devices: int) -> Memory:
     adapted, shards = work.policy.lora is not None, num_devices if work.is_sharded else 1
     policy, critic = _networks(work)
     weights, of_critic = _bytes(policy.parameters()), 0 if critic is None else _bytes(critic.parameters())
-    reference = weights if work.has_reference and not adapted else 0
+    reference = weights if work.holds_reference and not adapted else 0
     trained = [p for p in _parameters(policy, critic) if p.requires_grad]
     halves = 2 if work.is_bfloat16 and work.policy.dtype == "float32" else 1  # weights are gathered in bfloat16
     held = {
@@ -159,7 +159,7 @@ def _networks(work: Workload) -> tuple[Policy, Critic | None]:
     with torch.device("meta"):
         policy = replace(work.policy, from_scratch=True).build(
             with_value_head=work.critic is not None and not own,
-            with_reference=work.policy.lora is not None and work.has_reference,
+            with_reference=work.policy.lora is not None and work.holds_reference,
         )
         return policy, _critic(work) if own else None
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from egspo_lightning.lora import is_adapter
+from egspo_lightning.lora import is_adapter, is_reference
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.strategies import AnyCheckpointIO
 from processes import SHORT_QUICKSTART, told_apart
@@ -138,12 +138,14 @@ def test_reference_and_value_head_go_along(run_ranks, folder):
 
 def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, folder, repository):
     """With the reference beside them; a sharded sft.ckpt starts a method with other networks."""
+    torch.manual_seed(1)
     PolicyConfig(str(repository / "configs" / "tiny_model"), from_scratch=True).build().lm.save_pretrained(
         folder / "lm"
     )
     AutoTokenizer.from_pretrained(repository / "configs" / "tiny_model").save_pretrained(folder / "lm")
     lora = [f"--model.policy.name_or_path={folder / 'lm'}", "--model.policy.from_scratch=false", *ON]
     lora += ["--model.policy.lora.rank=4", "--model.objective.beta=0.01"]
+    lora += ["--model.gate=egspo_lightning.ops.gate.OpenGate"]  # a token at a quantile may round to either side of it
     one = run_ranks(folder, {"lora_alone": lora}, num_ranks=1)["lora_alone"]
     on = {
         "lora_fsdp2": [*lora, *FSDP2],
@@ -160,6 +162,25 @@ def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, folder, 
     weights = AnyCheckpointIO().load_checkpoint(at(folder, "lora_fsdp2").split("=", 1)[1])["state_dict"]
     assert weights
     assert all(is_adapter(name) for name in weights)
+    _without_sft(run_ranks, folder, [*lora, "--model.initial_stage=egspo"])
+
+
+def _without_sft(run_ranks, folder, base):
+    """The sharded model without its adapter is the reference."""
+    one = run_ranks(folder, {"base_alone": base}, num_ranks=1)["base_alone"]
+    assert float(one[-1]["loss/kl"]) > 0
+    on = {
+        "base_fsdp2": [*base, *FSDP2],
+        "base_fsdp2_on": [*base, *FSDP2, at(folder, "base_fsdp2")],
+        "base_alone_on": [*base, *FSDP2, at(folder, "base_alone")],
+    }
+    rows = run_ranks(folder, on)
+    assert told_apart(rows["base_fsdp2"], one) > 50
+    for name in ("base_fsdp2_on", "base_alone_on"):
+        assert told_apart(rows[name], one[3:]) > 30
+    weights = AnyCheckpointIO().load_checkpoint(at(folder, "base_fsdp2").split("=", 1)[1])["state_dict"]
+    assert weights
+    assert not any(is_reference(name) for name in weights)
 
 
 def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
