@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.ops.token_stats import token_stats_bytes
+from egspo_lightning.optimizers import require_shardable
 from egspo_lightning.policy import Policy, PolicyConfig
 from egspo_lightning.rollout.transformers_engine import CompactCache, sample_tokens
 from egspo_lightning.types import Sampling
@@ -123,11 +124,14 @@ def plan(work: Workload, num_devices: int) -> Memory:
     reference = weights if work.holds_reference and not adapted else 0
     trained = [p for p in _parameters(policy, critic) if p.requires_grad]
     halves = 2 if work.is_bfloat16 and work.policy.dtype == "float32" else 1  # weights are gathered in bfloat16
+    optimizer = work.optimizer(trained)
+    if work.is_sharded:
+        require_shardable(optimizer)
     held = {
         "weights": weights // shards,
         "reference": reference // shards,
         "critic": of_critic // shards,
-        "optimizer": _optimizer_bytes(work.optimizer, trained) // shards,
+        "optimizer": _moments(optimizer, trained) // shards,
         "snapshot": _bytes(trained) if work.looks_ahead else 0,
         "gradients": _bytes(trained) // shards,
         "gathered": (weights + reference + of_critic) // halves if work.is_sharded else 0,
@@ -201,15 +205,18 @@ def _length(work: Workload) -> int:
     return work.prompt_length + work.completion_length
 
 
-def _optimizer_bytes(build: Callable[[Iterable[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> int:
-    """Of its state after a step on meta tensors, whatever the optimiser."""
-    optimizer = build(parameters)
+def _moments(optimizer: Any, parameters: list[nn.Parameter]) -> int:
+    """Bytes of its state after a step on meta tensors, whatever the optimiser.
+
+    What parameters share, as the table of values that moments in 8 bits stand for, is there once.
+    """
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for parameter in parameters:
         parameter.grad = None
-    return _bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    held = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return _bytes({id(v): v for v in held}.values())
 
 
 def _sampling(work: Workload, policy: Policy) -> tuple[int, int]:
