@@ -74,12 +74,13 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
         sft_rows=-(-data.sft_batch_size // shares) if starts_with_sft else 0,
         num_parts=parts,
         looks_ahead=data.max_staleness > 0,
+        cpu_offload=_is_sharded(flags.strategy) and _offloads(flags.strategy),
     )
 
 
 def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) -> str:
     """The plan as a table, and the verdict."""
-    parts = [(name, size) for name, size in memory._asdict().items() if size and name != "update"]
+    parts = [(name, size) for name, size in memory._asdict().items() if size and name not in ("update", "host")]
     width = max(len(name) for name, _ in parts)
     rows = [f"  {name.replace('_', ' '):<{width}}  {size / GIB:10.3f}" for name, size in parts]
     phases = [f"  {name:<{width}}  {size / GIB:10.3f}" for name, size in memory.phases.items() if size]
@@ -92,6 +93,7 @@ def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) 
             *rows,
             "Peaks:",
             *phases,
+            *([f"In the host's memory, for each device: {memory.host / GIB:.3f} GiB."] if memory.host else []),
             f"The peak of {memory.peak / GIB:.3f} GiB {verdict} in {device_gib:g} GiB. What the allocator, kernels and "
             "communication need comes on top.",
         ]
@@ -113,3 +115,7 @@ def _devices(flags: Any) -> int:
 def _is_sharded(strategy: Any) -> bool:
     name = str(getattr(strategy, "class_path", strategy))
     return name == "fsdp2" or name.endswith("FSDP2Strategy")
+
+
+def _offloads(strategy: Any) -> bool:
+    return bool(getattr(getattr(strategy, "init_args", None), "cpu_offload", False))

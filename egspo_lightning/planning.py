@@ -47,6 +47,7 @@ class Workload:
         sft_rows: Demonstrations in a micro-batch in stage SFT.
         num_parts: Micro-batches an update.
         looks_ahead: Whether a snapshot of the policy samples while it trains.
+        cpu_offload: Whether the shards, their gradients and moments are in the host's memory.
     """
 
     policy: PolicyConfig
@@ -64,6 +65,7 @@ class Workload:
     sft_rows: int
     num_parts: int
     looks_ahead: bool = False
+    cpu_offload: bool = False
 
 
 class Memory(NamedTuple):
@@ -93,6 +95,8 @@ class Memory(NamedTuple):
     """what a scoring pass needs"""
     gathered_blocks: int
     """in an update, where weights are sharded: two blocks and what is outside blocks, and gradients of one and that"""
+    host: int = 0
+    """in the host's memory for this device, where shards are offloaded"""
 
     @property
     def held(self) -> int:
@@ -127,13 +131,17 @@ def plan(work: Workload, num_devices: int) -> Memory:
     optimizer = work.optimizer(trained)
     if work.is_sharded:
         require_shardable(optimizer)
-    held = {
+    spread = {  # over the devices
         "weights": weights // shards,
         "reference": reference // shards,
         "critic": of_critic // shards,
         "optimizer": _moments(optimizer, trained) // shards,
-        "snapshot": _bytes(trained) if work.looks_ahead else 0,
         "gradients": _bytes(trained) // shards,
+    }
+    on_device = {name: 0 if work.cpu_offload else size for name, size in spread.items()}
+    held = on_device | {
+        "host": sum(spread.values()) - sum(on_device.values()),
+        "snapshot": _bytes(trained) if work.looks_ahead else 0,
         "gathered": (weights + reference + of_critic) // halves if work.is_sharded else 0,
         "gathered_blocks": _gathered_blocks(policy) // halves if work.is_sharded else 0,
     }

@@ -110,7 +110,12 @@ def test_the_command_reads_fits_configs_and_says_whether_it_fits(repository, mon
     assert "one device of 8" in out
     assert "does not fit in 0.001 GiB" in out
     main(["plan", *config, "--num_devices=2"])
-    assert "fits in 80 GiB" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "fits in 80 GiB" in out
+    assert "host" not in out
+    strategy = "--trainer.strategy=egspo_lightning.strategies.FSDP2Strategy"
+    main(["plan", *config[:2], strategy, "--trainer.strategy.cpu_offload=true", "--num_devices=2"])
+    assert "In the host's memory, for each device: 0.002 GiB" in capsys.readouterr().out  # 16 bytes a weight, by 2
 
 
 def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
@@ -138,6 +143,11 @@ def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
     assert (whole.gathered, half.gathered) == (0, 2 * size)
     kv_bytes = 4 * (PROMPT + COMPLETION - 1) * 2 * 192 * 4 * 4  # rows, tokens, keys and values, heads, layers, bytes
     assert half.cache == kv_bytes
+    offloaded = plan(replace(work, cpu_offload=True), 2)
+    assert (half.host, offloaded.host) == (0, half.held + half.gradients)
+    assert (offloaded.held, offloaded.gradients) == (0, 0)
+    for phase in ("sampling", "update"):
+        assert half.held <= half.phases[phase] - offloaded.phases[phase] <= half.held + half.gradients
 
 
 @pytest.mark.parametrize("stage", ["sft", "egspo"])

@@ -18,6 +18,11 @@ TO_FILE = [
     "--trainer.strategy.save_distributed_checkpoint=false",
     "--trainer.devices=2",
 ]
+OFFLOADED = [
+    "--trainer.strategy=egspo_lightning.strategies.FSDP2Strategy",
+    "--trainer.strategy.cpu_offload=true",
+    "--trainer.devices=2",
+]
 TEN = ["--trainer.max_epochs=11"]
 
 
@@ -105,6 +110,21 @@ ENTERED = ["entry_to_fsdp2", "own_entry_to_fsdp2", "phase_to_fsdp2", "entry_to_d
 @pytest.mark.parametrize(("name", "done"), [(n, 3) for n in RESUMED] + [(n, 1) for n in ENTERED])
 def test_a_run_goes_on_under_another_strategy_as_if_it_had_not_stopped(alone, resumed, name, done):
     assert told_apart(resumed[name], alone[done:5]) > 30
+
+
+def test_offloaded_to_the_memory_that_it_is_in_nothing_changes(ranks, run_ranks, folder):
+    """The way through the host's memory, as far as it goes without a GPU; also on from shards and from a file."""
+    begun = run_ranks(folder, {"offloaded": [*ON, *OFFLOADED]})["offloaded"]
+    file = [*OFFLOADED, "--trainer.strategy.save_distributed_checkpoint=false"]
+    on = {
+        "offloaded_to_file": [*ON, *file, at(folder, "offloaded")],
+        "file_to_offloaded": [*ON, *OFFLOADED, at(folder, "to_file")],
+        "offloaded_to_ddp": [*ON, *DDP, at(folder, "offloaded_to_file", "checkpoints/epoch=3.ckpt")],
+    }
+    rows, losses = run_ranks(folder, on), [float(row["loss/total"]) for row in ranks["fsdp2"][:5]]
+    assert [float(row["loss/total"]) for row in begun] == pytest.approx(losses, abs=1e-6)
+    for name, done in (("offloaded_to_file", 3), ("file_to_offloaded", 3), ("offloaded_to_ddp", 4)):
+        assert [float(row["loss/total"]) for row in rows[name]] == pytest.approx(losses[done:], abs=1e-6), name
 
 
 def test_checkpoints_are_what_their_strategy_says(ranks, folder):
