@@ -44,6 +44,7 @@ from egspo_lightning.errors import RunStopped, UserError
 from egspo_lightning.exits import end, take_debug
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.noise import silence_noise
+from egspo_lightning.parser import Parser
 from egspo_lightning.plan_command import PlanningTrainer
 from egspo_lightning.ranks import end_other_ranks
 from egspo_lightning.resumption import go_on_logging, last_checkpoint, places
@@ -108,6 +109,7 @@ class EgspoCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=1,
             auto_configure_optimizers=False,
+            parser_class=Parser,
             parser_kwargs={"prog": "egspo", "epilog": "egspo replay FILE looks into an update that was not finite."},
         )
 

@@ -1,9 +1,10 @@
-"""LoRA by peft: low-rank adapters on the frozen model, with a second, frozen one as the reference policy.
+"""LoRA by peft: low-rank adapters on the frozen model, which without them is the reference, or with a second one.
 
     W x  ->  W x + (alpha / r) B A x        A: (r, in), B: (out, r), B = 0 at first
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3. The reference is the same
-model with the adapter that it had at the end of SFT (0 where there was none), so no second copy of the model is held.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3. The reference is the
+policy as stage EGSPO begins: after SFT the same model with the adapter that it had then, kept beside the one in
+training; without SFT, where B A = 0, the model alone. So no second copy of the model is held.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from egspo_lightning.errors import UserError, require
 
@@ -91,12 +93,20 @@ def has_reference(lm: nn.Module) -> bool:
 
 @contextmanager
 def as_reference(lm: nn.Module) -> Iterator[None]:
-    """The model is the reference for a while."""
-    _activate(lm, REFERENCE)
+    """The model is the reference for a while: with the reference's adapter or, where there is none, without any."""
+    assert _layers(lm), "a model without adapters cannot be its own reference"
+    _activate(lm, REFERENCE if has_reference(lm) else None)
     try:
         yield
     finally:
         _activate(lm, ADAPTER)
+
+
+def changes_nothing(lm: nn.Module) -> bool:
+    """Whether the trained adapter gives exactly 0, as it does at first; of a sharded one, this rank's share."""
+    ups = [p for name, p in lm.named_parameters() if ".lora_B." in name and not is_reference(name)]
+    own = [up.to_local() if isinstance(up, DTensor) else up for up in ups]
+    return not any(bool(up.any()) for up in own)
 
 
 @torch.no_grad()
@@ -129,10 +139,14 @@ def merged(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _activate(lm: nn.Module, adapter: str) -> None:
-    """peft's own ``set_adapter`` also switches gradients, which sharded parameters do not survive."""
+def _activate(lm: nn.Module, adapter: str | None) -> None:
+    """Compute with an adapter, or with none.
+
+    peft's own ``set_adapter`` and ``enable_adapters`` also switch gradients, which sharded parameters do not survive.
+    """
     for _, layer in _layers(lm):
-        layer._active_adapter = [adapter]
+        layer._disable_adapters = adapter is None
+        layer._active_adapter = [adapter or ADAPTER]
 
 
 def _layers(lm: nn.Module) -> list[tuple[str, Any]]:

@@ -19,15 +19,18 @@ class Networks:
 
     Args:
         policy: The policy.
-        reference: The policy of the end of SFT, where it is a network; it may be an adapter on the policy instead.
+        reference: The policy as stage EGSPO began, where it is a network of its own.
         critic: What estimates values, where it is a network of its own; it may be a head on the policy instead.
         temperature: Sampling temperature, which log-probabilities and entropies are taken at.
+        has_reference: Whether there is a reference; if not ``reference``, the policy's model with another adapter or
+            with none.
     """
 
     policy: Policy
     reference: Policy | None
     critic: Critic | None
     temperature: float
+    has_reference: bool
 
     def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
         """What policy and critic say of sequences, with gradient where it is on."""
@@ -52,13 +55,13 @@ class Networks:
         return Scores(current.logprobs, current.entropies, reference, current.values)
 
     def _reference_logprobs(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor | None:
-        """Of the reference, a network or an adapter; None without one."""
+        """Of the reference; None without one."""
         stats: Current
+        if not self.has_reference:
+            return None
         if self.reference is not None:
             stats = self.reference(input_ids, completion_mask, self.temperature)
             return stats.logprobs
-        if not lora.has_reference(self.policy.lm):
-            return None
         with lora.as_reference(self.policy.lm):
             stats = self.policy(input_ids, completion_mask, self.temperature)
         return stats.logprobs

@@ -17,6 +17,9 @@ def silence_noise() -> None:
         ".*does not have many workers",  # loaders are lazy and in memory
     ):
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(  # for weights in 4 bits, which there are none of here
+        lambda record: "gemm_4bit_forward" not in record.getMessage()
+    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(word in record.getMessage() for word in ("litlogger", "TPU available"))
     )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -13,7 +14,8 @@ def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opt
     """The optimiser over parameters or groups of them; Adam and AdamW in torch's fused form, unless they say otherwise.
 
     Raises:
-        UserError: its arguments are out of range, or it evaluates the loss several times a step.
+        UserError: its arguments are out of range, it evaluates the loss several times a step, or it cannot step weights
+            that are sharded.
     """
     try:
         optimizer = factory(parameters)
@@ -24,8 +26,27 @@ def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opt
             "model.optimizer: LBFGS evaluates the loss several times a step, so that no update could be "
             "skipped. Use one of a gradient a step, such as torch.optim.AdamW."
         )
+    if any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"]):
+        require_shardable(optimizer)
     _fuse(optimizer)
     return optimizer
+
+
+def require_shardable(optimizer: Optimizer) -> None:
+    """Refuse an optimiser for weights that are sharded, where it cannot step them.
+
+    Raises:
+        UserError: it is one of bitsandbytes, whose kernels take whole tensors alone.
+    """
+    if _package(optimizer) == "bitsandbytes":
+        raise UserError(
+            f"model.optimizer: {type(optimizer).__name__} of bitsandbytes cannot step weights that trainer.strategy "
+            "fsdp2 shards. Use torch.optim.AdamW, whose moments are sharded as well, or trainer.strategy auto or ddp."
+        )
+
+
+def _package(optimizer: Optimizer) -> str:
+    return type(optimizer).__module__.split(".")[0]
 
 
 def _fuse(optimizer: Optimizer) -> None:

@@ -63,7 +63,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
     work = Workload(
         policy=model.policy_config,
         critic=model.critic_config,
-        has_reference=model.has_reference,
+        holds_reference=model.has_reference and not model.base_is_reference,
         optimizer=model._optimizer,
         is_sharded=_is_sharded(flags.strategy),
         is_bfloat16=is_bfloat16,
@@ -77,6 +77,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
         num_parts=parts,
         looks_ahead=data.max_staleness > 0,
         max_tokens=max_tokens,
+        cpu_offload=_is_sharded(flags.strategy) and _offloads(flags.strategy),
     )
     if max_tokens is None:
         return work
@@ -86,7 +87,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
 
 def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) -> str:
     """The plan as a table, and the verdict."""
-    parts = [(name, size) for name, size in memory._asdict().items() if size and name != "update"]
+    parts = [(name, size) for name, size in memory._asdict().items() if size and name not in ("update", "host")]
     width = max(len(name) for name, _ in parts)
     rows = [f"  {name.replace('_', ' '):<{width}}  {size / GIB:10.3f}" for name, size in parts]
     phases = [f"  {name:<{width}}  {size / GIB:10.3f}" for name, size in memory.phases.items() if size]
@@ -99,6 +100,7 @@ def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) 
             *rows,
             "Peaks:",
             *phases,
+            *([f"In the host's memory, for each device: {memory.host / GIB:.3f} GiB."] if memory.host else []),
             f"The peak of {memory.peak / GIB:.3f} GiB {verdict} in {device_gib:g} GiB. What the allocator, kernels and "
             "communication need comes on top.",
         ]
@@ -120,3 +122,7 @@ def _devices(flags: Any) -> int:
 def _is_sharded(strategy: Any) -> bool:
     name = str(getattr(strategy, "class_path", strategy))
     return name == "fsdp2" or name.endswith("FSDP2Strategy")
+
+
+def _offloads(strategy: Any) -> bool:
+    return bool(getattr(getattr(strategy, "init_args", None), "cpu_offload", False))

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.ops.token_stats import token_stats_bytes
+from egspo_lightning.optimizers import require_shardable
 from egspo_lightning.policy import Policy, PolicyConfig
 from egspo_lightning.rollout.transformers_engine import CompactCache, sample_tokens
 from egspo_lightning.types import Sampling
@@ -33,7 +34,7 @@ class Workload:
     Args:
         policy: The model.
         critic: What estimates values; None has no critic.
-        has_reference: Whether a reference is kept.
+        holds_reference: Whether a reference is held: a network or, with LoRA, an adapter.
         optimizer: Makes the optimiser from parameters.
         is_sharded: Whether weights, gradients and moments are spread over the devices.
         is_bfloat16: Whether products are computed in bfloat16.
@@ -47,11 +48,12 @@ class Workload:
         num_parts: Micro-batches an update.
         max_tokens: Tokens of a micro-batch at most; None leaves it to the number of its rows.
         looks_ahead: Whether a snapshot of the policy samples while it trains.
+        cpu_offload: Whether the shards, their gradients and moments are in the host's memory.
     """
 
     policy: PolicyConfig
     critic: CriticConfig | None
-    has_reference: bool
+    holds_reference: bool
     optimizer: Callable[[Iterable[nn.Parameter]], Any]
     is_sharded: bool
     is_bfloat16: bool
@@ -65,6 +67,7 @@ class Workload:
     num_parts: int
     looks_ahead: bool = False
     max_tokens: int | None = None
+    cpu_offload: bool = False
 
     @property
     def length(self) -> int:
@@ -117,6 +120,8 @@ class Memory(NamedTuple):
     """what a scoring pass needs"""
     gathered_blocks: int
     """in an update, where weights are sharded: two blocks and what is outside blocks, and gradients of one and that"""
+    host: int = 0
+    """in the host's memory for this device, where shards are offloaded"""
 
     @property
     def held(self) -> int:
@@ -145,16 +150,23 @@ def plan(work: Workload, num_devices: int) -> Memory:
     adapted, shards = work.policy.lora is not None, num_devices if work.is_sharded else 1
     policy, critic = _networks(work)
     weights, of_critic = _bytes(policy.parameters()), 0 if critic is None else _bytes(critic.parameters())
-    reference = weights if work.has_reference and not adapted else 0
+    reference = weights if work.holds_reference and not adapted else 0
     trained = [p for p in _parameters(policy, critic) if p.requires_grad]
     halves = 2 if work.is_bfloat16 and work.policy.dtype == "float32" else 1  # weights are gathered in bfloat16
-    held = {
+    optimizer = work.optimizer(trained)
+    if work.is_sharded:
+        require_shardable(optimizer)
+    spread = {  # over the devices
         "weights": weights // shards,
         "reference": reference // shards,
         "critic": of_critic // shards,
-        "optimizer": _optimizer_bytes(work.optimizer, trained) // shards,
-        "snapshot": _bytes(trained) if work.looks_ahead else 0,
+        "optimizer": _moments(optimizer, trained) // shards,
         "gradients": _bytes(trained) // shards,
+    }
+    on_device = {name: 0 if work.cpu_offload else size for name, size in spread.items()}
+    held = on_device | {
+        "host": sum(spread.values()) - sum(on_device.values()),
+        "snapshot": _bytes(trained) if work.looks_ahead else 0,
         "gathered": (weights + reference + of_critic) // halves if work.is_sharded else 0,
         "gathered_blocks": _gathered_blocks(policy) // halves if work.is_sharded else 0,
     }
@@ -183,7 +195,7 @@ def _networks(work: Workload) -> tuple[Policy, Critic | None]:
     with torch.device("meta"):
         policy = replace(work.policy, from_scratch=True).build(
             with_value_head=work.critic is not None and not own,
-            with_reference=work.policy.lora is not None and work.has_reference,
+            with_reference=work.policy.lora is not None and work.holds_reference,
         )
         return policy, _critic(work) if own else None
 
@@ -221,15 +233,18 @@ def _gathered_blocks(policy: Policy) -> int:
     return 2 * root + 3 * block
 
 
-def _optimizer_bytes(build: Callable[[Iterable[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> int:
-    """Of its state after a step on meta tensors, whatever the optimiser."""
-    optimizer = build(parameters)
+def _moments(optimizer: Any, parameters: list[nn.Parameter]) -> int:
+    """Bytes of its state after a step on meta tensors, whatever the optimiser.
+
+    What parameters share, as the table of values that moments in 8 bits stand for, is there once.
+    """
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for parameter in parameters:
         parameter.grad = None
-    return _bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    held = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return _bytes({id(v): v for v in held}.values())
 
 
 def _sampling(work: Workload, policy: Policy) -> tuple[int, int]:

@@ -36,7 +36,7 @@ class PolicyModule(LightningModule):
     Args:
         policy: The model.
         critic: What estimates values; None has no critic.
-        has_reference: Whether to keep the policy of the end of SFT beside the one in training.
+        has_reference: Whether to keep the policy as stage EGSPO began beside the one in training.
         temperature: Sampling temperature of the rollouts.
         optimizer: The optimiser, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimiser steps; None is constant.
@@ -57,6 +57,8 @@ class PolicyModule(LightningModule):
         if not temperature > 0:
             raise UserError(f"model.temperature must be above 0, got {temperature}: rollouts have to differ.")
         self.policy_config, self.critic_config, self.has_reference = policy, critic, has_reference
+        self.base_is_reference = has_reference and policy.lora is not None and stage == Stage.EGSPO
+        """Whether the reference is the model without its adapter: what the policy is where EGSPO begins without SFT."""
         self.temperature = temperature
         self.stage = stage
         self.policy: Policy | None = None
@@ -94,10 +96,10 @@ class PolicyModule(LightningModule):
         self.policy_config.require_vocabulary(self.tokenizer)
         is_training = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
         critic = self.critic_config if is_training else None
-        is_adapted = self.policy_config.lora is not None  # the reference is then an adapter on the policy's own model
+        is_adapted = self.policy_config.lora is not None  # the reference is then the policy's own model
         self.policy = self.policy_config.build(
             with_value_head=critic is not None and critic.trunk == "shared",
-            with_reference=is_adapted and self.has_reference and is_training,
+            with_reference=is_adapted and self.has_reference and is_training and not self.base_is_reference,
         )
         self.critic = None if critic is None else critic.build(self.policy_config)
         if self.critic is not None:
@@ -139,6 +141,7 @@ class PolicyModule(LightningModule):
         with torch.no_grad():
             if self.critic is not None:
                 self.critic.start_from(self._policy)
+            assert not self.base_is_reference or lora.changes_nothing(self._policy.lm)
             lora.copy_to_reference(self._policy.lm)
             if self.reference is not None:
                 pairs = zip(self.reference.lm.parameters(), self._policy.lm.parameters(), strict=True)
@@ -303,7 +306,7 @@ class PolicyModule(LightningModule):
     @property
     def networks(self) -> Networks:
         """Policy, reference and critic together."""
-        return Networks(self._policy, self.reference, self.critic, self.temperature)
+        return Networks(self._policy, self.reference, self.critic, self.temperature, self.has_reference)
 
     @property
     def _networks(self) -> list[Any]:

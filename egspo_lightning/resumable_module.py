@@ -55,6 +55,8 @@ class ResumableModule(PolicyModule):
         self.entered_step = state["entered_step"]
         is_entry = self.stage == Stage.EGSPO and checkpoint["global_step"] == self.entered_step
         is_fit = self.trainer.state.fn == TrainerFn.FITTING  # whoever only measures needs the policy alone
+        if is_fit and self.has_reference and self.policy_config.lora is not None:
+            self._require_same_reference()
         if is_fit and not is_entry:
             self._take_up_random_state(state.get("random", []))
         is_exact = is_entry or self.stage == Stage.SFT or not is_fit
@@ -65,6 +67,26 @@ class ResumableModule(PolicyModule):
         require_same_tokenizer(state.get("tokenizer"), self._tokenizer_digest)
         if is_fit and (states := checkpoint.get("optimizer_states")):
             self._fit_optimizer(states, state.get("optimizer"), is_entry=is_entry)
+
+    def _require_same_reference(self) -> None:
+        """With adapters, what the reference is hangs on whether SFT came before EGSPO, in the checkpoint as in the run.
+
+        Raises:
+            UserError: SFT came, or will come, before EGSPO in one of them alone.
+        """
+        began_with_egspo = self.stage == Stage.EGSPO and self.entered_step == 0
+        if self.base_is_reference and not began_with_egspo:
+            raise UserError(
+                "model.initial_stage: egspo takes the model without its adapter as the reference, but the checkpoint's "
+                "adapter was trained by SFT, and its reference is the adapter of the end of SFT. Set "
+                "model.initial_stage to sft: the run goes on in the checkpoint's stage all the same."
+            )
+        if began_with_egspo and not self.base_is_reference:
+            raise UserError(
+                "model.initial_stage: sft keeps the adapter of the end of SFT as the reference, but the checkpoint's "
+                "run began with stage EGSPO, and its reference is the model without adapter. Set model.initial_stage "
+                "to egspo."
+            )
 
     def _fit_optimizer(self, states: list[dict[str, Any]], saved_kind: str | None, *, is_entry: bool) -> None:
         """Make a checkpoint's optimiser this run's."""

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 
 from egspo_lightning.policy import Policy, ValueHead
 
@@ -22,16 +30,23 @@ class ShardingPlan:
             the weights' own type; None gathers them as they are.
         reshard_after_forward: Free a block's gathered weights after its forward pass and gather them again in the
             backward pass (ZeRO-3); otherwise they are held in between (ZeRO-2): less traffic, more memory.
+        cpu_offload: Keep shards, gradients and moments in the host's memory, where the optimiser then steps; a block's
+            shard is copied to the device when it is gathered.
     """
 
     param_dtype: torch.dtype | None = None
     reshard_after_forward: bool = True
+    cpu_offload: bool = False
 
     @property
     def precision(self) -> MixedPrecisionPolicy:
         """Gradients are summed over ranks in float32 whatever the weights are gathered in."""
         reduced = None if self.param_dtype is None else torch.float32
         return MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=reduced)
+
+    def offloading(self, device_type: str) -> OffloadPolicy:
+        """Memory is pinned, so that copies go on beside the computation, where the device is not the host itself."""
+        return CPUOffloadPolicy(pin_memory=device_type != "cpu") if self.cpu_offload else OffloadPolicy()
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, plan: ShardingPlan = ShardingPlan()) -> None:
@@ -42,18 +57,24 @@ def shard(network: nn.Module, mesh: DeviceMesh, plan: ShardingPlan = ShardingPla
     names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     for module in network.modules():
         if isinstance(module, ValueHead):  # whose type is not that of the trunk
-            fully_shard(module, mesh=mesh, reshard_after_forward=plan.reshard_after_forward)
+            _shard(module, mesh, plan, MixedPrecisionPolicy())
         elif type(module).__name__ in names:
-            _shard(module, mesh, plan)
-    _shard(network, mesh, plan)
+            _shard(module, mesh, plan, plan.precision)
+    _shard(network, mesh, plan, plan.precision)
     passes: Any = network.passes
     passes.splits_rows = False
     if isinstance(network, Policy):
         register_fsdp_forward_method(network, Policy.together.__name__)
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, plan: ShardingPlan) -> None:
-    fully_shard(module, mesh=mesh, mp_policy=plan.precision, reshard_after_forward=plan.reshard_after_forward)
+def _shard(module: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, precision: MixedPrecisionPolicy) -> None:
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=precision,
+        reshard_after_forward=plan.reshard_after_forward,
+        offload_policy=plan.offloading(mesh.device_type),
+    )
 
 
 @contextmanager
@@ -81,7 +102,8 @@ def gathered(network: nn.Module, plan: ShardingPlan = ShardingPlan()) -> Iterato
 
 def _make_root(network: nn.Module) -> None:
     """A first forward pass through the whole: FSDP2 takes the module that it first sees running for the root."""
-    device = next(network.parameters()).device
+    weight = next(network.parameters())  # offloaded, its shard lies elsewhere than where it is computed with
+    device = torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
     probe = torch.zeros(1, 2, dtype=torch.long, device=device)
     with torch.no_grad():
         network(probe, probe.bool().index_fill(1, torch.tensor([1], device=device), True))

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class Snapshot:
 def _copy(networks: Networks) -> Networks:
     """What is trained is copied, and what is frozen shared."""
     policy, critic = (_copy_network(part) for part in (networks.policy, networks.critic))
-    return Networks(policy, networks.reference, critic, networks.temperature)
+    return replace(networks, policy=policy, critic=critic)
 
 
 def _copy_network(network: Any) -> Any:

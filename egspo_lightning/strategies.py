@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
@@ -43,7 +44,7 @@ REFUSED: dict[type[Strategy], tuple[str, str]] = {
     FSDPStrategy: (
         "keeps weights in flat buffers, which can neither be sampled from with ranks at different lengths nor leave "
         "out what an update does not train",
-        "fsdp2, which shards the same things",
+        "fsdp2, which shards the same things, in the host's memory with cpu_offload: true of its class",
     ),
     DeepSpeedStrategy: (
         "keeps gradients and moments in buffers of its own, where an update without a signal cannot be left out, nor "
@@ -69,6 +70,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         reshard_after_forward: Free a block's gathered weights between forward and backward pass (ZeRO-3); otherwise
             they are held (ZeRO-2): less traffic, more memory.
+        cpu_offload: Keep shards, gradients and the optimiser's state in the host's memory, and step there: room on the
+            device for the price of copies. On a CPU it changes nothing.
         save_distributed_checkpoint: Write a folder in which each rank writes its shard; otherwise one file, which the
             first rank has to hold in its memory. Either resumes under any strategy.
         process_group_backend: nccl or gloo; by default what suits the device.
@@ -78,17 +81,30 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
-        self.reshard_after_forward = reshard_after_forward
+        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
 
     def setup_environment(self) -> None:
         """All ranks shard together."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Offloaded shards stay where they are; buffers are on the device since they were sharded."""
+        if not self.cpu_offload:
+            return super().model_to_device()
+        assert self.model is not None
+        return _update_properties(self.model, device=self.root_device)
+
+    def _get_process_group_backend(self) -> str:
+        """Of offloaded shards, norms and whole tensors are reduced and gathered between the hosts' memories."""
+        backend, device = super()._get_process_group_backend(), self.root_device.type
+        return backend if not self.cpu_offload or device == "cpu" or ":" in backend else f"{device}:{backend},cpu:gloo"
 
     # A file holds tensors that are whole, and parameters by number, as every strategy but this one writes them
 
@@ -167,7 +183,7 @@ def _like(value: Any, parameter: torch.Tensor) -> Any:
     """Sharded as the parameter is, where it is whole and has its shape."""
     is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
     if isinstance(parameter, DTensor) and is_whole and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements).to(parameter.device)
     return value
 
 
@@ -224,8 +240,11 @@ def require_strategy(trainer: Trainer) -> None:
 
 def sharding_plan(trainer: Trainer) -> ShardingPlan:
     """How the run's strategy shards."""
-    reshards = getattr(trainer.strategy, "reshard_after_forward", True)
-    return ShardingPlan(torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None, reshards)
+    return ShardingPlan(
+        torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None,
+        reshard_after_forward=getattr(trainer.strategy, "reshard_after_forward", True),
+        cpu_offload=getattr(trainer.strategy, "cpu_offload", False),
+    )
 
 
 if "fsdp2" not in StrategyRegistry.available_strategies():

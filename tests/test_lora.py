@@ -1,20 +1,24 @@
 """Adapters against the plain model: where they must, they train as it does."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from egspo_lightning import lora
 from egspo_lightning.callbacks import HFExport, StageTransition
 from egspo_lightning.callbacks.checkpoint import PhaseCheckpoint
+from egspo_lightning.controllers import KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
 from egspo_lightning.lora import LoraConfig
-from egspo_lightning.ops.estimators import GAE
+from egspo_lightning.module import EGSPOModule
+from egspo_lightning.ops.estimators import GAE, GroupRelative
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.policy import PolicyConfig
 
@@ -114,13 +118,14 @@ def test_layers_that_cannot_be_adapted_are_refused(with_weights, config, message
 def adapted_run(tiny_run, with_weights):
     """A run with adapters, a reference and a checkpoint a phase."""
 
-    def build(folder: Path, *, epochs: int = 3, **module):
+    def build(folder: Path, *, epochs: int = 3, data: dict | None = None, **module):
         policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4))
         return tiny_run(
             StageTransition(after_epochs=1),
             PhaseCheckpoint(dirpath=folder, save_last=True, save_top_k=-1, filename="{epoch}", every_n_epochs=1),
             HFExport(folder=str(folder / "hf")),
             module={"policy": policy, "objective": Objective(beta=0.01)} | module,
+            data=data,
             trainer={"enable_checkpointing": True, "max_epochs": epochs},
         )
 
@@ -172,6 +177,126 @@ def test_another_rank_than_the_checkpoints_is_refused(adapted_run, with_weights,
     other = adapted_run(tmp_path / "b", policy=PolicyConfig(with_weights, lora=LoraConfig(rank=2)))
     with pytest.raises(UserError, match=r"model\.policy\.lora"):
         other.fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
+
+
+# Without SFT: the model without its adapter is the reference
+
+RL = {"initial_stage": "egspo"}
+
+
+def test_switched_off_the_adapter_leaves_the_model_and_comes_back_as_it_was(with_weights):
+    policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4)).build()
+    assert lora.changes_nothing(policy.lm)
+    with torch.no_grad():
+        for layer in layers(policy.lm).values():
+            torch.nn.init.normal_(layer.lora_B["default"].weight)
+    assert not lora.changes_nothing(policy.lm)
+    trained = policy(*batch()).logprobs
+    with lora.as_reference(policy.lm):
+        assert torch.equal(policy(*batch()).logprobs, PolicyConfig(with_weights).build()(*batch()).logprobs)
+    assert torch.equal(policy(*batch()).logprobs, trained)
+    assert {name for name, p in policy.named_parameters() if p.requires_grad} == {
+        name for name, _ in policy.named_parameters() if lora.is_adapter(name)
+    }
+
+
+class WithCopy(EGSPOModule):
+    """Its reference is a whole model, loaded anew and never trained."""
+
+    @property
+    def networks(self):
+        if not hasattr(self, "copied"):
+            self.copied = [PolicyConfig(self.policy_config.name_or_path).build().requires_grad_(False)]
+        return replace(super().networks, reference=self.copied[0])
+
+
+class Losses(Callback):
+    """Of every update."""
+
+    def __init__(self):
+        self.of_updates = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.of_updates.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("module", "data"),
+    [
+        ({"objective": Objective(beta=1.0)}, {}),
+        ({"objective": Objective(beta=1.0)}, {"max_staleness": 1}),
+        ({"kl_reward": KLReward(coefficient=1.0), "advantage": GroupRelative(scale_by_std=False)}, {}),
+    ],
+)
+def test_the_losses_are_those_with_a_second_adapter_and_with_a_copy(tiny_run, with_weights, module, data):
+    losses, references = {}, {}
+    for way in ("base", "adapter", "copy"):
+        spy = Losses()
+        of_run = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4))} | RL | module
+        run = tiny_run(spy, module=of_run, data=data)
+        if way == "copy":
+            run = run._replace(module=WithCopy(**of_run, optimizer=run.module._optimizer))
+        if way == "adapter":
+            run.module.base_is_reference = False
+        run.fit()
+        losses[way] = spy.of_updates
+        references[way] = sum(p.numel() for name, p in run.module.named_parameters() if lora.is_reference(name))
+    assert len(losses["base"]) == 6
+    assert losses["base"] == pytest.approx(losses["adapter"], abs=1e-6)
+    assert losses["base"] == pytest.approx(losses["copy"], abs=1e-6)
+    assert references == {"base": 0, "adapter": references["adapter"], "copy": 0}
+    assert references["adapter"] > 1000
+    scores = run.module.score(*batch())
+    assert (scores.ref_logprobs - scores.logprobs).abs().max() > 0.1  # the policy has left it
+
+
+@pytest.mark.parametrize("data", [{}, {"max_staleness": 1}])
+def test_a_run_with_the_base_as_reference_resumes(adapted_run, tmp_path, data):
+    straight = adapted_run(tmp_path / "a", data=data, **RL).fit()
+    resumed = adapted_run(tmp_path / "b", data=data, **RL)
+    resumed.fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
+    assert resumed.module.base_is_reference
+    for (name, theirs), ours in zip(straight.module.named_parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for name in ("loss/total", "loss/kl"):
+        assert resumed.trainer.callback_metrics[name] == straight.trainer.callback_metrics[name] != 0
+
+
+def test_a_run_without_a_reference_gets_the_base_as_one_later(adapted_run, tmp_path):
+    adapted_run(tmp_path / "a", epochs=2, objective=Objective(), **RL).fit()
+    run = adapted_run(tmp_path / "b", **RL).fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
+    assert run.trainer.callback_metrics["loss/kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "remedy"),
+    [({}, RL, "initial_stage to sft"), (RL, {}, "initial_stage to egspo")],
+)
+@pytest.mark.parametrize("checkpoint", ["epoch=0.ckpt", "epoch=1.ckpt"])
+def test_a_checkpoint_with_another_reference_is_refused(adapted_run, tmp_path, first, second, remedy, checkpoint):
+    """At the end of SFT, and after it."""
+    adapted_run(tmp_path / "a", epochs=2, **first).fit()
+    start = {"ckpt_path": tmp_path / "a" / checkpoint, "weights_only": True}
+    with pytest.raises(UserError, match=remedy):
+        adapted_run(tmp_path / "b", **second).fit(**start)
+    adapted_run(tmp_path / "c", **second, objective=Objective()).fit(**start)  # without a reference nothing hangs on it
+
+
+def test_a_checkpoint_of_stage_sft_is_refused_as_well(tiny_run, adapted_run, with_weights, tmp_path):
+    policy = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4)), "objective": Objective(beta=0.01)}
+    sft = tiny_run(StageTransition(after_epochs=9), module=policy, trainer={"max_epochs": 1}).fit()
+    sft.trainer.save_checkpoint(tmp_path / "within.ckpt")
+    with pytest.raises(UserError, match="initial_stage to sft"):
+        adapted_run(tmp_path / "b", **RL).fit(ckpt_path=tmp_path / "within.ckpt", weights_only=True)
+
+
+def test_egspo_does_not_begin_with_an_adapter_that_does_something(adapted_run, tmp_path):
+    """As it would after an initialisation that moves weights into the adapter."""
+    run = adapted_run(tmp_path, **RL)
+    run.module.configure_model()
+    torch.nn.init.normal_(next(p for name, p in run.module.named_parameters() if ".lora_B." in name))
+    with pytest.raises(AssertionError):
+        run.fit()
 
 
 @pytest.mark.parametrize("adapters", [None, LoraConfig(rank=4)])

@@ -50,6 +50,7 @@ CASES = {
     "plain": ({}, {}),
     "checkpointing": ({"gradient_checkpointing": True}, {}),
     "lora": ({"lora": LoraConfig(rank=8)}, {}),
+    "lora and its base": ({"lora": LoraConfig(rank=8)}, {"objective": Objective(beta=0.01)}),
     "reference": ({}, {"objective": Objective(beta=0.01)}),
     "critic": ({}, {"critic": CriticConfig("own"), "advantage": GAE()}),
 }
@@ -63,6 +64,7 @@ CASES = {
         ("plain", 4, None),
         ("checkpointing", 4, None),
         ("lora", 1, None),
+        ("lora and its base", 1, None),
         ("reference", 4, None),
         ("critic", 1, None),
         ("plain", 1, 500),
@@ -85,7 +87,7 @@ def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case,
     work = Workload(
         policy=policy,
         critic=of_module.get("critic"),
-        has_reference=run.module.has_reference,
+        holds_reference=run.module.has_reference and not run.module.base_is_reference,
         optimizer=torch.optim.AdamW,
         is_sharded=False,
         is_bfloat16=False,
@@ -112,14 +114,19 @@ def test_the_command_reads_fits_configs_and_says_whether_it_fits(repository, mon
     assert "one device of 8" in out
     assert "does not fit in 0.001 GiB" in out
     main(["plan", *config, "--num_devices=2"])
-    assert "fits in 80 GiB" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "fits in 80 GiB" in out
+    assert "host" not in out
+    strategy = "--trainer.strategy=egspo_lightning.strategies.FSDP2Strategy"
+    main(["plan", *config[:2], strategy, "--trainer.strategy.cpu_offload=true", "--num_devices=2"])
+    assert "In the host's memory, for each device: 0.002 GiB" in capsys.readouterr().out  # 16 bytes a weight, by 2
 
 
 def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
     work = Workload(
         policy=PolicyConfig(wide_model, from_scratch=True),
         critic=None,
-        has_reference=True,
+        holds_reference=True,
         optimizer=torch.optim.AdamW,
         is_sharded=True,
         is_bfloat16=False,
@@ -140,6 +147,26 @@ def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
     assert (whole.gathered, half.gathered) == (0, 2 * size)
     kv_bytes = 4 * (PROMPT + COMPLETION - 1) * 2 * 192 * 4 * 4  # rows, tokens, keys and values, heads, layers, bytes
     assert half.cache == kv_bytes
+    offloaded = plan(replace(work, cpu_offload=True), 2)
+    assert (half.host, offloaded.host) == (0, half.held + half.gradients)
+    assert (offloaded.held, offloaded.gradients) == (0, 0)
+    for phase in ("sampling", "update"):
+        assert half.held <= half.phases[phase] - offloaded.phases[phase] <= half.held + half.gradients
+
+
+@pytest.mark.parametrize("stage", ["sft", "egspo"])
+def test_adapters_have_a_second_one_as_the_reference_after_sft_alone(tiny_run, wide_model, stage):
+    """Against the parameters that a run has."""
+    policy = PolicyConfig(wide_model, from_scratch=True, lora=LoraConfig(rank=2))
+    run = tiny_run(module={"policy": policy, "initial_stage": stage, "objective": Objective(beta=0.01)})
+    flags = SimpleNamespace(precision="32-true", accumulate_grad_batches=1, strategy="auto")
+    memory = plan(workload(run.module, run.data, flags, 1), 1)
+    run.module.configure_model()
+    plain = PolicyConfig(wide_model, from_scratch=True).build()
+    size, of_model = (sum(4 * p.numel() for p in policy.parameters()) for policy in (run.module.policy, plain))
+    assert (memory.weights, memory.reference) == (size, 0)
+    assert size - of_model == (2 if stage == "sft" else 1) * memory.gradients > 0
+    assert memory.scoring > 0
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])

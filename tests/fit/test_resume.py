@@ -2,6 +2,7 @@
 
 import csv
 import random
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,14 @@ def weights(run):
     return {name: value.clone() for name, value in run.module.state_dict().items()}
 
 
-@pytest.mark.parametrize(("method", "parts"), [("egspo", 1), ("egspo", 2), ("ppo", 1), ("kl", 1)])
+EIGHT_BIT = {"optimizer": lambda params: import_module("bitsandbytes").optim.AdamW8bit(params, lr=1e-2)}
+
+
+@pytest.mark.parametrize(("method", "parts"), [("egspo", 1), ("egspo", 2), ("ppo", 1), ("kl", 1), ("8bit", 1)])
 def test_every_checkpoint_within_a_phase_leads_to_the_same_end(tiny_run, tmp_path, method, parts):
-    module, whole = METHODS[method], Log()
+    if method == "8bit":
+        pytest.importorskip("bitsandbytes", reason='needs bitsandbytes: pip install "egspo-lightning[8bit]"')
+    module, whole = (METHODS | {"8bit": EIGHT_BIT})[method], Log()
     run = run_of(tiny_run, tmp_path / "whole", whole, module=module, parts=parts, every_n_train_steps=1).fit()
     expected = weights(run)
     saved = sorted((tmp_path / "whole").glob("epoch*.ckpt"), key=lambda path: int(path.stem.split("step=")[1]))

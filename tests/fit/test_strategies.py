@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from egspo_lightning.lora import is_adapter
+from egspo_lightning.lora import is_adapter, is_reference
 from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.strategies import AnyCheckpointIO
 from processes import SHORT_QUICKSTART, told_apart
@@ -16,6 +16,11 @@ FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
 TO_FILE = [
     "--trainer.strategy=egspo_lightning.strategies.FSDP2Strategy",
     "--trainer.strategy.save_distributed_checkpoint=false",
+    "--trainer.devices=2",
+]
+OFFLOADED = [
+    "--trainer.strategy=egspo_lightning.strategies.FSDP2Strategy",
+    "--trainer.strategy.cpu_offload=true",
     "--trainer.devices=2",
 ]
 TEN = ["--trainer.max_epochs=11"]
@@ -107,6 +112,21 @@ def test_a_run_goes_on_under_another_strategy_as_if_it_had_not_stopped(alone, re
     assert told_apart(resumed[name], alone[done:5]) > 30
 
 
+def test_offloaded_to_the_memory_that_it_is_in_nothing_changes(ranks, run_ranks, folder):
+    """The way through the host's memory, as far as it goes without a GPU; also on from shards and from a file."""
+    begun = run_ranks(folder, {"offloaded": [*ON, *OFFLOADED]})["offloaded"]
+    file = [*OFFLOADED, "--trainer.strategy.save_distributed_checkpoint=false"]
+    on = {
+        "offloaded_to_file": [*ON, *file, at(folder, "offloaded")],
+        "file_to_offloaded": [*ON, *OFFLOADED, at(folder, "to_file")],
+        "offloaded_to_ddp": [*ON, *DDP, at(folder, "offloaded_to_file", "checkpoints/epoch=3.ckpt")],
+    }
+    rows, losses = run_ranks(folder, on), [float(row["loss/total"]) for row in ranks["fsdp2"][:5]]
+    assert [float(row["loss/total"]) for row in begun] == pytest.approx(losses, abs=1e-6)
+    for name, done in (("offloaded_to_file", 3), ("file_to_offloaded", 3), ("offloaded_to_ddp", 4)):
+        assert [float(row["loss/total"]) for row in rows[name]] == pytest.approx(losses[done:], abs=1e-6), name
+
+
 def test_checkpoints_are_what_their_strategy_says(ranks, folder):
     for name, is_folder in (("ddp", False), ("fsdp2", True), ("to_file", False)):
         path = folder / name / "lightning_logs" / "version_0" / "checkpoints" / "epoch=2.ckpt"
@@ -138,12 +158,14 @@ def test_reference_and_value_head_go_along(run_ranks, folder):
 
 def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, folder, repository):
     """With the reference beside them; a sharded sft.ckpt starts a method with other networks."""
+    torch.manual_seed(1)
     PolicyConfig(str(repository / "configs" / "tiny_model"), from_scratch=True).build().lm.save_pretrained(
         folder / "lm"
     )
     AutoTokenizer.from_pretrained(repository / "configs" / "tiny_model").save_pretrained(folder / "lm")
     lora = [f"--model.policy.name_or_path={folder / 'lm'}", "--model.policy.from_scratch=false", *ON]
     lora += ["--model.policy.lora.rank=4", "--model.objective.beta=0.01"]
+    lora += ["--model.gate=egspo_lightning.ops.gate.OpenGate"]  # a token at a quantile may round to either side of it
     one = run_ranks(folder, {"lora_alone": lora}, num_ranks=1)["lora_alone"]
     on = {
         "lora_fsdp2": [*lora, *FSDP2],
@@ -160,6 +182,25 @@ def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, folder, 
     weights = AnyCheckpointIO().load_checkpoint(at(folder, "lora_fsdp2").split("=", 1)[1])["state_dict"]
     assert weights
     assert all(is_adapter(name) for name in weights)
+    _without_sft(run_ranks, folder, [*lora, "--model.initial_stage=egspo"])
+
+
+def _without_sft(run_ranks, folder, base):
+    """The sharded model without its adapter is the reference."""
+    one = run_ranks(folder, {"base_alone": base}, num_ranks=1)["base_alone"]
+    assert float(one[-1]["loss/kl"]) > 0
+    on = {
+        "base_fsdp2": [*base, *FSDP2],
+        "base_fsdp2_on": [*base, *FSDP2, at(folder, "base_fsdp2")],
+        "base_alone_on": [*base, *FSDP2, at(folder, "base_alone")],
+    }
+    rows = run_ranks(folder, on)
+    assert told_apart(rows["base_fsdp2"], one) > 50
+    for name in ("base_fsdp2_on", "base_alone_on"):
+        assert told_apart(rows[name], one[3:]) > 30
+    weights = AnyCheckpointIO().load_checkpoint(at(folder, "base_fsdp2").split("=", 1)[1])["state_dict"]
+    assert weights
+    assert not any(is_reference(name) for name in weights)
 
 
 def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
