@@ -4,8 +4,14 @@
 def main() -> None:
     """Entry point of ``egspo`` and ``python -m egspo_lightning``."""
     from egspo_lightning.cli import main as run  # torch is imported here, not by whoever imports this file
+    from egspo_lightning.ranks import leave
 
-    run()
+    try:
+        run()
+    except SystemExit as ended:
+        leave(ended.code)
+        raise
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -282,9 +281,7 @@ def main(args: Sequence[str] | None = None) -> None:
             replaying.main(arguments[1:])
         else:
             run(arguments)
-        _leave_ranks()
     except RunStopped as stopped:
-        _leave_ranks()
         if stopped.code:
             print(f"error: {stopped}", file=sys.stderr)
         raise
@@ -300,9 +297,3 @@ def run(args: Sequence[str] | None = None) -> EgspoCLI:
     require_readable(sys.argv[1:] if args is None else args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own do not survive a fork
     return EgspoCLI(args)
-
-
-def _leave_ranks() -> None:
-    """End the process group: threads of its backend that outlive the interpreter abort it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

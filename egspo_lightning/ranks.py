@@ -1,10 +1,16 @@
-"""Ends the other ranks of this machine when this one fails: in a collective they would wait for it for half an hour."""
+"""How ranks end: when one fails, those of its machine with it, which in a collective would wait for half an hour."""
 
+import atexit
+import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 SECONDS_TO_END = 10.0
 """From SIGTERM, which a rank in a collective does not hear, to SIGKILL."""
@@ -23,3 +29,25 @@ def end_other_ranks(trainer: Any) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def leave(code: object) -> None:
+    """End a process that is a rank, without taking the interpreter down; any other goes on.
+
+    Threads of torch's backends may still hold objects of Python by then, and would abort the process: a run that has
+    ended well would seem to have crashed, and torchrun would end the other ranks.
+
+    Args:
+        code: as ``sys.exit`` takes it
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if not code:  # of ranks that fail some may be gone
+        torch.distributed.destroy_process_group()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback
 
 from egspo_lightning import cli
+from egspo_lightning.ranks import leave
 
 SHORT = [
     "--config=configs/quickstart.yaml",
@@ -69,4 +70,4 @@ if __name__ == "__main__":
         "weights": weights(finished.model).double().sum().item(),
     }
     (folder / f"rank-{finished.trainer.global_rank}.json").write_text(json.dumps(told))
-    torch.distributed.destroy_process_group()
+    leave(0)

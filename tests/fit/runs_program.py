@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
 from egspo_lightning.cli import run
+from egspo_lightning.ranks import leave
 
 SHORT = [
     "--config=configs/quickstart.yaml",
@@ -67,5 +67,4 @@ if __name__ == "__main__":
         place = f"{root}/{name}"
         folders = [f"--trainer.default_root_dir={place}", f"--trainer.logger.save_dir={place}"]
         run(["fit", *SHORT, *arguments, *folders])
-    if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
-        torch.distributed.destroy_process_group()
+    leave(0)
