@@ -91,8 +91,8 @@ def _any_bad_gradient(parameters: Iterable[nn.Parameter], like: Tensor) -> Tenso
     gradients = [gradient for gradient in own if gradient.numel() > 0]  # of few rows, some ranks have none
     if not gradients:
         return like.new_tensor(False, dtype=torch.bool)
-    largest = torch.stack(torch._foreach_norm(gradients, float("inf")))  # NaN and infinity both come through
-    return ~torch.isfinite(largest).all()
+    norms = torch.stack(torch._foreach_norm(gradients))  # NaN and infinity both come through
+    return ~torch.isfinite(norms).all()
 
 
 def describe(part: Part) -> str:

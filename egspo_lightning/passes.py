@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from egspo_lightning.ops.padding import like_lengths, row_lengths
 from egspo_lightning.packing import Run, packed_states
 
-PACKED_WORTH, PACKED_WORTH_GPU = 16, 128
+PACKED_WORTH, PACKED_WORTH_GPU = 32, 128
 """Tokens of padding that are worth an attention of their own in a packed pass; on a GPU by arithmetic, not measured."""
 PASS_WORTH = 128
 """The same of a pass through the whole trunk: launching its kernels takes about as long as they."""
