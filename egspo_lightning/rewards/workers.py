@@ -140,12 +140,13 @@ class _Run:
     def _send(self, index: int, request: dict[str, Any]) -> None:
         while True:
             worker = self._choose(request)
+            sent = Sent(index, request, time.monotonic())  # not after sending: the worker may begin at once
             try:
                 send_frame(worker.sock, request)
             except OSError as error:
                 self._stop(worker, is_alive=isinstance(error, TimeoutError))
                 continue
-            worker.queue.append(Sent(index, request, time.monotonic()))
+            worker.queue.append(sent)
             worker.learn(_texts(request))
             return
 

@@ -286,6 +286,17 @@ def _golds_of_each_worker(golds: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     return list(sent.values())
 
 
+def test_a_timeout_is_one_also_where_the_client_is_held_up_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    def send_and_be_held_up(sock: socket.socket, request: dict[str, str]) -> None:
+        send_frame(sock, request)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(workers, "send_frame", send_and_be_held_up)
+    with MathGrader(deadline_s=0.5) as grader:
+        grader.grade_answers(["x+1"], ["1+x"])
+        assert grader.grade_answers([BOMB], ["5"])[0].status == "timeout"
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="page faults are counted by /proc")
 def test_the_parsers_recursion_takes_no_memory_from_the_system_again_and_again() -> None:
     def faults(pid: int) -> int:
