@@ -23,6 +23,7 @@ from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.evaluation.records import Answer
 from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
 from egspo_lightning.flags import require_budget, require_phases
+from egspo_lightning.loops import count_epochs
 from egspo_lightning.phases import Phases, PhaseSizes, Split
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
@@ -60,8 +61,8 @@ class HybridDataModule(LightningDataModule):
             problems (DAPO's dynamic sampling); 0 keeps them, and skips them in updates.
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
-        max_tokens_per_micro_batch: Tokens, of prompts and completions, in one forward and backward pass on a device at
-            most; each phase then has the fewest micro-batches an update that keep it. null takes the number of
+        max_tokens_per_micro_batch: Tokens of prompts and completions in one forward and backward pass on a device at
+            most, to which a packed pass adds little padding; each phase then has the fewest micro-batches an update that keep it. null takes the number of
             trainer.accumulate_grad_batches.
         max_staleness: Collections that the policy that samples may be behind the one in training: 0 samples, then
             trains; 1 samples the next collection in a thread while this one is trained on.
@@ -153,6 +154,7 @@ class HybridDataModule(LightningDataModule):
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
         if stage == TrainerFn.FITTING and self.phases.pool is None:
+            count_epochs(self._trainer)
             require_phases(self._trainer, finds_parts=self.max_tokens_per_micro_batch is not None)
             self.require_budget(self._trainer.accumulate_grad_batches, is_mixed=self._policy.mixes_expert_data)
             self._require_groups()

@@ -14,12 +14,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from egspo_lightning.accumulation import settle
 from egspo_lightning.admission import Admission
 from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.faults import FiniteUpdates, NonFiniteError, Part, describe, pack
+from egspo_lightning.loops import settle
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics, Reduction
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative

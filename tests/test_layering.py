@@ -12,7 +12,7 @@ NAME = PACKAGE.name
 LAYERS = [
     ["errors"],
     ["types", "jsonl", "flags", "lora", "packing", "randomness"],
-    ["accumulation", "cut_off", "checkpoint_files", "checkpoint_fit"],
+    ["loops", "cut_off", "checkpoint_files", "checkpoint_fit"],
     ["config_files", "surroundings", "optimizers", "ranks", "noise"],
     ["ops", "rewards", "tasks", "checkpoints", "plain"],
     ["controllers", "answers", "evaluation.metrics", "passes"],

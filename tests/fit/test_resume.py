@@ -32,9 +32,9 @@ class Log(Callback):
         self.losses[(trainer.current_epoch, batch_idx)] = outputs["loss"].item()
 
 
-def run_of(tiny_run, folder, log, *callbacks, module=None, parts=1, **checkpoint):
+def run_of(tiny_run, folder, log, *callbacks, module=None, parts=1, max_steps=-1, **checkpoint):
     save = PhaseCheckpoint(dirpath=folder, save_top_k=-1, **(checkpoint or {"every_n_epochs": 1}))
-    settings = PHASES | {"accumulate_grad_batches": parts, "logger": CSVLogger(folder)}
+    settings = PHASES | {"accumulate_grad_batches": parts, "logger": CSVLogger(folder), "max_steps": max_steps}
     data = {"num_ppo_epochs": 2}
     return tiny_run(StageTransition(**STAGES), log, save, *callbacks, module=module, data=data, trainer=settings)
 
@@ -83,6 +83,20 @@ def test_every_checkpoint_within_a_phase_leads_to_the_same_end(tiny_run, tmp_pat
         assert rest.trainer.global_step == 12
         positions.append((min(log.losses), len(log.losses)))
     assert [count for _, count in positions] == [parts * left for left in range(11, 0, -1)]
+
+
+@pytest.mark.parametrize("steps", [12, 11], ids=["at the end of a phase", "within a phase"])
+def test_a_bound_on_steps_changes_nothing_of_it(tiny_run, tmp_path, steps):
+    """Lightning takes one for a run that counts no epochs, and begins again behind the phase that has just ended."""
+    run = run_of(tiny_run, tmp_path / "whole", Log(), max_steps=steps, every_n_train_steps=1).fit()
+    expected = weights(run)
+    saved = list((tmp_path / "whole").glob("epoch*.ckpt"))
+    assert len(saved) == run.trainer.global_step == steps
+    for path in saved:
+        if f"step={steps}" not in path.stem:
+            rest = run_of(tiny_run, tmp_path / path.stem, Log(), max_steps=steps).fit(ckpt_path=path, weights_only=True)
+            assert rest.trainer.global_step == steps, path.stem
+            assert all(torch.equal(value, expected[name]) for name, value in weights(rest).items()), path.stem
 
 
 def test_a_checkpoint_that_falls_due_with_a_phase_is_made_after_it(tiny_run, tmp_path):

@@ -28,6 +28,12 @@ METHODS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_padding(monkeypatch):
+    """Which is no token of a prompt or a completion."""
+    monkeypatch.setattr(passes, "PACKED_WORTH", 0)
+
+
 class Passes(Callback):
     """What the real decoder is given in every micro-batch, and what Lightning made of it."""
 
@@ -88,8 +94,7 @@ def test_a_budget_changes_neither_losses_nor_weights(tiny_run, method):
 
 @pytest.mark.parametrize("method", ["egspo", "grpo"])
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_no_pass_sees_more_and_no_phase_has_a_micro_batch_too_many(tiny_run, monkeypatch, method, staleness):
-    monkeypatch.setattr(passes, "PACKED_WORTH", 0)
+def test_no_pass_sees_more_and_no_phase_has_a_micro_batch_too_many(tiny_run, method, staleness):
     spy = Passes()
     data = {"num_ppo_epochs": 2, "max_tokens_per_micro_batch": BUDGET, "max_staleness": staleness}
     module = METHODS[method]
@@ -171,11 +176,11 @@ def test_a_phase_goes_on_under_its_own_budget_alone(tiny_run, tmp_path, before, 
 
 def test_between_phases_the_budget_may_change(tiny_run, tmp_path):
     resumable(tiny_run, tmp_path / "whole", budget=None).fit()
-    passes = Passes()
-    run = resumable(tiny_run, tmp_path / "rest", passes, budget=BUDGET)
+    spy = Passes()
+    run = resumable(tiny_run, tmp_path / "rest", spy, budget=BUDGET)
     run.fit(ckpt_path=tmp_path / "whole" / "epoch=1-step=4.ckpt")
     assert run.trainer.global_step == 12
-    assert max(step[2] for phase in passes.phases for step in phase) <= BUDGET
+    assert max(step[2] for phase in spy.phases for step in phase) <= BUDGET
 
 
 # What is refused

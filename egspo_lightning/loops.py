@@ -1,4 +1,4 @@
-"""How many of Lightning's batches make an update, told to its loops while they run.
+"""What Lightning's loops are told while a run is on: how many batches make an update, and that epochs are counted.
 
 Lightning reads ``trainer.accumulate_grad_batches`` anew at every batch; its GradientAccumulationScheduler changes it
 between epochs. But it asks a loader for its length before ``on_train_epoch_start`` and, at the start of a run, before
@@ -18,3 +18,11 @@ def settle(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
         trainer.val_check_batch = max(int(length * trainer.val_check_interval), 1)
     if loop._data_fetcher is not None:  # there is none yet where the loader of a run's first epoch is asked for
         loop._data_fetcher.length = length  # from which is_last_batch follows
+
+
+def count_epochs(trainer: Any) -> None:
+    """Have a run that is resumed begin with the epoch that comes, also where ``trainer.max_steps`` bounds it.
+
+    Lightning takes such a run for one that counts no epochs: resumed where an epoch has just ended, it skips the next.
+    """
+    trainer.fit_loop._iteration_based_training = lambda: False
