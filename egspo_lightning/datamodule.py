@@ -62,8 +62,8 @@ class HybridDataModule(LightningDataModule):
         num_ppo_epochs: Passes over a collection.
         num_minibatches: Updates a pass.
         max_tokens_per_micro_batch: Tokens of prompts and completions in one forward and backward pass on a device at
-            most, to which a packed pass adds little padding; each phase then has the fewest micro-batches an update that keep it. null takes the number of
-            trainer.accumulate_grad_batches.
+            most, to which a packed pass adds little padding; each phase then has the fewest micro-batches an update
+            that keep it. null takes the number of trainer.accumulate_grad_batches.
         max_staleness: Collections that the policy that samples may be behind the one in training: 0 samples, then
             trains; 1 samples the next collection in a thread while this one is trained on.
         max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
