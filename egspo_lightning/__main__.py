@@ -4,12 +4,13 @@
 def main() -> None:
     """Entry point of ``egspo`` and ``python -m egspo_lightning``."""
     from egspo_lightning.cli import main as run  # torch is imported here, not by whoever imports this file
+    from egspo_lightning.errors import RunStopped
     from egspo_lightning.ranks import leave
 
     try:
         run()
-    except SystemExit as ended:
-        leave(ended.code)
+    except RunStopped as stopped:  # by a signal, on every rank
+        leave(int(stopped.code or 0))
         raise
     leave(0)
 

@@ -59,12 +59,15 @@ class CutOff(NamedTuple):
                 f"{_shown(max_tokens)}. Resume with that of the checkpoint, or from a checkpoint of the end of a phase."
             )
         parts = parts if max_tokens is None else self.parts
+        flag = "data.num_minibatches or trainer.accumulate_grad_batches differ"
+        if max_tokens is not None:
+            flag = "or data.num_minibatches differ"
         if num_updates * parts != self.length:
             raise UserError(
                 f"ckpt_path: the checkpoint was made within a phase of {self.length} micro-batches a rank, and with "
                 f"this config a phase has {num_updates * parts}: the demonstrations, data.sft_batch_size, "
-                "data.num_ppo_epochs, data.num_minibatches or trainer.accumulate_grad_batches differ. Resume with "
-                "those of the checkpoint, or from a checkpoint of the end of a phase."
+                f"data.num_ppo_epochs, {flag}. Resume with those of the "
+                "checkpoint, or from a checkpoint of the end of a phase."
             )
         return parts
 

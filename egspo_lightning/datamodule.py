@@ -23,7 +23,7 @@ from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.evaluation.records import Answer
 from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
 from egspo_lightning.flags import require_budget, require_phases
-from egspo_lightning.loops import count_epochs
+from egspo_lightning.loops import count_epochs, forget
 from egspo_lightning.phases import Phases, PhaseSizes, Split
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
@@ -63,7 +63,7 @@ class HybridDataModule(LightningDataModule):
         num_minibatches: Updates a pass.
         max_tokens_per_micro_batch: Tokens of prompts and completions in one forward and backward pass on a device at
             most, to which a packed pass adds little padding; each phase then has the fewest micro-batches an update
-            that keep it. null takes the number of trainer.accumulate_grad_batches.
+            that keep it, cut in the order of their lengths. null takes the number of trainer.accumulate_grad_batches.
         max_staleness: Collections that the policy that samples may be behind the one in training: 0 samples, then
             trains; 1 samples the next collection in a thread while this one is trained on.
         max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
@@ -153,14 +153,15 @@ class HybridDataModule(LightningDataModule):
         self.answerer.load(self.encoder)
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
-        if stage == TrainerFn.FITTING and self.phases.pool is None:
+        if stage == TrainerFn.FITTING:
             count_epochs(self._trainer)
             require_phases(self._trainer, finds_parts=self.max_tokens_per_micro_batch is not None)
             self.require_budget(self._trainer.accumulate_grad_batches, is_mixed=self._policy.mixes_expert_data)
             self._require_groups()
             self._require_ranks_apart()
             self._policy.accept_staleness(self.max_staleness)
-            self._load_training_data()
+            if self.phases.pool is None:
+                self._load_training_data()
 
     def _load_training_data(self) -> None:
         excluded, length = self.answerer.asked, self.max_completion_length
@@ -220,20 +221,15 @@ class HybridDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """End sampling ahead, the graders' processes, and what the engine holds."""
         self.answerer.close()
-        self._forget_parts()
+        forget(self._trainer)
         self._end_sampling()
         if isinstance(self.engine, ClosingEngine):
             self.engine.close()
 
     def on_exception(self, exception: BaseException) -> None:
         """No thread outlives the run, whatever has ended it."""
-        self._forget_parts()
+        forget(self._trainer)
         self._end_sampling()
-
-    def _forget_parts(self) -> None:
-        """Leave the trainer's flag as it was given."""
-        if self.max_tokens_per_micro_batch is not None:
-            self._trainer.accumulate_grad_batches = 1
 
     def _end_sampling(self) -> None:
         self.phases.ahead.cancel()

@@ -8,10 +8,17 @@ batch is fetched, after those hooks: nothing has been counted against them by th
 
 from typing import Any
 
+_GIVEN = "_egspo_given_parts"
+"""Where a fit loop keeps the user's own number."""
+
 
 def settle(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
     """Let the epoch that begins have ``num_updates`` updates of ``num_micro_batches`` batches each."""
     loop, length = trainer.fit_loop, num_updates * num_micro_batches
+    assert hasattr(loop, "max_batches")
+    assert hasattr(loop, "_data_fetcher")
+    if not hasattr(loop, _GIVEN):
+        setattr(loop, _GIVEN, trainer.accumulate_grad_batches)
     trainer.accumulate_grad_batches = num_micro_batches
     loop.max_batches = length
     if isinstance(trainer.val_check_interval, float):
@@ -20,9 +27,17 @@ def settle(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
         loop._data_fetcher.length = length  # from which is_last_batch follows
 
 
+def forget(trainer: Any) -> None:
+    """Leave the trainer's flag as the user gave it, where ``settle`` has changed it."""
+    if hasattr(trainer.fit_loop, _GIVEN):
+        trainer.accumulate_grad_batches = getattr(trainer.fit_loop, _GIVEN)
+        delattr(trainer.fit_loop, _GIVEN)
+
+
 def count_epochs(trainer: Any) -> None:
     """Have a run that is resumed begin with the epoch that comes, also where ``trainer.max_steps`` bounds it.
 
     Lightning takes such a run for one that counts no epochs: resumed where an epoch has just ended, it skips the next.
     """
+    assert hasattr(trainer.fit_loop, "_iteration_based_training")
     trainer.fit_loop._iteration_based_training = lambda: False

@@ -126,7 +126,18 @@ class EGSPOModule(ResumableModule):
         self._phase.add({"stage": float(self.stage == Stage.EGSPO)})
 
     def settle_micro_batches(self, number: int, num_updates: int) -> None:
-        """Let this phase have so many micro-batches an update, and log it."""
+        """Let this phase have so many micro-batches an update, and log it.
+
+        Raises:
+            UserError: the policy's rows go through it as one rectangle, whose padding no budget of tokens bounds.
+        """
+        if not (self._policy.passes.packs or self._policy.passes.splits_rows):
+            raise UserError(
+                "data.max_tokens_per_micro_batch bounds packed passes, and under trainer.strategy fsdp2 this model's "
+                "rows go through it padded to the longest: it does not take transformers' sdpa attention in a way that "
+                "keeps packed rows apart. Set model.policy.attn_implementation to sdpa where it is something else; or "
+                "leave the budget out and give trainer.accumulate_grad_batches."
+            )
         settle(self.trainer, number, num_updates)
         self._phase.add({"update/micro_batches": float(number)}, "max")
 

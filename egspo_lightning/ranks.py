@@ -31,23 +31,20 @@ def end_other_ranks(trainer: Any) -> None:
             process.wait()
 
 
-def leave(code: object) -> None:
-    """End a process that is a rank, without taking the interpreter down; any other goes on.
+def leave(code: int) -> None:
+    """End a rank whose run has ended as it should, without taking the interpreter down; any other process goes on.
 
-    Threads of torch's backends may still hold objects of Python by then, and would abort the process: a run that has
-    ended well would seem to have crashed, and torchrun would end the other ranks.
+    Threads of torch's backends may still hold objects of Python by then, and would abort the process: the run would
+    seem to have crashed, and torchrun would end the other ranks.
 
     Args:
-        code: as ``sys.exit`` takes it
+        code: The exit code.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    if not code:  # of ranks that fail some may be gone
-        torch.distributed.destroy_process_group()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    torch.distributed.destroy_process_group()
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does, first of all
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    os._exit(code)

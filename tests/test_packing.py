@@ -29,7 +29,14 @@ PACKED = {
         **GQA, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
     ),
 }
+WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 OTHERS = {
+    "a window that only the mask knows": transformers.Qwen2MoeConfig(
+        **GQA, **WINDOW, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    ),
+    "biases made from the mask": transformers.FalconConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
     "eager attention": transformers.Qwen2Config(**GQA, attn_implementation="eager"),
     "attention not taken by name": transformers.FalconConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4
@@ -107,6 +114,13 @@ def test_models_that_cannot_tell_them_apart_make_a_pass_for_each_run(config):
     assert not policy.passes.packs
     assert lm.config._attn_implementation == before
     require_equal_to_naive(lm, policy)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_the_longest_sequence_decides_on_are_not_shared(kind):
+    factors = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 8} | factors
+    assert not Policy(lm_of(transformers.LlamaConfig(**SIZES, rope_parameters=rope))).passes.packs
 
 
 def test_a_model_in_which_tokens_see_their_neighbours_is_found_out(monkeypatch):

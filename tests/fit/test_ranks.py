@@ -149,3 +149,24 @@ def test_every_method_on_two_processes_equals_one(methods_alone, methods_on_two,
 @pytest.mark.parametrize("method", ["ppo", "ppo_critic"])
 def test_a_sharded_critic_on_two_processes_equals_one(methods_alone, critics_sharded, method):
     assert_equal_metrics(critics_sharded[method], methods_alone[method])
+
+
+LEAVING = """
+import atexit, concurrent.futures, sys, threading, torch
+from egspo_lightning.ranks import leave
+leave(0)
+print("no rank yet")
+atexit.register(print, "at exit")
+pool = concurrent.futures.ThreadPoolExecutor(1)
+pool.submit(int).result()  # its thread is idle, and alive
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+leave(143)
+print("still there")
+"""
+
+
+def test_a_rank_leaves_with_its_code_whatever_threads_are_idle(repository):
+    output, code = in_group([sys.executable, "-c", LEAVING], repository, 60)
+    assert code == 143
+    assert output.split("\n") == ["no rank yet", "at exit", ""]
