@@ -63,6 +63,7 @@ def test_scaling(tmp_path, models):
     assert rows[1]["tokens"] > rows[0]["tokens"]
 
 
+@pytest.mark.slow  # three processes that import TRL where it is there
 def test_token_stats_memory(tmp_path):
     small = ["--tokens", "64", "--vocabulary", "500", "--hidden", "16", "--check_tokens", "8"]
     found = run("token_stats_memory", tmp_path, *small, "--ways", "naive", "ours", "TRL, fused head")

@@ -107,6 +107,7 @@ def require_whole(root: Path, uninterrupted: Path, output: str) -> None:
         assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_ranks_that_share_the_problems_write_and_measure_what_one_does(repository, checkpoint, uninterrupted, tmp_path):
     code, output = evaluate(repository, checkpoint, tmp_path, "--trainer.strategy=ddp", "--trainer.devices=2")
     assert code == 0, output

@@ -86,7 +86,8 @@ def without_budget(run_ranks, tmp_path_factory):
     return run_ranks(tmp_path_factory.mktemp("whole"), {"whole": []}, num_ranks=1)["whole"]
 
 
-@pytest.mark.parametrize("strategy", [pytest.param(DDP, id="ddp"), pytest.param(FSDP2, id="fsdp2", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [pytest.param(DDP, id="ddp"), pytest.param(FSDP2, id="fsdp2")])
 def test_ranks_agree_on_what_a_budget_of_tokens_needs(run_ranks, without_budget, tmp_path, strategy):
     """Updates are those of one process without a budget."""
     rows = run_ranks(tmp_path, {"budget": [*strategy, *BUDGET]})["budget"]

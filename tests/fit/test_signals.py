@@ -117,7 +117,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(repository, tmp_path, alo
     assert all(torch.equal(value, ended[name]) for name, value in alone.items())
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_the_run_at_once(repository, tmp_path, staleness):
     """Of a run that would not get to the end of its update, or of what it samples meanwhile, for long."""
     slow = [
