@@ -76,7 +76,7 @@ def _set_gate(module: Any, gate: Any) -> None:
 
 
 def logprobs_alone(
-    hidden_states: torch.Tensor, lm_head: Any, input_ids: torch.Tensor, *, temperature: float = 1.0
+    hidden_states: torch.Tensor, lm_head: Any, input_ids: torch.Tensor, *, temperature: float, with_entropies: bool
 ) -> TokenStats:
     """What a trainer without entropies would compute; they are 0."""
     logits = lm_head(hidden_states).float() / temperature

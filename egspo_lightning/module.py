@@ -160,7 +160,7 @@ class EGSPOModule(ResumableModule):
 
     def _sft_step(self, expert: ExpertBatch) -> tuple[Tensor, Metrics]:
         self._skip_update = False
-        stats = self._policy(expert.input_ids, expert.completion_mask)
+        stats = self._policy(expert.input_ids, expert.completion_mask, with_entropies=False)
         loss = sft_loss(stats.logprobs, expert, weighting="plain")
         return loss + self._untouched(stats.values), {"loss/sft": loss.detach()}
 
@@ -171,16 +171,23 @@ class EGSPOModule(ResumableModule):
         if weights.mu == 0:
             expert = None  # a schedule may end there
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
-        current, expert_loss = self._egspo_forward(rollout, expert)
+        current, expert_loss = self._egspo_forward(rollout, expert, with_entropies=self._needs_entropies)
         self._check_first_ratio(current.logprobs.detach(), rollout)
         self._phase.add({"policy/mu": weights.mu})
         return self._egspo_loss(current, rollout, expert_loss, weights)
 
-    def _egspo_forward(self, rollout: RolloutBatch, expert: ExpertBatch | None) -> tuple[Current, Tensor | None]:
+    @property
+    def _needs_entropies(self) -> bool:
+        """Whether the loss asks for entropies of the policy as it is; the gate's are otherwise those of sampling."""
+        return self.objective.gate_entropy == "current" or self.entropy_bonus is not None
+
+    def _egspo_forward(
+        self, rollout: RolloutBatch, expert: ExpertBatch | None, *, with_entropies: bool
+    ) -> tuple[Current, Tensor | None]:
         """What the networks say of the rollouts, and the loss on the expert's solutions."""
         if expert is None:
-            return self.statistics(rollout.input_ids, rollout.completion_mask), None
-        current, stats = self.statistics_beside(rollout, expert)
+            return self.statistics(rollout, with_entropies=with_entropies), None
+        current, stats = self.statistics_beside(rollout, expert, with_entropies=with_entropies)
         loss = sft_loss(stats.logprobs, expert, weighting=self.objective.expert_weighting)
         return current, loss if stats.values is None else loss + self._untouched(stats.values)
 
@@ -200,7 +207,7 @@ class EGSPOModule(ResumableModule):
             assert expert is not None
             stats = self._policy(expert.input_ids, expert.completion_mask)
             return sft_loss(stats.logprobs, expert, weighting="plain"), stats
-        current, expert_loss = self._egspo_forward(rollout, expert if weights.mu > 0 else None)
+        current, expert_loss = self._egspo_forward(rollout, expert if weights.mu > 0 else None, with_entropies=True)
         return self._egspo_loss(current, rollout, expert_loss, weights)[0], current
 
     def _untouched(self, values: Tensor | None) -> Tensor | float:

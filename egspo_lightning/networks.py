@@ -32,15 +32,17 @@ class Networks:
     temperature: float
     has_reference: bool
 
-    def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
-        """What policy and critic say of sequences, with gradient where it is on."""
-        return self._with_values(self.policy(input_ids, completion_mask, self.temperature), input_ids, completion_mask)
+    def statistics(self, input_ids: Tensor, completion_mask: Tensor, *, with_entropies: bool = True) -> Current:
+        """What policy and critic say of sequences, with gradient where it is on; entropies where they are asked for."""
+        current = self.policy(input_ids, completion_mask, self.temperature, with_entropies)
+        return self._with_values(current, input_ids, completion_mask)
 
     def statistics_beside(
-        self, input_ids: Tensor, completion_mask: Tensor, others: Sequences
+        self, input_ids: Tensor, completion_mask: Tensor, others: Sequences, *, with_entropies: bool = True
     ) -> tuple[Current, Current]:
         """The same, and what the policy says of other sequences, which share the passes through the trunk."""
-        current, of_others = self.policy.together(Sequences(input_ids, completion_mask, self.temperature), others)
+        own = Sequences(input_ids, completion_mask, self.temperature, with_entropies)
+        current, of_others = self.policy.together(own, others)
         return self._with_values(current, input_ids, completion_mask), of_others
 
     def _with_values(self, current: Current, input_ids: Tensor, completion_mask: Tensor) -> Current:
@@ -60,8 +62,8 @@ class Networks:
         if not self.has_reference:
             return None
         if self.reference is not None:
-            stats = self.reference(input_ids, completion_mask, self.temperature)
+            stats = self.reference(input_ids, completion_mask, self.temperature, False)
             return stats.logprobs
         with lora.as_reference(self.policy.lm):
-            stats = self.policy(input_ids, completion_mask, self.temperature)
+            stats = self.policy(input_ids, completion_mask, self.temperature, False)
         return stats.logprobs

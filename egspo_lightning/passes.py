@@ -29,6 +29,8 @@ class Sequences(NamedTuple):
     """(B, T) bool; never true at position 0, which nothing predicts"""
     temperature: float = 1.0
     """the sampling temperature"""
+    with_entropies: bool = True
+    """whether anybody asks for them; otherwise they are 0"""
 
 
 class Passes:

@@ -204,15 +204,18 @@ class Policy(nn.Module):
         _check_linear_head(self.lm)
         self.passes = Passes(use_packing(lm))
 
-    def forward(self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0) -> Current:
+    def forward(
+        self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0, with_entropies: bool = True
+    ) -> Current:
         """Log-probability, entropy and value of each completion token, all (B, T), 0 where the mask is false.
 
         Args:
             input_ids: (B, T)
             completion_mask: (B, T) bool; never true at position 0, which nothing predicts
             temperature: the sampling temperature
+            with_entropies: whether anybody asks for them; otherwise they are 0
         """
-        return self._statistics_of([Sequences(input_ids, completion_mask, temperature)])[0]
+        return self._statistics_of([Sequences(input_ids, completion_mask, temperature, with_entropies)])[0]
 
     def together(self, *parts: Sequences) -> list[Current]:
         """What ``forward`` gives for each of several batches, whose rows share the passes through the trunk."""
@@ -226,7 +229,8 @@ class Policy(nn.Module):
         """From the states before the completion tokens, (N, D), to (B, T)."""
         ids, mask = part.input_ids, part.completion_mask
         head = self.lm.get_output_embeddings()
-        stats = token_stats(states, head, ids[:, 1:][mask[:, 1:]], temperature=part.temperature)
+        chosen = ids[:, 1:][mask[:, 1:]]
+        stats = token_stats(states, head, chosen, temperature=part.temperature, with_entropies=part.with_entropies)
         blank = torch.zeros_like(ids, dtype=stats.logprobs.dtype)
         values = None if self.value_head is None else self.value_head(states, mask)
         logprobs, entropies = (blank.masked_scatter(mask, values) for values in stats)

@@ -264,14 +264,18 @@ class PolicyModule(LightningModule):
         with self.scoring():
             return self.networks.score(input_ids.to(self.device), completion_mask.to(self.device))
 
-    def statistics(self, input_ids: Tensor, completion_mask: Tensor) -> Current:
-        """What policy and critic say of sequences, at the sampling temperature, with gradient where it is on."""
-        return self.networks.statistics(input_ids, completion_mask)
+    def statistics(self, rollout: RolloutBatch, *, with_entropies: bool) -> Current:
+        """What policy and critic say of rollouts, at the sampling temperature, with gradient where it is on."""
+        ids, mask = rollout.input_ids, rollout.completion_mask
+        return self.networks.statistics(ids, mask, with_entropies=with_entropies)
 
-    def statistics_beside(self, rollout: RolloutBatch, expert: ExpertBatch) -> tuple[Current, Current]:
-        """The same of rollouts, and what the policy says of experts' solutions at temperature 1, in shared passes."""
-        expert_rows = Sequences(expert.input_ids, expert.completion_mask)
-        return self.networks.statistics_beside(rollout.input_ids, rollout.completion_mask, expert_rows)
+    def statistics_beside(
+        self, rollout: RolloutBatch, expert: ExpertBatch, *, with_entropies: bool
+    ) -> tuple[Current, Current]:
+        """The same, and log-probabilities of experts' solutions at temperature 1, in shared passes."""
+        ids, mask = rollout.input_ids, rollout.completion_mask
+        expert_rows = Sequences(expert.input_ids, expert.completion_mask, with_entropies=False)
+        return self.networks.statistics_beside(ids, mask, expert_rows, with_entropies=with_entropies)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of equally shaped tensors over all ranks."""

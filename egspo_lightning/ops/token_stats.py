@@ -48,6 +48,7 @@ def token_stats(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     vocab_chunk_size: int | None = None,
+    with_entropies: bool = True,
 ) -> TokenStats:
     """The same from hidden states, a tile of tokens x vocabulary at a time: the logits (N, V) never exist at once.
 
@@ -66,6 +67,7 @@ def token_stats(
         temperature: the sampling temperature
         chunk_size: tokens a tile; by default ``TILE_TOKENS``, or more where a tile then still has the whole vocabulary
         vocab_chunk_size: vocabulary entries a tile; by default as many as make ``CPU_TILE`` or ``GPU_TILE`` logits
+        with_entropies: whether anybody asks for them; otherwise they are 0, and cost nothing
     """
     weight: Tensor = lm_head if isinstance(lm_head, Tensor) else lm_head.weight
     bias: Tensor | None = None if isinstance(lm_head, Tensor) else lm_head.bias
@@ -82,6 +84,7 @@ def token_stats(
         temperature,
         chunk_size,
         vocab_chunk_size,
+        with_entropies,
     )
     return TokenStats(logprobs.view(input_ids.shape), entropies.view(input_ids.shape))
 
@@ -178,13 +181,17 @@ class _TiledTokenStats(torch.autograd.Function):
         temperature: float,
         chunk_size: int | None,
         vocab_chunk_size: int | None,
+        with_entropies: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = _Tiles(hidden, weight, bias, temperature, chunk_size, vocab_chunk_size)
-            log_norms, chosen, entropies, probs = (_at_once if tiles.is_single else _in_turn)(tiles, input_ids)
+            measure = _at_once if tiles.is_single else _in_turn
+            log_norms, chosen, entropies, probs = measure(tiles, input_ids, with_entropies)
         ctx.save_for_backward(hidden, weight, bias, input_ids, log_norms, entropies, probs)
         ctx.settings = temperature, chunk_size, vocab_chunk_size
         ctx.set_materialize_grads(False)
+        if not with_entropies:
+            ctx.mark_non_differentiable(entropies)
         return chosen, entropies
 
     @staticmethod
@@ -203,9 +210,9 @@ class _TiledTokenStats(torch.autograd.Function):
         if active is not None:
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)
         if not trains_head:
-            return grad_hidden, None, None, None, None, None, None
+            return grad_hidden, *[None] * 7
         of_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), of_bias, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), of_bias, *[None] * 5
 
 
 def _pulled(like: Tensor, *pulls: Tensor | None) -> Tensor | None:
@@ -223,26 +230,27 @@ def _select(tokens: Tensor | None, *tensors: Tensor | None) -> list[Any]:
     return [tensor if tensor is None or tokens is None else tensor[tokens] for tensor in tensors]
 
 
-def _at_once(tiles: _Tiles, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _at_once(tiles: _Tiles, input_ids: Tensor, with_entropies: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-normaliser, log-probability and entropy of all tokens, (N,) each, and their probabilities, (N, V)."""
     logits, own = tiles.logits(tiles.tokens[0], tiles.entries[0]), input_ids.unsqueeze(-1)
     log_probs = logits.log_softmax(-1)
     chosen = log_probs.gather(-1, own)
     log_norms = (logits.gather(-1, own) - chosen).squeeze(-1)
     probs = torch.exp(log_probs, out=logits)
-    return log_norms, chosen.squeeze(-1), -torch.linalg.vecdot(probs, log_probs), probs
+    entropies = -torch.linalg.vecdot(probs, log_probs) if with_entropies else torch.zeros_like(log_norms)
+    return log_norms, chosen.squeeze(-1), entropies, probs
 
 
-def _in_turn(tiles: _Tiles, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _in_turn(tiles: _Tiles, input_ids: Tensor, with_entropies: bool) -> tuple[Tensor, Tensor, Tensor, None]:
     """The same tile by tile; probabilities are not kept."""
     wide = _wide_dtype(tiles.hidden.dtype)
     log_norms, chosen, entropies = (tiles.hidden.new_empty(len(input_ids), dtype=wide) for _ in range(3))
     for tokens in tiles.tokens:
-        log_norms[tokens], chosen[tokens], entropies[tokens] = _fold(tiles, tokens, input_ids[tokens])
+        log_norms[tokens], chosen[tokens], entropies[tokens] = _fold(tiles, tokens, input_ids[tokens], with_entropies)
     return log_norms, chosen, entropies, None
 
 
-def _fold(tiles: _Tiles, tokens: slice, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fold(tiles: _Tiles, tokens: slice, input_ids: Tensor, with_entropies: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Log-normaliser, log-probability and entropy of some tokens, (n,) each."""
     maxima = tiles.hidden.new_full(
         input_ids.shape, torch.finfo(torch.float32).min, dtype=_wide_dtype(tiles.hidden.dtype)
@@ -256,10 +264,12 @@ def _fold(tiles: _Tiles, tokens: slice, input_ids: Tensor) -> tuple[Tensor, Tens
         shift, maxima = maxima - risen, risen
         logits.sub_(maxima.unsqueeze(-1))
         weights = torch.exp(logits, out=tiles.buffer("second", logits.shape, logits.dtype))
-        moments = shift.exp() * (moments + shift * sums) + torch.linalg.vecdot(weights, logits)
+        if with_entropies:
+            moments = shift.exp() * (moments + shift * sums) + torch.linalg.vecdot(weights, logits)
         sums = shift.exp() * sums + weights.sum(-1)
     log_sums = sums.log()
-    return maxima + log_sums, chosen - maxima - log_sums, log_sums - moments / sums
+    entropies = log_sums - moments / sums if with_entropies else torch.zeros_like(log_sums)
+    return maxima + log_sums, chosen - maxima - log_sums, entropies
 
 
 def _at(logits: Tensor, input_ids: Tensor, entries: slice) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ SHORT = [
 ]
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
 FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
-SLOW = pytest.mark.slow
 
 
 def fit(repository, folder, *arguments):

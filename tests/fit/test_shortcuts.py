@@ -98,6 +98,23 @@ def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypa
     assert split == pytest.approx(together, rel=0, abs=1e-5)
 
 
+@pytest.mark.parametrize("tiles", ["one", "many"])
+def test_losses_do_not_depend_on_entropies_that_nobody_asks_for(tiny_run, monkeypatch, tiles):
+    if tiles == "many":
+        monkeypatch.setattr(token_stats, "CPU_TILE", 300)
+        monkeypatch.setattr(token_stats, "TILE_TOKENS", 7)
+    asked = []
+    measure = policy.token_stats
+    monkeypatch.setattr(policy, "token_stats", lambda *a, **k: asked.append(k["with_entropies"]) or measure(*a, **k))
+    without, spy = losses_of(tiny_run)
+    assert not any(asked)  # the engine has told those of sampling
+    monkeypatch.setattr(EGSPOModule, "_needs_entropies", True)
+    with_them, other = losses_of(tiny_run)
+    assert any(asked)
+    assert without == pytest.approx(with_them, rel=0, abs=1e-5)
+    assert distance(spy.gradients[0], other.gradients[0]) < 1e-6
+
+
 @pytest.mark.parametrize("critic", [None, "shared", "own"])
 def test_losses_do_not_depend_on_packing(tiny_run, monkeypatch, critic):
     module = {} if critic is None else {"advantage": GAE(), "critic": CriticConfig(trunk=critic)}
