@@ -24,6 +24,11 @@ class Run(NamedTuple):
     num_rows: int
     width: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all of them."""
+        return self.num_rows * self.width
+
 
 class Runs:
     """Of a packed row, with a count of the layers that have told them apart, and of those among them with a window."""
@@ -35,7 +40,7 @@ class Runs:
         """Causal attention within each sequence, from (1, heads, N, D) each to (1, N, heads, D)."""
         self.num_uses += 1
         self.num_windows += settings.get("sliding_window") is not None
-        sizes = [run.num_rows * run.width for run in self.runs]
+        sizes = [run.num_tokens for run in self.runs]
         parts = zip(*(states.split(sizes, dim=2) for states in (queries, keys, values)), strict=True)
         return torch.cat(
             [_attend(module, run, *part, **settings) for run, part in zip(self.runs, parts, strict=True)], 1
@@ -73,7 +78,7 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def packed_states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Sequence[Run]) -> Tensor:
+def packed_states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Runs) -> Tensor:
     """Last hidden states of all tokens, (N, D).
 
     Args:
@@ -82,10 +87,6 @@ def packed_states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Sequ
         positions: (N,) int64 within each sequence
         runs: how they are told apart
     """
-    return _states(decoder, input_ids, positions, Runs(runs))
-
-
-def _states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Runs) -> Tensor:
     no_mask = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)  # given one of 4 axes, transformers makes none
     output = decoder(
         input_ids=input_ids.unsqueeze(0),
@@ -152,7 +153,7 @@ def _tells_apart(lm: Any) -> bool:
     rows = [torch.tensor([[1, 2, 3], [2, 0, 1]], device=device), torch.tensor([[3, 1, 2, 0, 3]], device=device)]
     runs = Runs([Run(*ids.shape) for ids in rows])
     positions = torch.cat([torch.arange(width, device=device).repeat(num_rows) for num_rows, width in runs.runs])
-    packed = _states(decoder, torch.cat([ids.flatten() for ids in rows]), positions, runs)
+    packed = packed_states(decoder, torch.cat([ids.flatten() for ids in rows]), positions, runs)
     if (runs.num_uses, runs.num_windows) != (lm.config.num_hidden_layers, _num_windows(lm.config)):
         return False
     if packed.is_meta:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from egspo_lightning.ops.padding import like_lengths, row_lengths
-from egspo_lightning.packing import Run, packed_states
+from egspo_lightning.packing import Run, Runs, packed_states
 
 PACKED_WORTH, PACKED_WORTH_GPU = 32, 128
 """Tokens of padding that are worth an attention of their own in a packed pass; on a GPU by arithmetic, not measured."""
@@ -54,10 +54,10 @@ class Passes:
         runs, index, starts = self._layout(mask)
         flat = ids.flatten()[index]
         if self.packs:
-            states = packed_states(decoder, flat, index % ids.shape[1], runs)
+            states = packed_states(decoder, flat, index % ids.shape[1], Runs(runs))
         else:
-            sizes = [run.num_rows * run.width for run in runs]
-            rows = [part.view(*run) for part, run in zip(flat.split(sizes), runs, strict=True)]
+            parted = flat.split([run.num_tokens for run in runs])
+            rows = [part.view(*run) for part, run in zip(parted, runs, strict=True)]
             states = torch.cat([decoder(input_ids=r, use_cache=False).last_hidden_state.flatten(0, 1) for r in rows])
         row, position = mask[:, 1:].nonzero(as_tuple=True)
         num_tokens = [int(part.completion_mask.sum()) for part in parts]
