@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from comparison.arguments import told
 from egspo_lightning import policy
@@ -18,8 +17,7 @@ from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.token_stats import TokenStats, token_stats
 from egspo_lightning.rollout import transformers_engine
-from egspo_lightning.rollout.transformers_engine import Drawn, sample_tokens
-from egspo_lightning.types import Sampling
+from egspo_lightning.rollout.drawing import Drawing
 from measuring.listeners import Replay
 from measuring.report import add_workloads, parse, parser, publish
 from measuring.timing import Reading, ratio, seconds
@@ -67,7 +65,7 @@ def _bare(module: Any) -> None:
 def _compute_entropies(is_on: bool) -> None:
     """Where a run computes them: in updates and scoring, and while it samples."""
     _policy.token_stats = token_stats if is_on else logprobs_alone
-    _engine.sample_tokens = sample_tokens if is_on else draws_alone
+    _engine.Drawing = Drawing if is_on else DrawingAlone
 
 
 def _set_gate(module: Any, gate: Any) -> None:
@@ -75,22 +73,21 @@ def _set_gate(module: Any, gate: Any) -> None:
     object.__setattr__(module.admission, "attenuation", ConfidenceAttenuation())
 
 
-def logprobs_alone(
-    hidden_states: torch.Tensor, lm_head: Any, input_ids: torch.Tensor, *, temperature: float, with_entropies: bool
-) -> TokenStats:
-    """What a trainer without entropies would compute; they are 0."""
-    logits = lm_head(hidden_states).float() / temperature
-    logprobs = -F.cross_entropy(logits, input_ids, reduction="none")
-    return TokenStats(logprobs, torch.zeros_like(logprobs))
+def logprobs_alone(*args: Any, with_entropies: bool, **kwargs: Any) -> TokenStats:
+    """No entropies, whoever asks for them; they are 0."""
+    return token_stats(*args, with_entropies=False, **kwargs)
 
 
-def draws_alone(logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Sampling) -> Drawn:
-    """The same draws as the engine's, and their log-probabilities; the entropies are 0."""
-    assert uniforms is not None, "rollouts are not greedy"
-    probs = torch.softmax(logits.float() / sampling.temperature, -1)
-    tokens = _engine._invert(probs, uniforms, sampling.top_p)
-    logprobs = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log()
-    return Drawn(tokens, logprobs, torch.zeros_like(logprobs))
+class DrawingAlone(Drawing):
+    """Draws the same, and does nothing for entropies: a draw leaves its probabilities, whose logarithms are told."""
+
+    def _probabilities(self, logits: torch.Tensor, place: slice) -> torch.Tensor:
+        scaled = logits.float() if self._temperature == 1.0 else logits.float() / self._temperature
+        return torch.softmax(scaled, -1, out=self._probs[place])
+
+    def _statistics(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = self._probs[: self._num_waiting].gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return chosen.log(), torch.zeros_like(chosen)
 
 
 def _require_same(replay: Replay) -> None:

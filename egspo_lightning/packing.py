@@ -3,9 +3,12 @@
 All tokens stand in one row, (1, N); only attention, in which a token sees its own sequence alone, is told the
 sequences apart. So the projections, which are most of the work, are as large as can be and waste nothing, and each
 kernel is launched once, however different the lengths are. Positions count from 0 in each sequence.
+
+Attention is transformers' own for "sdpa", except to short sequences on a CPU: the fused kernel there takes heads and
+sequences one by one, in blocks of 32 tokens, and plain matrix products over all of them take half the time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_in_runs"
 """Of the attention, among those of transformers."""
+
+
+SHORT = 64
+"""Tokens of a sequence that is attended to by plain products on a CPU; from about 100 on the fused kernel is faster."""
 
 
 class Run(NamedTuple):
@@ -49,14 +56,40 @@ class Runs:
 
 def _attend(module: Any, run: Run, *states: Tensor, sliding_window: int | None = None, **settings: Any) -> Tensor:
     """Of the sequences of one run, as the rows of a batch."""
-    rows = [part[0].unflatten(1, run).transpose(0, 1) for part in states]
-    mask = None
+    queries, keys, values = (part[0].unflatten(1, run).transpose(0, 1) for part in states)
+    near = None
     if sliding_window is not None and run.width > sliding_window:
-        near = torch.ones(run.width, run.width, dtype=torch.bool, device=rows[0].device)
-        mask = near.tril().triu(1 - sliding_window)[None, None]
-    queries, keys, values = rows
-    attended, _ = sdpa_attention_forward(module, queries, keys, values, mask, **settings)
+        near = _causal(run.width, queries.device).triu(1 - sliding_window)
+    if _is_short(run, queries, settings):
+        near = _causal(run.width, queries.device) if near is None else near
+        attended = _short_attention(queries, keys, values, near, settings.get("scaling"))
+    else:
+        mask = None if near is None else near[None, None]
+        attended, _ = sdpa_attention_forward(module, queries, keys, values, mask, **settings)
     return attended.flatten(0, 1).unsqueeze(0)
+
+
+def _causal(width: int, device: torch.device) -> Tensor:
+    """(width, width) bool: which keys each query may see."""
+    return torch.ones(width, width, dtype=torch.bool, device=device).tril()
+
+
+def _is_short(run: Run, queries: Tensor, settings: Mapping[str, Any]) -> bool:
+    """Whether plain products are faster, and the same."""
+    is_plain = not settings.get("dropout") and settings.get("position_bias") is None
+    is_full = queries.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return run.width <= SHORT and queries.device.type == "cpu" and is_full and is_plain
+
+
+def _short_attention(queries: Tensor, keys: Tensor, values: Tensor, near: Tensor, scaling: float | None) -> Tensor:
+    """``softmax(scaling Q K^T) V`` over the keys that are near, from (B, heads, T, D) each to (B, T, heads, D)."""
+    size, groups = queries.shape[:3], queries.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
+    scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
+    far = torch.zeros(near.shape).masked_fill_(~near, -torch.inf)
+    scores = torch.baddbmm(far, scaled.flatten(0, 1), keys.flatten(0, 1).mT)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).unflatten(0, size[:2]).transpose(1, 2)
 
 
 def attention(

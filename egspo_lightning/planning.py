@@ -23,7 +23,8 @@ from egspo_lightning.critic import Critic, CriticConfig
 from egspo_lightning.ops.token_stats import token_stats_bytes
 from egspo_lightning.optimizers import require_shardable
 from egspo_lightning.policy import Policy, PolicyConfig
-from egspo_lightning.rollout.transformers_engine import CompactCache, sample_tokens
+from egspo_lightning.rollout.drawing import Drawing
+from egspo_lightning.rollout.transformers_engine import CompactCache
 from egspo_lightning.types import Sampling
 
 
@@ -262,7 +263,9 @@ def _sampling(work: Workload, policy: Policy) -> tuple[int, int]:
         held = living.now
         position = torch.full((rows, 1), length - 1)
         output = policy.lm(input_ids=position, position_ids=position, past_key_values=cache, use_cache=True)
-        sample_tokens(output.logits[:, -1], torch.zeros(rows), Sampling(work.completion_length))
+        logits = output.logits[:, -1]
+        drawing = Drawing(rows, logits.shape[-1], Sampling(work.completion_length), logits.device)
+        drawing.draw(logits, torch.zeros(rows), torch.arange(rows), torch.ones(rows, dtype=torch.bool))
     policy.train()
     return held, living.peak - held
 

@@ -90,10 +90,12 @@ def require_equal_to_naive(lm, policy):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * max(1.0, theirs.abs().max().item()))
 
 
+@pytest.mark.parametrize("short", [0, 8, 64], ids=["fused", "some fused", "plain products"])
 @pytest.mark.parametrize("worth", [0, 16, 10**6], ids=["no padding", "some", "one run"])
 @pytest.mark.parametrize("config", PACKED.values(), ids=PACKED)
-def test_packed_sequences_have_the_statistics_and_gradients_of_each_alone(config, worth, monkeypatch):
+def test_packed_sequences_have_the_statistics_and_gradients_of_each_alone(config, worth, short, monkeypatch):
     monkeypatch.setattr(passes, "PACKED_WORTH", worth)
+    monkeypatch.setattr(packing, "SHORT", short)
     plain, lm = lm_of(config), lm_of(config)
     policy = Policy(lm)
     assert policy.passes.packs

@@ -14,6 +14,9 @@ CPU_TILE, GPU_TILE = 2**21, 2**25
 TILE_TOKENS = 2048
 """Tokens a tile, where there are so many: for them a tile of the head is read, and its gradient written, once."""
 
+MOSTLY = 7 / 8
+"""Share of tokens with an upstream gradient above which the others are not left out: choosing copies what is chosen."""
+
 
 class TokenStats(NamedTuple):
     """Per token, float32 (float64 where the input is)."""
@@ -40,6 +43,25 @@ def token_stats_from_logits(logits: Values, input_ids: Values, *, temperature: f
     return TokenStats(chosen, -(log_probs.exp() * log_probs).sum(-1))
 
 
+def stats_from_probs(probs: Tensor, logits: Tensor, input_ids: Tensor, *, with_entropies: bool = True) -> TokenStats:
+    """The same where the softmax is there already, without an exponential or a logarithm for each entry.
+
+    With m the largest logit ``log p_v = z_v - m + log max_w p_w``; so ``H = -log max_w p_w - sum_v p_v (z_v - m)``, two
+    terms that are never negative.
+
+    Args:
+        probs: (N, V), float32 or wider
+        logits: (N, V), z, over the temperature; with entropies they are overwritten
+        input_ids: (N,) int64
+        with_entropies: whether anybody asks for them; otherwise they are 0
+    """
+    top, log_top = logits.amax(-1, keepdim=True), probs.amax(-1).log()
+    chosen = (logits.gather(-1, input_ids.unsqueeze(-1)) - top).squeeze(-1) + log_top
+    if not with_entropies:
+        return TokenStats(chosen, torch.zeros_like(chosen))
+    return TokenStats(chosen, -torch.linalg.vecdot(probs, logits.sub_(top)) - log_top)
+
+
 def token_stats(
     hidden_states: Tensor,
     lm_head: nn.Linear | Tensor,
@@ -58,7 +80,8 @@ def token_stats(
 
     The backward pass makes each tile anew, which costs one more matrix product with the head:
     ``d log p_y / dz = onehot(y) - p`` and ``d H / dz = -p (log p + H)``. Tokens without an upstream gradient have no
-    part in it. Where a single tile holds all, its p is kept from the forward pass, and serves for ``d log p_y / dz``.
+    part in it, unless they are few. Where a single tile holds all, its p is kept from the forward pass, and serves for
+    ``d log p_y / dz``.
 
     Args:
         hidden_states: (..., D), the state before each token
@@ -216,13 +239,13 @@ class _TiledTokenStats(torch.autograd.Function):
 
 
 def _pulled(like: Tensor, *pulls: Tensor | None) -> Tensor | None:
-    """Numbers of the tokens that have an upstream gradient; None where all have."""
+    """Numbers of the tokens that have an upstream gradient; None where nearly all have."""
     is_pulled = torch.zeros_like(like, dtype=torch.bool)
     for pull in pulls:
         if pull is not None:
             is_pulled |= pull != 0
     numbers = is_pulled.nonzero().squeeze(1)
-    return None if len(numbers) == len(like) else numbers
+    return None if len(numbers) >= MOSTLY * len(like) else numbers
 
 
 def _select(tokens: Tensor | None, *tensors: Tensor | None) -> list[Any]:
@@ -233,12 +256,9 @@ def _select(tokens: Tensor | None, *tensors: Tensor | None) -> list[Any]:
 def _at_once(tiles: _Tiles, input_ids: Tensor, with_entropies: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-normaliser, log-probability and entropy of all tokens, (N,) each, and their probabilities, (N, V)."""
     logits, own = tiles.logits(tiles.tokens[0], tiles.entries[0]), input_ids.unsqueeze(-1)
-    log_probs = logits.log_softmax(-1)
-    chosen = log_probs.gather(-1, own)
-    log_norms = (logits.gather(-1, own) - chosen).squeeze(-1)
-    probs = torch.exp(log_probs, out=logits)
-    entropies = -torch.linalg.vecdot(probs, log_probs) if with_entropies else torch.zeros_like(log_norms)
-    return log_norms, chosen.squeeze(-1), entropies, probs
+    probs, found = logits.softmax(-1), logits.gather(-1, own).squeeze(-1)
+    chosen, entropies = stats_from_probs(probs, logits, input_ids, with_entropies=with_entropies)
+    return found - chosen, chosen, entropies, probs
 
 
 def _in_turn(tiles: _Tiles, input_ids: Tensor, with_entropies: bool) -> tuple[Tensor, Tensor, Tensor, None]:

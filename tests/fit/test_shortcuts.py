@@ -12,7 +12,7 @@ from egspo_lightning.ops import token_stats
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.padding import row_lengths
-from egspo_lightning.rollout import transformers_engine
+from egspo_lightning.rollout import drawing, transformers_engine
 from spies import RL, Spy, distance
 
 
@@ -149,18 +149,38 @@ def test_losses_do_not_depend_on_probabilities_kept_for_the_backward_pass(tiny_r
 
 
 def test_losses_do_not_depend_on_one_softmax_for_draw_and_statistics(tiny_run, monkeypatch):
-    def drawn_apart(logits, uniforms, sampling):
-        probs = torch.softmax(logits / sampling.temperature, -1)
-        tokens = torch.searchsorted(probs.cumsum(-1), uniforms.unsqueeze(1), right=True).squeeze(1)
-        stats = token_stats.token_stats_from_logits(logits, tokens, temperature=sampling.temperature)
-        return transformers_engine.Drawn(tokens, *stats)
+    class DrawnApart(drawing.Drawing):
+        def draw(self, logits, uniforms, rows, running):
+            super().draw(logits, uniforms, rows, running)
+            probs = torch.softmax(logits / self._temperature, -1)
+            tokens = torch.searchsorted(probs.cumsum(-1), uniforms.unsqueeze(1), right=True).squeeze(1)
+            self.apart = [*getattr(self, "apart", []), (logits.clone(), tokens)]
+            return tokens
+
+        def _statistics(self, tokens):
+            logits, drawn = (torch.cat(parts) for parts in zip(*self.apart, strict=True))
+            self.apart = []
+            assert torch.equal(tokens, drawn)
+            return token_stats.token_stats_from_logits(logits, drawn, temperature=self._temperature)
 
     at_once, spy = losses_of(tiny_run)
-    monkeypatch.setattr(transformers_engine, "sample_tokens", drawn_apart)
+    monkeypatch.setattr(transformers_engine, "Drawing", DrawnApart)
     apart, other = losses_of(tiny_run)
-    assert apart == pytest.approx(at_once, rel=0, abs=1e-5)
+    assert_same_rollouts(at_once, spy, apart, other)
+
+
+def test_losses_do_not_depend_on_steps_whose_statistics_are_taken_together(tiny_run, monkeypatch):
+    together, spy = losses_of(tiny_run)
+    monkeypatch.setattr(drawing, "WAITING", 0)
+    alone, other = losses_of(tiny_run)
+    assert_same_rollouts(together, spy, alone, other)
+
+
+def assert_same_rollouts(losses, spy, other_losses, other) -> None:
+    assert other_losses == pytest.approx(losses, rel=0, abs=1e-5)
     one, two = (found.batches[0].rollout for found in (spy, other))
     assert torch.equal(one.input_ids, two.input_ids)
+    assert torch.allclose(one.old_logprobs, two.old_logprobs, atol=1e-5)
     assert torch.allclose(one.entropies, two.entropies, atol=1e-5)
 
 

@@ -1,21 +1,20 @@
 """The engine against transformers' own `generate`, against exact distributions, and against itself in other batches."""
 
 import itertools
-import math
-import random
 import tracemalloc
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM as CausalLM
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.policy import Policy, PolicyConfig
+from egspo_lightning.rollout.drawing import NUMBERS_AHEAD
 from egspo_lightning.rollout.engine import Request
-from egspo_lightning.rollout.transformers_engine import STEPS_AHEAD, RandomStreams, TransformersEngine, sample_tokens
+from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Sampling
 
 VOCABULARY, PAD = 40, 0
@@ -172,26 +171,11 @@ def test_a_longer_limit_continues_the_same_sample(lm):
     assert [sample.token_ids[:5] for sample in long] == [sample.token_ids for sample in short]
 
 
-def test_each_row_has_the_numbers_of_its_seed_whoever_leaves_the_batch():
-    seeds, steps = ["0/a/0", "0/a/1", "0/b/0"], 2 * STEPS_AHEAD + 3
-    streams, kept, drawn = RandomStreams(seeds, torch.device("cpu")), [0, 1, 2], {seed: [] for seed in seeds}
-    for step in range(steps):
-        for row, number in zip(kept, streams.draw(steps - step).tolist(), strict=True):
-            drawn[seeds[row]].append(number)
-        if step in (5, STEPS_AHEAD - 1):  # within a block, and at its end
-            kept = kept[1:] if step == 5 else kept[1:2]
-            streams.select(torch.tensor([1, 2] if step == 5 else [1]))
-    for seed, numbers in drawn.items():
-        draw = random.Random(seed).random
-        assert numbers == torch.tensor([draw() for _ in numbers]).tolist()
-    assert [len(drawn[seed]) for seed in seeds] == [6, STEPS_AHEAD, steps]
-
-
 def test_a_sample_of_several_blocks_of_numbers_is_the_same_alone(lm):
-    sampling, eos_ids = Sampling(2 * STEPS_AHEAD + 3), [1]
+    sampling, eos_ids = Sampling(2 * NUMBERS_AHEAD + 3), [1]
     together = generate(lm, PROMPTS, sampling, eos_ids)
     lengths = sorted(len(sample.token_ids) for sample in together)
-    assert lengths[0] < STEPS_AHEAD < lengths[-1]
+    assert lengths[0] < NUMBERS_AHEAD < lengths[-1]
     for i, prompt in enumerate(PROMPTS):
         assert generate(lm, [prompt], sampling, eos_ids, seeds=[f"seed/{i}"]) == together[i : i + 1]
 
@@ -212,87 +196,6 @@ def test_samples_do_not_touch_torchs_generator(lm):
     before = torch.get_rng_state()
     generate(lm, PROMPTS, Sampling(5))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# The distribution
-
-
-def chi_square_excess(counts: Tensor, probs: Tensor) -> float:
-    """Pearson's statistic over cells that expect 5 or more, the others pooled; in standard deviations from its mean."""
-    expected = probs * counts.sum()
-    big = expected >= 5
-    observed = torch.cat([counts[big], counts[~big].sum().view(1)]).double()
-    wanted = torch.cat([expected[big], expected[~big].sum().view(1)]).double()
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    freedom = len(wanted) - 1
-    return (((observed - wanted) ** 2 / wanted).sum().item() - freedom) / math.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_tokens_come_with_their_probabilities(temperature):
-    generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(12, generator=generator) * 1.5
-    uniforms = torch.rand(40_000, generator=generator)
-    tokens = sample_tokens(logits.expand(40_000, -1), uniforms, Sampling(1, temperature)).tokens
-    probs = torch.softmax(logits.double() / temperature, 0)
-    assert chi_square_excess(tokens.bincount(minlength=12), probs) < 4
-    others = torch.softmax(logits.double() / (temperature * 1.15), 0)
-    assert chi_square_excess(tokens.bincount(minlength=12), others) > 10  # so the bound above means something
-
-
-def test_two_tokens_in_a_row_come_with_their_joint_probability():
-    config = LlamaConfig(**(ROPE | {"vocab_size": 9, "initializer_range": 0.2}))
-    torch.manual_seed(0)
-    lm = CausalLM.from_config(config).eval()
-    prompt, count, temperature = [3, 1, 4], 6000, 1.3
-    with torch.no_grad():
-        heads = torch.tensor([[*prompt, first] for first in range(9)])
-        log_probs = (lm(input_ids=heads).logits.double() / temperature).log_softmax(-1)
-    joint = (log_probs[:, 2].diagonal().unsqueeze(1) + log_probs[:, 3]).exp()  # (first, second)
-    assert joint.sum().item() == pytest.approx(1.0)
-    samples = generate(lm, [prompt] * count, Sampling(2, temperature), max_batch_size=count)
-    cells = torch.tensor([9 * a + b for a, b in (sample.token_ids for sample in samples)])
-    assert chi_square_excess(cells.bincount(minlength=81), joint.flatten()) < 4
-
-
-def test_inverting_the_distribution_function_by_hand():
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(8, 4)
-    uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, 0.9999])
-    assert sample_tokens(logits, uniforms, Sampling(1)).tokens.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_temperature_by_hand():
-    logits = torch.tensor([0.2, 0.8]).log().expand(4, 2)
-    uniforms = torch.tensor([0.05, 0.07, 0.32, 0.34])  # T = 1/2 squares: p_0 = 1/17; T = 2 takes roots: p_0 = 1/3
-    assert sample_tokens(logits, uniforms, Sampling(1, temperature=0.5)).tokens.tolist() == [0, 1, 1, 1]
-    assert sample_tokens(logits, uniforms, Sampling(1, temperature=2.0)).tokens.tolist() == [0, 0, 0, 1]
-    assert sample_tokens(logits, uniforms, Sampling(1, temperature=0.0)).tokens.tolist() == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("top_p", "kept"), [(1.0, {0, 1, 2, 3}), (0.95, {0, 1, 2, 3}), (0.85, {0, 1, 3}), (0.7, {1, 3}), (0.3, {1})]
-)
-def test_the_nucleus_by_hand(top_p, kept):
-    probs = torch.tensor([0.2, 0.4, 0.1, 0.3])  # ranked: 1 (0.4), 3 (0.7), 0 (0.9), 2 (1.0)
-    uniforms = (torch.arange(20_000) + 0.5) / 20_000  # every share of the interval, evenly
-    tokens = sample_tokens(probs.log().expand(20_000, -1), uniforms, Sampling(1, top_p=top_p)).tokens
-    assert set(tokens.tolist()) == kept
-    mass = sum(probs[token].item() for token in kept)
-    for token in kept:
-        share = (tokens == token).float().mean().item()
-        assert share == pytest.approx(probs[token].item() / mass, abs=2e-4)
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_a_token_without_probability_is_never_drawn(top_p):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(256, 1000, generator=generator)
-    impossible = torch.rand(1000, generator=generator) < 0.5
-    impossible[0] = impossible[-1] = impossible[-2] = True
-    logits[:, impossible] = -torch.inf
-    for u in (0.0, 1e-12, 0.5, 1 - 2**-20, 1 - 2**-24, 1.0):  # a double just below 1 is 1 in float32
-        tokens = sample_tokens(logits, torch.full((256,), u), Sampling(1, top_p=top_p)).tokens
-        assert not impossible[tokens].any(), u
 
 
 # Log-probabilities
