@@ -9,13 +9,12 @@ from torch import Tensor
 def pad_right(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(prompt, completion) pairs as ``input_ids`` and ``completion_mask``, (B, T)."""
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    input_ids = torch.full((len(pairs), width), pad_id)
-    mask = torch.zeros(len(pairs), width, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(pairs):
-        start, end = len(prompt), len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor([*prompt, *completion])
-        mask[row, start:end] = True
-    return input_ids, mask
+    rows = ((*prompt, *completion) for prompt, completion in pairs)
+    input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.long)
+    starts = torch.tensor([[len(prompt)] for prompt, _ in pairs])
+    ends = torch.tensor([[len(prompt) + len(completion)] for prompt, completion in pairs])
+    positions = torch.arange(width)
+    return input_ids, (positions >= starts) & (positions < ends)
 
 
 def row_lengths(completion_mask: Tensor) -> Tensor:

@@ -132,16 +132,24 @@ class Drawing:
         with torch.autocast(tokens.device.type, enabled=False):  # it would take products in half precision
             return stats_from_probs(self._probs[waiting], self._logits[waiting], tokens)
 
-    def samples(self, cut_off: Tensor) -> list[Sample]:
-        """One a row; the rows that still run have been cut off."""
+    def samples(self, rows: Tensor, cut_off: Tensor | None = None) -> list[tuple[int, Sample]]:
+        """Some rows with what has been drawn for them; those that still run have been cut off.
+
+        Args:
+            rows: (n,) int64
+            cut_off: int64, which of the B rows still run
+        """
         self._settle()
-        is_cut = torch.zeros_like(self._lengths, dtype=torch.bool).index_fill_(0, cut_off, True)
-        longest = int(self._lengths.max())  # the limit may be many times that
-        written = (whole[:, :longest] for whole in (self._tokens, self._logprobs, self._entropies))
-        columns = zip(self._lengths.tolist(), is_cut.tolist(), *(whole.tolist() for whole in written), strict=True)
+        is_cut = torch.zeros_like(self._lengths, dtype=torch.bool)
+        if cut_off is not None:
+            is_cut[cut_off] = True
+        lengths = self._lengths[rows].tolist()
+        longest = max(lengths)  # the limit may be many times that
+        written = (whole[rows, :longest].tolist() for whole in (self._tokens, self._logprobs, self._entropies))
+        columns = zip(rows.tolist(), lengths, is_cut[rows].tolist(), *written, strict=True)
         return [
-            Sample(tokens[:length], cut, logprobs[:length], entropies[:length])
-            for length, cut, tokens, logprobs, entropies in columns
+            (row, Sample(tokens[:length], cut, logprobs[:length], entropies[:length]))
+            for row, length, cut, tokens, logprobs, entropies in columns
         ]
 
 

@@ -40,7 +40,7 @@ class RolloutEngine(Protocol):
     ) -> Iterator[list[tuple[int, Sample]]]:
         """One sample a request, each with the number of its request, as they are done: in batches, in any order.
 
-        A batch is graded while the next one is sampled.
+        A group of completions is graded, once it is whole, while others are sampled.
 
         Args:
             lm: the causal language model, in eval mode, within the policy's sampling context

@@ -1,4 +1,4 @@
-"""Grading while sampling goes on: what is sampled is graded in a thread while the next batch is decoded.
+"""Grading while sampling goes on: what is sampled is graded in a thread while the rest is decoded.
 
 Graders work in processes of their own and language models on a device, so neither waits for the other. Nothing in the
 thread talks to other ranks, so ranks stay in step however long grading takes them.

@@ -1,8 +1,8 @@
 """Sampling with transformers' own forward pass and cache, in a decode loop that wastes little.
 
 What `generate` does not do and this does: the prompt is computed once for all its completions; rows that have ended
-leave the batch; each completion has a random stream of its own, so that a sample depends on its seed and prompt and
-not on batch composition, number of ranks or global RNG state.
+leave the batch, and are graded while the others are decoded; each completion has a random stream of its own, so that a
+sample depends on its seed and prompt and not on batch composition, number of ranks or global RNG state.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,8 @@ class TransformersEngine:
         for start in range(0, len(order), self.max_batch_size):
             part = order[start : start + self.max_batch_size]
             batch = [requests[i] for i in part]
-            yield list(zip(part, _decode(lm, batch, sampling, eos_ids=eos_ids, pad_id=pad_id), strict=True))
+            for done in _decode(lm, batch, sampling, eos_ids=eos_ids, pad_id=pad_id):
+                yield [(part[row], sample) for row, sample in done]
 
     def generate(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
@@ -59,7 +60,8 @@ class TransformersEngine:
 @torch.no_grad()
 def _decode(
     lm: Any, requests: list[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
-) -> list[Sample]:
+) -> Iterator[list[tuple[int, Sample]]]:
+    """Rows with their samples, as rows leave the batch."""
     device = next(lm.parameters()).device
     limit = sampling.max_completion_length
     streams = RandomStreams([request.seed for request in requests], device) if sampling.temperature > 0 else None
@@ -76,13 +78,14 @@ def _decode(
         if num_running == 0 or step == limit - 1:
             break
         if num_running <= SHRINK_BELOW * len(rows):
+            yield drawing.samples(rows[~running])
             kept = running.nonzero().squeeze(1)
             state.select(kept)
             rows, chosen, running = rows[kept], chosen[kept], running[kept]
             if streams is not None:
                 streams.select(kept)
         state.advance(lm, chosen)
-    return drawing.samples(rows[running])
+    yield drawing.samples(rows, rows[running])
 
 
 class CompactCache(DynamicCache):

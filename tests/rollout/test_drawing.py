@@ -140,7 +140,9 @@ def told(steps: list[tuple[list[int], Tensor, list[bool]]], num_rows: int, sampl
         for row, token, its, runs in zip(rows, tokens.tolist(), log_probs, running, strict=True):
             if runs:
                 expected[row].append((token, its[token].item(), torch.special.entr(its.exp()).sum().item()))
-    return whole.samples(torch.tensor(cut_off, dtype=torch.long)), expected
+    done = whole.samples(torch.arange(num_rows), torch.tensor(cut_off, dtype=torch.long))
+    assert [row for row, _ in done] == list(range(num_rows))
+    return [sample for _, sample in done], expected
 
 
 @pytest.mark.parametrize("waiting", [0, 3 * 50, 2**20])

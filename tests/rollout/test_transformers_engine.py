@@ -166,6 +166,20 @@ def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(name, sampli
     assert alone == together
 
 
+def test_samples_come_as_their_rows_leave_the_batch(lm):
+    requests = [Request(prompt, f"seed/{i}") for i, prompt in enumerate(4 * PROMPTS)]
+    engine, sampling, ids = TransformersEngine(), Sampling(40), {"eos_ids": [1, 2, 3], "pad_id": PAD}
+    batches = list(engine.stream(lm, requests, sampling, **ids))
+    assert len(batches) > 3
+    longest = [max(len(sample.token_ids) for _, sample in batch) for batch in batches]
+    assert longest == sorted(longest)
+    assert not any(sample.is_truncated for batch in batches[:-1] for _, sample in batch)
+    assert max(longest[:-1]) < longest[-1]
+    assert sorted(pair for batch in batches for pair in batch) == list(
+        enumerate(engine.generate(lm, requests, sampling, **ids))
+    )
+
+
 def test_a_longer_limit_continues_the_same_sample(lm):
     short, long = (generate(lm, PROMPTS, Sampling(length)) for length in (5, 11))
     assert [sample.token_ids[:5] for sample in long] == [sample.token_ids for sample in short]
