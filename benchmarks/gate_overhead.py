@@ -20,7 +20,7 @@ from egspo_lightning.rollout import transformers_engine
 from egspo_lightning.rollout.drawing import Drawing
 from measuring.listeners import Replay
 from measuring.report import add_workloads, parse, parser, publish
-from measuring.timing import Reading, ratio, seconds
+from measuring.timing import Clock, Reading, median_interval, ratios, seconds, spread
 from measuring.workloads import NAMES, Workload, choose, found, train
 
 NAME = "gate_overhead"
@@ -100,11 +100,18 @@ def _rows(readings: dict[str, list[Reading]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for way, mine in readings.items():
         row = {"way": way, "pairs": len(mine), "seconds": str(seconds(mine)), "CPU seconds": str(seconds(mine, "cpu"))}
-        for kind, name in (("wall", "overhead, %"), ("cpu", "CPU overhead, %")):
-            part = ratio(mine, readings[BARE], kind)  # type: ignore[arg-type]
-            row[name] = "" if way == BARE else " ".join(f"{100 * (value - 1):+.2f}" for value in part)
+        clocks: dict[str, Clock] = {"overhead, %": "wall", "CPU overhead, %": "cpu"}
+        for name, kind in clocks.items():
+            row[name] = "" if way == BARE else _told([100 * (r - 1) for r in ratios(mine, readings[BARE], kind)])
         rows.append(row)
     return rows
+
+
+def _told(percents: list[float]) -> str:
+    """Median with its 95 % interval, and quartiles."""
+    median, low, high = spread(percents)
+    interval = " to ".join(f"{end:+.2f}" for end in median_interval(percents))
+    return f"{median:+.2f} (95 %: {interval}; quartiles {low:+.2f} and {high:+.2f})"
 
 
 if __name__ == "__main__":

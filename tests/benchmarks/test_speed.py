@@ -10,7 +10,7 @@ import torch
 from measuring import heads
 from measuring.memory import peak
 from measuring.report import table
-from measuring.timing import Reading, Spread, Stopwatch, in_turn, ratio, seconds
+from measuring.timing import Reading, Spread, Stopwatch, in_turn, median_interval, ratio, seconds
 
 
 def run(name, tmp_path, *flags):
@@ -33,6 +33,12 @@ def test_gate_overhead(tmp_path, models, capsys):
     assert found["note"] == "a test"
     assert {"processor", "versions", "revision", "load"} <= found["machine"].keys()
     assert "| EGSPO | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(1, (1, 1)), (6, (1, 6)), (10, (2, 9)), (25, (8, 18)), (100, (40, 61))])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(count, ranks):
+    """Ranks as printed in tables of nonparametric statistics; of one value there is no more to say."""
+    assert median_interval(list(range(count, 0, -1))) == ranks
 
 
 def test_step_efficiency(tmp_path, models):
