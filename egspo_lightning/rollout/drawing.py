@@ -17,8 +17,8 @@ from egspo_lightning.types import Sampling
 
 NUMBERS_AHEAD = 64
 """Random numbers are drawn for this many steps at a time: in one go for a short limit, not all of a long one."""
-WAITING = 2**20
-"""Probabilities, 4 MiB, that may wait for their statistics; where a step has more, they are taken at every step."""
+WAITING = 2**19
+"""Probabilities, 2 MiB, that may wait for their statistics; where a step has more, they are taken at every step."""
 
 
 class RandomStreams:

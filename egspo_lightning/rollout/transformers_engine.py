@@ -20,6 +20,8 @@ from egspo_lightning.types import Sampling
 
 SHRINK_BELOW = 0.75
 """Ended rows are dropped when this share of the batch or less is still running: dropping copies the cache."""
+YIELD_FROM = 0.25
+"""Rows that have been dropped are given away when they are this share of the batch: to be graded meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def _decode(
     drawing = Drawing(len(requests), state.logits.shape[-1], sampling, device)
     rows = torch.arange(len(requests), device=device)  # where each row of the shrinking batch belongs
     running = torch.ones(len(requests), dtype=torch.bool, device=device)  # of those rows
+    dropped = rows[:0]  # and not yet given away
     for step in range(limit):
         uniforms = None if streams is None else streams.draw(limit - step)
         chosen = drawing.draw(state.logits, uniforms, rows, running)
@@ -78,14 +81,17 @@ def _decode(
         if num_running == 0 or step == limit - 1:
             break
         if num_running <= SHRINK_BELOW * len(rows):
-            yield drawing.samples(rows[~running])
+            dropped = torch.cat([dropped, rows[~running]])
+            if len(dropped) >= YIELD_FROM * len(requests):
+                yield drawing.samples(dropped)
+                dropped = rows[:0]
             kept = running.nonzero().squeeze(1)
             state.select(kept)
             rows, chosen, running = rows[kept], chosen[kept], running[kept]
             if streams is not None:
                 streams.select(kept)
         state.advance(lm, chosen)
-    yield drawing.samples(rows, rows[running])
+    yield drawing.samples(torch.cat([dropped, rows]), rows[running])
 
 
 class CompactCache(DynamicCache):

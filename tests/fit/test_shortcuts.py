@@ -128,6 +128,22 @@ def test_losses_do_not_depend_on_packing(tiny_run, monkeypatch, critic):
     assert distance(spy.gradients[0], other.gradients[0]) < 1e-5
 
 
+@pytest.mark.parametrize("critic", [None, "shared", "own"])
+def test_losses_do_not_depend_on_plain_products_for_short_attention(tiny_run, monkeypatch, critic):
+    module = {} if critic is None else {"advantage": GAE(), "critic": CriticConfig(trunk=critic)}
+    used = []
+    short = packing._short_attention
+    monkeypatch.setattr(packing, "_short_attention", lambda *states: used.append(1) or short(*states))
+    plain, spy = losses_of(tiny_run, module=module)
+    assert used
+    used.clear()
+    monkeypatch.setattr(packing, "SHORT", 0)
+    fused, other = losses_of(tiny_run, module=module)
+    assert not used
+    assert fused == pytest.approx(plain, rel=0, abs=1e-5)
+    assert distance(spy.gradients[0], other.gradients[0]) < 1e-5
+
+
 def test_losses_do_not_depend_on_passes_that_rollouts_and_experts_share(tiny_run, monkeypatch):
     parts = []
     together = policy.Policy.together
