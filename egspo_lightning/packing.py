@@ -60,7 +60,7 @@ def _attend(module: Any, run: Run, *states: Tensor, sliding_window: int | None =
     near = None
     if sliding_window is not None and run.width > sliding_window:
         near = _causal(run.width, queries.device).triu(1 - sliding_window)
-    if _is_short(run, queries, settings):
+    if _is_short(run, queries, settings) and getattr(module, "is_causal", True):
         near = _causal(run.width, queries.device) if near is None else near
         attended = _short_attention(queries, keys, values, near, settings.get("scaling"))
     else:
@@ -77,19 +77,20 @@ def _causal(width: int, device: torch.device) -> Tensor:
 def _is_short(run: Run, queries: Tensor, settings: Mapping[str, Any]) -> bool:
     """Whether plain products are faster, and the same."""
     is_plain = not settings.get("dropout") and settings.get("position_bias") is None
+    is_plain = is_plain and settings.get("is_causal") is not False
     is_full = queries.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return run.width <= SHORT and queries.device.type == "cpu" and is_full and is_plain
 
 
 def _short_attention(queries: Tensor, keys: Tensor, values: Tensor, near: Tensor, scaling: float | None) -> Tensor:
     """``softmax(scaling Q K^T) V`` over the keys that are near, from (B, heads, T, D) each to (B, T, heads, D)."""
-    size, groups = queries.shape[:3], queries.shape[1] // keys.shape[1]
+    size, groups = queries.shape[:2], queries.shape[1] // keys.shape[1]
     if groups > 1:
         keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
     scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
-    far = torch.zeros(near.shape).masked_fill_(~near, -torch.inf)
+    far = torch.zeros_like(near, dtype=queries.dtype).masked_fill_(~near, -torch.inf)
     scores = torch.baddbmm(far, scaled.flatten(0, 1), keys.flatten(0, 1).mT)
-    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).unflatten(0, size[:2]).transpose(1, 2)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).unflatten(0, size).transpose(1, 2)
 
 
 def attention(

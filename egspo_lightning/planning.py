@@ -261,10 +261,12 @@ def _sampling(work: Workload, policy: Policy) -> tuple[int, int]:
         for layer in range(config.num_hidden_layers):
             cache.update(*(torch.zeros(rows, heads, length - 1, size, dtype=dtype) for _ in range(2)), layer)
         held = living.now
+        entries = policy.lm.get_output_embeddings().weight.shape[0]
+        drawing = Drawing(rows, entries, Sampling(work.completion_length), torch.device("cpu"))
+        logits = torch.zeros(rows, entries, dtype=dtype)  # of the step before, which live until these are there
         position = torch.full((rows, 1), length - 1)
         output = policy.lm(input_ids=position, position_ids=position, past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1]
-        drawing = Drawing(rows, logits.shape[-1], Sampling(work.completion_length), logits.device)
         drawing.draw(logits, torch.zeros(rows), torch.arange(rows), torch.ones(rows, dtype=torch.bool))
     policy.train()
     return held, living.peak - held

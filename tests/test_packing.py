@@ -125,6 +125,29 @@ def test_angles_that_the_longest_sequence_decides_on_are_not_shared(kind):
     assert not Policy(lm_of(transformers.LlamaConfig(**SIZES, rope_parameters=rope))).passes.packs
 
 
+def test_another_default_dtype_is_no_reason_not_to_pack():
+    lm = lm_of(PACKED["qwen2"])
+    torch.set_default_dtype(torch.float64)
+    try:
+        policy = Policy(lm)
+        assert policy.passes.packs
+        assert policy(*rows_of_many_lengths()).logprobs.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"is_causal": False}, {"dropout": 0.1}, {"position_bias": torch.zeros(1, 4, 3, 3)}]
+)
+def test_short_attention_leaves_alone_what_it_does_not_know(monkeypatch, settings):
+    monkeypatch.setattr(packing, "_short_attention", None)
+    module, run = torch.nn.Module(), packing.Run(2, 3)
+    states = [torch.randn(1, 4, 6, 8) for _ in range(3)]
+    assert packing._attend(module, run, *states, **settings).shape == (1, 6, 4, 8)
+    module.is_causal = False
+    assert packing._attend(module, run, *states).shape == (1, 6, 4, 8)
+
+
 def test_a_model_in_which_tokens_see_their_neighbours_is_found_out(monkeypatch):
     monkeypatch.setattr(packing.Runs, "attend", whole_row)
     assert not Policy(lm_of(PACKED["llama"])).passes.packs

@@ -15,7 +15,7 @@ TILE_TOKENS = 2048
 """Tokens a tile, where there are so many: for them a tile of the head is read, and its gradient written, once."""
 
 MOSTLY = 7 / 8
-"""Share of tokens with an upstream gradient above which the others are not left out: choosing copies what is chosen."""
+"""Share of tokens with an upstream gradient from which on none is left out: choosing copies what is chosen."""
 
 
 class TokenStats(NamedTuple):

@@ -18,7 +18,8 @@ from egspo_lightning.types import Sampling
 NUMBERS_AHEAD = 64
 """Random numbers are drawn for this many steps at a time: in one go for a short limit, not all of a long one."""
 WAITING = 2**19
-"""Probabilities, 2 MiB, that may wait for their statistics; where a step has more, they are taken at every step."""
+"""Probabilities, and as many logits, 4 MiB in all, that may wait for their statistics; where a step has more, they are
+taken at every step."""
 
 
 class RandomStreams:
@@ -54,10 +55,11 @@ class _Step(NamedTuple):
     """What has been drawn in a step, (n,) each."""
 
     rows: Tensor
-    """which of all rows"""
+    """int64, which of all rows"""
     tokens: Tensor
+    """int64"""
     running: Tensor
-    """bool: whether the row had not ended before"""
+    """bool, whether the row had not ended before"""
 
 
 class Drawing:
@@ -78,10 +80,10 @@ class Drawing:
         self._temperature = sampling.temperature or 1.0
         shape = num_rows, sampling.max_completion_length
         self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self._logprobs, self._entropies = (torch.zeros(shape, device=device) for _ in range(2))
+        self._logprobs, self._entropies = (torch.zeros(shape, device=device, dtype=torch.float32) for _ in range(2))
         self._lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         shape = max(WAITING // num_entries, num_rows), num_entries
-        self._logits, self._probs = (torch.empty(shape, device=device) for _ in range(2))
+        self._logits, self._probs = (torch.empty(shape, device=device, dtype=torch.float32) for _ in range(2))
         self._waiting: list[_Step] = []
         self._num_waiting = 0  # rows of theirs
         self._num_written = 0  # steps
@@ -115,15 +117,15 @@ class Drawing:
         """Take the statistics of the steps that wait, and write all down."""
         if not self._waiting:
             return
-        sizes = torch.tensor([len(step.rows) for step in self._waiting])
-        steps = (self._num_written + torch.arange(len(sizes))).repeat_interleave(sizes).to(self._tokens.device)
+        numbers = enumerate(self._waiting, self._num_written)
+        steps = torch.cat([torch.full_like(step.rows, number) for number, step in numbers])  # without waiting for it
         rows, tokens, running = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         logprobs, entropies = self._statistics(tokens)
         self._tokens[rows, steps] = tokens
         self._logprobs[rows, steps] = logprobs
         self._entropies[rows, steps] = entropies
         self._lengths.index_add_(0, rows, running.long())
-        self._num_written += len(sizes)
+        self._num_written += len(self._waiting)
         self._waiting, self._num_waiting = [], 0
 
     def _statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Sampling with transformers' own forward pass and cache, in a decode loop that wastes little.
 
 What `generate` does not do and this does: the prompt is computed once for all its completions; rows that have ended
-leave the batch, and are graded while the others are decoded; each completion has a random stream of its own, so that a
-sample depends on its seed and prompt and not on batch composition, number of ranks or global RNG state.
+leave the batch, and may be graded while the others are decoded; each completion has a random stream of its own, so
+that a sample depends on its seed and prompt and not on batch composition, number of ranks or global RNG state.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.types import Sampling
 
 SHRINK_BELOW = 0.75
-"""Ended rows are dropped when this share of the batch or less is still running: dropping copies the cache."""
+"""Ended rows are dropped when no more than this share of those in the batch still runs: dropping copies the cache."""
 YIELD_FROM = 0.25
-"""Rows that have been dropped are given away when they are this share of the batch: to be graded meanwhile."""
+"""Dropped rows are given away, to be graded meanwhile, when they are this share of all that the batch began with."""
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,23 @@ def test_large_logits_cost_no_digits(size):
     assert samples[0].entropies[0] == pytest.approx(math.log(2) if size > 1 else math.log(300), abs=1e-2)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_everything_is_float32_whatever_the_default(default):
+    torch.manual_seed(0)
+    logits, uniforms = torch.randn(40, 70) * 4, torch.rand(40)
+    rows, running = torch.arange(40), torch.ones(40, dtype=torch.bool)
+    found = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            whole = Drawing(40, 70, Sampling(1), torch.device("cpu"))
+            whole.draw(logits, uniforms, rows, running)
+            found.append(whole.samples(rows))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_half_precision_are_taken_at_their_word(dtype):
     torch.manual_seed(0)
