@@ -1,12 +1,15 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import grader_throughput
 from egspo_lightning.rewards.fast_path import compare_fast
 
 ROWS = [("1", "3"), ("x", r"\frac{x}{2}"), ("y", "x+1"), ("z", "(1, y)")]
 
 
+@pytest.mark.slow
 def test_it_measures_both_kinds_and_writes_what_it_measured(tmp_path: Path, capsys) -> None:
     data, output = tmp_path / "data.jsonl", tmp_path / "report.json"
     lines = [{"problem": p, "answer": a, "solution": rf"so \boxed{{{a}}}"} for p, a in ROWS]

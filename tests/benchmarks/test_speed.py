@@ -46,6 +46,7 @@ def test_step_efficiency(tmp_path, models):
     assert [row["what"] for row in rows] == ["4 updates", "sampling 8 completions"]
 
 
+@pytest.mark.slow
 def test_asynchronous(tmp_path, models):
     found = run("asynchronous", tmp_path, "--workloads", "smoke", "--models", models, "--iterations", "2")
     (rows,) = found["tables"].values()
@@ -55,6 +56,7 @@ def test_asynchronous(tmp_path, models):
     assert not rows[1]["waited for it, s"].startswith("0 ")
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path, models):
     small = ["--factors", "2", "--problems", "1", "--length", "32", "--vocabulary", "300", "--hidden", "32"]
     found = run("scaling", tmp_path, "--iterations", "1", "--models", models, *small)

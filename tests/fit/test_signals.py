@@ -97,9 +97,8 @@ def alone(repository, tmp_path_factory) -> dict[str, torch.Tensor]:
     return weights(root / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_and_the_run_goes_on_from_there(repository, tmp_path, alone, number):
     process = start(repository, tmp_path)
     wait_for(process, until=lambda: records_of(tmp_path))
