@@ -60,7 +60,7 @@ def _attend(module: Any, run: Run, *states: Tensor, sliding_window: int | None =
     near = None
     if sliding_window is not None and run.width > sliding_window:
         near = _causal(run.width, queries.device).triu(1 - sliding_window)
-    if _is_short(run, queries, settings) and getattr(module, "is_causal", True):
+    if _is_short(module, run, queries, settings):
         near = _causal(run.width, queries.device) if near is None else near
         attended = _short_attention(queries, keys, values, near, settings.get("scaling"))
     else:
@@ -74,12 +74,12 @@ def _causal(width: int, device: torch.device) -> Tensor:
     return torch.ones(width, width, dtype=torch.bool, device=device).tril()
 
 
-def _is_short(run: Run, queries: Tensor, settings: Mapping[str, Any]) -> bool:
+def _is_short(module: Any, run: Run, queries: Tensor, settings: Mapping[str, Any]) -> bool:
     """Whether plain products are faster, and the same."""
     is_plain = not settings.get("dropout") and settings.get("position_bias") is None
-    is_plain = is_plain and settings.get("is_causal") is not False
+    is_causal = getattr(module, "is_causal", True) and settings.get("is_causal") is not False
     is_full = queries.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return run.width <= SHORT and queries.device.type == "cpu" and is_full and is_plain
+    return run.width <= SHORT and queries.device.type == "cpu" and is_full and is_plain and is_causal
 
 
 def _short_attention(queries: Tensor, keys: Tensor, values: Tensor, near: Tensor, scaling: float | None) -> Tensor:

@@ -101,7 +101,10 @@ class Drawing:
             self._settle()
         place = slice(self._num_waiting, self._num_waiting + len(rows))
         probs = self._probabilities(logits, place)
-        tokens = logits.argmax(-1) if uniforms is None else invert(probs, uniforms, self._sampling.top_p)
+        if uniforms is None or self._sampling.temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = invert(probs, uniforms, self._sampling.top_p)
         self._waiting.append(_Step(rows, tokens, running))
         self._num_waiting += len(rows)
         return tokens

@@ -79,7 +79,7 @@ def test_temperature_by_hand():
     uniforms = torch.tensor([0.05, 0.07, 0.32, 0.34])  # T = 1/2 squares: p_0 = 1/17; T = 2 takes roots: p_0 = 1/3
     assert draw(logits, uniforms, Sampling(1, temperature=0.5)).tolist() == [0, 1, 1, 1]
     assert draw(logits, uniforms, Sampling(1, temperature=2.0)).tolist() == [0, 0, 0, 1]
-    assert draw(logits, None, Sampling(1, temperature=0.0)).tolist() == [1, 1, 1, 1]
+    assert draw(logits, uniforms, Sampling(1, temperature=0.0)).tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

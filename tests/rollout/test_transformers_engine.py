@@ -1,4 +1,4 @@
-"""The engine against transformers' own `generate`, against exact distributions, and against itself in other batches."""
+"""The engine against transformers' own `generate`, against its forward pass, and against itself in other batches."""
 
 import itertools
 import tracemalloc
