@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from comparison.arguments import told
-from egspo_lightning import policy
+from egspo_lightning.models import policy
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.token_stats import TokenStats, token_stats
 from egspo_lightning.rollout import transformers_engine
-from egspo_lightning.rollout.drawing import Drawing
+from egspo_lightning.rollout.token_sampling import Drawing
 from measuring.listeners import Replay
 from measuring.report import add_workloads, parse, parser, publish
 from measuring.timing import Clock, Reading, median_interval, ratios, seconds, spread

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from comparison.machine import machine
-from egspo_lightning.answers import boxed_solution
-from egspo_lightning.jsonl import read_rows
+from egspo_lightning.data.answer_formats import boxed_solution
+from egspo_lightning.data.json_lines import read_rows
 from egspo_lightning.rewards.fast_path import compare_fast
 from egspo_lightning.rewards.grading import MathGrader
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comparison.arguments import told
-from egspo_lightning.data.generated import GeneratedProblems
+from egspo_lightning.data.generated_sources import GeneratedProblems
 from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Sampling

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from egspo_lightning.callbacks import TokenRecords
 from egspo_lightning.callbacks.token_records import record, write
-from egspo_lightning.cli import EgspoCLI, run
+from egspo_lightning.cli.main import EgspoCLI, run
 from egspo_lightning.types import Stage
 
 REPEATS = 20

@@ -18,7 +18,7 @@ from PIL import Image
 
 from browser import Browser, chromium, missing_browser, tensorboard
 from egspo_lightning.analysis.__main__ import write_page
-from egspo_lightning.analysis.reading import runs_below
+from egspo_lightning.analysis.record_reading import runs_below
 from egspo_lightning.errors import UserError
 
 IMAGES = Path(__file__).parent / "images"

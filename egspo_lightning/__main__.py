@@ -3,9 +3,9 @@
 
 def main() -> None:
     """Entry point of ``egspo`` and ``python -m egspo_lightning``."""
-    from egspo_lightning.cli import main as run  # torch is imported here, not by whoever imports this file
+    from egspo_lightning.cli.main import main as run  # torch is imported here, not by whoever imports this file
+    from egspo_lightning.cli.process_exit import leave
     from egspo_lightning.errors import RunStopped
-    from egspo_lightning.ranks import leave
 
     try:
         run()

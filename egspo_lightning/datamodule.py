@@ -12,29 +12,29 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from egspo_lightning.answering import PREDICT, Answerer, Share
-from egspo_lightning.data.expert import ExpertPool
-from egspo_lightning.data.loader import SizedLoader
+from egspo_lightning.data.expert_pool import ExpertPool
 from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
-from egspo_lightning.data.training import LongProblems, PromptEncoder, load_demonstrations, prepare_problems
+from egspo_lightning.data.training_data import LongProblems, PromptEncoder, load_demonstrations, prepare_problems
 from egspo_lightning.errors import UserError, require
+from egspo_lightning.evaluation.answer_records import Answer
+from egspo_lightning.evaluation.answer_sampling import GREEDY, AnswerSampling
+from egspo_lightning.evaluation.answerer import PREDICT, Answerer, Share
 from egspo_lightning.evaluation.benchmarks import Benchmark
-from egspo_lightning.evaluation.records import Answer
-from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
-from egspo_lightning.flags import require_budget, require_phases
-from egspo_lightning.loops import count_epochs, forget
-from egspo_lightning.phases import Phases, PhaseSizes, Split
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
-from egspo_lightning.rollout.experience import Collection
-from egspo_lightning.rollout.protocol import TrainedPolicy
+from egspo_lightning.rollout.policy_protocol import TrainedPolicy
+from egspo_lightning.rollout.scoring import Collection
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from egspo_lightning.training.fit_loop import count_epochs, forget
+from egspo_lightning.training.micro_batches import longest_row
+from egspo_lightning.training.rollout_phase import Phases, PhaseSizes, Split
+from egspo_lightning.training.trainer_flags import require_budget, require_phases
 from egspo_lightning.types import ExpertSolution, ProblemBatch
-from egspo_lightning.updates import longest_row
 
 MOST = 10**8
 """Of anything that is counted in memory: far above what fits, and below what would hang before it fails."""

@@ -14,12 +14,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from egspo_lightning.admission import Admission
-from egspo_lightning.controllers import EntropyBonus, KLReward
-from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.faults import FiniteUpdates, NonFiniteError, Part, describe, pack
-from egspo_lightning.loops import settle
+from egspo_lightning.models.critic import CriticConfig
+from egspo_lightning.models.policy import PolicyConfig
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics, Reduction
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
@@ -27,8 +24,11 @@ from egspo_lightning.ops.gate import Gate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.ops.masking import masked_mean
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
-from egspo_lightning.policy import PolicyConfig
-from egspo_lightning.resumable_module import ResumableModule
+from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
+from egspo_lightning.training.advantage_and_gate import Admission
+from egspo_lightning.training.fit_loop import settle
+from egspo_lightning.training.nonfinite_updates import FiniteUpdates, NonFiniteError, Part, describe, pack
+from egspo_lightning.training.resumable_module import ResumableModule
 from egspo_lightning.types import Current, ExpertBatch, Measurements, RolloutBatch, ScoredRollouts, Stage, TrainingBatch
 
 FULL_PRECISION_TOLERANCE = 1e-3

@@ -21,12 +21,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from browser import Browser, chromium, missing_browser
-from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
+from egspo_lightning.data.generated_sources import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.datamodule import HybridDataModule
+from egspo_lightning.models.policy import PolicyConfig
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.policy import PolicyConfig
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
 

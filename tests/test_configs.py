@@ -7,18 +7,18 @@ import pytest
 import yaml
 
 from egspo_lightning.callbacks import StageTransition
-from egspo_lightning.cli import EgspoCLI, run
-from egspo_lightning.controllers import EntropyBonus, KLReward
-from egspo_lightning.critic import CriticConfig
+from egspo_lightning.cli.main import EgspoCLI, run
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.data.tasks.expressions import ExpressionTask
 from egspo_lightning.datamodule import HybridDataModule
+from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
-from egspo_lightning.tasks.expressions import ExpressionTask
+from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 
 RECIPES = ["quickstart", "expressions", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from egspo_lightning.data.jsonl import JsonlDemonstrations, JsonlProblems
+from egspo_lightning.data.jsonl_sources import JsonlDemonstrations, JsonlProblems
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import JsonlBenchmark
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from egspo_lightning.analysis.__main__ import main as analyse
-from egspo_lightning.cli import main
+from egspo_lightning.cli.main import main
 from reference_pages import on_page_markdown
 
 REPOSITORY = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from egspo_lightning.analysis.__main__ import main as analyse
-from egspo_lightning.cli import main
+from egspo_lightning.cli.main import main
 
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 SHORT = {

@@ -16,8 +16,8 @@ from comparison import metrics
 from comparison.listeners import StopAfterSFT, Stopwatch
 from comparison.machine import machine
 from comparison.plan import Run, Settings, checkpoint_file, updates_per_phase
-from egspo_lightning.cli import EgspoCLI
-from egspo_lightning.cli import run as run_cli
+from egspo_lightning.cli.main import EgspoCLI
+from egspo_lightning.cli.main import run as run_cli
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from egspo_lightning.data.generated import GeneratedProblems
+from egspo_lightning.data.generated_sources import GeneratedProblems
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from measuring.rewards import EvenCharacters
 from measuring.timing import Reading, Stopwatch

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from comparison.listeners import StopAfterSFT
 from comparison.runs import QUIET
-from egspo_lightning.cli import EgspoCLI
-from egspo_lightning.cli import run as run_cli
+from egspo_lightning.cli.main import EgspoCLI
+from egspo_lightning.cli.main import run as run_cli
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"

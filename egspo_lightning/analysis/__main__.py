@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from egspo_lightning.analysis.html import ColouredCompletions
-from egspo_lightning.analysis.reading import load
+from egspo_lightning.analysis.completion_pages import ColouredCompletions
+from egspo_lightning.analysis.record_reading import load
 from egspo_lightning.errors import UserError
 
 

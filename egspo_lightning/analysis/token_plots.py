@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from egspo_lightning.analysis.axes import (
+from egspo_lightning.analysis.interval_estimates import means
+from egspo_lightning.analysis.plot_axes import (
     ABOVE,
     ENTROPY_LABEL,
     HIGH,
@@ -21,9 +22,8 @@ from egspo_lightning.analysis.axes import (
     finish,
     require_one_run,
 )
-from egspo_lightning.analysis.estimates import means
-from egspo_lightning.analysis.reading import require_columns
-from egspo_lightning.analysis.text import visible
+from egspo_lightning.analysis.record_reading import require_columns
+from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.errors import UserError
 
 

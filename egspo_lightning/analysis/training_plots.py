@@ -5,7 +5,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from egspo_lightning.analysis.axes import (
+from egspo_lightning.analysis.interval_estimates import means
+from egspo_lightning.analysis.plot_axes import (
     ABOVE,
     COLLECTION_LABEL,
     ENTROPY_LABEL,
@@ -18,8 +19,7 @@ from egspo_lightning.analysis.axes import (
     finish,
     require_one_run,
 )
-from egspo_lightning.analysis.estimates import means
-from egspo_lightning.analysis.reading import require_columns
+from egspo_lightning.analysis.record_reading import require_columns
 
 
 def entropy_heatmap(tokens: pd.DataFrame, *, bins: int = 40, ax: Axes | None = None) -> Axes:

@@ -1,13 +1,13 @@
 """Observers of training, and the one that decides its stage."""
 
-from egspo_lightning.callbacks.checkpoint import PhaseCheckpoint
 from egspo_lightning.callbacks.dashboard import Dashboard
 from egspo_lightning.callbacks.entropy_histogram import EntropyHistogram
 from egspo_lightning.callbacks.guards import Guards
 from egspo_lightning.callbacks.hf_export import HFExport
 from egspo_lightning.callbacks.interruption import Interruption
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark
-from egspo_lightning.callbacks.predictions import PredictionWriter
+from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint
+from egspo_lightning.callbacks.prediction_writer import PredictionWriter
 from egspo_lightning.callbacks.progress import PhaseProgress
 from egspo_lightning.callbacks.rollout_samples import RolloutSamples
 from egspo_lightning.callbacks.stage_transition import StageTransition

@@ -10,10 +10,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from egspo_lightning.analysis.schema import STAGE_MARK
-from egspo_lightning.callbacks.access import data_of, module_of
-from egspo_lightning.callbacks.displays import log_text, tensorboard_of
+from egspo_lightning.analysis.record_schema import STAGE_MARK
+from egspo_lightning.callbacks.logger_displays import log_text, tensorboard_of
 from egspo_lightning.callbacks.stage_transition import StageTransition
+from egspo_lightning.callbacks.trainer_access import data_of, module_of
 from egspo_lightning.types import Stage
 
 CHARTS = {

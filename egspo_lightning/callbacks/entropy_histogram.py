@@ -2,8 +2,8 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from egspo_lightning.callbacks.access import data_of
-from egspo_lightning.callbacks.displays import SHOWS_HISTOGRAMS, log_histograms, note_once
+from egspo_lightning.callbacks.logger_displays import SHOWS_HISTOGRAMS, log_histograms, note_once
+from egspo_lightning.callbacks.trainer_access import data_of
 from egspo_lightning.errors import require
 from egspo_lightning.ops.gate import high_entropy_mask
 

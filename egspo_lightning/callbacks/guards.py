@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from egspo_lightning.callbacks.access import data_of, module_of
+from egspo_lightning.callbacks.trainer_access import data_of, module_of
 from egspo_lightning.errors import require
 
 

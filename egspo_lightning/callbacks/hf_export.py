@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
-from egspo_lightning.callbacks.access import module_of
+from egspo_lightning.callbacks.trainer_access import module_of
 from egspo_lightning.errors import UserError
-from egspo_lightning.lora import merged
+from egspo_lightning.models.lora import merged
 from egspo_lightning.module import EGSPOModule
 
 EXPORTED = (

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from egspo_lightning.callbacks.checkpoint import PhaseCheckpoint, is_between_updates, save_whole
+from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint, is_between_updates, save_whole
 from egspo_lightning.errors import RunStopped
 
 

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from egspo_lightning.callbacks.access import data_of, goes_on_in, module_of
-from egspo_lightning.callbacks.measurement import Measurement
-from egspo_lightning.callbacks.recording import open_journal
+from egspo_lightning.callbacks.benchmark_measurement import Measurement
+from egspo_lightning.callbacks.benchmark_recording import open_journal
+from egspo_lightning.callbacks.trainer_access import data_of, goes_on_in, module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.report import Report, headline, milestones_table, score_tables
 from egspo_lightning.types import Stage

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from egspo_lightning.callbacks.access import module_of
+from egspo_lightning.callbacks.trainer_access import module_of
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is no terminal, a plain line is printed this often instead of a bar."""

@@ -6,13 +6,13 @@ from math import isfinite
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from egspo_lightning.analysis.text import visible
-from egspo_lightning.callbacks.access import data_of, module_of
-from egspo_lightning.callbacks.displays import SHOWS_TEXT, log_text, note_once
+from egspo_lightning.analysis.token_text import visible
+from egspo_lightning.callbacks.logger_displays import SHOWS_TEXT, log_text, note_once
 from egspo_lightning.callbacks.token_records import TokenRecords
+from egspo_lightning.callbacks.trainer_access import data_of, module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.rollout.experience import Collection
+from egspo_lightning.rollout.scoring import Collection
 from egspo_lightning.types import Completion
 
 SEPARATOR = "\n\n---\n\n"

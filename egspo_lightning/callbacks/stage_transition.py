@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from egspo_lightning.callbacks.access import module_of
-from egspo_lightning.callbacks.checkpoint import save_whole
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark
+from egspo_lightning.callbacks.phase_checkpoint import save_whole
+from egspo_lightning.callbacks.trainer_access import module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.types import Stage

@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from egspo_lightning.analysis.schema import COMPLETIONS, TOKENS, file_of, files_of
-from egspo_lightning.callbacks.access import data_of, goes_on_in, module_of
+from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, file_of, files_of
+from egspo_lightning.callbacks.trainer_access import data_of, goes_on_in, module_of
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
-from egspo_lightning.rollout.experience import TOKENS_PER_SCORING_BATCH, Collection
+from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH, Collection
 from egspo_lightning.types import Current, RolloutBatch
 
 

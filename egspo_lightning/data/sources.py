@@ -9,8 +9,8 @@ A source of your own is a subclass with ``load``::
 
 from abc import ABC, abstractmethod
 
-from egspo_lightning.answers import normalise_problem
-from egspo_lightning.data.order import EndlessOrder
+from egspo_lightning.data.answer_formats import normalise_problem
+from egspo_lightning.data.shuffled_order import EndlessOrder
 from egspo_lightning.errors import UserError
 from egspo_lightning.types import Demonstration, Problem
 

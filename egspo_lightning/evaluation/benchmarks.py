@@ -7,15 +7,15 @@ another thing (``egspo_lightning.data``): no loader serves both.
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
-from egspo_lightning.answers import AnswerExtractor
+from egspo_lightning.data.answer_formats import AnswerExtractor
+from egspo_lightning.data.json_lines import read_rows
+from egspo_lightning.data.rows import hub_rows, problem_of
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.data.tasks.family import ProblemFamily, Split, require_family
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.evaluation.problems import require_different_ids
-from egspo_lightning.evaluation.recipes import KNOWN, Recipe
-from egspo_lightning.evaluation.sampling import GREEDY, AnswerSampling
-from egspo_lightning.jsonl import read_rows
-from egspo_lightning.rows import hub_rows, problem_of
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
-from egspo_lightning.tasks.family import ProblemFamily, Split, require_family
+from egspo_lightning.evaluation.answer_sampling import GREEDY, AnswerSampling
+from egspo_lightning.evaluation.benchmark_recipes import KNOWN, Recipe
+from egspo_lightning.evaluation.problem_batches import require_different_ids
 from egspo_lightning.types import Problem
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.records import Answer, answer_of, row_of
+from egspo_lightning.evaluation.answer_records import Answer, answer_of, row_of
 from egspo_lightning.types import Problem
 
 COMPLETIONS, SETTINGS, METRICS = "completions.jsonl", "settings.json", "metrics.json"

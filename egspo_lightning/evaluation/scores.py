@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from egspo_lightning.evaluation.answer_records import Answer, by_problem
 from egspo_lightning.evaluation.metrics import (
     bootstrap_interval,
     majority_at_k,
@@ -14,7 +15,6 @@ from egspo_lightning.evaluation.metrics import (
     reported_ks,
     standard_error,
 )
-from egspo_lightning.evaluation.records import Answer, by_problem
 from egspo_lightning.types import Problem
 
 COLUMNS = ("num_seen", "num_correct", "majority", "num_tokens", "num_truncated", "num_timeouts", "num_crashes")

@@ -14,8 +14,8 @@ import torch
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rollout.engine import RolloutEngine, Sample
-from egspo_lightning.rollout.protocol import RolloutPolicy
-from egspo_lightning.rollout.sampling import Prompt, complete, grade
+from egspo_lightning.rollout.generation import Prompt, complete, grade
+from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.types import Completion, ExpertSolution, Problem, Sampling
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.rollout.drawing import Drawing, RandomStreams
 from egspo_lightning.rollout.engine import Request, Sample
+from egspo_lightning.rollout.token_sampling import Drawing, RandomStreams
 from egspo_lightning.types import Sampling
 
 SHRINK_BELOW = 0.75

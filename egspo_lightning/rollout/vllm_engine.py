@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from egspo_lightning import lora
 from egspo_lightning.errors import UserError, require
+from egspo_lightning.models import lora
 from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
 from egspo_lightning.types import Sampling

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from egspo_lightning.checkpointing.random_state import random_state, restore_random_state
 from egspo_lightning.errors import UserError
-from egspo_lightning.randomness import random_state, restore_random_state
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",

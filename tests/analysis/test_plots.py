@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from egspo_lightning.analysis import token_plots, training_plots
-from egspo_lightning.analysis.axes import side_by_side
+from egspo_lightning.analysis.plot_axes import side_by_side
 from egspo_lightning.errors import UserError
 
 

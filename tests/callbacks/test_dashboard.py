@@ -6,11 +6,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from browser import ALL_TEXT, tensorboard
-from egspo_lightning.analysis.reading import load
+from egspo_lightning.analysis.record_reading import load
 from egspo_lightning.callbacks import Dashboard, MathBenchmark, RolloutSamples, StageTransition, TokenRecords
 from egspo_lightning.callbacks.dashboard import BENCHMARKS, CHARTS, flat
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 HYPERPARAMETERS = {"seed_everything": 1, "model.gate": "QuantileGate", "model.gate.top_fraction": 0.2}
 BENCHMARK = GeneratedBenchmark("greedy", num_problems=3, task=ArithmeticTask(num_digits=1))

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import Guards, StageTransition
-from egspo_lightning.data.jsonl import JsonlProblems
+from egspo_lightning.data.jsonl_sources import JsonlProblems
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 NAMES = {"entropy_collapse", "kl_runaway", "ratio_after_sampling", "truncated", "zero_reward", "flat_rewards"}
 EGSPO = {"initial_stage": "egspo"}

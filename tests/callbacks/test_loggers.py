@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from egspo_lightning.callbacks import Dashboard, EntropyHistogram, RolloutSamples, StageTransition
-from egspo_lightning.callbacks.displays import summary
-from egspo_lightning.cli import run
+from egspo_lightning.callbacks.logger_displays import summary
+from egspo_lightning.cli.main import run
 
 HISTOGRAMS = "has no histograms; mean and quantiles of token entropy are logged as metrics, entropy/*."
 TEXT = "keeps no text; completions are in the token records, see python -m egspo_lightning.analysis."

@@ -9,11 +9,11 @@ from rich.console import Console
 
 from egspo_lightning.callbacks import MathBenchmark, StageTransition
 from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 DIGITS = ArithmeticTask(num_digits=1)
 

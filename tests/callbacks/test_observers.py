@@ -12,8 +12,8 @@ from egspo_lightning.callbacks import (
     StageTransition,
     TokenRecords,
 )
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
 
 def benchmarks() -> list[GeneratedBenchmark]:

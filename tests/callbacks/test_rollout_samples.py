@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from egspo_lightning.analysis.__main__ import main
-from egspo_lightning.analysis.text import visible
+from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.callbacks import RolloutSamples, StageTransition, TokenRecords
 from egspo_lightning.callbacks.rollout_samples import SEPARATOR
 from egspo_lightning.data.sources import FiniteProblems

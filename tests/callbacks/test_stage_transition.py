@@ -5,10 +5,10 @@ import torch
 from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import MathBenchmark, StageTransition
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.ops.objective import Objective
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.types import Stage
 
 
@@ -153,7 +153,7 @@ def test_what_math_benchmark_measures_can_be_monitored(tiny_run):
 
 
 def digits():
-    from egspo_lightning.tasks.arithmetic import ArithmeticTask
+    from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 
     return ArithmeticTask(num_digits=1)
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
-from egspo_lightning.answers import normalise_problem
-from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
-from egspo_lightning.data.hub import HubDemonstrations, HubProblems
-from egspo_lightning.data.jsonl import JsonlDemonstrations, JsonlProblems
+from egspo_lightning.data.answer_formats import normalise_problem
+from egspo_lightning.data.generated_sources import GeneratedDemonstrations, GeneratedProblems
+from egspo_lightning.data.hub_sources import HubDemonstrations, HubProblems
+from egspo_lightning.data.json_lines import read_rows
+from egspo_lightning.data.jsonl_sources import JsonlDemonstrations, JsonlProblems
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.data.tasks.expressions import ExpressionTask
 from egspo_lightning.errors import UserError
-from egspo_lightning.jsonl import read_rows
 from egspo_lightning.rewards.extraction import extract_boxed
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
-from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.types import Problem
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -226,7 +226,7 @@ class TestHub:
             HubProblems("openai/gsm8k", "main").load()
 
 
-TASKS = "egspo_lightning.tasks"
+TASKS = "egspo_lightning.data.tasks"
 
 
 class TestConfig:
@@ -235,17 +235,17 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("kind", "class_path", "init_args", "expected"),
         [
-            (DemonstrationSource, "generated.GeneratedDemonstrations", {"task": {"num_terms": 3}},
+            (DemonstrationSource, "generated_sources.GeneratedDemonstrations", {"task": {"num_terms": 3}},
              GeneratedDemonstrations(task=ArithmeticTask(num_terms=3))),
-            (ProblemSource, "generated.GeneratedProblems", {}, GeneratedProblems()),
-            (ProblemSource, "generated.GeneratedProblems",
+            (ProblemSource, "generated_sources.GeneratedProblems", {}, GeneratedProblems()),
+            (ProblemSource, "generated_sources.GeneratedProblems",
              {"task": {"class_path": f"{TASKS}.expressions.ExpressionTask", "init_args": {"num_operators": 3}}},
              GeneratedProblems(ExpressionTask(num_operators=3))),
-            (DemonstrationSource, "jsonl.JsonlDemonstrations", {"path": "a", "solution_format": "gsm8k"},
+            (DemonstrationSource, "jsonl_sources.JsonlDemonstrations", {"path": "a", "solution_format": "gsm8k"},
              JsonlDemonstrations("a", solution_format="gsm8k")),
-            (ProblemSource, "jsonl.JsonlProblems", {"path": "a", "limit": 5}, JsonlProblems("a", limit=5)),
-            (DemonstrationSource, "hub.HubDemonstrations", {"name": "n"}, HubDemonstrations("n")),
-            (ProblemSource, "hub.HubProblems", {"name": "n", "config": "main"}, HubProblems("n", "main")),
+            (ProblemSource, "jsonl_sources.JsonlProblems", {"path": "a", "limit": 5}, JsonlProblems("a", limit=5)),
+            (DemonstrationSource, "hub_sources.HubDemonstrations", {"name": "n"}, HubDemonstrations("n")),
+            (ProblemSource, "hub_sources.HubProblems", {"name": "n", "config": "main"}, HubProblems("n", "main")),
         ],
     )  # fmt: skip
     def test_sources_are_config_values(self, kind, class_path, init_args, expected):
@@ -258,7 +258,7 @@ class TestConfig:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--source", type=ProblemSource)
         value = {
-            "class_path": "egspo_lightning.data.jsonl.JsonlProblems",
+            "class_path": "egspo_lightning.data.jsonl_sources.JsonlProblems",
             "init_args": {"path": "a", "limits": 5},
         }
         with pytest.raises(ArgumentError, match="limits"):

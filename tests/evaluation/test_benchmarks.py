@@ -5,8 +5,12 @@ from typing import get_args, get_type_hints
 import pytest
 from jsonargparse import ArgumentParser
 
-from egspo_lightning.data.generated import GeneratedDemonstrations, GeneratedProblems
+from egspo_lightning.data.generated_sources import GeneratedDemonstrations, GeneratedProblems
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.data.tasks.expressions import ExpressionTask
 from egspo_lightning.errors import UserError
+from egspo_lightning.evaluation.answer_sampling import AnswerSampling
+from egspo_lightning.evaluation.benchmark_recipes import KNOWN
 from egspo_lightning.evaluation.benchmarks import (
     Benchmark,
     GeneratedBenchmark,
@@ -14,10 +18,6 @@ from egspo_lightning.evaluation.benchmarks import (
     JsonlBenchmark,
     KnownBenchmark,
 )
-from egspo_lightning.evaluation.recipes import KNOWN
-from egspo_lightning.evaluation.sampling import AnswerSampling
-from egspo_lightning.tasks.arithmetic import ArithmeticTask
-from egspo_lightning.tasks.expressions import ExpressionTask
 from egspo_lightning.types import Problem
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

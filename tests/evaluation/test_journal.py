@@ -3,8 +3,8 @@ import json
 import pytest
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.evaluation.journal import Journal, fingerprint
-from egspo_lightning.evaluation.records import Answer
 from egspo_lightning.types import Problem
 
 PROBLEMS = [Problem("a", "1+1=?", "2"), Problem("b", "ä?\u2028", "3"), Problem("c", "why?", "")]

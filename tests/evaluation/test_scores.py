@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from egspo_lightning.evaluation.records import Answer
+from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.evaluation.scores import BenchmarkMetric, accuracies, by_label, interval, summary
 from egspo_lightning.types import Problem
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import checkpoint, token_records
+from egspo_lightning.callbacks import phase_checkpoint as checkpoint
+from egspo_lightning.callbacks import token_records
 from processes import forked
 
 MOMENTS = ("sft", "sampling", "grading", "update", "half", "whole", "replaced", "recording")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning import cli
-from egspo_lightning.ranks import leave
+from egspo_lightning.cli import main as cli
+from egspo_lightning.cli.process_exit import leave
 
 SHORT = [
     "--config=configs/quickstart.yaml",

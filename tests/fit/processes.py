@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from egspo_lightning.cli import main
+from egspo_lightning.cli.main import main
 
 Rows = list[dict[str, str]]
 SHORT_QUICKSTART = [

@@ -8,8 +8,8 @@ The metrics of each go to FOLDER/METHOD. It is a program of its own so that torc
 import sys
 from collections.abc import Sequence
 
-from egspo_lightning.cli import run
-from egspo_lightning.ranks import leave
+from egspo_lightning.cli.main import run
+from egspo_lightning.cli.process_exit import leave
 
 SHORT = [
     "--config=configs/quickstart.yaml",

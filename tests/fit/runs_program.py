@@ -13,8 +13,8 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
-from egspo_lightning.cli import run
-from egspo_lightning.ranks import leave
+from egspo_lightning.cli.main import run
+from egspo_lightning.cli.process_exit import leave
 
 SHORT = [
     "--config=configs/quickstart.yaml",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import checkpoint
+from egspo_lightning.callbacks import phase_checkpoint as checkpoint
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rewards.grading import MathGrader

@@ -2,11 +2,11 @@
 
 from lightning.pytorch import Callback
 
-from egspo_lightning.controllers import KLReward
-from egspo_lightning.critic import CriticConfig
+from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.ops.estimators import GAE, GroupRelative
 from egspo_lightning.ops.gate import QuantileGate
 from egspo_lightning.ops.objective import Objective
+from egspo_lightning.training.adaptive_coefficients import KLReward
 from egspo_lightning.types import Stage
 
 RL = {"initial_stage": Stage.EGSPO}

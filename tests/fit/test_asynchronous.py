@@ -10,14 +10,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from egspo_lightning.callbacks import Guards, MathBenchmark, PhaseCheckpoint, StageTransition
-from egspo_lightning.cli import main
-from egspo_lightning.critic import CriticConfig
+from egspo_lightning.cli.main import main
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
-from egspo_lightning.lora import LoraConfig
+from egspo_lightning.models.critic import CriticConfig
+from egspo_lightning.models.lora import LoraConfig
+from egspo_lightning.models.policy import PolicyConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
-from egspo_lightning.policy import PolicyConfig
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from processes import SHORT_QUICKSTART, told_apart
 from spies import METHODS

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from egspo_lightning.cli import main, run
-from egspo_lightning.data.generated import GeneratedProblems
+from egspo_lightning.cli.main import main, run
+from egspo_lightning.data.generated_sources import GeneratedProblems
 
 SHORT = [
     "--trainer.max_epochs=3",
@@ -106,7 +106,7 @@ def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path
     problems.write_text("\n".join(json.dumps(row) for row in rows))
     command = ["predict", *measuring(folder), f"--trainer.default_root_dir={tmp_path}"]
     command += [
-        "--data.problems=egspo_lightning.data.jsonl.JsonlProblems",
+        "--data.problems=egspo_lightning.data.jsonl_sources.JsonlProblems",
         f"--data.problems.init_args.path={problems}",
     ]
     for sampling in ([], ["--data.predict_sampling.num_samples=2", "--data.predict_sampling.temperature=0.8"]):

@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import StageTransition
-from egspo_lightning.controllers import KLReward
-from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
+from egspo_lightning.models.critic import CriticConfig
+from egspo_lightning.models.policy import PolicyConfig
 from egspo_lightning.ops.estimators import GAE, ReinforcePlusPlus
 from egspo_lightning.ops.objective import Objective
-from egspo_lightning.policy import PolicyConfig
+from egspo_lightning.training.adaptive_coefficients import KLReward
 from egspo_lightning.types import Stage
 
 TRUNKS = ["shared", "own"]
@@ -276,8 +276,8 @@ def test_an_optimiser_of_other_parameters_is_refused(tiny_run, checkpoint, saved
 
 @pytest.mark.parametrize(("saved", "loaded"), [("ppo", {}), ({}, "ppo_critic"), ({}, "beta")])
 def test_a_policy_alone_is_measured_whatever_was_trained_beside_it(tiny_run, checkpoint, saved, loaded):
+    from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
     from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
-    from egspo_lightning.tasks.arithmetic import ArithmeticTask
 
     path = checkpoint(METHODS[saved] if saved else {}, 3)
     benchmarks = [GeneratedBenchmark("sums", num_problems=2, task=ArithmeticTask(num_digits=1))]

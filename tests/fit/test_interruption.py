@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from egspo_lightning.cli import run
+from egspo_lightning.cli.main import run
 from processes import in_group
 
 SHORT = [

@@ -8,7 +8,6 @@ from lightning.pytorch import Callback
 from torch.testing import assert_close
 
 from egspo_lightning.callbacks import StageTransition
-from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.estimators import GroupRelative, LeaveOneOut, ReinforcePlusPlus
@@ -18,6 +17,7 @@ from egspo_lightning.ops.schedules import ChordMu
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 from egspo_lightning.types import Stage
 
 PURE_RL = {"initial_stage": "egspo", "objective": Objective(mu=0.0)}

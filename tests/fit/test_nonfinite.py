@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import StageTransition
-from egspo_lightning.cli import main, run
-from egspo_lightning.faults import NonFiniteError
-from egspo_lightning.replaying import replay
+from egspo_lightning.cli.main import main, run
+from egspo_lightning.cli.replay import replay
+from egspo_lightning.training.nonfinite_updates import NonFiniteError
 
 PROGRAM = Path(__file__).with_name("nonfinite_program.py")
 
@@ -118,7 +118,7 @@ class BadToken(Callback):
 def stopped(repository, tmp_path, monkeypatch, capsys):
     """The file that a stopped run has written, and its message."""
     monkeypatch.chdir(repository)
-    monkeypatch.setattr("egspo_lightning.cli.CALLBACKS", _with(BadToken))
+    monkeypatch.setattr("egspo_lightning.cli.main.CALLBACKS", _with(BadToken))
     with pytest.raises(SystemExit) as stop:
         main([*SHORT, f"--trainer.default_root_dir={tmp_path}", "--stage_transition.enabled=false"])
     output = capsys.readouterr().err
@@ -129,7 +129,7 @@ def stopped(repository, tmp_path, monkeypatch, capsys):
 
 
 def _with(callback):
-    from egspo_lightning.cli import CALLBACKS
+    from egspo_lightning.cli.main import CALLBACKS
 
     return CALLBACKS | {"bad_token": callback}
 
@@ -153,7 +153,7 @@ def test_replay_computes_the_loss_that_training_had(tiny_run, repository, tmp_pa
     for stage in ("sft", "egspo"):
         arguments = [*SHORT, f"--trainer.default_root_dir={tmp_path / stage}", f"--model.initial_stage={stage}"]
         with monkeypatch.context() as patch:
-            patch.setattr("egspo_lightning.faults.FiniteUpdates.judge", _always_bad)
+            patch.setattr("egspo_lightning.training.nonfinite_updates.FiniteUpdates.judge", _always_bad)
             with pytest.raises(NonFiniteError):
                 run(arguments)
         (path,) = (tmp_path / stage).rglob("nonfinite.ckpt")

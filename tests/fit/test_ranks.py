@@ -153,7 +153,7 @@ def test_a_sharded_critic_on_two_processes_equals_one(methods_alone, critics_sha
 
 LEAVING = """
 import atexit, concurrent.futures, sys, threading, torch
-from egspo_lightning.ranks import leave
+from egspo_lightning.cli.process_exit import leave
 leave(0)
 print("no rank yet")
 atexit.register(print, "at exit")

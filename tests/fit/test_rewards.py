@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from egspo_lightning.cli import run
+from egspo_lightning.cli.main import run
 
 MINE = '''
 class EvenBytes:
@@ -41,7 +41,7 @@ def config(small_model, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "10000")
-    task = {"init_args": {"num_digits": 1}, "class_path": "egspo_lightning.tasks.arithmetic.ArithmeticTask"}
+    task = {"init_args": {"num_digits": 1}, "class_path": "egspo_lightning.data.tasks.arithmetic.ArithmeticTask"}
     return {
         "trainer": {
             "accelerator": "cpu",
@@ -51,8 +51,10 @@ def config(small_model, tmp_path, monkeypatch):
         },
         "model": {"policy": {"name_or_path": small_model, "from_scratch": True}, "initial_stage": "egspo"},
         "data": {
-            "demonstrations": source("egspo_lightning.data.generated.GeneratedDemonstrations", num_demonstrations=8),
-            "problems": source("egspo_lightning.data.generated.GeneratedProblems", task=task),
+            "demonstrations": source(
+                "egspo_lightning.data.generated_sources.GeneratedDemonstrations", num_demonstrations=8
+            ),
+            "problems": source("egspo_lightning.data.generated_sources.GeneratedProblems", task=task),
             "engine": source("egspo_lightning.rollout.transformers_engine.TransformersEngine", max_batch_size=5),
             "prompt": {"system": "", "plain": "{problem}"},
             "num_problems": 4,

@@ -4,15 +4,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning import critic as critic_module
-from egspo_lightning import packing, passes, policy
-from egspo_lightning.critic import CriticConfig
+from egspo_lightning.models import batched_forward as passes
+from egspo_lightning.models import critic as critic_module
+from egspo_lightning.models import packed_attention as packing
+from egspo_lightning.models import policy
+from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops import token_stats
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.padding import row_lengths
-from egspo_lightning.rollout import drawing, transformers_engine
+from egspo_lightning.rollout import token_sampling as drawing
+from egspo_lightning.rollout import transformers_engine
 from spies import RL, Spy, distance
 
 

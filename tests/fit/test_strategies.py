@@ -6,20 +6,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from egspo_lightning.lora import is_adapter, is_reference
-from egspo_lightning.policy import PolicyConfig
-from egspo_lightning.strategies import AnyCheckpointIO
+from egspo_lightning.models.lora import is_adapter, is_reference
+from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.training.strategies import AnyCheckpointIO
 from processes import SHORT_QUICKSTART, told_apart
 
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
 FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
 TO_FILE = [
-    "--trainer.strategy=egspo_lightning.strategies.FSDP2Strategy",
+    "--trainer.strategy=egspo_lightning.training.strategies.FSDP2Strategy",
     "--trainer.strategy.save_distributed_checkpoint=false",
     "--trainer.devices=2",
 ]
 OFFLOADED = [
-    "--trainer.strategy=egspo_lightning.strategies.FSDP2Strategy",
+    "--trainer.strategy=egspo_lightning.training.strategies.FSDP2Strategy",
     "--trainer.strategy.cpu_offload=true",
     "--trainer.devices=2",
 ]

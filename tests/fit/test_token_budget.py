@@ -6,10 +6,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning import passes
 from egspo_lightning.callbacks import PhaseCheckpoint, StageTransition
-from egspo_lightning.critic import CriticConfig
 from egspo_lightning.errors import UserError
+from egspo_lightning.models import batched_forward as passes
+from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.gate import OpenGate
 from egspo_lightning.ops.objective import Objective

@@ -101,8 +101,8 @@ def _smallest(folder: Path, model: str) -> Run:
         "trainer": {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": str(folder / "logs")},
         "model": {"policy": {"name_or_path": model, "from_scratch": True}},
         "data": {
-            "demonstrations": source("data.generated.GeneratedDemonstrations", num_demonstrations=8),
-            "problems": source("data.generated.GeneratedProblems"),
+            "demonstrations": source("data.generated_sources.GeneratedDemonstrations", num_demonstrations=8),
+            "problems": source("data.generated_sources.GeneratedProblems"),
             "prompt": {"system": "", "plain": "{problem}"},
             "num_problems": 2,
             "num_generations": 2,

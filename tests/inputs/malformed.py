@@ -79,7 +79,7 @@ value("null_task", "data.problems.init_args", {"task": None}, "task")
 value(
     "numbers_of_5000_digits",
     "data.problems.init_args",
-    {"task": source("tasks.arithmetic.ArithmeticTask", num_digits=5000)},
+    {"task": source("data.tasks.arithmetic.ArithmeticTask", num_digits=5000)},
     "num_digits",
 )
 value("unknown_class", "model.gate", source("ops.gate.QuantilGate"), "model.gate", "QuantilGate")
@@ -203,7 +203,7 @@ def use_rows(run: Any, kind: str = "demonstrations") -> None:
     if kind == "benchmarks":
         run.put("data.benchmarks", [source("evaluation.benchmarks.JsonlBenchmark", name="rows", path=path)])
     else:
-        run.put(f"data.{kind}", source(f"data.jsonl.Jsonl{kind.capitalize()}", path=path))
+        run.put(f"data.{kind}", source(f"data.jsonl_sources.Jsonl{kind.capitalize()}", path=path))
 
 
 rows("broken_json", GOOD + b'{"problem": \n', "rows.jsonl:2", "not valid JSON")
@@ -232,7 +232,7 @@ rows("same_id_twice", 2 * GOOD.replace(b"{", b'{"id": "a", ', 1), "'a'", kind="b
 
 @case("nowhere.jsonl", "no such file")
 def data_file_that_is_not_there(run):
-    run.put("data.problems", source("data.jsonl.JsonlProblems", path="nowhere.jsonl"))
+    run.put("data.problems", source("data.jsonl_sources.JsonlProblems", path="nowhere.jsonl"))
 
 
 @case("rows.jsonl", "folder")
@@ -250,7 +250,7 @@ def demonstrations_that_a_benchmark_asks(run):
 
 @case("some/dataset", "path of a local folder")
 def hub_data_without_a_network(run):
-    run.put("data.problems", source("data.hub.HubProblems", name="some/dataset"))
+    run.put("data.problems", source("data.hub_sources.HubProblems", name="some/dataset"))
 
 
 # Model folders

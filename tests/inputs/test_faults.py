@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egspo_lightning.exits import FAULTS, judge
+from egspo_lightning.cli.exit_codes import FAULTS, judge
 
 
 @pytest.fixture

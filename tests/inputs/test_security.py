@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from egspo_lightning.checkpoint_files import open_checkpoint
+from egspo_lightning.checkpointing.load import open_checkpoint
 from egspo_lightning.errors import UserError
-from egspo_lightning.policy import PolicyConfig
+from egspo_lightning.models.policy import PolicyConfig
 from egspo_lightning.rewards.grading import MathGrader
 
 PACKAGE = Path(__file__).parents[2] / "egspo_lightning"
@@ -92,7 +92,7 @@ import socket, sys
 def refuse(*arguments, **keywords):
     raise SystemExit("a connection was tried")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from egspo_lightning.cli import main
+from egspo_lightning.cli.main import main
 main(sys.argv[1:])
 """
 

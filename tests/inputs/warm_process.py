@@ -97,7 +97,7 @@ def children() -> list[int]:
 
 
 if __name__ == "__main__":
-    import egspo_lightning.cli  # noqa: F401  what every run begins with
+    import egspo_lightning.cli.main  # noqa: F401  what every run begins with
 
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     arguments = serve()

@@ -12,7 +12,7 @@ from egspo_lightning.ops.correction import SamplerCorrection, is_corrected, samp
 from egspo_lightning.ops.cutting import cut_evenly
 from egspo_lightning.ops.objective import Coefficients, Objective
 from egspo_lightning.ops.padding import row_lengths
-from egspo_lightning.rollout.minibatches import RolloutShare
+from egspo_lightning.training.minibatches import RolloutShare
 from egspo_lightning.types import Current
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from egspo_lightning.controllers import EntropyBonus, KLReward
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.gate import AbsoluteGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
+from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 
 NAN = math.nan
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from egspo_lightning.answers import AnswerExtractor, extract_answer
+from egspo_lightning.data.answer_formats import AnswerExtractor, extract_answer
 from egspo_lightning.rewards.grading import MathGrader
 
 Locate = Callable[[str], Path]

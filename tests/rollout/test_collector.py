@@ -222,7 +222,7 @@ def test_sampling_and_grading_are_timed_apart_over_all_rounds(monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr("egspo_lightning.rollout.collector.time", clock)
-    monkeypatch.setattr("egspo_lightning.rollout.overlap.time", clock)
+    monkeypatch.setattr("egspo_lightning.rollout.overlapped_grading.time", clock)
 
     class Slow(Echo):
         def stream(self, *args, **kwargs):

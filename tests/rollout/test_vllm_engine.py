@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from egspo_lightning.cli import run
+from egspo_lightning.cli.main import run
 from egspo_lightning.errors import UserError
 from egspo_lightning.rollout import vllm_engine
 from egspo_lightning.rollout.transformers_engine import TransformersEngine

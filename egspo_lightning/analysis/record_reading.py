@@ -1,0 +1,123 @@
+"""Records and metrics of one or several runs as pandas data frames."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from egspo_lightning.analysis.record_schema import FOLDER, STAGE_MARK, VERSION, VERSION_KEY, files_of
+from egspo_lightning.errors import UserError
+
+
+class Records(NamedTuple):
+    """What runs have recorded; the column ``run`` of each frame names the run."""
+
+    tokens: pd.DataFrame
+    """a row a token, see ``schema.TOKENS``"""
+    completions: pd.DataFrame
+    """a row a completion, see ``schema.COMPLETIONS``"""
+    metrics: pd.DataFrame
+    """a row a logged step, a column a metric (``gate/threshold``, ...); empty where no logger has written any"""
+
+
+Runs = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+"""A log folder; several; or several by name."""
+
+
+def load(runs: Runs) -> Records:
+    """Read the records and metrics of runs.
+
+    Args:
+        runs: log folders, each the one that its run has printed; without names they are called as their folder is
+
+    Raises:
+        UserError: there is no such folder, it holds no records, those are of another version, or two runs have one name
+    """
+    parts = [_load_run(name, folder) for name, folder in _named(runs).items()]
+    return Records(*(pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True)))
+
+
+def runs_below(folder: str | Path) -> list[Path]:
+    """The log folders with token records somewhere below a folder, the latest last.
+
+    Raises:
+        UserError: there is none
+    """
+    found = {path.parent.parent for path in Path(folder).glob(f"**/{FOLDER}/tokens-*.parquet")}
+    if not found:
+        raise UserError(f"{folder}: no run with token records below it. Train one, or name another folder.")
+    return sorted(found, key=lambda run: (max(path.stat().st_mtime for path in files_of(run, "tokens")), run))
+
+
+def _named(runs: Runs) -> dict[str, Path]:
+    if isinstance(runs, Mapping):
+        return {name: Path(folder) for name, folder in runs.items()}
+    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(folder) for folder in runs]
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"Two runs have one name: {', '.join(names)}. Give names: {{'egspo': folder, ...}}.")
+    return dict(zip(names, folders, strict=True))
+
+
+def _load_run(name: str, folder: Path) -> Records:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run. Give a log folder, as in logs/lightning_logs/version_0.")
+    tokens, completions = (_read(folder, kind) for kind in ("tokens", "completions"))
+    for frame in (tokens, completions, metrics := _load_metrics(folder)):
+        frame.insert(0, "run", name)
+    return Records(tokens, completions, metrics)
+
+
+def _read(folder: Path, kind: str) -> pd.DataFrame:
+    """All files of one kind, checked to be of this version."""
+    tables = [_read_file(path) for path in files_of(folder, kind)]
+    if not tables:
+        raise UserError(
+            f"{folder}: no token records ({kind}) in its {FOLDER}/. They are written at the end of every "
+            "token_records.every_n_collections-th collection of stage EGSPO."
+        )
+    return pa.concat_tables(tables, promote_options="default").to_pandas()
+
+
+def _read_file(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {error}") from error
+    found = (table.schema.metadata or {}).get(VERSION_KEY, b"none").decode()
+    if found != VERSION:
+        raise UserError(
+            f"{path}: token records of version {found}, where this release reads version {VERSION}. Read them with the "
+            "release that wrote them, or train again."
+        )
+    return table
+
+
+def _load_metrics(folder: Path) -> pd.DataFrame:
+    """A row a step; of the CSV logger's file where there is one, else of TensorBoard's events."""
+    csv = folder / "metrics.csv"
+    if csv.exists():
+        return pd.read_csv(csv).groupby("step", as_index=False).first()
+    if not any(folder.glob("events.out.tfevents.*")):
+        return pd.DataFrame({"step": []})
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(f"{STAGE_MARK}/")]
+    columns = {tag: pd.Series({event.step: event.value for event in events.Scalars(tag)}) for tag in tags}
+    return pd.DataFrame(columns).rename_axis("step").reset_index()
+
+
+def require_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Refuse a frame without rows or without the columns that a plot is of.
+
+    Raises:
+        UserError: naming them
+    """
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise UserError(f"{what} needs the columns {', '.join(missing)}. Give a frame that load() has read.")
+    if frame.empty:
+        raise UserError(f"{what}: the frame has no rows. Was it filtered by something that no row has?")

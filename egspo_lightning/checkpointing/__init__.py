@@ -1,0 +1,1 @@
+"""Checkpoints: load, adapt, check compatibility, mid-epoch state, random states."""

@@ -1,0 +1,1 @@
+"""The command line: LightningCLI, parser, subcommands, exit codes, environment checks."""

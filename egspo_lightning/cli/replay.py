@@ -1,0 +1,100 @@
+"""``egspo replay FILE``: computes again the update that stopped a run, and says what in it is not finite."""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
+
+from egspo_lightning.callbacks.run_config import KEY
+from egspo_lightning.checkpointing.load import open_checkpoint
+from egspo_lightning.errors import UserError
+from egspo_lightning.module import EGSPOModule
+from egspo_lightning.training.nonfinite_updates import Part, bad_tokens, unpack
+from egspo_lightning.types import Current
+
+NUM_SHOWN = 20
+"""Tokens or weights that are listed by name."""
+COMMAND = "replay"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command; ``arguments`` are those after its name."""
+    parser = ArgumentParser(prog=f"egspo {COMMAND}", description=__doc__)
+    parser.add_argument("file", type=Path, help="the nonfinite.ckpt that the run has written")
+    for line in replay(parser.parse_args(arguments).file):
+        print(line)
+
+
+def replay(path: Path) -> list[str]:
+    """Lines that say what the loss is, and which weights, tokens and gradients are not finite.
+
+    Raises:
+        UserError: the file keeps no such update, or its shards are not in it.
+    """
+    checkpoint = open_checkpoint(path)
+    kept, config = checkpoint["egspo"].get("bad_part"), checkpoint.get(KEY)
+    if kept is None or config is None:
+        raise UserError(
+            f"{COMMAND}: {path} keeps no update that was not finite. Give the nonfinite.ckpt that such a run "
+            "has written."
+        )
+    if not checkpoint.get("state_dict"):
+        raise UserError(
+            f"{COMMAND}: the weights of {path} are in shards. Run it with a strategy that keeps them whole."
+        )
+    module, part = _module(config["model"]), unpack(kept)
+    module.configure_model()
+    module.load_state_dict(checkpoint["state_dict"])
+    with torch.enable_grad():
+        loss, current = module.replay(part)
+        loss.backward()
+    return _report(path, part, loss.detach(), current, module)
+
+
+def _module(config: dict[str, Any]) -> EGSPOModule:
+    """The module of the run, from its config alone: no trainer, no data."""
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(EGSPOModule, "model")
+    module = parser.instantiate_classes(parser.parse_object({"model": config})).model
+    assert isinstance(module, EGSPOModule)
+    return module
+
+
+def _report(path: Path, part: Part, loss: Tensor, current: Current, module: EGSPOModule) -> list[str]:
+    tokens = _bad_tokens(part, current)
+    weights = [name for name, p in module.named_parameters() if not p.isfinite().all()]
+    gradients = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return [
+        f"{path}: micro-batch {part.number} of stage {part.batch.stage}",
+        f"loss {loss.item():.6g} (in training {part.loss.item():.6g})",
+        *_some("weights", weights),
+        *_some("gradients", gradients),
+        *_some("tokens", [_told(part, module, *token) for token in tokens]),
+    ]
+
+
+def _bad_tokens(part: Part, current: Current) -> list[tuple[int, int, str, float]]:
+    rollout, expert = part.batch.rollout, part.batch.expert
+    named = [("logprob", current.logprobs), ("entropy", current.entropies), ("value", current.values)]
+    if rollout is None:
+        assert expert is not None
+        return bad_tokens(expert.completion_mask, named)
+    told = ("old_logprobs", "entropies", "ref_logprobs", "advantages", "returns")
+    return bad_tokens(rollout.completion_mask, named + [(name, getattr(rollout, name)) for name in told])
+
+
+def _told(part: Part, module: EGSPOModule, row: int, position: int, name: str, value: float) -> str:
+    batch = part.batch.rollout or part.batch.expert
+    assert batch is not None
+    token = int(batch.input_ids[row, position])
+    return f"row {row}, position {position}, token {token} {module.tokenizer.decode([token])!r}: {name} is {value}"
+
+
+def _some(what: str, found: list[str]) -> list[str]:
+    """The first of what was found, and how many there are."""
+    lines = [f"{what} that are not finite: {len(found)}", *(f"  {line}" for line in found[:NUM_SHOWN])]
+    return lines if len(found) <= NUM_SHOWN else [*lines, f"  and {len(found) - NUM_SHOWN} more"]

@@ -1,0 +1,142 @@
+"""Expert demonstrations as token ids, in an order that is a pure function of the seed, shared by ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.data.shuffled_order import EndlessOrder
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.padding import pad_right
+from egspo_lightning.rewards.extraction import extract_boxed
+from egspo_lightning.types import Demonstration, ExpertBatch, ExpertSolution, Problem, UpdateSize
+
+
+class Encoded(NamedTuple):
+    """One demonstration as token ids."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    """With the EOS."""
+    demonstration: Demonstration
+
+
+class ExpertShare(NamedTuple):
+    """A rank's demonstrations of an update."""
+
+    items: Sequence[Encoded]
+    size: UpdateSize
+    """of the update, over all ranks"""
+    pad_id: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each, prompt included."""
+        return [len(item.prompt_ids) + len(item.completion_ids) for item in self.items]
+
+    def batch(self, places: Sequence[int]) -> ExpertBatch:
+        """A micro-batch of those at some places; of none, two tokens with nothing to train on: every rank steps."""
+        if not places:
+            return ExpertBatch(torch.full((1, 2), self.pad_id), torch.zeros(1, 2, dtype=torch.bool), self.size)
+        pairs = [(self.items[place].prompt_ids, self.items[place].completion_ids) for place in places]
+        return ExpertBatch(*pad_right(pairs, self.pad_id), self.size)
+
+
+@dataclass(frozen=True)
+class ExpertPool:
+    """Encoded demonstrations, and how many were too long to be used."""
+
+    demonstrations: list[Encoded]
+    num_dropped: int
+    max_length: int
+    pad_id: int
+    seed: int
+
+    @classmethod
+    def encode(
+        cls,
+        demonstrations: Sequence[Demonstration],
+        template: PromptTemplate,
+        tokenizer: Any,
+        *,
+        max_prompt_length: int,
+        max_completion_length: int,
+        seed: int,
+    ) -> "ExpertPool":
+        """Tokenise, leaving out and counting those that exceed a limit: a solution cut short teaches not to answer.
+
+        Raises:
+            UserError: none is short enough.
+        """
+        encoded = [
+            Encoded(*template.encode_demonstration(tokenizer, demonstration, tokenizer.eos_token_id), demonstration)
+            for demonstration in demonstrations
+        ]
+        kept = [
+            item
+            for item in encoded
+            if len(item.prompt_ids) <= max_prompt_length and len(item.completion_ids) <= max_completion_length
+        ]
+        if not kept:
+            prompt = min((len(item.prompt_ids) for item in encoded), default=0)
+            completion = min((len(item.completion_ids) for item in encoded), default=0)
+            raise UserError(
+                f"data.demonstrations: none of {len(encoded)} fits data.max_prompt_length = {max_prompt_length} and "
+                f"data.max_completion_length = {max_completion_length}. The shortest prompt has {prompt} tokens, the "
+                f"shortest solution {completion}. Raise the limits."
+            )
+        return cls(kept, len(encoded) - len(kept), max_completion_length, tokenizer.pad_token_id, seed)
+
+    def draw(self, start: int, count: int) -> list[Encoded]:
+        """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once a pass."""
+        return [self.demonstrations[self._order[position]] for position in range(start, start + count)]
+
+    def require_answers(self) -> None:
+        """Refuse now what could not be graded among rollouts later.
+
+        Raises:
+            UserError: a demonstration does not end in an answer.
+        """
+        for item in self.demonstrations:
+            _as_problem(item.demonstration)
+
+    def solutions(self, start: int, count: int) -> list[ExpertSolution]:
+        """The same of another order, as problems with their answers, to stand among rollouts."""
+        chosen = [self.demonstrations[self._solution_order[position]] for position in range(start, start + count)]
+        return [ExpertSolution(_as_problem(item.demonstration), item.completion_ids) for item in chosen]
+
+    @cached_property
+    def _solution_order(self) -> EndlessOrder:
+        return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert-rollouts")
+
+    @cached_property
+    def _order(self) -> EndlessOrder:
+        return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert")
+
+    def share(self, update: Sequence[Encoded], rank: int, world_size: int) -> ExpertShare:
+        """This rank's share of an update.
+
+        Every rank is given the same update, and takes every ``world_size``-th of its demonstrations.
+        """
+        num_tokens = float(sum(len(item.completion_ids) for item in update))
+        size = UpdateSize(
+            num_tokens=num_tokens,
+            num_sequences=float(len(update)),
+            max_length=float(self.max_length),
+            num_active_tokens=num_tokens,
+            num_sampled_tokens=0.0,
+        )
+        return ExpertShare(update[rank::world_size], size, self.pad_id)
+
+
+def _as_problem(demonstration: Demonstration) -> Problem:
+    answer = extract_boxed(demonstration.solution)
+    if answer is None:
+        raise UserError(
+            f"data.expert_fraction: demonstration {demonstration.id!r} has no answer in \\boxed{{}}, so it cannot "
+            "stand among rollouts. Drop it, or set expert_fraction to 0."
+        )
+    return Problem(demonstration.id, demonstration.problem, answer)

@@ -1,0 +1,67 @@
+"""Training data of the generated tasks: nothing to download."""
+
+from dataclasses import dataclass, field
+
+from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.data.tasks.family import ProblemFamily, require_family
+from egspo_lightning.types import Demonstration, Problem
+
+DEFAULT_TASK = ArithmeticTask()
+
+
+@dataclass
+class GeneratedDemonstrations(DemonstrationSource):
+    """Worked solutions of different problems of the task's train split.
+
+    Args:
+        num_demonstrations: How many; the first ones of a larger set are the smaller set.
+        seed: Which problems, and which of their solutions; independent of the seed of the run.
+        task: The family of problems; keep it equal to that of the problems and the benchmark.
+
+    Raises:
+        UserError: on loading, the split has fewer different problems.
+    """
+
+    num_demonstrations: int = 800
+    seed: int = 0
+    task: ProblemFamily = DEFAULT_TASK
+
+    def __post_init__(self) -> None:
+        require_family(self.task, "data.demonstrations.init_args.task")
+
+    def load(self) -> list[Demonstration]:
+        """The demonstrations."""
+        problems = self.task.distinct(f"demonstrations/{self.seed}", "train", self.num_demonstrations)
+        return [self.task.solve(problem, self.seed) for problem in problems]
+
+
+@dataclass
+class GeneratedProblems(ProblemSource):
+    """An endless stream of draws, with replacement, from the task's train split.
+
+    Args:
+        task: The family of problems; keep it equal to that of the demonstrations and the benchmark.
+    """
+
+    task: ProblemFamily = DEFAULT_TASK
+
+    _stream: str | None = field(default=None, init=False, repr=False)
+    _excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        require_family(self.task, "data.problems.init_args.task")
+
+    def prepare(self, seed: int, excluded: frozenset[str]) -> int:
+        """Fix the stream; count the texts kept out of it. See ``ProblemSource.prepare``."""
+        self._stream = f"problems/{seed}"
+        self._excluded = frozenset(text for text in excluded if self.task.contains(text, "train"))
+        self.task.problem(self._stream, "train", 0, self._excluded)  # tells now where nothing is left
+        return len(self._excluded)
+
+    def draw(self, start: int, count: int) -> list[Problem]:
+        """Problems of the stream, the next draw in place of an excluded one; see ``ProblemSource.draw``."""
+        if self._stream is None:
+            raise RuntimeError("GeneratedProblems.draw was called before prepare")
+        positions = range(start, start + count)
+        return [self.task.problem(self._stream, "train", i, self._excluded) for i in positions]

@@ -1,0 +1,184 @@
+r"""Expressions reduced one operation at a time, in one of many orders.
+
+A problem reads ``3*(5-1)-4-2=?`` and its solution is a chain of expressions of equal value, each with an operation
+less than the one before: ``3*4-4-2=12-4-2=12-6=\boxed{6}``. Which operation goes next is a free choice, so the tokens
+that tell it have entropy; its result is a computation that can be wrong, and spoils all that follows.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import prod
+from typing import ClassVar, NamedTuple
+
+from egspo_lightning.data.tasks.family import ProblemFamily
+from egspo_lightning.errors import UserError
+from egspo_lightning.types import Demonstration, Problem
+
+Factor = tuple[int, ...]
+"""A number ``(5,)``, or two in parentheses: ``(5, -4)`` is 5-4."""
+
+_FACTOR = r"(?:[0-9]+|\([0-9]+[+-][0-9]+\))"
+_TERM = re.compile(rf"([+-]?)({_FACTOR}(?:\*{_FACTOR})?)")
+
+
+class Term(NamedTuple):
+    """A signed number or product: ``-2*(5-4)`` is ``Term(-1, ((2,), (5, -4)))``."""
+
+    sign: int
+    factors: tuple[Factor, ...]
+
+    @property
+    def value(self) -> int:
+        """Its value."""
+        return self.sign * prod(map(sum, self.factors))
+
+    @property
+    def num_operators(self) -> int:
+        """Operations within it."""
+        return sum(map(len, self.factors)) - 1
+
+    def __str__(self) -> str:
+        """With its sign, "+" included."""
+        factors = (f"({f[0]}{f[1]:+d})" if len(f) == 2 else str(f[0]) for f in self.factors)
+        return ("-" if self.sign < 0 else "+") + "*".join(factors)
+
+
+Terms = tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class ExpressionTask(ProblemFamily):
+    """Signed sums of numbers, products, and products with a parenthesis: at least one of those in each.
+
+    Problems that differ in the order of terms, factors or addends alone are in the same split.
+
+    Args:
+        num_operators: Operations in a problem, and so steps of its solution; 1 to 8.
+        max_number: The numbers in a problem are 1 to this, at least 2.
+        max_value: No number on any way to the answer is further from 0; at least max_number.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "expressions"
+
+    num_operators: int = 4
+    max_number: int = 5
+    max_value: int = 20
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_operators <= 8:
+            raise UserError(f"num_operators must be from 1 to 8, got {self.num_operators}.")
+        if self.max_number < 2:
+            raise UserError(f"max_number must be at least 2, got {self.max_number}.")
+        if self.max_value < self.max_number:
+            raise UserError(f"max_value must be at least max_number ({self.max_number}), got {self.max_value}.")
+
+    def draw(self, rng: random.Random) -> str:
+        """An expression of the right shape; its numbers may become too large, or a parenthesis negative."""
+        shape = rng.choice(_shapes(self.num_operators))
+        terms = (Term(1 if i == 0 else _sign(rng), self._factors(rng, size)) for i, size in enumerate(shape))
+        return _text(tuple(terms)) + "=?"
+
+    def key(self, text: str) -> str | None:
+        """Terms, factors and addends in descending order; see ``ProblemFamily.key``."""
+        terms = _terms(text.removesuffix("=?"))
+        if _text(terms) + "=?" != text or not self._fits(terms):
+            return None
+        ordered = (Term(t.sign, tuple(sorted(tuple(sorted(f)) for f in t.factors))) for t in terms)
+        return "".join(map(str, sorted(ordered)))
+
+    def answer(self, text: str) -> str:
+        """The value of the expression."""
+        return str(sum(term.value for term in _terms(text.removesuffix("=?"))))
+
+    def solve(self, problem: Problem, seed: int | str = 0) -> Demonstration:
+        r"""A chain of expressions that ends in ``\boxed{}``; each step is drawn evenly from ``rewrites``."""
+        rng = random.Random(f"{seed}/{problem.problem}")
+        terms, chain = _terms(problem.problem.removesuffix("=?")), []
+        while following := list(rewrites(terms)):
+            terms = rng.choice(following)
+            chain.append(_text(terms))
+        return Demonstration(problem.id, problem.problem, "=".join([*chain[:-1], f"\\boxed{{{chain[-1]}}}"]))
+
+    def _factors(self, rng: random.Random, num_operators: int) -> tuple[Factor, ...]:
+        """A number, a product of two, or a product of a number and a parenthesis, on either side."""
+        first, second, third = (rng.randint(1, self.max_number) for _ in range(3))
+        if num_operators == 0:
+            return ((first,),)
+        factors = ((first,), (second,)) if num_operators == 1 else ((first,), (second, _sign(rng) * third))
+        return factors if rng.random() < 0.5 else factors[::-1]
+
+    def _fits(self, terms: Terms) -> bool:
+        factors = [factor for term in terms for factor in term.factors]
+        shape = tuple(term.num_operators for term in terms)
+        return (
+            shape in _shapes(self.num_operators)
+            and terms[0].sign > 0
+            and all(1 <= abs(number) <= self.max_number for factor in factors for number in factor)
+            and all(sum(factor) > 0 for factor in factors)
+            and all(abs(value) <= self.max_value for value in _partial_sums(terms))
+        )
+
+
+def rewrites(terms: Terms) -> Iterator[Terms]:
+    """All that one operation makes of an expression: none where it is a number.
+
+    A parenthesis becomes a number, a product of two numbers a number, or two neighbouring numbers their sum; the
+    latter holds under minus signs also: ``9-8-6=9-14``.
+    """
+    for i, (sign, factors) in enumerate(terms):
+        before, after = terms[:i], terms[i + 1 :]
+        for j, factor in enumerate(factors):
+            if len(factor) == 2:
+                yield (*before, Term(sign, (*factors[:j], (sum(factor),), *factors[j + 1 :])), *after)
+        if len(factors) == 2 and terms[i].num_operators == 1:
+            yield (*before, _number(terms[i].value), *after)
+        if after and terms[i].num_operators == after[0].num_operators == 0:
+            yield (*before, _number(terms[i].value + after[0].value), *after[1:])
+
+
+def _number(value: int) -> Term:
+    return Term(-1 if value < 0 else 1, ((abs(value),),))
+
+
+def _sign(rng: random.Random) -> int:
+    return rng.choice((1, -1))
+
+
+def _text(terms: Terms) -> str:
+    return "".join(map(str, terms)).removeprefix("+")
+
+
+def _terms(text: str) -> Terms:
+    """The terms of an expression; of other texts, something that ``_text`` does not turn back into them."""
+    parsed = []
+    for sign, factors in _TERM.findall(text):
+        numbers = (tuple(map(int, re.findall(r"-?[0-9]+", factor))) for factor in factors.split("*"))
+        parsed.append(Term(-1 if sign == "-" else 1, tuple(numbers)))
+    return tuple(parsed)
+
+
+def _partial_sums(terms: Terms) -> Iterator[int]:
+    """The sums of neighbouring terms, of all lengths."""
+    for start in range(len(terms)):
+        total = 0
+        for term in terms[start:]:
+            total += term.value
+            yield total
+
+
+@cache
+def _shapes(num_operators: int) -> tuple[tuple[int, ...], ...]:
+    """The operators within each term, where those within and between terms make ``num_operators``, in all orders."""
+    return tuple(
+        shape
+        for length in range(1, num_operators + 1)
+        for shape in product(range(3), repeat=length)
+        if any(shape) and sum(shape) + length - 1 == num_operators
+    )

@@ -1,0 +1,1 @@
+"""Networks: policy, critic, LoRA, packed attention, FSDP2 sharding and the sampling snapshot."""

@@ -1,0 +1,109 @@
+"""FSDP2: how a policy is cut into shards, and how it is made whole for sampling."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from egspo_lightning.models.policy import Policy, ValueHead
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """How networks are sharded.
+
+    Args:
+        param_dtype: What weights are gathered and computed in, while shards, gradients and the optimiser's state keep
+            the weights' own type; None gathers them as they are.
+        reshard_after_forward: Free a block's gathered weights after its forward pass and gather them again in the
+            backward pass (ZeRO-3); otherwise they are held in between (ZeRO-2): less traffic, more memory.
+        cpu_offload: Keep shards, gradients and moments in the host's memory, where the optimiser then steps; a block's
+            shard is copied to the device when it is gathered.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+    @property
+    def precision(self) -> MixedPrecisionPolicy:
+        """Gradients are summed over ranks in float32 whatever the weights are gathered in."""
+        reduced = None if self.param_dtype is None else torch.float32
+        return MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=reduced)
+
+    def offloading(self, device_type: str) -> OffloadPolicy:
+        """Memory is pinned, so that copies go on beside the computation, where the device is not the host itself."""
+        return CPUOffloadPolicy(pin_memory=device_type != "cpu") if self.cpu_offload else OffloadPolicy()
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, plan: ShardingPlan = ShardingPlan()) -> None:
+    """Shard each transformer block, and what is left (embeddings, final norm, heads) with the network as the root.
+
+    A value head stays in float32, as ``ValueHead`` computes.
+    """
+    names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    for module in network.modules():
+        if isinstance(module, ValueHead):  # whose type is not that of the trunk
+            _shard(module, mesh, plan, MixedPrecisionPolicy())
+        elif type(module).__name__ in names:
+            _shard(module, mesh, plan, plan.precision)
+    _shard(network, mesh, plan, plan.precision)
+    passes: Any = network.passes
+    passes.splits_rows = False
+    if isinstance(network, Policy):
+        register_fsdp_forward_method(network, Policy.together.__name__)
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, precision: MixedPrecisionPolicy) -> None:
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=precision,
+        reshard_after_forward=plan.reshard_after_forward,
+        offload_policy=plan.offloading(mesh.device_type),
+    )
+
+
+@contextmanager
+def gathered(network: nn.Module, plan: ShardingPlan = ShardingPlan()) -> Iterator[None]:
+    """Hold all weights on every rank, so that ranks may run different numbers of forward passes; collective.
+
+    Does nothing for a network that is not sharded.
+    """
+    shards = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    if not shards:
+        yield
+        return
+    _make_root(network)
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+            keeps = module is network or not plan.reshard_after_forward
+            module.set_reshard_after_forward(not keeps, recurse=False)
+
+
+def _make_root(network: nn.Module) -> None:
+    """A first forward pass through the whole: FSDP2 takes the module that it first sees running for the root."""
+    weight = next(network.parameters())  # offloaded, its shard lies elsewhere than where it is computed with
+    device = torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
+    probe = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with torch.no_grad():
+        network(probe, probe.bool().index_fill(1, torch.tensor([1], device=device), True))

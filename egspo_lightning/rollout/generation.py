@@ -1,0 +1,138 @@
+"""Prompts to graded completions."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from egspo_lightning.rewards.composition import WeightedReward
+from egspo_lightning.rewards.format import THINK_MARKS, with_opened_block
+from egspo_lightning.rewards.functions import Details, Reward
+from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
+from egspo_lightning.rollout.overlapped_grading import OverlappedGrading
+from egspo_lightning.rollout.policy_protocol import RolloutPolicy
+from egspo_lightning.types import Completion, Problem, Sampling
+
+
+class Prompt(NamedTuple):
+    """A problem, as ids, with the name of its random stream."""
+
+    problem: Problem
+    token_ids: list[int]
+    seed: str
+
+
+class Tokens(NamedTuple):
+    """A sample without its statistics, which are 64 bytes a token."""
+
+    token_ids: list[int]
+    is_truncated: bool
+
+
+def complete(
+    policy: RolloutPolicy,
+    engine: RolloutEngine,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    sampling: Sampling,
+) -> tuple[list[Completion], float]:
+    """Sample and grade ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+
+    All ranks must call it equally often, some of them perhaps without prompts. Beside the completions stand the
+    seconds in which there was nothing left to sample and grades were waited for.
+
+    Raises:
+        UserError: the reward did not give one finite number a completion.
+    """
+    owners = [prompt for prompt in prompts for _ in range(num_samples)]
+    composed = WeightedReward.of(reward)
+
+    def grade_some(numbers: Sequence[int], samples: Sequence[Sample]) -> list[Completion]:
+        return grade(policy, composed, [owners[i] for i in numbers], samples, sampling.max_completion_length)
+
+    with OverlappedGrading(grade_some, len(owners), num_samples, cancel=composed.grader.close) as grading:
+        for batch in _stream(policy, engine, prompts, num_samples, sampling):
+            grading.add(batch)
+        return grading.finish(), grading.seconds_waited
+
+
+def sample(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> list[Tokens]:
+    """The tokens of ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+
+    All ranks must call it equally often, some of them perhaps without prompts.
+    """
+    batches = _stream(policy, engine, prompts, num_samples, sampling)
+    done = {number: Tokens(found.token_ids, found.is_truncated) for batch in batches for number, found in batch}
+    return [done[number] for number in range(len(prompts) * num_samples)]
+
+
+def _stream(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> Iterator[list[tuple[int, Sample]]]:
+    """Samples with the numbers of their requests, batch by batch, within the policy's sampling context."""
+    requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
+    with policy.sampling() as lm:
+        if requests:
+            pad_id = policy.tokenizer.pad_token_id
+            yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
+
+
+def decode(policy: RolloutPolicy, samples: Sequence[Sample] | Sequence[Tokens]) -> list[str]:
+    """The texts of samples, without special tokens; think marks stay, which some tokenizers count among them."""
+    added = policy.tokenizer.added_tokens_decoder.items()
+    dropped = {number for number, token in added if token.special and token.content not in THINK_MARKS}
+    kept = [[token for token in s.token_ids if token not in dropped] for s in samples]
+    texts: list[str] = policy.tokenizer.batch_decode(kept, skip_special_tokens=False)
+    return texts
+
+
+def grade(
+    policy: RolloutPolicy,
+    reward: WeightedReward,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sample],
+    max_completion_length: int,
+) -> list[Completion]:
+    """The samples, each of a prompt, with their texts, verdicts and rewards.
+
+    Raises:
+        UserError: the reward did not give one finite number a completion.
+    """
+    if not samples:
+        return []
+    texts = decode(policy, samples)
+    asked = prompt_texts(policy, prompts)
+    golds = [prompt.problem.answer for prompt in prompts]
+    judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
+    grades = reward.grader.grade(judged, golds)
+    details = [
+        Details(prompt.problem, text, len(sample.token_ids), max_completion_length, sample.is_truncated, verdict)
+        for prompt, text, sample, verdict in zip(prompts, asked, samples, grades, strict=True)
+    ]
+    scored = reward.score(texts, golds, details)
+    return [
+        Completion(
+            problem=detail.problem,
+            token_ids=sample.token_ids,
+            logprobs=sample.logprobs,
+            text=text,
+            is_truncated=sample.is_truncated,
+            reward=result.reward,
+            correct=detail.grade.correct,
+            extracted=detail.grade.extracted,
+            status=detail.grade.status,
+            reward_terms=result.terms,
+            entropies=sample.entropies,
+        )
+        for sample, text, detail, result in zip(samples, texts, details, scored, strict=True)
+    ]
+
+
+def prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
+    """The prompts with their special tokens, of which a think mark may be one; each is decoded once."""
+    keys = [tuple(prompt.token_ids) for prompt in prompts]
+    distinct = list(dict.fromkeys(keys))
+    texts = policy.tokenizer.batch_decode([list(key) for key in distinct], skip_special_tokens=False)
+    by_key = dict(zip(distinct, texts, strict=True))
+    return [by_key[key] for key in keys]

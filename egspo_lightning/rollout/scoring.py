@@ -1,0 +1,203 @@
+"""Sampled groups to scored rollouts, and what there is to measure of them."""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egspo_lightning.ops.padding import pad_right, row_lengths
+from egspo_lightning.rollout.collector import Collector, Group, Sampled
+from egspo_lightning.rollout.policy_protocol import RolloutPolicy
+from egspo_lightning.types import Completion, Measurements, RolloutBatch, ScoredRollouts, Scores
+
+MAX_SAMPLER_GAP = 0.1
+"""Mean distance of the engine's log-probabilities from the scorer's, nats a token, that is not a matter of rounding."""
+
+TOKENS_PER_SCORING_BATCH = 16_384
+"""Tokens scored in one forward pass, padding included."""
+
+
+class Collection(NamedTuple):
+    """One rollout collection of one rank, as updates use it."""
+
+    completions: list[Completion]
+    """In the order of the rollout's rows: G of each problem, then the experts' solutions."""
+    rollout: RolloutBatch
+    measurements: Measurements
+    numbers: list[int]
+    """The places of this rank's problems in the whole collection, in the order of their groups."""
+    expert_groups: list[int]
+    """For each row of an expert, which of this rank's problems it solves."""
+
+
+class Prepared(NamedTuple):
+    """A collection of one rank that is sampled, graded and scored, and has yet to be admitted to training."""
+
+    completions: list[Completion]
+    """In the order of the rollouts' rows."""
+    rollouts: ScoredRollouts
+    measurements: Measurements
+    numbers: list[int]
+    """As those of a ``Collection``."""
+    num_drawn: int
+    """Problems drawn so far, with its own, over all ranks."""
+
+
+def prepare(policy: RolloutPolicy, collector: Collector, number: int, rank: int, world_size: int) -> Prepared:
+    """Sample, grade and score collection ``number``. Collective."""
+    sampled = collector.sample(policy, number, rank, world_size)
+    rollouts, measurements = score(policy, sampled, collector.max_completion_length)
+    numbers = [group.number for group in sampled.groups]
+    return Prepared(collection_rows(sampled.groups), rollouts, measurements, numbers, collector.num_drawn)
+
+
+def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[ScoredRollouts, Measurements]:
+    """Score a collection under the networks as they are now; what the engine told is taken where that is as good.
+
+    Collective. Where nothing is scored, the module's check of the first ratio still compares sampler and trainer.
+
+    Raises:
+        RuntimeError: the engine did not sample from the policy that the scorer sees.
+    """
+    started = time.perf_counter()
+    rows = collection_rows(sampled.groups)
+    prompts = [group.prompt for group in sampled.groups for _ in group.completions]
+    prompts += [group.prompt for group in sampled.groups if group.expert is not None]
+    pairs = [(prompt.token_ids, row.token_ids) for prompt, row in zip(prompts, rows, strict=True)]
+    input_ids, mask = pad_right(pairs, policy.tokenizer.pad_token_id)
+    with policy.scoring() as lm:
+        told = None if sampled.has_experts else _sampled_scores(policy, rows, mask, next(lm.parameters()).device)
+        scores = _score(policy, input_ids, mask) if told is None else told
+    device = scores.logprobs.device
+    experts = [i for i, group in enumerate(sampled.groups) if group.expert is not None]
+    rollouts = ScoredRollouts(
+        input_ids=input_ids.to(device),
+        completion_mask=mask.to(device),
+        scores=scores,
+        rewards=torch.tensor([row.reward for row in rows], dtype=torch.float32, device=device),
+        is_truncated=torch.tensor([row.is_truncated for row in rows], device=device),
+        group_size=len(sampled.groups[0].completions),
+        expert_groups=torch.tensor(experts, dtype=torch.long, device=device),
+        max_length=max_length,
+        policy_version=policy.policy_version,
+    )
+    gap = {}
+    if told is None:
+        rollouts = rollouts._replace(sampled_logprobs=_sampled_logprobs(rows, rollouts))
+        gap["rollout/sampler_gap"] = _sampler_gap(rollouts)
+    seconds = {"time/score": (time.perf_counter() - started, 1.0)}
+    return rollouts, {**measure(sampled), **seconds, **gap}
+
+
+def collection_rows(groups: Sequence[Group]) -> list[Completion]:
+    """The completions in the order of the rows: those of the policy, then those of experts."""
+    experts = [group.expert for group in groups if group.expert is not None]
+    return [completion for group in groups for completion in group.completions] + experts
+
+
+def _sampled_logprobs(rows: Sequence[Completion], rollouts: ScoredRollouts) -> Tensor:
+    """What the engine told, (B, T); NaN where that is no number, and on experts' rows, which it did not sample."""
+    mask = rollouts.completion_mask
+    values = _spread((row.logprobs for row in rows), mask.cpu()).to(mask.device)
+    values[rollouts.num_sampled :] = torch.nan
+    return torch.where(values.isfinite(), values, torch.nan)
+
+
+def _sampler_gap(rollouts: ScoredRollouts) -> tuple[float, float]:
+    """Distance between the engine's and the scorer's log-probabilities, as (sum, tokens), where the engine told any.
+
+    It is judged whatever correction is asked for: one that makes up for stale weights is noise.
+    """
+    assert rollouts.sampled_logprobs is not None
+    told = rollouts.completion_mask & ~rollouts.sampled_logprobs.isnan()
+    gap = (rollouts.sampled_logprobs - rollouts.scores.logprobs)[told].abs()
+    if gap.numel() and not gap.mean() <= MAX_SAMPLER_GAP:
+        raise RuntimeError(
+            f"The engine's log-probabilities are {gap.mean():.3f} nats a token from the scorer's, where at most "
+            f"{MAX_SAMPLER_GAP} is expected: it samples from another distribution (stale weights, a cache or a mask "
+            "that this architecture does not support)."
+        )
+    return gap.sum().item(), gap.numel()
+
+
+def measure(sampled: Sampled) -> Measurements:
+    """What the rollouts were like, as (sum, count) by metric name.
+
+    Groups that were put aside count as well, or the policy would look better than it is; ``rollout/flat_groups``
+    alone speaks of those that were kept.
+    """
+    groups = [*sampled.groups, *sampled.discarded]
+    completions = [completion for group in groups for completion in group.completions]
+    rewards = torch.tensor([float(completion.reward) for completion in completions]).view(len(groups), -1)
+    std = rewards.std(-1).sum().item() if rewards.shape[1] > 1 else 0.0
+    num_tokens = sum(len(completion.token_ids) for completion in completions)
+    count = len(completions)
+    return {
+        "rollout/reward_mean": (rewards.sum().item(), count),
+        "rollout/reward_std": (std, len(groups)),
+        "rollout/accuracy": (sum(completion.correct for completion in completions), count),
+        "rollout/zero_spread_fraction": (sum(group.is_flat for group in groups), len(groups)),
+        "rollout/flat_groups": (sum(group.is_flat and group.expert is None for group in sampled.groups), 0),
+        "rollout/resampled_groups": (len(sampled.discarded), 0),
+        "rollout/length_mean": (num_tokens, count),
+        "rollout/truncated_fraction": (sum(completion.is_truncated for completion in completions), count),
+        "rollout/grader_timeouts": (sum(completion.status == "timeout" for completion in completions), 0),
+        "rollout/grader_crashes": (sum(completion.status == "crashed" for completion in completions), 0),
+        "rollout/tokens_per_second": (num_tokens, sampled.seconds),
+        "time/sample": (sampled.seconds - sampled.seconds_grading, 1),
+        "time/grade": (sampled.seconds_grading, 1),
+    } | {
+        f"rollout/reward/{name}": (sum(completion.reward_terms[name] for completion in completions), count)
+        for name in completions[0].reward_terms
+    }
+
+
+def _sampled_scores(
+    policy: RolloutPolicy, rows: Sequence[Completion], mask: Tensor, device: torch.device
+) -> Scores | None:
+    """What the engine told of each token, (B, T); None where it has to be scored.
+
+    All ranks decide alike, since what they measure is added up.
+    """
+    entropies = [row.entropies for row in rows if row.entropies is not None]
+    if not policy.takes_sampled_statistics or len(entropies) < len(rows):
+        return None
+    logprobs = _spread((row.logprobs for row in rows), mask)
+    return Scores(logprobs.to(device), _spread(entropies, mask).to(device))
+
+
+def _spread(values: Iterable[list[float]], mask: Tensor) -> Tensor:
+    """The values of the rows' tokens, one after another, to where a mask on the CPU is true, (B, T) float32."""
+    flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
+    return torch.zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:
+    """Score in batches of like length, bounded in tokens."""
+    lengths = row_lengths(mask)
+    order = lengths.argsort()
+    parts: list[tuple[Tensor, Scores]] = []
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * int(lengths[order[end]]) <= TOKENS_PER_SCORING_BATCH:
+            end += 1
+        rows = order[start:end]
+        width = max(int(lengths[rows[-1]]), 2)
+        parts.append((rows, policy.score(input_ids[rows, :width], mask[rows, :width])))
+        start = end
+    whole = {
+        name: _scatter([(rows, getattr(scores, name)) for rows, scores in parts], mask.shape)
+        for name, value in parts[0][1]._asdict().items()
+        if value is not None
+    }
+    return Scores(**whole)
+
+
+def _scatter(parts: list[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
+    whole = parts[0][1].new_zeros(shape)
+    for rows, values in parts:
+        whole[rows.to(values.device), : values.shape[1]] = values
+    return whole

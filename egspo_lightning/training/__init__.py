@@ -1,0 +1,1 @@
+"""How training hangs on Lightning: base modules, the rollout phase, the gate, strategies, fit-loop overrides."""

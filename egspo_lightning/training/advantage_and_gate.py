@@ -1,0 +1,226 @@
+"""How a scored collection becomes one to train on: each token is credited, then the gate is settled.
+
+It is done once a collection, before its first update, over the tokens of all ranks.
+"""
+
+import time
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.attenuation import Attenuation, ConstantAttenuation
+from egspo_lightning.ops.correction import is_corrected, sampler_ratios
+from egspo_lightning.ops.credit import estimate_credit, reward_kl
+from egspo_lightning.ops.diagnostics import Metrics, collection_metrics, collection_sums
+from egspo_lightning.ops.estimators import Advantage, Estimate, GroupRelative
+from egspo_lightning.ops.gate import Entropies, Gate, OpenGate
+from egspo_lightning.ops.masking import masked_sum, shape_of
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
+from egspo_lightning.types import RolloutBatch, ScoredRollouts, UpdateSize
+
+
+class Ranks(Protocol):
+    """The other processes that share a collection."""
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of equally shaped tensors over all ranks."""
+        ...
+
+    def gather_over_ranks(self, values: Tensor) -> Tensor:
+        """Concatenate vectors of different lengths over all ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Advantage estimator, gate and controllers: whether they fit together, and their order.
+
+    Args:
+        objective: Hyperparameters of the loss.
+        gate: Gives tau.
+        attenuation: Gives phi.
+        advantage: Gives A_t.
+        kl_reward: KL to the reference as a part of the reward, if any.
+        entropy_bonus: Answers to the entropy of each collection, if there is one.
+    """
+
+    objective: Objective
+    gate: Gate
+    attenuation: Attenuation
+    advantage: Advantage
+    kl_reward: KLReward | None
+    entropy_bonus: EntropyBonus | None
+
+    def require_sense(self) -> None:
+        """Refuse settings that have no effect or no sense with the others.
+
+        Raises:
+            UserError: there is one.
+        """
+        self._require_gate()
+        self._require_spread()
+
+    def _require_gate(self) -> None:
+        """Refuse settings of a low-entropy branch that no token takes, or that has no weight."""
+        asked = self.objective.low_branch_settings
+        if isinstance(self.gate, OpenGate) and asked:
+            raise UserError(
+                f"model.objective.{asked[0]} is a setting of the gate, and with model.gate OpenGate there is none. "
+                "Leave it out, or choose another gate."
+            )
+        no_weight = isinstance(self.attenuation, ConstantAttenuation) and self.attenuation.value == 0
+        if no_weight and "low_branch" in asked:
+            raise UserError(
+                "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
+                "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
+            )
+
+    def _require_spread(self) -> None:
+        """The KL in the reward gives every group a spread, which must not be scaled up to 1."""
+        estimator = self.advantage
+        if self.kl_reward is not None and isinstance(estimator, GroupRelative) and estimator.scale_by_std:
+            raise UserError(
+                "model.kl_reward with model.advantage GroupRelative would turn the KL of groups whose rewards are "
+                "equal into advantages of full size. Set model.advantage.scale_by_std to false, choose another "
+                "advantage, or put the KL into the loss by model.objective.beta."
+            )
+
+    def admit(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[RolloutBatch, Metrics]:
+        """This rank's part of a collection, ready for updates, and what there is to log of the whole."""
+        penalty, metrics = self._penalise_kl(rollouts, ranks)
+        rollout = self._credit(rollouts, penalty, ranks)
+        started = time.perf_counter()
+        rollout, weights = self._settle_gate(rollout, ranks)
+        metrics["time/gate"] = torch.tensor(time.perf_counter() - started)
+        sums = collection_sums(rollout, weights)
+        summed = ranks.sum_over_ranks(torch.stack(list(sums.values())))
+        totals = dict(zip(sums, summed, strict=True))
+        metrics |= collection_metrics(totals) | self._sampler_metrics(rollout, ranks)
+        if self.entropy_bonus is not None:
+            if totals["tokens"] > 0:  # a collection without tokens has no entropy to answer to
+                self.entropy_bonus.update(metrics["policy/entropy"].item())
+            metrics["policy/entropy_coefficient"] = torch.tensor(self.entropy_bonus.current)
+        return rollout, metrics
+
+    def _penalise_kl(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[Tensor | None, Metrics]:
+        """``coefficient KL_t`` (B, T); the coefficient then answers to the collection's mean KL."""
+        control = self.kl_reward
+        if control is None:
+            return None, {}
+        kl = reward_kl(rollouts, control.estimator)
+        mask = rollouts.completion_mask[: rollouts.num_sampled]
+        counts = torch.stack([kl[: rollouts.num_sampled].sum(), mask.sum().float(), mask.any(-1).sum().float()])
+        total, num_tokens, num_completions = ranks.sum_over_ranks(counts).tolist()
+        mean, used = total / max(num_tokens, 1.0), control.current
+        control.update(mean, int(num_completions))
+        return used * kl, {"rollout/kl": torch.tensor(mean), "rollout/kl_coefficient": torch.tensor(used)}
+
+    def _credit(self, rollouts: ScoredRollouts, penalty: Tensor | None, ranks: Ranks) -> RolloutBatch:
+        """Advantages and returns; the gate is still open."""
+        estimate = estimate_credit(rollouts, self.advantage, penalty=penalty, total=ranks.sum_over_ranks)
+        self._require_estimate(estimate, rollouts, ranks)
+        mask, scores = rollouts.completion_mask, rollouts.scores
+        if self.objective.mask_truncated:
+            mask = mask & ~rollouts.is_truncated.unsqueeze(1)
+        rows = torch.arange(mask.shape[0], device=mask.device)
+        return RolloutBatch(
+            input_ids=rollouts.input_ids,
+            completion_mask=mask,
+            old_logprobs=scores.logprobs,
+            entropies=scores.entropies,
+            ref_logprobs=scores.ref_logprobs if self.objective.beta > 0 else None,
+            old_values=scores.values,
+            advantages=torch.where(mask, estimate.advantages, 0.0),
+            returns=estimate.returns,
+            rewards=rollouts.rewards,
+            is_expert=rows >= rollouts.num_sampled,
+            threshold=scores.entropies.new_full((len(rows), 1), -torch.inf),
+            weight_scale=scores.entropies.new_ones(len(rows), 1),
+            policy_version=rollouts.policy_version,
+            update_size=UpdateSize(0, 0, float(rollouts.max_length), 0, 0),
+            sampled_logprobs=rollouts.sampled_logprobs,
+        )
+
+    def _sampler_metrics(self, rollout: RolloutBatch, ranks: Ranks) -> Metrics:
+        """How far the engine sampled from pi_old, over the tokens of all ranks; nothing where it is pi_old's own word.
+
+        Ratios are by token or by sequence as the correction is, also where it is off.
+        """
+        sampled, correction = rollout.sampled_logprobs, self.objective.sampler_correction
+        if sampled is None:
+            return {}
+        mask = rollout.sampled_mask
+        ratios = sampler_ratios(rollout.old_logprobs, sampled, mask, level=correction.level)[mask]
+        corrected = is_corrected(ratios, mode=correction.mode, cap=correction.cap)
+        largest = torch.cat([ratios, ratios.new_zeros(1)]).max()
+        sums = torch.stack([ratios.sum(), corrected.sum().float(), mask.sum().float()])
+        total, num_corrected, num_tokens = ranks.sum_over_ranks(sums)
+        return {
+            "policy/sampler_ratio_mean": total / num_tokens.clamp(min=1),
+            "policy/sampler_ratio_max": ranks.gather_over_ranks(largest.reshape(1)).max(),
+            "policy/sampler_corrected_fraction": num_corrected / num_tokens.clamp(min=1),
+        }
+
+    def _require_estimate(self, estimate: Estimate, rollouts: ScoredRollouts, ranks: Ranks) -> None:
+        """Look at what an estimator, which may be the user's own, gives, on any rank."""
+        name, mask = f"model.advantage: {type(self.advantage).__name__}", rollouts.completion_mask
+        tensors = [estimate.advantages, *([estimate.returns] if self.advantage.needs_values else [])]
+        for tensor in tensors:
+            if shape_of(tensor) != tuple(mask.shape):
+                raise UserError(
+                    f"{name} must give advantages, and returns for a critic, of shape {tuple(mask.shape)}, got "
+                    f"{shape_of(tensor)}."
+                )
+        unsound = torch.stack([~tensor[mask].isfinite().all() for tensor in tensors if tensor is not None]).any()
+        if ranks.sum_over_ranks(unsound.float()) > 0:
+            raise UserError(f"{name} gave advantages or returns that are infinite or NaN.")
+
+    def _settle_gate(self, rollout: RolloutBatch, ranks: Ranks) -> tuple[RolloutBatch, Tensor]:
+        """tau and, where asked for, the scale of the weights; with the weights g_t, (B, T)."""
+        mask = rollout.sampled_mask
+        pooled = ranks.gather_over_ranks(rollout.entropies[mask])
+        tau = self.gate.threshold(Entropies(rollout.entropies, mask, pooled))
+        if shape_of(tau) not in ((), (1,), (len(mask), 1)):
+            name = type(self.gate).__name__
+            raise UserError(f"model.gate: {name} must give tau of shape () or {(len(mask), 1)}, got {shape_of(tau)}.")
+        rollout = rollout._replace(threshold=tau.reshape(-1, 1).expand_as(rollout.threshold))
+        weights = torch.stack(self.objective.branch_weights(rollout, self.attenuation, rollout.entropies)).sum(0)
+        self._require_sound(tau, weights[mask], ranks)
+        if self.objective.rescale_weights:
+            total, count = ranks.sum_over_ranks(torch.stack([masked_sum(weights, mask), mask.sum().float()]))
+            scale = torch.where(total > 0, count / total, 1.0)
+            rollout, weights = rollout._replace(weight_scale=rollout.weight_scale * scale), weights * scale
+        return rollout, weights
+
+    def _require_sound(self, tau: Tensor, weights: Tensor, ranks: Ranks) -> None:
+        """Look at what a gate and an attenuation, which may be the user's own, made of a collection on any rank."""
+        is_sound = (weights >= 0) & weights.isfinite()
+        unsound = torch.stack([tau.isnan().any(), ~is_sound.all()]).float()
+        no_threshold, no_weight = ranks.sum_over_ranks(unsound).tolist()
+        if no_threshold:
+            raise UserError(f"model.gate: {type(self.gate).__name__} gave NaN as the threshold.")
+        if no_weight:
+            raise UserError(
+                f"model.attenuation: {type(self.attenuation).__name__} gave a weight below 0, infinite or NaN. phi "
+                "must be at least 0: a negative one would turn the update round."
+            )
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What its parts remember from one collection to the next."""
+        return {name: {"class": type(part).__name__, "state": part.state_dict()} for name, part in self._remembering()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; a part of another class than the saved one starts anew."""
+        for name, part in self._remembering():
+            if state.get(name, {}).get("class") == type(part).__name__:
+                part.load_state_dict(state[name]["state"])
+
+    def _remembering(self) -> list[tuple[str, Any]]:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return [(name, part) for name, part in parts.items() if hasattr(part, "load_state_dict")]

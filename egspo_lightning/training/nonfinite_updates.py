@@ -1,0 +1,151 @@
+"""Updates whose loss or gradient is not finite: they are skipped on all ranks, counted, and kept to be looked at.
+
+A NaN that reaches the optimiser is in every weight after one step, and in its moments for good. Skipping costs one
+update; the weights stay those of the update before, so what was wrong can be computed again (``egspo replay``).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from egspo_lightning.checkpointing.serialization import from_plain, to_plain
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.objective import Coefficients
+from egspo_lightning.types import ExpertBatch, RolloutBatch, Stage, TrainingBatch
+
+
+class NonFiniteError(UserError):
+    """Too many updates in a row were not finite; the message names the batch and the file that replays it."""
+
+
+class Part(NamedTuple):
+    """A micro-batch of the update at hand."""
+
+    number: int
+    """Within the phase."""
+    batch: TrainingBatch
+    coefficients: Coefficients | None
+    """Weights of the loss's terms; None in stage SFT."""
+    loss: Tensor
+
+
+class FiniteUpdates:
+    """Watches the updates of a run.
+
+    Args:
+        most_in_a_row: after so many bad updates one after another the run should stop
+    """
+
+    def __init__(self, most_in_a_row: int) -> None:
+        self.most_in_a_row = most_in_a_row
+        self.num_bad = self.num_in_a_row = 0
+        self.bad_part: Part | None = None
+        """A micro-batch of the latest bad update, on this rank."""
+        self._parts: list[Part] = []
+
+    def note(self, part: Part) -> None:
+        """A micro-batch was run forward."""
+        self._parts.append(part)
+
+    def judge(self, parameters: Iterable[nn.Parameter], total: Callable[[Tensor], Tensor], *, scaled: bool) -> bool:
+        """Whether the update must be skipped, on every rank alike. Collective; called once an update.
+
+        Args:
+            parameters: those with gradients, over all micro-batches
+            total: adds a tensor over all ranks
+            scaled: whether a loss scaler looks after infinite gradients itself, as in float16
+        """
+        parts, self._parts = self._parts, []
+        losses = torch.stack([part.loss.float() for part in parts])
+        bad = ~torch.isfinite(losses)
+        bad_gradient = losses.new_tensor(False, dtype=torch.bool) if scaled else _any_bad_gradient(parameters, losses)
+        if total(torch.stack([bad.any(), bad_gradient.to(bad.device)]).float()).sum().item() == 0:
+            self.num_in_a_row = 0
+            return False
+        self.num_bad += 1
+        self.num_in_a_row += 1
+        first = int(bad.nonzero()[0]) if bad.any() else 0
+        self.bad_part = parts[first]
+        return True
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether too many were bad in a row."""
+        return self.num_in_a_row >= self.most_in_a_row
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many there were."""
+        return {"num_bad": self.num_bad, "num_in_a_row": self.num_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.num_bad, self.num_in_a_row = state["num_bad"], state["num_in_a_row"]
+
+
+def _any_bad_gradient(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
+    whole = (p.grad for p in parameters if p.grad is not None)
+    own = (gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in whole)
+    gradients = [gradient for gradient in own if gradient.numel() > 0]  # of few rows, some ranks have none
+    if not gradients:
+        return like.new_tensor(False, dtype=torch.bool)
+    norms = torch.stack(torch._foreach_norm(gradients))  # NaN and infinity both come through
+    return ~torch.isfinite(norms).all()
+
+
+def describe(part: Part) -> str:
+    """What a message says of a micro-batch."""
+    kind, rows = part.batch.stage, _rows(part.batch)
+    return f"micro-batch {part.number} of the phase (stage {kind}, {rows} rows, loss {part.loss.item():.4g})"
+
+
+def _rows(batch: TrainingBatch) -> int:
+    return sum(part.input_ids.shape[0] for part in (batch.rollout, batch.expert) if part is not None)
+
+
+# To a checkpoint and back: plain dictionaries of tensors and numbers, which ``weights_only`` loads
+
+
+def pack(part: Part) -> dict[str, Any]:
+    """A micro-batch as plain data."""
+    batch = part.batch
+    return {
+        "number": part.number,
+        "stage": str(batch.stage),
+        "loss": float(part.loss),
+        "coefficients": None if part.coefficients is None else dict(part.coefficients._asdict()),
+        "rollout": None if batch.rollout is None else to_plain(batch.rollout),
+        "expert": None if batch.expert is None else to_plain(batch.expert),
+    }
+
+
+def unpack(data: dict[str, Any]) -> Part:
+    """The micro-batch again."""
+    rollout, expert, weights = data["rollout"], data["expert"], data["coefficients"]
+    return Part(
+        number=data["number"],
+        batch=TrainingBatch(
+            Stage(data["stage"]),
+            None if rollout is None else from_plain(RolloutBatch, rollout),
+            None if expert is None else from_plain(ExpertBatch, expert),
+        ),
+        coefficients=None if weights is None else Coefficients(**weights),
+        loss=torch.tensor(data["loss"]),
+    )
+
+
+def bad_tokens(mask: Tensor, named: Sequence[tuple[str, Tensor | None]]) -> list[tuple[int, int, str, float]]:
+    """(row, position, what, value) of everything on the masked tokens that is not finite.
+
+    Args:
+        mask: (B, T) bool
+        named: what there is of each token, (B, T), by name; None is skipped
+    """
+    return [
+        (row, position, name, values[row, position].item())
+        for name, values in named
+        if values is not None
+        for row, position in (mask & ~torch.isfinite(values)).nonzero().tolist()
+    ]

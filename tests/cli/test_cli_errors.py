@@ -1,0 +1,430 @@
+"""What users get wrong: one message that names the field, what came and what is allowed; exit code 2, no traceback."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from egspo_lightning.cli.main import main
+
+Config = dict[str, Any]
+Run = Callable[..., str]
+
+
+def source(class_path: str, **arguments: Any) -> Config:
+    return {"class_path": f"egspo_lightning.{class_path}", "init_args": arguments}
+
+
+def benchmark(**arguments: Any) -> Config:
+    return source("evaluation.benchmarks.GeneratedBenchmark", num_problems=2, **arguments)
+
+
+@pytest.fixture
+def config(small_model: str, tmp_path: Path) -> Config:
+    """A config that runs; each case spoils it."""
+    return {
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path / "logs")},
+        "model": {"policy": {"name_or_path": small_model, "from_scratch": True}},
+        "data": {
+            "demonstrations": source("data.generated_sources.GeneratedDemonstrations", num_demonstrations=8),
+            "problems": source("data.generated_sources.GeneratedProblems"),
+            "prompt": {"system": "", "plain": "{problem}"},
+            "num_problems": 2,
+            "num_generations": 2,
+            "max_prompt_length": 16,
+            "max_completion_length": 40,
+        },
+        "hf_export": {"enabled": False},
+    }
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line, which must end with exit code 2, and gives its message."""
+    monkeypatch.setenv("COLUMNS", "10000")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(config: Config, *arguments: str, subcommand: str = "fit") -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        with pytest.raises(SystemExit) as stop:
+            main([subcommand, "--config", str(path), *arguments])
+        output = capsys.readouterr()
+        assert stop.value.code == 2
+        assert "Traceback" not in output.err + output.out
+        return output.err
+
+    return run
+
+
+def put(config: Config, key: str, value: Any) -> Config:
+    """Set "data.num_problems" and the like."""
+    *parents, last = key.split(".")
+    place = config
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    return config
+
+
+GAE = {"class_path": "egspo_lightning.ops.estimators.GAE"}
+REINFORCE = {"class_path": "egspo_lightning.ops.estimators.ReinforcePlusPlus"}
+
+
+FORMAT = source("rewards.format.FormatReward")
+
+
+def weighted(terms: Config, weights: Config | None = None) -> Config:
+    return source("rewards.composition.WeightedReward", terms=terms, weights=weights)
+
+
+def chord_mu(**arguments: Any) -> Config:
+    return source("ops.schedules.ChordMu", **arguments)
+
+
+def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(path)])
+    assert "Logs:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data.num_generation", 4, ["data.num_generation"]),
+        ("model.objective.epsilon", 0.2, ["epsilon"]),
+        ("trainer.max_epoch", 4, ["trainer.max_epoch"]),
+        ("trainers", {"max_epochs": 1}, ["trainers"]),
+        ("data.num_problems", "many", ["data.num_problems", "many", "int"]),
+        ("data.num_problems", 2.5, ["data.num_problems", "2.5", "int"]),
+        ("model.objective.kl_estimator", "k4", ["kl_estimator", "k4", "k3+"]),
+        ("model.initial_stage", "rl", ["initial_stage", "rl", "egspo"]),
+        ("model.policy.dtype", "int8", ["dtype", "int8", "bfloat16"]),
+        ("data.num_generations", 1, ["data.num_generations", "got 1", "at least 2", "model.advantage"]),
+        ("data.num_problems", 0, ["data.num_problems", "got 0", "at least 1"]),
+        ("data.num_minibatches", 5, ["data.num_minibatches", "got 5", "at most 4"]),
+        ("data.max_prompt_length", 3, ["max_prompt_length = 3", "none of 8", "shortest prompt has 7"]),
+        ("data.max_completion_length", 4, ["max_completion_length = 4", "none of 8", "shortest solution"]),
+        ("model.objective.mu", 1.5, ["model.objective.mu", "got 1.5", "[0, 1]"]),
+        ("model.objective.epsilon_low", 1.0, ["model.objective.epsilon_low", "got 1.0", "[0, 1)"]),
+        ("model.objective.epsilon_high", -0.2, ["model.objective.epsilon_high", "got -0.2", "at least 0"]),
+        ("model.objective.dual_clip", 1.0, ["model.objective.dual_clip", "got 1.0", "above 1"]),
+        ("model.temperature", 0.0, ["model.temperature", "got 0.0", "above 0"]),
+        ("model.gate", source("ops.gate.QuantileGate", top_fraction=0.0), ["top_fraction", "got 0.0", "(0, 1]"]),
+        ("model.gate", source("ops.gate.QuantilGate"), ["QuantilGate"]),
+        ("data.problems", source("data.nothing.Problems"), ["data.problems", "egspo_lightning.data.nothing.Problems"]),
+        ("data.engine", source("rollout.transformers_engine.TransformersEngine", max_batch_size=0), ["max_batch_size"]),
+        ("model.policy.name_or_path", "./nowhere", ["model.policy.name_or_path", "./nowhere", "not a folder"]),
+        ("model.policy.from_scratch", False, ["cannot load the weights", "model.policy.from_scratch: true"]),
+        ("data.benchmarks", [benchmark(name="b"), benchmark(name="b")], ["data.benchmarks", "two are named 'b'"]),
+        ("data.benchmarks", [benchmark(name="a b")], ["a b", "spaces"]),
+        ("trainer.strategy", "ddpp", ["trainer", "ddpp", "ddp_spawn"]),
+        ("trainer.accelerator", "abacus", ["trainer", "abacus", "cpu"]),
+        ("stage_transition.monitor", "loss/sft", ["stage_transition.monitor", "stage_transition.target", ".patience"]),
+        ("stage_transition.target", 0.5, ["stage_transition.target", "stage_transition.monitor"]),
+        ("data.prompt.plain", "no place", ["no place", "{problem}", "exactly once"]),
+        # Methods
+        ("model.advantage", GAE, ["model.advantage GAE needs model.critic", "model.critic.trunk", "shared", "own"]),
+        ("model.critic", {"trunk": "own"}, ["model.critic is set", "model.advantage GroupRelative uses no values"]),
+        ("model.critic", {"trunk": "mine"}, ["trunk", "mine", "shared", "own"]),
+        (
+            "model.critic",
+            {"model": {"name_or_path": "other"}},
+            ["model.critic.model", "model.critic.trunk is shared", "own"],
+        ),
+        ("model.advantage", source("ops.estimators.GEA"), ["model.advantage", "GEA"]),
+        ("model.advantage", source("ops.gate.OpenGate"), ["model.advantage", "OpenGate"]),
+        ("model.attenuation", source("ops.attenuation.ConfidentAttenuation"), ["ConfidentAttenuation"]),
+        ("model.gate", source("ops.gate.QuantileGate", top_fraction=1.01), ["top_fraction", "got 1.01", "(0, 1]"]),
+        (
+            "model.gate",
+            source("ops.gate.QuantileGate", running_decay=0.9, over="sequence"),
+            ["QuantileGate.running_decay = 0.9", "QuantileGate.over = sequence", "null", "batch"],
+        ),
+        ("model.gate", source("ops.gate.AbsoluteGate", nats=math.inf), ["AbsoluteGate.nats", "got inf"]),
+        ("model.objective.beta", math.inf, ["model.objective.beta", "got inf"]),
+        (
+            "data.reward",
+            source("rewards.functions.CorrectnessReward", correct=math.nan),
+            ["data.reward.correct", "finite", "got nan"],
+        ),
+        ("model.objective.mu", -0.1, ["model.objective.mu", "got -0.1", "[0, 1]"]),
+        ("model.objective.mu", chord_mu(peak=1.5), ["model.objective.mu.peak", "got 1.5", "[0, 1]"]),
+        ("model.objective.mu", chord_mu(warmup_steps=-3), ["model.objective.mu.warmup_steps", "got -3", "at least 0"]),
+        ("model.objective.mu", source("ops.schedules.ChordMy"), ["model.objective.mu", "ChordMy"]),
+        ("model.objective.low_branch", "sft", ["low_branch", "sft", "ppo", "nll"]),
+        (
+            "model.objective",
+            {"low_branch": "nll", "low_branch_epsilon_low": 0.1},
+            ["model.objective.low_branch_epsilon_low", "model.objective.low_branch: nll"],
+        ),
+        ("model.kl_reward", {"coefficient": 0.0}, ["model.kl_reward.coefficient", "got 0.0", "above 0"]),
+        ("model.kl_reward", {"estimator": "k3+"}, ["model.kl_reward.estimator", "k3+", "k3"]),
+        ("model.kl_reward", {"coeficient": 0.1}, ["coeficient"]),
+        ("model.entropy_bonus", {"coefficient": 0.0}, ["model.entropy_bonus.coefficient is 0", ".target is null"]),
+        (
+            "data.reward",
+            source("rewards.length.SoftLengthPenalty", buffer=41),
+            ["SoftLengthPenalty.buffer = 41", "data.max_completion_length = 40"],
+        ),
+        ("data.reward", weighted({}), ["data.reward.terms", "at least one reward"]),
+        (
+            "data.reward",
+            weighted({"format": FORMAT}, {"form": 1.0}),
+            ["data.reward.weights: 'form' is no term", "format"],
+        ),
+        ("data.reward", weighted({"format": FORMAT}, {"format": math.nan}), ["data.reward.weights.format", "got nan"]),
+        ("data.reward", weighted({"format": FORMAT}, {"format": "much"}), ["weights", "much", "float"]),
+        ("data.reward", weighted({"format": source("ops.gate.OpenGate")}), ["data.reward", "OpenGate", "Reward"]),
+        ("data.reward", weighted({"format": source("rewards.format.Format")}), ["rewards.format.Format"]),
+        ("data.length_penalty", {"buffer": 4}, ["data.length_penalty"]),  # a reward, and once was not
+        ("data.expert_fraction", 1.5, ["data.expert_fraction", "got 1.5", "[0, 1]"]),
+        ("data.advantage", source("ops.estimators.GroupRelative"), ["data.advantage"]),  # where it stood once
+    ],
+)
+def test_a_wrong_config_value_is_told(config, refused, key, value, words):
+    message = refused(put(config, key, value))
+    for word in words:
+        assert word in message
+    assert len(message) < 3000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.num_generation", "4"], ["data.num_generation"]),
+        (["--trainer.max_epoch", "4"], ["trainer.max_epoch"]),  # an abbreviation
+        (["--data.num_problems", "many"], ["data.num_problems", "many"]),
+        (["--model.objective.mu", "2"], ["model.objective.mu", "got 2.0", "[0, 1]"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_wrong_flag_is_told(config, refused, arguments, words):
+    message = refused(config, *arguments)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"data.max_resampling": 2, "data.num_generations": 1, "model.advantage": REINFORCE},
+            ["data.max_resampling = 2", "data.num_generations = 1", "max_resampling to 0"],
+        ),
+        (
+            {"data.expert_fraction": 0.5, "model.advantage": GAE, "model.critic": {"trunk": "shared"}},
+            ["data.expert_fraction = 0.5", "model.advantage", "GroupRelative"],
+        ),
+        (
+            {"data.expert_fraction": 1.0, "model.advantage": REINFORCE},
+            ["data.expert_fraction = 1.0", "model.advantage", "expert_fraction to 0"],
+        ),
+        (
+            {"data.expert_fraction": 1.0, "data.max_resampling": 1},
+            ["data.max_resampling = 1", "data.expert_fraction", "max_resampling to 0"],
+        ),
+        (
+            {"data.expert_fraction": 0.2, "data.num_problems": 2},
+            ["data.expert_fraction", "got 0.2", "data.num_problems"],
+        ),
+        (
+            {"model.objective.gate_width": 0.1, "model.gate": source("ops.gate.OpenGate")},
+            ["model.objective.gate_width", "model.gate OpenGate"],
+        ),
+        (
+            {"model.objective.rescale_weights": True, "model.gate": source("ops.gate.OpenGate")},
+            ["model.objective.rescale_weights", "model.gate OpenGate"],
+        ),
+        (
+            {
+                "model.objective.low_branch": "nll",
+                "model.attenuation": source("ops.attenuation.ConstantAttenuation", value=0.0),
+            },
+            ["model.objective.low_branch", "model.attenuation ConstantAttenuation", "Raise value"],
+        ),
+        (
+            {"model.objective.expert_weighting": "confidence", "model.objective.mu": 0.0},
+            ["model.objective.expert_weighting", "model.objective.mu = 0"],
+        ),
+        (
+            {"model.kl_reward": {"coefficient": 0.1}},
+            ["model.kl_reward", "GroupRelative", "model.advantage.scale_by_std", "model.objective.beta"],
+        ),
+        (
+            {"model.initial_stage": "egspo", "stage_transition.enabled": False},
+            ["stage_transition.enabled: false", "model.initial_stage: egspo"],
+        ),
+        (
+            {"model.advantage": GAE, "model.critic": {"trunk": "own", "model": {"name_or_path": "./nowhere"}}},
+            ["model.critic.model.name_or_path", "./nowhere", "not a folder"],
+        ),
+        (
+            {"data.num_generations": 1, "model.advantage": source("ops.estimators.LeaveOneOut")},
+            ["data.num_generations", "got 1", "at least 2", "model.advantage"],
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_told(config, refused, values, words):
+    for key, value in values.items():
+        put(config, key, value)
+    message = refused(config)
+    for word in words:
+        assert word in message
+
+
+def test_a_single_completion_a_problem_is_enough_for_gae_and_reinforce(config, tmp_path, capsys):
+    put(config, "data.num_generations", 1)
+    put(config, "model.advantage", REINFORCE)
+    put(config, "model.initial_stage", "egspo")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "config.yaml")])
+    assert "Logs:" in capsys.readouterr().out
+
+
+def test_a_config_file_that_is_not_there_is_told(config, refused):
+    assert "nowhere.yaml" in refused(config, "--config", "nowhere.yaml")
+
+
+def test_a_config_file_that_is_not_yaml_is_told(config, refused, tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: 1\n\nb: {")
+    message = refused(config, "--config", str(tmp_path / "bad.yaml"))
+    assert "config" in message
+    assert "line 3, column 5" in message  # behind the open brace
+
+
+def test_an_unknown_subcommand_is_told(config, refused):
+    message = refused(config, subcommand="train")
+    assert "train" in message
+    assert "fit" in message
+
+
+# Data files
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "words"),
+    [
+        (
+            "demonstrations",
+            ['{"problem": "1+1", "solution": "\\\\boxed{2}"}', '{"problem": '],
+            [":2", "not valid JSON"],
+        ),
+        ("demonstrations", ["[1, 2]"], [":1", "JSON object", "list"]),
+        ("demonstrations", ['{"problem": "1+1"}'], [":1", "'solution'", "nothing", "problem"]),
+        ("problems", ['{"problem": "1+1", "answer": "2"}', "", '{"problem": "1+2"}'], [":3", "'answer'", "nothing"]),
+        ("problems", ['{"problem": "1+1", "answer": ""}'], [":1", "'answer'", "''"]),
+        ("benchmarks", ['{"problem": "1+1", "answer": "2"}', '{"problem": "", "answer": 3}'], [":2", "'problem'"]),
+    ],
+)
+def test_a_bad_row_is_told_by_its_line(config, refused, tmp_path, kind, rows, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    message = refused(put(config, f"data.{kind}", jsonl(kind, path)))
+    for word in [str(path), *words]:
+        assert word in message
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "problems", "benchmarks"])
+def test_a_data_file_that_is_not_there_is_told(config, refused, tmp_path, kind):
+    message = refused(put(config, f"data.{kind}", jsonl(kind, tmp_path / "nowhere.jsonl")))
+    assert f"{tmp_path / 'nowhere.jsonl'}: no such file" in message
+
+
+def jsonl(kind: str, path: Path) -> Any:
+    if kind == "benchmarks":
+        return [source("evaluation.benchmarks.JsonlBenchmark", name="rows", path=str(path))]
+    return source(f"data.jsonl_sources.Jsonl{kind.capitalize()}", path=str(path))
+
+
+@pytest.mark.parametrize("kind", ["problems", "benchmarks"])
+def test_a_prompt_that_is_too_long_is_told_with_its_length(config, refused, tmp_path, kind):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "long-one", "problem": "x" * 25, "answer": "2"}) + "\n")
+    config = put(config, f"data.{kind}", jsonl(kind, path))
+    message = refused(put(config, "model.initial_stage", "egspo"))
+    for word in ("data.max_prompt_length = 16", "'long-one'", "25 tokens"):
+        assert word in message
+
+
+# Models
+
+
+def test_a_tokenizer_without_eos_is_told(config, refused, small_model, tmp_path):
+    folder = tmp_path / "no_eos"
+    shutil.copytree(small_model, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+    message = refused(put(config, "model.policy.name_or_path", str(folder)))
+    for word in ("model.policy.name_or_path", str(folder), "no EOS token", "eos_token"):
+        assert word in message
+
+
+def test_a_folder_without_a_model_is_told(config, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = refused(put(config, "model.policy.name_or_path", str(tmp_path / "empty")))
+    assert "model.policy.name_or_path" in message
+    assert str(tmp_path / "empty") in message
+
+
+# Other subcommands and checkpoints
+
+
+def test_predict_needs_a_finite_source(config, refused):
+    message = refused(config, subcommand="predict")
+    for word in ("data.problems", "GeneratedProblems", "JsonlProblems"):
+        assert word in message
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_measuring_needs_benchmarks(config, refused, subcommand):
+    message = refused(config, subcommand=subcommand)
+    assert "data.benchmarks must be at least one" in message
+
+
+def test_a_metric_that_is_not_logged_is_told(config, refused):
+    config = put(config, "stage_transition", {"monitor": "loss/stf", "target": 0.1})
+    message = refused(config)
+    for word in ("stage_transition.monitor", "'loss/stf'", "loss/sft"):
+        assert word in message
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate"])
+def test_a_checkpoint_that_is_not_there_is_told(config, refused, subcommand):
+    message = refused(
+        put(config, "data.benchmarks", [benchmark()]), "--ckpt_path", "nowhere.ckpt", subcommand=subcommand
+    )
+    assert "ckpt_path: no such file or folder: nowhere.ckpt" in message
+
+
+# As a process
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "egspo_lightning", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def test_a_process_ends_with_exit_code_2_and_one_message(config, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(put(config, "model.objective.mu", 1.5)))
+    done = process("fit", "--config", str(tmp_path / "config.yaml"))
+    assert done.returncode == 2
+    assert "model.objective.mu must be in [0, 1], or a schedule, got 1.5" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_two_methods_do_not_add_up(config, refused):
+    methods = [f"--config=configs/methods/{name}.yaml" for name in ("ppo", "egspo")]
+    message = refused(config, *methods)
+    for word in ("configs/methods/ppo.yaml", "configs/methods/egspo.yaml", "do not add up", "Give one"):
+        assert word in message

@@ -1,0 +1,119 @@
+"""What holds for every family of generated problems."""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
+from egspo_lightning.data.tasks.expressions import ExpressionTask
+from egspo_lightning.data.tasks.family import SPLITS, ProblemFamily
+from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.extraction import extract_boxed
+from egspo_lightning.types import Demonstration, Problem
+
+FAMILIES = [ArithmeticTask(), ArithmeticTask(3, 2, "+-"), ExpressionTask(), ExpressionTask(6, 9, 50)]
+each_family = pytest.mark.parametrize("task", FAMILIES, ids=repr)
+
+
+@dataclass(frozen=True)
+class Doubles(ProblemFamily):
+    """2*0 to 2*99; the odd ones are drawn too, and dropped."""
+
+    name: ClassVar[str] = "doubles"
+
+    def draw(self, rng: random.Random) -> str:
+        return f"2*{rng.randrange(100)}=?"
+
+    def key(self, text: str) -> str | None:
+        number = text.removeprefix("2*").removesuffix("=?")
+        return number if number.isdecimal() and int(number) % 2 == 0 else None
+
+    def answer(self, text: str) -> str:
+        return str(2 * int(text[2:-2]))
+
+    def solve(self, problem: Problem, seed: int | str = 0) -> Demonstration:
+        return Demonstration(problem.id, problem.problem, f"\\boxed{{{self.answer(problem.problem)}}}")
+
+
+def test_a_family_of_ones_own():
+    problems = Doubles().distinct(0, "train", 20)
+    assert len({p.problem for p in problems}) == 20
+    assert all(int(p.answer) % 4 == 0 and Doubles().contains(p.problem, "train") for p in problems)
+    assert problems[0].id == f"doubles/{problems[0].problem[:-2]}"
+    held = [sum(Doubles().contains(f"2*{i}=?", split) for split in SPLITS) for i in range(100)]
+    assert held == [1, 0] * 50
+
+
+@each_family
+@given(seed=st.integers(0, 9), split=st.sampled_from(sorted(SPLITS)), index=st.integers(0, 10**9))
+@settings(max_examples=50, deadline=None)
+def test_problems_are_of_their_split_alone_and_solved(task, seed, split, index):
+    problem = task.problem(seed, split, index)
+    assert problem == task.problem(seed, split, index)
+    assert [s for s in SPLITS if task.contains(problem.problem, s)] == [split]
+    demonstration = task.solve(problem)
+    assert demonstration == task.solve(problem)
+    assert demonstration[:2] == problem[:2]
+    assert extract_boxed(demonstration.solution) == problem.answer == task.answer(problem.problem)
+
+
+@each_family
+def test_splits_have_the_announced_sizes(task):
+    rng = random.Random(0)
+    texts = [text for text in (task.draw(rng) for _ in range(3000)) if task.key(text) is not None]
+    shares = {split: sum(task.contains(text, split) for text in texts) / len(texts) for split in SPLITS}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares == pytest.approx({"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.04)
+
+
+@each_family
+def test_distinct_problems_are_distinct_and_a_prefix_of_more(task):
+    problems = task.distinct(0, "test", 200)
+    assert len({p.problem for p in problems}) == len({p.id for p in problems}) == 200
+    assert task.distinct(0, "test", 50) == problems[:50]
+    assert task.distinct(1, "test", 200) != problems
+
+
+@each_family
+def test_excluded_problems_give_way_to_the_next_draw(task):
+    free = [task.problem(0, "train", i) for i in range(50)]
+    excluded = frozenset({free[3].problem, free[7].problem})
+    barred = [task.problem(0, "train", i, excluded) for i in range(50)]
+    assert not excluded & {p.problem for p in barred}
+    assert [i for i in range(50) if free[i] != barred[i]] == [i for i in range(50) if free[i].problem in excluded]
+
+
+def test_other_settings_do_not_move_a_problem_to_another_split():
+    small, large = ExpressionTask(), ExpressionTask(max_number=9, max_value=50)
+    for split in SPLITS:
+        for problem in small.distinct(0, split, 100):
+            assert large.contains(problem.problem, split)
+
+
+def test_the_problems_of_one_family_are_not_of_another():
+    sums, expressions = ArithmeticTask(num_digits=1), ExpressionTask(num_operators=1, max_number=9, max_value=81)
+    for split in SPLITS:
+        assert not any(expressions.contains(p.problem, split) for p in sums.distinct(0, split, 5))
+        assert not any(sums.contains(p.problem, split) for p in expressions.distinct(0, split, 5))
+
+
+def test_too_many_distinct_problems_are_refused_with_numbers():
+    with pytest.raises(UserError, match=r"100 different problems of split 'test'.*only \d+ came up.*num_digits=1"):
+        ArithmeticTask(num_digits=1).distinct(0, "test", 100)
+
+
+def test_all_problems_excluded_is_refused_with_numbers():
+    every = frozenset(f"2*{i}=?" for i in range(100))
+    with pytest.raises(UserError, match=r"split 'test' in \d+ draws of Doubles\(\) with 100 excluded problems"):
+        Doubles().problem(0, "test", 0, every)
+
+
+def test_an_unknown_split_and_an_empty_count_are_refused():
+    with pytest.raises(UserError, match="train, validation, test, got 'dev'"):
+        Doubles().problem(0, "dev", 0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least 1, got 0"):
+        Doubles().distinct(0, "test", 0)

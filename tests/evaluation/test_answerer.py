@@ -1,0 +1,74 @@
+"""Answers to a model whose prompts open a think block, with the real tokenizer, template and grader."""
+
+from contextlib import contextmanager
+
+import pytest
+from transformers import AutoTokenizer
+
+from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.data.training_data import PromptEncoder
+from egspo_lightning.evaluation.answer_sampling import AnswerSampling
+from egspo_lightning.evaluation.answerer import Answerer
+from egspo_lightning.rewards.grading import MathGrader
+from egspo_lightning.rollout.engine import Sample
+from egspo_lightning.types import Problem, ProblemBatch, Sampling
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+COMPLETIONS = [
+    (r"2 + 2 is \boxed{4}, so", None, False),  # cut off, or never closed: all of it is reasoning
+    (r"2 + 2 is \boxed{5}, no</think>It is \boxed{4}.", "4", True),
+    (r"2 + 2 is \boxed{4}</think>as found above", None, False),
+]
+
+
+class ThinkingPolicy:
+    """What answering sees of a policy; the template of its tokenizer ends in an open block."""
+
+    def __init__(self, folder, template):
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer.chat_template = template
+        self.eos_ids = [self.tokenizer.eos_token_id]
+
+    @contextmanager
+    def sampling(self):
+        yield None
+
+
+class Scripted:
+    """An engine that writes these texts, whatever it is asked."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts = tokenizer, texts
+
+    def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
+        ids = [self.tokenizer.encode(text) for text in self.texts]
+        yield [(i, Sample(row, False, [0.0] * len(row))) for i, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("answer", ["4", ""], ids=["reference", "no reference"])
+def test_a_box_in_a_block_that_the_prompt_has_opened_is_no_answer(tiny_model, answer):
+    answers = answers_to(ThinkingPolicy(tiny_model, THINKING), answer)
+    assert [a.extracted for a in answers] == [extracted for _, extracted, _ in COMPLETIONS]
+    assert [a.answer_class is None for a in answers] == [extracted is None for _, extracted, _ in COMPLETIONS]
+    assert [a.text for a in answers] == [text for text, _, _ in COMPLETIONS]
+    if answer:
+        assert [a.correct for a in answers] == [correct for _, _, correct in COMPLETIONS]
+        assert [a.status for a in answers] == ["no_answer", "graded", "no_answer"]
+
+
+def test_without_an_open_block_the_same_box_is_the_answer(tiny_model):
+    answers = answers_to(ThinkingPolicy(tiny_model, THINKING.replace("<think>\n", "")), "4")
+    assert [a.extracted for a in answers] == ["4", "4", None]
+
+
+def answers_to(policy, answer):
+    encoder = PromptEncoder(PromptTemplate(use_chat_template="always"), policy.tokenizer, 512)
+    texts = [text for text, _, _ in COMPLETIONS]
+    with MathGrader() as grader:
+        answerer = Answerer([], Scripted(policy.tokenizer, texts), grader, AnswerSampling(), 512, seed=0)
+        problems = [Problem(id="sum", problem="2 + 2?", answer=answer)]
+        batch = ProblemBatch("predict", problems, len(texts), Sampling(max_completion_length=512))
+        return answerer.answer(policy, encoder, batch)

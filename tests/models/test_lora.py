@@ -1,0 +1,314 @@
+"""Adapters against the plain model: where they must, they train as it does."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from egspo_lightning.callbacks import HFExport, StageTransition
+from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint
+from egspo_lightning.errors import UserError
+from egspo_lightning.models import lora
+from egspo_lightning.models.critic import CriticConfig
+from egspo_lightning.models.lora import LoraConfig
+from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.module import EGSPOModule
+from egspo_lightning.ops.estimators import GAE, GroupRelative
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.training.adaptive_coefficients import KLReward
+
+SFT_LOSS = "loss/sft"
+
+
+@pytest.fixture(scope="session")
+def with_weights(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The small model with weights beside its config."""
+    folder = tmp_path_factory.mktemp("with_weights") / "model"
+    shutil.copytree(small_model, folder)
+    torch.manual_seed(5)
+    PolicyConfig(small_model, from_scratch=True).build().lm.save_pretrained(folder)
+    return str(folder)
+
+
+def batch():
+    torch.manual_seed(1)
+    input_ids = torch.randint(250, (4, 9))
+    mask = torch.zeros(4, 9, dtype=torch.bool)
+    mask[:, 4:8] = True
+    return input_ids, mask
+
+
+def layers(lm):
+    return dict(lora._layers(lm))
+
+
+def test_at_first_adapters_change_nothing(with_weights):
+    plain, adapted = PolicyConfig(with_weights).build(), PolicyConfig(with_weights, lora=LoraConfig(rank=4)).build()
+    assert torch.equal(plain(*batch()).logprobs, adapted(*batch()).logprobs)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in adapted.named_parameters() if ".lora_" in name}
+    assert len(layers(adapted.lm)) == 7  # linear maps of the one block, and not the output layer
+
+
+def test_at_full_rank_a_step_is_that_of_the_plain_model(with_weights):
+    """With A the identity, alpha = r and B = 0, the gradient of B is that of W: one step of SGD moves W + B A by it."""
+    names = ["q_proj", "down_proj"]
+    plain = PolicyConfig(with_weights).build()
+    rank = 64  # at least the inputs of either layer
+    adapted = PolicyConfig(with_weights, lora=LoraConfig(rank=rank, alpha=rank, target_modules=names)).build()
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(any(f"{n}.weight" in name for n in names))
+    for layer in layers(adapted.lm).values():
+        torch.nn.init.eye_(layer.lora_A["default"].weight)
+    before = plain(*batch()).logprobs
+    for policy in (plain, adapted):
+        optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
+        (-policy(*batch()).logprobs.sum()).backward()
+        optimizer.step()
+    after = plain(*batch()).logprobs
+    assert (after - before).abs().max() > 0.05
+    assert torch.allclose(adapted(*batch()).logprobs, after, atol=1e-6)
+
+
+def test_the_reference_is_the_adapter_of_the_end_of_sft(with_weights):
+    policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4)).build(with_reference=True)
+    plain = PolicyConfig(with_weights).build()(*batch()).logprobs
+    with torch.no_grad():
+        for layer in layers(policy.lm).values():
+            torch.nn.init.normal_(layer.lora_B["default"].weight)
+    trained = policy(*batch()).logprobs
+    with lora.as_reference(policy.lm):
+        assert torch.equal(policy(*batch()).logprobs, plain)
+    lora.copy_to_reference(policy.lm)
+    with lora.as_reference(policy.lm):
+        assert torch.equal(policy(*batch()).logprobs, trained)
+    assert torch.equal(policy(*batch()).logprobs, trained)
+    assert not any(p.requires_grad for name, p in policy.named_parameters() if lora.is_reference(name))
+
+
+def test_merged_weights_are_the_adapted_model(with_weights):
+    policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4, alpha=3.0, rank_stabilized=True)).build()
+    for layer in layers(policy.lm).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    plain = PolicyConfig(with_weights).build()
+    before = plain(*batch()).logprobs
+    plain.lm.load_state_dict(lora.merged(policy.lm, policy.lm.state_dict()))
+    assert torch.allclose(plain(*batch()).logprobs, policy(*batch()).logprobs, atol=1e-5)
+    assert not torch.allclose(plain(*batch()).logprobs, before, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"target_modules": ["query"]}, "target_modules"), ({"target_modules": ["lm_head"]}, "output layer")],
+)
+def test_layers_that_cannot_be_adapted_are_refused(with_weights, config, message):
+    with pytest.raises(UserError, match=message):
+        PolicyConfig(with_weights, lora=LoraConfig(**config)).build()
+
+
+# Runs
+
+
+@pytest.fixture
+def adapted_run(tiny_run, with_weights):
+    """A run with adapters, a reference and a checkpoint a phase."""
+
+    def build(folder: Path, *, epochs: int = 3, data: dict | None = None, **module):
+        policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4))
+        return tiny_run(
+            StageTransition(after_epochs=1),
+            PhaseCheckpoint(dirpath=folder, save_last=True, save_top_k=-1, filename="{epoch}", every_n_epochs=1),
+            HFExport(folder=str(folder / "hf")),
+            module={"policy": policy, "objective": Objective(beta=0.01)} | module,
+            data=data,
+            trainer={"enable_checkpointing": True, "max_epochs": epochs},
+        )
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "critic",
+    [{}, {"critic": CriticConfig("shared"), "advantage": GAE()}, {"critic": CriticConfig("own"), "advantage": GAE()}],
+)
+def test_checkpoints_hold_adapters_alone_and_resume(adapted_run, tmp_path, critic):
+    straight = adapted_run(tmp_path / "a", **critic).fit()
+    weights = torch.load(tmp_path / "a" / "epoch=1.ckpt", weights_only=True)["state_dict"]
+    assert weights
+    assert all(lora.is_adapter(name) or "value_head" in name for name in weights)
+    assert any(lora.is_reference(name) for name in weights)
+    resumed = adapted_run(tmp_path / "b", **critic).fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
+    for (name, theirs), ours in zip(straight.module.named_parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert straight.module.reference is None
+
+
+def test_a_reference_adapter_gives_the_kl_of_a_reference_network(adapted_run, tiny_run, with_weights, tmp_path):
+    run = adapted_run(tmp_path / "a").fit()
+    assert run.trainer.callback_metrics["loss/kl"] > 0
+    input_ids, mask = batch()
+    scores = run.module.score(input_ids, mask)
+    frozen = PolicyConfig(with_weights).build()
+    state = torch.load(tmp_path / "a" / "epoch=0.ckpt", weights_only=True)["state_dict"]  # the end of SFT
+    adapters = {name.removeprefix("policy.lm."): value for name, value in state.items()}
+    base = run.module.policy.lm.state_dict()
+    frozen.lm.load_state_dict(lora.merged(run.module.policy.lm, base | adapters))
+    assert torch.allclose(scores.ref_logprobs, frozen(input_ids, mask).logprobs, atol=1e-5)
+    assert not torch.allclose(scores.ref_logprobs, scores.logprobs, atol=1e-3)
+
+
+def test_the_export_is_a_plain_model_with_the_adapters_in_it(adapted_run, with_weights, tmp_path):
+    run = adapted_run(tmp_path / "a", epochs=2).fit()
+    names = load_file(tmp_path / "a" / "hf" / "model.safetensors").keys()
+    assert names == load_file(Path(with_weights) / "model.safetensors").keys()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "hf").eval()
+    input_ids, _ = batch()
+    with torch.no_grad():
+        assert torch.allclose(exported(input_ids).logits, run.module.policy.lm(input_ids).logits, atol=1e-5)
+
+
+def test_another_rank_than_the_checkpoints_is_refused(adapted_run, with_weights, tmp_path):
+    adapted_run(tmp_path / "a", epochs=2).fit()
+    other = adapted_run(tmp_path / "b", policy=PolicyConfig(with_weights, lora=LoraConfig(rank=2)))
+    with pytest.raises(UserError, match=r"model\.policy\.lora"):
+        other.fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
+
+
+# Without SFT: the model without its adapter is the reference
+
+RL = {"initial_stage": "egspo"}
+
+
+def test_switched_off_the_adapter_leaves_the_model_and_comes_back_as_it_was(with_weights):
+    policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4)).build()
+    assert lora.changes_nothing(policy.lm)
+    with torch.no_grad():
+        for layer in layers(policy.lm).values():
+            torch.nn.init.normal_(layer.lora_B["default"].weight)
+    assert not lora.changes_nothing(policy.lm)
+    trained = policy(*batch()).logprobs
+    with lora.as_reference(policy.lm):
+        assert torch.equal(policy(*batch()).logprobs, PolicyConfig(with_weights).build()(*batch()).logprobs)
+    assert torch.equal(policy(*batch()).logprobs, trained)
+    assert {name for name, p in policy.named_parameters() if p.requires_grad} == {
+        name for name, _ in policy.named_parameters() if lora.is_adapter(name)
+    }
+
+
+class WithCopy(EGSPOModule):
+    """Its reference is a whole model, loaded anew and never trained."""
+
+    @property
+    def networks(self):
+        if not hasattr(self, "copied"):
+            self.copied = [PolicyConfig(self.policy_config.name_or_path).build().requires_grad_(False)]
+        return replace(super().networks, reference=self.copied[0])
+
+
+class Losses(Callback):
+    """Of every update."""
+
+    def __init__(self):
+        self.of_updates = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.of_updates.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("module", "data"),
+    [
+        ({"objective": Objective(beta=1.0)}, {}),
+        ({"objective": Objective(beta=1.0)}, {"max_staleness": 1}),
+        ({"kl_reward": KLReward(coefficient=1.0), "advantage": GroupRelative(scale_by_std=False)}, {}),
+    ],
+)
+def test_the_losses_are_those_with_a_second_adapter_and_with_a_copy(tiny_run, with_weights, module, data):
+    losses, references = {}, {}
+    for way in ("base", "adapter", "copy"):
+        spy = Losses()
+        of_run = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4))} | RL | module
+        run = tiny_run(spy, module=of_run, data=data)
+        if way == "copy":
+            run = run._replace(module=WithCopy(**of_run, optimizer=run.module._optimizer))
+        if way == "adapter":
+            run.module.base_is_reference = False
+        run.fit()
+        losses[way] = spy.of_updates
+        references[way] = sum(p.numel() for name, p in run.module.named_parameters() if lora.is_reference(name))
+    assert len(losses["base"]) == 6
+    assert losses["base"] == pytest.approx(losses["adapter"], abs=1e-6)
+    assert losses["base"] == pytest.approx(losses["copy"], abs=1e-6)
+    assert references == {"base": 0, "adapter": references["adapter"], "copy": 0}
+    assert references["adapter"] > 1000
+    scores = run.module.score(*batch())
+    assert (scores.ref_logprobs - scores.logprobs).abs().max() > 0.1  # the policy has left it
+
+
+@pytest.mark.parametrize("data", [{}, {"max_staleness": 1}])
+def test_a_run_with_the_base_as_reference_resumes(adapted_run, tmp_path, data):
+    straight = adapted_run(tmp_path / "a", data=data, **RL).fit()
+    resumed = adapted_run(tmp_path / "b", data=data, **RL)
+    resumed.fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
+    assert resumed.module.base_is_reference
+    for (name, theirs), ours in zip(straight.module.named_parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for name in ("loss/total", "loss/kl"):
+        assert resumed.trainer.callback_metrics[name] == straight.trainer.callback_metrics[name] != 0
+
+
+def test_a_run_without_a_reference_gets_the_base_as_one_later(adapted_run, tmp_path):
+    adapted_run(tmp_path / "a", epochs=2, objective=Objective(), **RL).fit()
+    run = adapted_run(tmp_path / "b", **RL).fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
+    assert run.trainer.callback_metrics["loss/kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "remedy"),
+    [({}, RL, "initial_stage to sft"), (RL, {}, "initial_stage to egspo")],
+)
+@pytest.mark.parametrize("checkpoint", ["epoch=0.ckpt", "epoch=1.ckpt"])
+def test_a_checkpoint_with_another_reference_is_refused(adapted_run, tmp_path, first, second, remedy, checkpoint):
+    """At the end of SFT, and after it."""
+    adapted_run(tmp_path / "a", epochs=2, **first).fit()
+    start = {"ckpt_path": tmp_path / "a" / checkpoint, "weights_only": True}
+    with pytest.raises(UserError, match=remedy):
+        adapted_run(tmp_path / "b", **second).fit(**start)
+    adapted_run(tmp_path / "c", **second, objective=Objective()).fit(**start)  # without a reference nothing hangs on it
+
+
+def test_a_checkpoint_of_stage_sft_is_refused_as_well(tiny_run, adapted_run, with_weights, tmp_path):
+    policy = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4)), "objective": Objective(beta=0.01)}
+    sft = tiny_run(StageTransition(after_epochs=9), module=policy, trainer={"max_epochs": 1}).fit()
+    sft.trainer.save_checkpoint(tmp_path / "within.ckpt")
+    with pytest.raises(UserError, match="initial_stage to sft"):
+        adapted_run(tmp_path / "b", **RL).fit(ckpt_path=tmp_path / "within.ckpt", weights_only=True)
+
+
+def test_egspo_does_not_begin_with_an_adapter_that_does_something(adapted_run, tmp_path):
+    """As it would after an initialisation that moves weights into the adapter."""
+    run = adapted_run(tmp_path, **RL)
+    run.module.configure_model()
+    torch.nn.init.normal_(next(p for name, p in run.module.named_parameters() if ".lora_B." in name))
+    with pytest.raises(AssertionError):
+        run.fit()
+
+
+@pytest.mark.parametrize("adapters", [None, LoraConfig(rank=4)])
+def test_gradient_checkpointing_changes_no_loss(tiny_run, with_weights, adapters):
+    """Neither in SFT nor after updates on rollouts."""
+    metrics = []
+    for checkpointing in (False, True):
+        policy = PolicyConfig(with_weights, lora=adapters, gradient_checkpointing=checkpointing)
+        run = tiny_run(StageTransition(after_epochs=1), module={"policy": policy}).fit()
+        assert run.module.policy.lm.is_gradient_checkpointing == checkpointing
+        metrics.append({name: float(value) for name, value in run.trainer.callback_metrics.items()})
+    names = [name for name in metrics[0] if name.startswith(("loss/", "policy/", "rollout/length", "rollout/reward"))]
+    assert {"loss/total", "loss/sft", "loss/egspo"} <= set(names)
+    for name in names:
+        assert metrics[1][name] == pytest.approx(metrics[0][name], abs=1e-6), name

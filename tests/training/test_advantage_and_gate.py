@@ -1,0 +1,348 @@
+"""A collection's admission: the same however many ranks share it, and what is remembered from one to the next."""
+
+import io
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from egspo_lightning.errors import UserError
+from egspo_lightning.ops.advantages import gae, reinforce_plus_plus
+from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
+from egspo_lightning.ops.credit import token_rewards
+from egspo_lightning.ops.estimators import GAE, Estimate, GroupRelative, LeaveOneOut, ReinforcePlusPlus
+from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+TENSORS = (
+    "input_ids",
+    "completion_mask",
+    "old_logprobs",
+    "entropies",
+    "ref_logprobs",
+    "old_values",
+    "advantages",
+    "returns",
+    "rewards",
+    "is_expert",
+    "threshold",
+    "weight_scale",
+)
+
+
+@pytest.fixture
+def admit(on_ranks):
+    """Admits collections, one a rank, by one Admission each, one collection after another; the last one's results."""
+
+    def run(make, *collections):
+        admissions = [make() for _ in collections[0]]
+
+        def work(rank, number):
+            return [admissions[number].admit(parts[number], rank) for parts in collections]
+
+        return [results[-1] for results in on_ranks(work, range(len(admissions)))], admissions
+
+    return run
+
+
+def join(rollouts, name, num_sampled):
+    """A field of two ranks as one rank has it: all the sampled rows, then all those of experts."""
+    values = [getattr(rollout, name) for rollout in rollouts]
+    if values[0] is None:
+        return None
+    own = [value[:n] for value, n in zip(values, num_sampled, strict=True)]
+    return torch.cat(own + [value[n:] for value, n in zip(values, num_sampled, strict=True)])
+
+
+@pytest.mark.parametrize("advantage", [GroupRelative(), LeaveOneOut(), ReinforcePlusPlus(0.9), GAE(0.99, 0.9)])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda: QuantileGate(0.3),
+        lambda: QuantileGate(0.3, over="sequence"),
+        lambda: QuantileGate(0.3, running_decay=0.5),
+        lambda: AbsoluteGate(0.7),
+        OpenGate,
+    ],
+)
+@pytest.mark.parametrize("at", [1, 2])
+def test_two_ranks_are_one_that_holds_everything(make_scored, split_scored, make_admission, admit, advantage, gate, at):
+    def make():
+        return make_admission(
+            objective=Objective(rescale_weights=True, beta=0.1, mask_truncated=True),
+            gate=gate(),
+            advantage=advantage,
+            kl_reward=KLReward(coefficient=0.2, target=0.1, horizon=100),
+            entropy_bonus=EntropyBonus(coefficient=0.01, target=0.5),
+        )
+
+    experts = (2, 0, 1) if hasattr(advantage, "estimate_expert") else ()
+    wholes = [
+        make_scored(seed=seed, num_problems=3, expert_groups=experts, with_reference=True, with_values=True)
+        for seed in (1, 2)
+    ]
+    wholes = [whole._replace(is_truncated=torch.arange(len(whole.rewards)) % 5 == 3) for whole in wholes]
+    parts = [split_scored(whole, at) for whole in wholes]
+    if experts:  # in the order of the ranks
+        order = torch.tensor([*range(12), *(12 + i for i in ([1, 0, 2] if at == 1 else [1, 2, 0]))])
+    else:
+        order = torch.arange(12)
+    ((whole, told),), (alone,) = admit(make, *([whole] for whole in wholes))
+    results, admissions = admit(make, *parts)
+    num_sampled = [part.num_sampled for part in parts[0]]
+    for name in TENSORS:
+        shared, expected = join([r for r, _ in results], name, num_sampled), getattr(whole, name)
+        if expected is None:
+            assert shared is None
+        else:
+            assert_close(shared, expected[order], **EXACT, msg=name)
+    for _, metrics in results:
+        assert set(metrics) == set(told)
+        for name in set(told) - {"time/gate"}:
+            assert metrics[name].item() == pytest.approx(told[name].item(), abs=1e-5), name
+    for admission in admissions:
+        assert admission.kl_reward.current == pytest.approx(alone.kl_reward.current, rel=1e-6)
+        assert admission.kl_reward.current != 0.2
+        assert admission.entropy_bonus.current == alone.entropy_bonus.current
+        if hasattr(alone.gate, "state_dict"):
+            ours, expected = (a.state_dict()["gate"]["state"]["running"] for a in (admission, alone))
+            assert ours == (expected if expected is None else pytest.approx(expected, rel=1e-12))
+
+
+def test_weights_average_to_one_over_the_ranks_and_not_on_each(make_scored, split_scored, make_admission, admit):
+    objective = Objective(rescale_weights=True)
+    for at in (1, 2):
+        results, _ = admit(lambda: make_admission(objective=objective), split_scored(make_scored(num_problems=3), at))
+        weights = []
+        for rollout, _ in results:
+            high, low = objective.branch_weights(rollout, ConfidenceAttenuation(), rollout.entropies)
+            weights.append((high + low)[rollout.sampled_mask])
+        assert torch.cat(weights).mean().item() == pytest.approx(1.0, abs=1e-12)
+        assert all(abs(part.mean().item() - 1) > 1e-3 for part in weights)
+        assert results[0][1]["gate/weight_mean"].item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_without_rescaling_the_scale_is_one(make_rollout):
+    rollout, _ = make_rollout()
+    assert torch.equal(rollout.weight_scale, torch.ones(8, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("idle", [0, 1])
+def test_a_rank_without_tokens_follows_the_other(make_scored, split_scored, make_admission, admit, idle):
+    parts = split_scored(make_scored(with_values=True), 1)
+    parts[idle] = parts[idle]._replace(completion_mask=torch.zeros_like(parts[idle].completion_mask))
+    for advantage in (ReinforcePlusPlus(), GAE()):
+        objective = Objective(rescale_weights=True)
+
+        def make(objective=objective, advantage=advantage):
+            return make_admission(objective=objective, advantage=advantage)
+
+        results, _ = admit(make, parts)
+        ((alone, _),), _ = admit(make, [parts[1 - idle]])
+        assert_close(results[1 - idle][0].advantages, alone.advantages, **EXACT)
+        for name in ("threshold", "weight_scale"):
+            shared = [getattr(rollout, name).unique() for rollout, _ in results]
+            assert_close(shared[0], shared[1], **EXACT)
+            assert_close(shared[0], getattr(alone, name).unique(), **EXACT)
+        assert not results[idle][0].advantages.any()
+
+
+def test_a_collection_without_tokens_is_taken_and_teaches_nothing(make_scored, make_admission, admit):
+    nothing = make_scored(with_reference=True, with_values=True)
+    nothing = nothing._replace(completion_mask=torch.zeros_like(nothing.completion_mask))
+    for advantage in (GroupRelative(), ReinforcePlusPlus(), GAE()):
+        ((rollout, metrics),), (admission,) = admit(
+            lambda advantage=advantage: make_admission(
+                objective=Objective(rescale_weights=True),
+                advantage=advantage,
+                kl_reward=KLReward(coefficient=0.2, target=0.1),
+                entropy_bonus=EntropyBonus(coefficient=0.01, target=0.5),
+            ),
+            [nothing],
+        )
+        assert not rollout.advantages.any()
+        assert rollout.weight_scale.unique().tolist() == [1.0]
+        assert all(value.isfinite() for value in metrics.values())
+        assert (admission.kl_reward.current, admission.entropy_bonus.current) == (0.2, 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_advantages_are_those_of_the_pure_functions(make_scored, make_admission, admit, dtype):
+    scored = make_scored(with_values=True, with_reference=True, dtype=dtype)
+    mask, scores = scored.completion_mask, scored.scores
+    penalty = 0.2 * (scores.logprobs - scores.ref_logprobs)
+    rewards = token_rewards(scored.rewards, mask, penalty)
+    advantages, returns = gae(rewards, scores.values, mask, gamma=0.9, lam=0.8)
+    kl_reward = KLReward(coefficient=0.2)
+    ((rollout, metrics),), _ = admit(lambda: make_admission(advantage=GAE(0.9, 0.8), kl_reward=kl_reward), [scored])
+    assert rollout.advantages.dtype == rollout.threshold.dtype == rollout.weight_scale.dtype == dtype
+    assert_close(rollout.advantages, advantages)
+    assert_close(rollout.returns, returns)
+    assert metrics["rollout/kl"].item() == pytest.approx(penalty[mask].mean().item() / 0.2, abs=1e-6)
+    assert metrics["rollout/kl_coefficient"].item() == pytest.approx(0.2)
+    ((other, _),), _ = admit(lambda: make_admission(advantage=ReinforcePlusPlus(0.9), kl_reward=kl_reward), [scored])
+    assert_close(other.advantages, reinforce_plus_plus(rewards, mask, gamma=0.9))
+
+
+def test_truncated_completions_are_left_out_but_count_for_their_group(make_scored, make_admission, admit):
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    scored = make_scored(rewards=rewards)
+    scored = scored._replace(is_truncated=torch.arange(8) == 1)
+    results = [
+        admit(lambda masked=masked: make_admission(objective=Objective(mask_truncated=masked)), [scored])[0][0][0]
+        for masked in (False, True)
+    ]
+    for rollout, masked in zip(results, (False, True), strict=True):
+        assert rollout.completion_mask[1].any() != masked
+        assert rollout.advantages[1].any() != masked
+        first = scored.completion_mask[0].nonzero()[0].item()
+        assert rollout.advantages[0, first].item() == pytest.approx(1.5, abs=1e-5)
+    kept = torch.cat([scored.scores.entropies[b][scored.completion_mask[b]] for b in range(8) if b != 1])
+    assert results[1].threshold[0].item() == pytest.approx(torch.quantile(kept, 0.7).item(), abs=1e-12)
+    assert results[0].threshold[0].item() != results[1].threshold[0].item()
+
+
+def test_the_coefficients_in_use_and_after_two_collections_by_hand(make_scored, make_admission, admit):
+    scored = make_scored(with_reference=True)
+    mask = scored.completion_mask
+    scores = scored.scores._replace(ref_logprobs=(scored.scores.logprobs - 0.11) * mask, entropies=0.4 * mask.double())
+    scored = scored._replace(scores=scores)  # a KL of 0.11 at each token, 10 % above the target; 8 of 80 completions
+    ((_, told),), (admission,) = admit(
+        lambda: make_admission(
+            kl_reward=KLReward(coefficient=0.2, target=0.1, horizon=80),
+            entropy_bonus=EntropyBonus(coefficient=0.01, target=0.5, step=0.002),
+        ),
+        [scored],
+        [scored],
+    )
+    assert told["rollout/kl"].item() == pytest.approx(0.11, abs=1e-6)
+    assert told["rollout/kl_coefficient"].item() == pytest.approx(0.2 * 1.01, abs=1e-6)
+    assert admission.kl_reward.current == pytest.approx(0.2 * 1.01**2, abs=1e-6)
+    assert told["policy/entropy_coefficient"].item() == pytest.approx(0.014, abs=1e-6)  # what the updates will use
+    assert admission.entropy_bonus.current == pytest.approx(0.014, abs=1e-9)
+
+
+def test_what_is_remembered_goes_through_a_checkpoint(make_scored, make_admission, admit):
+    def make():
+        return make_admission(
+            gate=QuantileGate(0.3, running_decay=0.5),
+            kl_reward=KLReward(coefficient=0.2, target=0.1, horizon=100),
+            entropy_bonus=EntropyBonus(coefficient=0.01, target=0.5),
+        )
+
+    first, second = (make_scored(seed=seed, with_reference=True) for seed in (1, 2))
+    ((expected, told),), (whole,) = admit(make, [first], [second])
+    _, (before,) = admit(make, [first])
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    resumed = make()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    ((rollout, metrics),), _ = admit(lambda: resumed, [second])
+    assert torch.equal(rollout.threshold, expected.threshold)
+    assert torch.equal(rollout.advantages, expected.advantages)
+    assert metrics["rollout/kl_coefficient"] == told["rollout/kl_coefficient"]
+    assert resumed.state_dict() == whole.state_dict()
+    ((fresh, _),), _ = admit(make, [second])
+    assert not torch.equal(fresh.threshold, expected.threshold)
+
+
+def test_a_part_of_another_class_or_none_starts_anew(make_admission):
+    saved = make_admission(kl_reward=KLReward(coefficient=0.7, target=0.1)).state_dict()
+    saved["gate"] = {"class": "MineGate", "state": {"strange": 1}}
+    taken = make_admission(
+        gate=QuantileGate(0.3, running_decay=0.5),
+        kl_reward=KLReward(coefficient=0.2, target=0.1),
+        entropy_bonus=EntropyBonus(0.3),
+    )
+    taken.load_state_dict(saved)
+    assert taken.gate.state_dict() == {"running": None}
+    assert (taken.kl_reward.current, taken.entropy_bonus.current) == (0.7, 0.3)
+    taken.load_state_dict({})
+    assert set(make_admission(gate=OpenGate()).state_dict()) == set()
+
+
+class Broken:
+    """A gate and an attenuation that give what they are told to."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def threshold(self, entropies):
+        return torch.tensor(self.value)
+
+    def phi(self, old_logprobs, entropies, threshold):
+        return torch.full_like(old_logprobs, self.value)
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_a_phi_that_would_turn_or_break_the_update_is_refused(make_scored, make_admission, admit, value):
+    with pytest.raises(UserError, match=r"model\.attenuation: Broken gave a weight"):
+        admit(lambda: make_admission(attenuation=Broken(value)), [make_scored()])
+
+
+def test_a_threshold_of_nan_is_refused(make_scored, make_admission, admit):
+    with pytest.raises(UserError, match=r"model\.gate: Broken gave NaN as the threshold"):
+        admit(lambda: make_admission(gate=Broken(float("nan"))), [make_scored()])
+
+
+class Given:
+    """A gate, an attenuation and an estimator that hand out what they are given, whatever it is."""
+
+    needs_values = False
+
+    def __init__(self, value):
+        self.value = value
+
+    def threshold(self, entropies):
+        return self.value
+
+    def phi(self, old_logprobs, entropies, threshold):
+        return self.value
+
+    def estimate(self, experience):
+        return Estimate(self.value, None)
+
+
+@pytest.mark.parametrize(("value", "found"), [(0.5, "float"), (None, "NoneType"), (torch.ones(3), r"\(3,\)")])
+@pytest.mark.parametrize("part", ["gate", "attenuation", "advantage"])
+def test_what_has_another_shape_is_told(make_scored, make_admission, admit, part, value, found):
+    with pytest.raises(UserError, match=rf"model\.{part}: Given must give .* got {found}\."):
+        admit(lambda: make_admission(**{part: Given(value)}), [make_scored()])
+
+
+class BesideABrokenRank:
+    """Ranks, of which another has counted one more of whatever is counted."""
+
+    def sum_over_ranks(self, values):
+        return values + 1
+
+    def gather_over_ranks(self, values):
+        return values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_advantages_that_would_break_the_policy_are_refused(make_scored, make_admission, admit, value):
+    scored = make_scored()
+    spoilt = torch.zeros_like(scored.scores.logprobs).masked_fill(scored.completion_mask, value)
+    with pytest.raises(UserError, match=r"model\.advantage: Given gave advantages or returns that are infinite or NaN"):
+        admit(lambda: make_admission(advantage=Given(spoilt)), [scored])
+
+
+def test_what_is_wrong_on_another_rank_is_refused_here_too(make_scored, make_admission):
+    with pytest.raises(UserError, match="infinite or NaN"):
+        make_admission().admit(make_scored(), BesideABrokenRank())
+
+
+def test_weights_of_nothing_are_not_scaled(make_scored, make_admission, admit):
+    parts = {
+        "objective": Objective(rescale_weights=True),
+        "gate": Broken(float("inf")),
+        "attenuation": ConstantAttenuation(0.0),
+    }
+    ((rollout, metrics),), _ = admit(lambda: make_admission(**parts), [make_scored()])
+    assert rollout.weight_scale.unique().tolist() == [1.0]
+    assert (metrics["gate/weight_sum"].item(), metrics["gate/high_fraction"].item()) == (0.0, 0.0)
+    assert "gate/threshold" not in metrics

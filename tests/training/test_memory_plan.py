@@ -1,0 +1,212 @@
+"""The plan against what runs really allocate: every allocation of PyTorch on the CPU, as its profiler sees it."""
+
+import gc
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from egspo_lightning.cli.main import main
+from egspo_lightning.cli.plan import workload
+from egspo_lightning.models.critic import CriticConfig
+from egspo_lightning.models.lora import LoraConfig
+from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.ops.estimators import GAE
+from egspo_lightning.ops.objective import Objective
+from egspo_lightning.training.memory_plan import Workload, plan
+
+PROMPT, COMPLETION = 5, 43  # "3+4=?" and what no random policy ends
+
+
+@pytest.fixture(scope="session")
+def wide_model(repository, tmp_path_factory) -> str:
+    """A model of 5 M parameters whose EOS is never sampled in so few tokens."""
+    folder = tmp_path_factory.mktemp("model") / "wide"
+    shutil.copytree(repository / "configs" / "tiny_model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 8192}
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    return str(folder)
+
+
+def allocated_at_most(run) -> int:
+    """Most bytes that are allocated at a time, of those that are allocated during the call."""
+    gc.collect()  # what is freed during the call must not have been allocated before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+CASES = {
+    "plain": ({}, {}),
+    "checkpointing": ({"gradient_checkpointing": True}, {}),
+    "lora": ({"lora": LoraConfig(rank=8)}, {}),
+    "lora and its base": ({"lora": LoraConfig(rank=8)}, {"objective": Objective(beta=0.01)}),
+    "reference": ({}, {"objective": Objective(beta=0.01)}),
+    "critic": ({}, {"critic": CriticConfig("own"), "advantage": GAE()}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "accumulate", "max_tokens"),
+    [
+        ("plain", 1, None),
+        ("plain", 4, None),
+        ("checkpointing", 4, None),
+        ("lora", 1, None),
+        ("lora and its base", 1, None),
+        ("reference", 4, None),
+        ("critic", 1, None),
+        ("plain", 1, 500),
+        ("critic", 1, 870),  # two parts, the larger of 864
+    ],
+)
+def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case, accumulate, max_tokens):
+    of_policy, of_module = CASES[case]
+    policy = PolicyConfig(wide_model, from_scratch=True, **of_policy)
+    data = {"num_generations": 8, "max_prompt_length": PROMPT, "max_completion_length": COMPLETION}
+    data |= {"num_minibatches": 1, "num_ppo_epochs": 2, "expert_batch_size": 8}  # the second update has moments
+    data["max_tokens_per_micro_batch"] = max_tokens
+    run = tiny_run(
+        module={"policy": policy, "initial_stage": "egspo"} | of_module,
+        data=data,
+        trainer={"max_epochs": 1, "accumulate_grad_batches": accumulate},
+    )
+    measured = allocated_at_most(run.fit)
+    scores = not run.module.takes_sampled_statistics
+    work = Workload(
+        policy=policy,
+        critic=of_module.get("critic"),
+        holds_reference=run.module.has_reference and not run.module.base_is_reference,
+        optimizer=torch.optim.AdamW,
+        is_sharded=False,
+        is_bfloat16=False,
+        prompt_length=PROMPT,
+        completion_length=COMPLETION,
+        sampled_rows=32,
+        scored_tokens=32 * (PROMPT + COMPLETION) if scores else 0,
+        update_rows=32 // accumulate,
+        expert_rows=8 // accumulate,
+        sft_rows=0,
+        num_parts=accumulate if max_tokens is None else 2,
+        max_tokens=max_tokens,
+    )
+    memory = plan(work, 1)
+    assert memory.peak == pytest.approx(measured, rel=0.15)
+
+
+def test_the_command_reads_fits_configs_and_says_whether_it_fits(repository, monkeypatch, capsys):
+    """With devices that are not here; parts add up to the peak."""
+    monkeypatch.chdir(repository)
+    config = ["--config=configs/quickstart.yaml", "--trainer.accelerator=gpu", "--trainer.strategy=fsdp2"]
+    main(["plan", *config, "--trainer.devices=8", "--device_gib=0.001"])
+    out = capsys.readouterr().out
+    assert "one device of 8" in out
+    assert "does not fit in 0.001 GiB" in out
+    main(["plan", *config, "--num_devices=2"])
+    out = capsys.readouterr().out
+    assert "fits in 80 GiB" in out
+    assert "host" not in out
+    strategy = "--trainer.strategy=egspo_lightning.training.strategies.FSDP2Strategy"
+    main(["plan", *config[:2], strategy, "--trainer.strategy.cpu_offload=true", "--num_devices=2"])
+    assert "In the host's memory, for each device: 0.002 GiB" in capsys.readouterr().out  # 16 bytes a weight, by 2
+
+
+def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
+    work = Workload(
+        policy=PolicyConfig(wide_model, from_scratch=True),
+        critic=None,
+        holds_reference=True,
+        optimizer=torch.optim.AdamW,
+        is_sharded=True,
+        is_bfloat16=False,
+        prompt_length=PROMPT,
+        completion_length=COMPLETION,
+        sampled_rows=4,
+        scored_tokens=0,
+        update_rows=4,
+        expert_rows=0,
+        sft_rows=0,
+        num_parts=1,
+    )
+    whole, half = plan(replace(work, is_sharded=False), 2), plan(work, 2)
+    size = 4 * sum(p.numel() for p in PolicyConfig(wide_model, from_scratch=True).build().parameters())
+    assert whole.weights == whole.reference == whole.gradients == size
+    assert whole.optimizer == pytest.approx(2 * size, rel=1e-4)  # and a step count a parameter
+    assert [2 * half.weights, 2 * half.reference, 2 * half.gradients] == [size] * 3
+    assert (whole.gathered, half.gathered) == (0, 2 * size)
+    kv_bytes = 4 * (PROMPT + COMPLETION - 1) * 2 * 192 * 4 * 4  # rows, tokens, keys and values, heads, layers, bytes
+    assert half.cache == kv_bytes
+    offloaded = plan(replace(work, cpu_offload=True), 2)
+    assert (half.host, offloaded.host) == (0, half.held + half.gradients)
+    assert (offloaded.held, offloaded.gradients) == (0, 0)
+    for phase in ("sampling", "update"):
+        assert half.held <= half.phases[phase] - offloaded.phases[phase] <= half.held + half.gradients
+
+
+@pytest.mark.parametrize("stage", ["sft", "egspo"])
+def test_adapters_have_a_second_one_as_the_reference_after_sft_alone(tiny_run, wide_model, stage):
+    """Against the parameters that a run has."""
+    policy = PolicyConfig(wide_model, from_scratch=True, lora=LoraConfig(rank=2))
+    run = tiny_run(module={"policy": policy, "initial_stage": stage, "objective": Objective(beta=0.01)})
+    flags = SimpleNamespace(precision="32-true", accumulate_grad_batches=1, strategy="auto")
+    memory = plan(workload(run.module, run.data, flags, 1), 1)
+    run.module.configure_model()
+    plain = PolicyConfig(wide_model, from_scratch=True).build()
+    size, of_model = (sum(4 * p.numel() for p in policy.parameters()) for policy in (run.module.policy, plain))
+    assert (memory.weights, memory.reference) == (size, 0)
+    assert size - of_model == (2 if stage == "sft" else 1) * memory.gradients > 0
+    assert memory.scoring > 0
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_a_snapshot_is_what_is_trained_once_more_and_samples_beside_the_update(tiny_run, wide_model, lora):
+    """Against the copy that a run holds."""
+    policy = PolicyConfig(wide_model, from_scratch=True, lora=lora)
+    data = {"max_staleness": 1, "max_prompt_length": PROMPT, "max_completion_length": 18}
+    run = tiny_run(module={"policy": policy, "initial_stage": "egspo"}, data=data, trainer={"max_epochs": 2}).fit()
+    of_run = {id(p) for p in run.module.policy.parameters()}
+    copied = [p for p in run.module._snapshot._networks.policy.parameters() if id(p) not in of_run]
+    flags = SimpleNamespace(precision="32-true", accumulate_grad_batches=1, strategy="auto")
+    work = workload(run.module, run.data, flags, 1)
+    ahead, alone = plan(work, 1), plan(replace(work, looks_ahead=False), 1)
+    assert ahead.snapshot == sum(p.numel() * p.element_size() for p in copied) > 0
+    assert alone.snapshot == 0
+    assert ahead.phases["update"] - alone.phases["update"] == ahead.snapshot + ahead.cache + ahead.logits
+    assert ahead.phases["sampling"] - alone.phases["sampling"] == ahead.snapshot
+
+
+def test_a_budget_of_tokens_bounds_activations_and_logits_whatever_the_update_holds(repository, monkeypatch, capsys):
+    """As the command tells it, of updates four times and of one sixteenth as large; without a budget they grow."""
+    monkeypatch.chdir(repository)
+
+    def planned(*arguments):
+        main(["plan", "--config=configs/quickstart.yaml", "--data.engine.max_batch_size=8", *arguments])
+        lines = [line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        return {name.strip(): float(value) for name, value in lines}
+
+    small, large = ["--data.num_minibatches=8"], ["--data.num_minibatches=1"]
+    budget = ["--data.max_tokens_per_micro_batch=600", "--data.sft_batch_size=8"]
+    grows = [planned("--data.sft_batch_size=8", *size)["activations"] for size in (small, large)]
+    assert grows[1] > 2 * grows[0]
+    bounded = [planned(*budget, *size) for size in (small, large)]
+    assert bounded[0] == bounded[1]
+    assert bounded[0]["activations"] < grows[0]
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_by_the_plan(repository, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config=configs/quickstart.yaml", "--data.max_tokens_per_micro_batch=129"])
+    assert ended.value.code == 2
+    assert "data.max_tokens_per_micro_batch must be at least 130" in capsys.readouterr().err
