@@ -69,8 +69,8 @@ def _compute_entropies(is_on: bool) -> None:
 
 
 def _set_gate(module: Any, gate: Any) -> None:
-    object.__setattr__(module.admission, "gate", gate)
-    object.__setattr__(module.admission, "attenuation", ConfidenceAttenuation())
+    object.__setattr__(module.advantage_and_gate, "gate", gate)
+    object.__setattr__(module.advantage_and_gate, "attenuation", ConfidenceAttenuation())
 
 
 def logprobs_alone(*args: Any, with_entropies: bool, **kwargs: Any) -> TokenStats:

@@ -3,7 +3,7 @@
     python benchmarks/time_token_records.py --config configs/quickstart.yaml
 
 Trains a few collections without records, then records the last one again and again. CPU time of the process, so that
-neighbours on the machine do not count. An iteration is a collection with its updates, without evaluation.
+neighbors on the machine do not count. An iteration is a collection with its updates, without evaluation.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
                 f"--trainer.default_root_dir={folder}",
                 f"--trainer.callbacks+={__name__}.{PhaseSeconds.__name__}",
                 "--trainer.enable_progress_bar=false",
-                "--token_records.every_n_collections=0",
+                "--token_records.every_n_rollout_batches=0",
                 "--data.benchmarks=null",
                 "--hf_export.enabled=false",
             ]
@@ -63,7 +63,7 @@ def main() -> None:
         phases = next(c for c in callbacks if isinstance(c, PhaseSeconds))
         iteration = statistics.median(phases.seconds)
         once = statistics.median(_record(cli, Path(folder)) for _ in range(REPEATS))
-    every = TokenRecords().every_n_collections
+    every = TokenRecords().every_n_rollout_batches
     share = once / every / iteration
     print(f"iteration {iteration * 1e3:.0f} ms; records {once * 1e3:.1f} ms, every {every}th: {share:.2%}")
 

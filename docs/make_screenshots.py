@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def picture_of_completions(browser: Browser, run: Path, page: Path) -> None:
-    """The coloured completions, with the pointer on an uncertain token."""
+    """The colored completions, with the pointer on an uncertain token."""
     write_page(run, page, collection=None, max_completions=8)
     browser.open(page)
     browser.point_at(browser.find("article:nth-of-type(1) .high"))
@@ -63,7 +63,7 @@ def pictures_of_tensorboard(browser: Browser, address: str) -> None:
 
 
 def save(browser: Browser, name: str) -> None:
-    """As a PNG of few colours, which is a third of the size."""
+    """As a PNG of few colors, which is a third of the size."""
     picture = Image.open(io.BytesIO(base64.b64decode(browser.screenshot()))).convert("RGB")
     path = IMAGES / f"{name}.png"
     picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)

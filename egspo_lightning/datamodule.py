@@ -1,6 +1,6 @@
 """The LightningDataModule: alternates between expert data and freshly sampled rollouts.
 
-All sizes in its config are global: those of one optimiser step, or of one collection, over all ranks and accumulated
+All sizes in its config are global: those of one optimizer step, or of one collection, over all ranks and accumulated
 micro-batches. More ranks, ``--trainer.accumulate_grad_batches`` or ``max_tokens_per_micro_batch`` change speed and
 memory, never the update.
 """
@@ -341,9 +341,9 @@ class HybridDataModule(LightningDataModule):
         return self.phases.num_passes
 
     @property
-    def num_collections(self) -> int:
+    def num_rollout_batches(self) -> int:
         """Collections of rollouts that were sampled in this run."""
-        return self.phases.num_collections
+        return self.phases.num_rollout_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams of data stand, and the rollouts of a phase that is under way. Collective."""

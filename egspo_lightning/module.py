@@ -1,7 +1,7 @@
 """The LightningModule: one ``training_step`` for both stages. It handles tensors and never reads text.
 
 One Lightning epoch is one phase: a pass of SFT, or one rollout collection with its PPO epochs and minibatches.
-Optimisation is automatic, so clipping, accumulation, precision, strategies and checkpoints work by flag.
+Optimization is automatic, so clipping, accumulation, precision, strategies and checkpoints work by flag.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,19 @@ from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.ops.masking import masked_mean
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
-from egspo_lightning.training.advantage_and_gate import Admission
+from egspo_lightning.training.advantage_and_gate import AdvantageAndGate
 from egspo_lightning.training.fit_loop import settle
 from egspo_lightning.training.nonfinite_updates import FiniteUpdates, NonFiniteError, Part, describe, pack
 from egspo_lightning.training.resumable_module import ResumableModule
-from egspo_lightning.types import Current, ExpertBatch, Measurements, RolloutBatch, ScoredRollouts, Stage, TrainingBatch
+from egspo_lightning.types import (
+    ExpertBatch,
+    Measurements,
+    NetworkOutputs,
+    RolloutBatch,
+    ScoredRollouts,
+    Stage,
+    TrainingBatch,
+)
 
 FULL_PRECISION_TOLERANCE = 1e-3
 """Largest |log(pi / pi_old)| before the first update, nats, where everything is computed in float32."""
@@ -50,8 +58,8 @@ class EGSPOModule(ResumableModule):
         kl_reward: KL to the reference as a part of the reward; none by default.
         entropy_bonus: Term for the policy's entropy in the loss; none by default.
         temperature: Sampling temperature of the rollouts; old, new and reference log-probabilities are taken at it.
-        optimizer: The optimiser, over all trainable parameters.
-        lr_scheduler: Learning-rate schedule over optimiser steps; constant by default.
+        optimizer: The optimizer, over all trainable parameters.
+        lr_scheduler: Learning-rate schedule over optimizer steps; constant by default.
         initial_stage: sft, or egspo to start with rollouts at once.
         max_bad_updates: Updates in a row with a loss or gradient that is not finite, after which the run stops. Each
             is skipped and counted; at the last, weights and batch are written to nonfinite.ckpt for ``egspo replay``.
@@ -75,10 +83,10 @@ class EGSPOModule(ResumableModule):
     ) -> None:
         has_reference = objective.beta > 0 or kl_reward is not None
         super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
-        self.admission = Admission(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
+        self.advantage_and_gate = AdvantageAndGate(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
         self.objective, self.advantage, self.attenuation = objective, advantage, attenuation
         self.entropy_bonus = entropy_bonus
-        self.admission.require_sense()
+        self.advantage_and_gate.require_sense()
         self._require_critic()
         self._phase = PhaseMetrics()
         self._skip_update = False
@@ -183,7 +191,7 @@ class EGSPOModule(ResumableModule):
 
     def _egspo_forward(
         self, rollout: RolloutBatch, expert: ExpertBatch | None, *, with_entropies: bool
-    ) -> tuple[Current, Tensor | None]:
+    ) -> tuple[NetworkOutputs, Tensor | None]:
         """What the networks say of the rollouts, and the loss on the expert's solutions."""
         if expert is None:
             return self.statistics(rollout, with_entropies=with_entropies), None
@@ -192,7 +200,7 @@ class EGSPOModule(ResumableModule):
         return current, loss if stats.values is None else loss + self._untouched(stats.values)
 
     def _egspo_loss(
-        self, current: Current, rollout: RolloutBatch, expert_loss: Tensor | None, weights: Coefficients
+        self, current: NetworkOutputs, rollout: RolloutBatch, expert_loss: Tensor | None, weights: Coefficients
     ) -> tuple[Tensor, Metrics]:
         loss, metrics = self.objective.hybrid_loss(current, rollout, self.attenuation, expert_loss, weights)
         if self.critic_config is None or current.values is None:
@@ -200,7 +208,7 @@ class EGSPOModule(ResumableModule):
         error, value_metrics = value_loss(current.values, rollout, clip=self.critic_config.clip)
         return loss + weights.value * error, metrics | value_metrics
 
-    def replay(self, part: Part) -> tuple[Tensor, Current]:
+    def replay(self, part: Part) -> tuple[Tensor, NetworkOutputs]:
         """The loss of a micro-batch that was kept, and what the networks say of its tokens, with gradient."""
         rollout, expert, weights = part.batch.rollout, part.batch.expert, part.coefficients
         if rollout is None or weights is None:
@@ -236,7 +244,7 @@ class EGSPOModule(ResumableModule):
         return critic is not None and self.global_step - self.entered_step < critic.warmup_steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """What is not trained in this step must not be moved by the optimiser's momentum or weight decay either."""
+        """What is not trained in this step must not be moved by the optimizer's momentum or weight decay either."""
         policy, critic = self._trained_parameters()
         scaled = str(self.trainer.precision) == "16-mixed"  # its scaler skips, and lowers the scale
         is_bad = self._finite.judge([*policy, *critic], self.sum_over_ranks, scaled=scaled)
@@ -284,7 +292,7 @@ class EGSPOModule(ResumableModule):
         self.trainer.save_checkpoint(path, weights_only=False)
         raise NonFiniteError(
             f"{self._finite.num_in_a_row} updates in a row had a loss or gradient that is not finite, the last at "
-            f"{describe(part)} after {self.global_step} optimiser steps, phase {self.trainer.current_epoch + 1}. They "
+            f"{describe(part)} after {self.global_step} optimizer steps, phase {self.trainer.current_epoch + 1}. They "
             f"were skipped; the weights are those of before. To see which tokens: egspo replay {path}. Lower the "
             "learning rate, clip the gradient (trainer.gradient_clip_val), or look at the data, then resume."
         )
@@ -296,7 +304,7 @@ class EGSPOModule(ResumableModule):
             allowed.add(max(self._previous_version, self.entered_step))  # never of stage SFT
         if rollout.policy_version not in allowed:
             raise RuntimeError(
-                f"Stale rollouts: they were sampled by the policy after {rollout.policy_version} optimiser steps, but "
+                f"Stale rollouts: they were sampled by the policy after {rollout.policy_version} optimizer steps, but "
                 f"this phase began at {self._phase_version}, and data.max_staleness = {self._staleness} allows for "
                 f"{' and '.join(map(str, sorted(allowed)))}. A loader that prefetches across phases does this."
             )
@@ -325,9 +333,9 @@ class EGSPOModule(ResumableModule):
                 "with the engine that sampled them)."
             )
 
-    def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
+    def to_rollout_batch(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
         """Take a collection in: credit each token, settle the gate, and keep metrics for the first step to log."""
-        rollout, metrics = self.admission.admit(rollouts, self)
+        rollout, metrics = self.advantage_and_gate.to_rollout_batch(rollouts, self)
         metrics["rollout/staleness"] = torch.tensor(float(self.policy_version - rollouts.policy_version))
         pairs = self.sum_over_ranks(torch.tensor(list(measurements.values()), device=self.device))
         counted = zip(measurements, pairs, strict=True)
@@ -354,7 +362,7 @@ class EGSPOModule(ResumableModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep, besides what the networks need, what gate and controllers remember, and the metrics of the phase."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["egspo"]["admission"] = self.admission.state_dict()
+        checkpoint["egspo"]["advantage_and_gate"] = self.advantage_and_gate.state_dict()
         checkpoint["egspo"]["metrics"] = self.collect_over_ranks(self._phase.state_dict())
         checkpoint["egspo"]["finite"] = self._finite.state_dict()
         if self._finite.must_stop and self._finite.bad_part is not None:
@@ -363,7 +371,7 @@ class EGSPOModule(ResumableModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what they remembered."""
         super().on_load_checkpoint(checkpoint)
-        self.admission.load_state_dict(checkpoint["egspo"]["admission"])
+        self.advantage_and_gate.load_state_dict(checkpoint["egspo"]["advantage_and_gate"])
         metrics, rank = checkpoint["egspo"].get("metrics", []), self.trainer.global_rank
         if len(metrics) == self.trainer.world_size:
             self._phase.load_state_dict(metrics[rank])

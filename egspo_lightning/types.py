@@ -19,6 +19,20 @@ from egspo_lightning.errors import require
 if TYPE_CHECKING:  # the grader's workers import this package without torch
     from torch import Tensor
 
+    PositiveInt = NonNegativeInt = Count = int
+    PositiveFloat = NonNegativeFloat = UnitInterval = PositiveShare = float
+else:
+    from jsonargparse.typing import restricted_number_type
+
+    Count = restricted_number_type("Count", int, [(">=", 1), ("<=", 10**8)])
+    """What is counted in memory: the upper limit is far above what fits and below what hangs before it fails."""
+    PositiveFloat = restricted_number_type("FinitePositiveFloat", float, [(">", 0), ("<", float("inf"))])
+    NonNegativeFloat = restricted_number_type("FiniteNonNegativeFloat", float, [(">=", 0), ("<", float("inf"))])
+    PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
+    """A share in (0, 1]."""
+"""Ranges of config values, which the command line's parser enforces; a parsed value is an instance of a subclass of int
+or float, so convert it with int() or float() before it goes into a checkpoint, which holds plain values alone."""
+
 
 Measurements = Mapping[str, tuple[float, float]]
 """Metric name to (sum, count) on this rank; the metric is their ratio over all ranks, or the sum where count is 0."""
@@ -123,7 +137,7 @@ class Completion(NamedTuple):
 
 
 class UpdateSize(NamedTuple):
-    """The size of one optimiser step, over all its micro-batches and ranks: what its losses are divided by."""
+    """The size of one optimizer step, over all its micro-batches and ranks: what its losses are divided by."""
 
     num_tokens: float
     """completion tokens"""
@@ -147,7 +161,7 @@ class ExpertBatch(NamedTuple):
     update_size: UpdateSize
 
 
-class Current(NamedTuple):
+class NetworkOutputs(NamedTuple):
     """What the networks in training say of the completion tokens, with gradient; all (B, T), 0 elsewhere."""
 
     logprobs: Tensor
@@ -188,7 +202,7 @@ class ScoredRollouts(NamedTuple):
     max_length: int
     """the length limit of a completion, in tokens"""
     policy_version: int
-    """the optimiser steps that the sampling policy had taken"""
+    """the optimizer steps that the sampling policy had taken"""
     sampled_logprobs: Tensor | None = None
     """(B, T) float32, nats: as the engine told them, NaN where it did not; None where they are the scores' own"""
 
@@ -226,7 +240,7 @@ class RolloutBatch(NamedTuple):
     weight_scale: Tensor
     """(B, 1) float32: what the gate's weights are multiplied by, the same everywhere"""
     policy_version: int
-    """the optimiser steps that the sampling policy had taken"""
+    """the optimizer steps that the sampling policy had taken"""
     update_size: UpdateSize
     sampled_logprobs: Tensor | None = None
     """(B, T) float32, nats: as the engine told them, NaN where it did not; None where they are the old ones"""

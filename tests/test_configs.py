@@ -78,7 +78,7 @@ SMALL = [
     "--data.max_completion_length=40",
     "--stage_transition.after_epochs=1",
     "--hf_export.enabled=false",
-    "--token_records.every_n_collections=0",
+    "--token_records.every_n_rollout_batches=0",
 ]
 
 ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
@@ -142,7 +142,7 @@ def test_overlays_say_what_their_names_say(build, repository, method):
 
 def settings(cli):
     """What makes the method: the parts of the loss and of the collection."""
-    parts = cli.model.admission
+    parts = cli.model.advantage_and_gate
     (transition,) = [c for c in cli.trainer.callbacks if isinstance(c, StageTransition)]
     return {
         "objective": parts.objective,
@@ -170,9 +170,9 @@ def test_methods_train(repository, tmp_path, monkeypatch, small_model, method):
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     assert all(map(math.isfinite, metrics.values())), metrics
     if method == "sft":
-        assert (cli.datamodule.num_passes, cli.datamodule.num_collections) == (3, 0)
+        assert (cli.datamodule.num_passes, cli.datamodule.num_rollout_batches) == (3, 0)
         return
-    assert (cli.datamodule.num_passes, cli.datamodule.num_collections) == (1, 2)
+    assert (cli.datamodule.num_passes, cli.datamodule.num_rollout_batches) == (1, 2)
     assert cli.trainer.global_step == 2 + 2 * 4
     assert ("loss/sft" in metrics and metrics["policy/mu"] > 0) == METHODS[method].get("mixes_expert_data", True)
     assert ("loss/value" in metrics) == ("critic" in METHODS[method])
@@ -226,8 +226,8 @@ def test_optional_parts_are_switched_on_by_one_flag_each(build):
         "--model.entropy_bonus.target=0.3",
     )
     assert cli.model.critic_config == CriticConfig("own")
-    assert cli.model.admission.kl_reward == KLReward(0.01)
-    assert cli.model.admission.entropy_bonus == EntropyBonus(target=0.3)
+    assert cli.model.advantage_and_gate.kl_reward == KLReward(0.01)
+    assert cli.model.advantage_and_gate.entropy_bonus == EntropyBonus(target=0.3)
     assert cli.model.has_reference
 
 
@@ -237,7 +237,7 @@ def test_optional_parts_of_an_overlay_are_switched_off_by_null(build):
         "--config=configs/methods/reinforce_plus_plus.yaml",
         "--model.kl_reward=null",
     )
-    assert cli.model.admission.kl_reward is None
+    assert cli.model.advantage_and_gate.kl_reward is None
     assert not cli.model.has_reference
 
 
@@ -291,5 +291,5 @@ def test_real_recipes_run_with_the_tiny_model(repository, tmp_path, monkeypatch,
             "--data.max_completion_length=16",
         ]
     )
-    assert cli.datamodule.num_collections == 1
+    assert cli.datamodule.num_rollout_batches == 1
     assert cli.trainer.callback_metrics["eval/local/avg@2"] == 0.0

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from egspo_lightning.analysis.__main__ import main as analyse
+from egspo_lightning.analysis.__main__ import main as analyze
 from egspo_lightning.cli.main import main
 from reference_pages import on_page_markdown
 
@@ -207,7 +207,7 @@ def test_commands_run(folder, capsys, page, command):
         quickstart = ["fit", "--config=configs/quickstart.yaml"]
         fit([*quickstart, "--trainer.max_epochs=2"], folder)
     if module == "egspo_lightning.analysis":
-        analyse(arguments)
+        analyze(arguments)
         assert (folder / "completions.html").stat().st_size > 1000
         return
     if arguments[0] == "plan":

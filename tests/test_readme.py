@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from egspo_lightning.analysis.__main__ import main as analyse
+from egspo_lightning.analysis.__main__ import main as analyze
 from egspo_lightning.cli.main import main
 
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -83,7 +83,7 @@ def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, 
         command = command.replace("logs/lightning_logs/version_0", f"{tmp_path}/logs/lightning_logs/version_0")
         module, *arguments = shlex.split(command.replace("problems.jsonl", str(problems)))[2:]
         if module == "egspo_lightning.analysis":
-            analyse([*arguments[:-1], str(tmp_path / arguments[-1])])
+            analyze([*arguments[:-1], str(tmp_path / arguments[-1])])
             continue
         short = [] if "gsm8k" in command else SHORT[arguments[0]]
         if "gsm8k" in command:

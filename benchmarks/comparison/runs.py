@@ -27,9 +27,9 @@ QUIET = (
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_checkpointing=false",
     "--hf_export.enabled=false",
-    "--entropy_histogram.every_n_collections=0",
-    "--token_records.every_n_collections=0",
-    "--rollout_samples.every_n_collections=0",
+    "--entropy_histogram.every_n_rollout_batches=0",
+    "--token_records.every_n_rollout_batches=0",
+    "--rollout_samples.every_n_rollout_batches=0",
 )
 
 MEANS = ("policy/entropy", "gate/weight_mean", "rollout/length_mean")
@@ -79,7 +79,7 @@ def _train_method(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]
     logged, first_step = metrics.read(workspace / "metrics.csv"), int(checkpoint["global_step"])
     return _measured(cli) | {
         "updates": cli.trainer.global_step - first_step,
-        "collections": _data(cli).num_collections,
+        "collections": _data(cli).num_rollout_batches,
         "learning_rate": cli.trainer.optimizers[0].param_groups[0]["lr"],
         "checkpoint": _digest(checkpoint),
         "gate_seconds": metrics.total(logged, "time/gate"),

@@ -104,7 +104,7 @@ class UpdateTimes(Callback):
     """Times the updates of each iteration, and right after them a bare forward and backward pass of their tokens.
 
     The time of the updates goes from the start of the first to the end of the last: forward, backward, clipping,
-    optimiser, logging and the cutting of minibatches; sampling and scoring come before.
+    optimizer, logging and the cutting of minibatches; sampling and scoring come before.
     """
 
     bare: Callable[[Any, list[Any]], None]

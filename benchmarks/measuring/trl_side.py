@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on a workload: same weights, prompts, sizes, reward, optimiser and threads."""
+"""TRL's GRPOTrainer on a workload: same weights, prompts, sizes, reward, optimizer and threads."""
 
 import itertools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ DIFFERENCES = (
     "TRL's minibatches are drawn from the whole collection, ours take an even share of each group.",
     "TRL runs a collection's forward and backward passes on all rows; ours leaves out groups without spread, whose "
     "gradient is 0.",
-    "TRL's optimiser is its default, the fused AdamW of torch; ours is AdamW as the quickstart sets it.",
+    "TRL's optimizer is its default, the fused AdamW of torch; ours is AdamW as the quickstart sets it.",
 )
 
 

@@ -3,7 +3,7 @@
 A Llama architecture of 0.28 million parameters, without weights (training starts from random ones), and a
 tokenizer whose token b is the byte b, so that every text comes back unchanged. It is Qwen2's architecture but for the
 bias of the attention projections; the model type is not "qwen2" because for that one transformers 5 puts Qwen's own
-tokenizer in the place of any other, whose Unicode normalisation changes some texts.
+tokenizer in the place of any other, whose Unicode normalization changes some texts.
 """
 
 import json

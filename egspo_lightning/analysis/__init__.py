@@ -1,1 +1,1 @@
-"""Reading what a run has recorded of its tokens: as data frames, as plots, as coloured text."""
+"""Reading what a run has recorded of its tokens: as data frames, as plots, as colored text."""

@@ -1,11 +1,11 @@
-"""``python -m egspo_lightning.analysis RUN --html out.html``: a run's completions, coloured, as a page."""
+"""``python -m egspo_lightning.analysis RUN --html out.html``: a run's completions, colored, as a page."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from egspo_lightning.analysis.completion_pages import ColouredCompletions
+from egspo_lightning.analysis.completion_pages import ColoredCompletions
 from egspo_lightning.analysis.record_reading import load
 from egspo_lightning.errors import UserError
 
@@ -32,9 +32,9 @@ def write_page(run: Path, target: Path, *, collection: int | None, max_completio
     Raises:
         UserError: the run cannot be read, or the file not be written
     """
-    coloured = ColouredCompletions(load(run), collection=collection, max_completions=max_completions)
+    colored = ColoredCompletions(load(run), collection=collection, max_completions=max_completions)
     try:
-        target.write_text(coloured.page(f"Token entropy of {run}"), encoding="utf-8")
+        target.write_text(colored.page(f"Token entropy of {run}"), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html: {target} cannot be written: {error.strerror}.") from error
 

@@ -1,4 +1,4 @@
-"""Completions with each token coloured by its entropy, as HTML without a line of script.
+"""Completions with each token colored by its entropy, as HTML without a line of script.
 
 Text of models and data sets is hostile until shown otherwise: it is made visible (``text.visible``), then escaped, and
 the page forbids scripts and everything from elsewhere.
@@ -54,8 +54,8 @@ _SHOWN = {
 """Column to the name and unit of its line in the box that opens over a token."""
 
 
-class ColouredCompletions:
-    """Completions, coloured: in a notebook by being the value of a cell, elsewhere by ``page``.
+class ColoredCompletions:
+    """Completions, colored: in a notebook by being the value of a cell, elsewhere by ``page``.
 
     The background is the entropy, from none at 0 to full at ``most`` nats; tokens that the gate let through whole are
     underlined; the pointer on a token opens all that is recorded of it.
@@ -64,7 +64,7 @@ class ColouredCompletions:
         records: of one run, or of several
         collection: number of the only collection to show; by default all
         max_completions: as many are shown at most, the latest collections first
-        most: entropy from which on the colour is full, nats; by default 99 % of the tokens shown stay below it
+        most: entropy from which on the color is full, nats; by default 99 % of the tokens shown stay below it
 
     Raises:
         UserError: there is nothing to show

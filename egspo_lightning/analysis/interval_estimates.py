@@ -14,7 +14,7 @@ def means(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
 
         mean = sum s_i / sum n_i        half = 1.96 sqrt( m / (m - 1) sum (s_i - mean n_i)^2 ) / sum n_i
 
-    (the ratio estimator with linearised variance; Cochran, Sampling Techniques, section 6.3). For few completions it is
+    (the ratio estimator with linearized variance; Cochran, Sampling Techniques, section 6.3). For few completions it is
     too narrow; for one it is NaN.
 
     Args:

@@ -1,4 +1,4 @@
-"""What all plots share: axes to draw on, colours that keep their meaning, runs side by side."""
+"""What all plots share: axes to draw on, colors that keep their meaning, runs side by side."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,10 +15,10 @@ except ImportError as error:
     raise ImportError('Plots need matplotlib: pip install "egspo-lightning[notebooks]".') from error
 
 HIGH, LOW = "#D55E00", "#0072B2"
-"""Tokens above and below the threshold, in every plot; of Okabe and Ito's palette, told apart by the colour blind."""
+"""Tokens above and below the threshold, in every plot; of Okabe and Ito's palette, told apart by the color blind."""
 RIGHT, WRONG = "#009E73", "#CC79A7"
 """Completions with a right and with a wrong answer."""
-RUN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+RUN_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 SEQUENTIAL = "cividis"
 
 ABOVE = "the last bin has all above"
@@ -40,9 +40,9 @@ def entropy_edges(entropies: pd.Series, bins: int) -> np.ndarray:
 
 
 def by_run(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, str]]:
-    """Each run's name, rows and colour, in the order of the frame."""
+    """Each run's name, rows and color, in the order of the frame."""
     for number, name in enumerate(frame["run"].unique()):
-        yield name, frame[frame["run"] == name], RUN_COLOURS[number % len(RUN_COLOURS)]
+        yield name, frame[frame["run"] == name], RUN_COLORS[number % len(RUN_COLORS)]
 
 
 def require_one_run(frame: pd.DataFrame, what: str) -> None:

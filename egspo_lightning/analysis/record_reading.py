@@ -78,7 +78,7 @@ def _read(folder: Path, kind: str) -> pd.DataFrame:
     if not tables:
         raise UserError(
             f"{folder}: no token records ({kind}) in its {FOLDER}/. They are written at the end of every "
-            "token_records.every_n_collections-th collection of stage EGSPO."
+            "token_records.every_n_rollout_batches-th collection of stage EGSPO."
         )
     return pa.concat_tables(tables, promote_options="default").to_pandas()
 

@@ -25,7 +25,7 @@ def _column(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
 _KEYS = [
     _column("collection", pa.int32(), "the iteration: number of the rollout collection, from 0"),
     _column("stage", pa.string(), "stage of training: egspo"),
-    _column("policy_version", pa.int64(), "optimiser steps that the policy had taken when it sampled"),
+    _column("policy_version", pa.int64(), "optimizer steps that the policy had taken when it sampled"),
     _column("problem_id", pa.string(), "id of the problem, as its source gives it"),
     _column("completion_id", pa.string(), "collection/rank/row: unique in a run"),
 ]

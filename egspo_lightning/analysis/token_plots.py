@@ -34,11 +34,11 @@ def entropy_by_position(tokens: pd.DataFrame, *, min_count: int = 20, ax: Axes |
     """
     require_columns(tokens, ["run", "position", "entropy"], "entropy_by_position")
     ax = axes_for(ax)
-    for run, rows, colour in by_run(tokens):
+    for run, rows, color in by_run(tokens):
         places = rows.groupby("position")["entropy"].describe()
         places = places[places["count"] >= min_count]
-        ax.fill_between(places.index, places["25%"], places["75%"], color=colour, alpha=0.2, linewidth=0)
-        ax.plot(places["mean"], color=colour, marker=".", label=f"{run}, mean")
+        ax.fill_between(places.index, places["25%"], places["75%"], color=color, alpha=0.2, linewidth=0)
+        ax.plot(places["mean"], color=color, marker=".", label=f"{run}, mean")
     ax.set_ylim(bottom=0)
     title = "Entropy by position; the band is the middle half"
     return finish(ax, x="position in the completion (tokens)", y=ENTROPY_LABEL, title=title, legend=True)
@@ -87,14 +87,14 @@ def entropy_by_correctness(
     verdicts = completions[["run", "completion_id", "is_correct"]]
     joined = tokens.merge(verdicts, on=["run", "completion_id"], validate="many_to_one")
     edges = entropy_edges(joined["entropy"], bins)
-    for verdict, name, colour in ((True, "right", RIGHT), (False, "wrong", WRONG)):
+    for verdict, name, color in ((True, "right", RIGHT), (False, "wrong", WRONG)):
         rows = joined[joined["is_correct"] == verdict]
         if rows.empty:
             continue
         share = 100 * np.histogram(rows["entropy"].clip(upper=edges[-1]), edges)[0] / len(rows)
         mean, count = rows["entropy"].mean(), rows["completion_id"].nunique()
-        ax.stairs(share, edges, color=colour, linewidth=1.8, label=f"{name}: {count:,} completions, mean {mean:.3f}")
-        ax.axvline(mean, color=colour, linestyle="--", linewidth=1)
+        ax.stairs(share, edges, color=color, linewidth=1.8, label=f"{name}: {count:,} completions, mean {mean:.3f}")
+        ax.axvline(mean, color=color, linestyle="--", linewidth=1)
     ax.set_yscale("log")
     title = f"Entropy by correctness; {ABOVE}; means dashed"
     return finish(ax, x=ENTROPY_LABEL, y="share of tokens in the bin (%)", title=title, legend=True)
@@ -125,14 +125,14 @@ def ratio_by_entropy(tokens: pd.DataFrame, *, bins: int = 16, ax: Axes | None = 
     require_columns(tokens, ["run", "entropy", "ratio", "advantage", "threshold"], "ratio_by_entropy")
     require_one_run(tokens, "ratio_by_entropy")
     ax = axes_for(ax)
-    for sign, name, colour in ((1, "A > 0", RIGHT), (-1, "A < 0", WRONG)):
+    for sign, name, color in ((1, "A > 0", RIGHT), (-1, "A < 0", WRONG)):
         rows = tokens[np.sign(tokens["advantage"]) == sign]
         if rows.empty:
             continue
         cells = rows.groupby(pd.qcut(rows["entropy"], bins, duplicates="drop"), observed=True)
         x, found = cells["entropy"].median(), cells["ratio"].describe()
-        ax.fill_between(x, found["25%"], found["75%"], color=colour, alpha=0.2, linewidth=0)
-        ax.plot(x, found["50%"], color=colour, marker=".", label=f"{name}, median")
+        ax.fill_between(x, found["25%"], found["75%"], color=color, alpha=0.2, linewidth=0)
+        ax.plot(x, found["50%"], color=color, marker=".", label=f"{name}, median")
     ax.axhline(1.0, color="black", linewidth=0.8)
     if np.isfinite(tokens["threshold"]).all():
         ax.axvline(tokens["threshold"].mean(), color=HIGH, linestyle="--", label="mean threshold")

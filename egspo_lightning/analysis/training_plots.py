@@ -45,8 +45,8 @@ def threshold_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The gate's threshold tau; its mean, where each completion has its own. Runs whose gate is open have none."""
     require_columns(tokens, ["run", "collection", "threshold"], "threshold_curve")
     ax = axes_for(ax)
-    for run, rows, colour in by_run(tokens[np.isfinite(tokens["threshold"])]):
-        ax.plot(rows.groupby("collection")["threshold"].mean(), color=colour, marker=".", label=run)
+    for run, rows, color in by_run(tokens[np.isfinite(tokens["threshold"])]):
+        ax.plot(rows.groupby("collection")["threshold"].mean(), color=color, marker=".", label=run)
     ax.set_ylim(bottom=0)
     return finish(ax, x=COLLECTION_LABEL, y="threshold tau (nats)", title="Threshold of the gate", legend=True)
 
@@ -55,9 +55,9 @@ def high_share_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of recorded tokens that the gate lets through whole, with 95 % intervals over completions."""
     require_columns(tokens, ["run", "collection", "completion_id", "is_high_entropy"], "high_share_curve")
     ax = axes_for(ax)
-    for run, rows, colour in by_run(tokens):
+    for run, rows, color in by_run(tokens):
         share = means(rows, ["collection"], "is_high_entropy") * 100
-        ax.errorbar(share.index, share["mean"], share["half_width"], color=colour, marker=".", capsize=2, label=run)
+        ax.errorbar(share.index, share["mean"], share["half_width"], color=color, marker=".", capsize=2, label=run)
     ax.set_ylim(bottom=0)
     return finish(ax, x=COLLECTION_LABEL, y="high-entropy tokens (%)", title="Tokens let through whole", legend=True)
 
@@ -80,13 +80,13 @@ def weight_mass(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def metric_curves(metrics: pd.DataFrame, name: str, *, unit: str, window: int = 1, ax: Axes | None = None) -> Axes:
-    """A logged metric over optimiser steps, as a running mean over ``window`` values."""
+    """A logged metric over optimizer steps, as a running mean over ``window`` values."""
     require_columns(metrics, ["run", "step", name], "metric_curves")
     ax = axes_for(ax)
-    for run, rows, colour in by_run(metrics.dropna(subset=[name])):
-        ax.plot(rows["step"], rows[name].rolling(window, min_periods=1).mean(), color=colour, label=run)
+    for run, rows, color in by_run(metrics.dropna(subset=[name])):
+        ax.plot(rows["step"], rows[name].rolling(window, min_periods=1).mean(), color=color, label=run)
     smoothed = f", mean of {window} values" if window > 1 else ""
-    return finish(ax, x="optimiser step (number)", y=f"{name} ({unit})", title=f"{name}{smoothed}", legend=True)
+    return finish(ax, x="optimizer step (number)", y=f"{name} ({unit})", title=f"{name}{smoothed}", legend=True)
 
 
 def accuracy_against_entropy(metrics: pd.DataFrame, *, window: int = 5, ax: Axes | None = None) -> Axes:
@@ -97,18 +97,18 @@ def accuracy_against_entropy(metrics: pd.DataFrame, *, window: int = 5, ax: Axes
     columns = ["policy/entropy", "rollout/accuracy"]
     require_columns(metrics, ["run", *columns], "accuracy_against_entropy")
     ax = axes_for(ax)
-    for run, rows, colour in by_run(metrics.dropna(subset=columns)):
+    for run, rows, color in by_run(metrics.dropna(subset=columns)):
         path = rows[columns].rolling(window, min_periods=window).mean().dropna()
         entropy, accuracy = path["policy/entropy"], 100 * path["rollout/accuracy"]
-        ax.plot(entropy, accuracy, color=colour, linewidth=1, alpha=0.7, marker=".", markersize=4, label=run)
+        ax.plot(entropy, accuracy, color=color, linewidth=1, alpha=0.7, marker=".", markersize=4, label=run)
         for end, marker in ((0, "o"), (-1, "s")):
-            ax.plot(entropy.iloc[[end]], accuracy.iloc[[end]], marker, color=colour, markeredgecolor="black")
+            ax.plot(entropy.iloc[[end]], accuracy.iloc[[end]], marker, color=color, markeredgecolor="black")
     title = "Accuracy against entropy, from circle to square"
     return finish(ax, x="policy entropy (nats a token)", y="accuracy of rollouts (%)", title=title, legend=True)
 
 
 def _borders(numbers: np.ndarray) -> np.ndarray:
-    """Borders of cells around the numbers: midway between neighbours."""
+    """Borders of cells around the numbers: midway between neighbors."""
     if len(numbers) == 1:
         return np.array([numbers[0] - 0.5, numbers[0] + 0.5])
     middles = (numbers[1:] + numbers[:-1]) / 2

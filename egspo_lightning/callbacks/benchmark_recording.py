@@ -58,7 +58,7 @@ def close_journal(trainer: Trainer, journal: Journal) -> None:
 
 
 def checkpoint_of(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """Which checkpoint is measured, and the optimiser steps that it, or the running fit, has taken."""
+    """Which checkpoint is measured, and the optimizer steps that it, or the running fit, has taken."""
     if trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path is None:
         return {"ckpt_path": None, "step": trainer.global_step}
     return {"ckpt_path": str(trainer.ckpt_path), "step": module_of(pl_module).loaded_step}

@@ -16,27 +16,27 @@ class EntropyHistogram(Callback):
     (``gate/*``) that training logs itself.
 
     Args:
-        every_n_collections: How often; 0 is never.
+        every_n_rollout_batches: How often; 0 is never.
     """
 
-    def __init__(self, every_n_collections: int = 1) -> None:
+    def __init__(self, every_n_rollout_batches: int = 1) -> None:
         super().__init__()
-        field = "entropy_histogram.every_n_collections"
-        require(every_n_collections >= 0, field, every_n_collections, "at least 0")
-        self.every_n_collections = every_n_collections
+        field = "entropy_histogram.every_n_rollout_batches"
+        require(every_n_rollout_batches >= 0, field, every_n_rollout_batches, "at least 0")
+        self.every_n_rollout_batches = every_n_rollout_batches
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what loggers without histograms get."""
-        if self.every_n_collections:
+        if self.every_n_rollout_batches:
             instead = "has no histograms; mean and quantiles of token entropy are logged as metrics, entropy/*."
             note_once(trainer, "entropy_histogram", SHOWS_HISTOGRAMS, instead)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the collection that this epoch trained on."""
         data = data_of(trainer)
-        if data.collection is None or not self.every_n_collections:
+        if data.collection is None or not self.every_n_rollout_batches:
             return
-        if (data.num_collections - 1) % self.every_n_collections:
+        if (data.num_rollout_batches - 1) % self.every_n_rollout_batches:
             return
         rollout = data.collection.rollout
         sampled = rollout.sampled_mask

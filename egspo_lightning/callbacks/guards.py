@@ -47,16 +47,16 @@ class Guards(Callback):
         self.min_entropy_share, self.max_kl, self.max_first_ratio_gap = min_entropy_share, max_kl, max_first_ratio_gap
         self.max_truncated_fraction, self.num_zero_rewards = max_truncated_fraction, num_zero_rewards
         self.first_entropy: float | None = None
-        self.num_collections = self.num_flat = self.num_zero = 0
+        self.num_rollout_batches = self.num_flat = self.num_zero = 0
         self.spoken: list[str] = []
         """Guards that have warned."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the collection that this epoch trained on."""
         data = data_of(trainer)
-        if data.num_collections == self.num_collections:
+        if data.num_rollout_batches == self.num_rollout_batches:
             return
-        self.num_collections = data.num_collections
+        self.num_rollout_batches = data.num_rollout_batches
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         found = dict(self._judge(metrics))
         told = {f"guard/{name}": float(message is not None) for name, message in found.items()}
@@ -148,7 +148,7 @@ class Guards(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What it compares with, and what was said."""
-        names = ("first_entropy", "num_collections", "num_flat", "num_zero", "spoken")
+        names = ("first_entropy", "num_rollout_batches", "num_flat", "num_zero", "spoken")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class MathBenchmark(Callback):
         """"before", "after SFT" and "after EGSPO" to the results of then."""
         self.latest: Results = {}
         self.latest_step = -1
-        """Optimiser steps taken when it was measured."""
+        """Optimizer steps taken when it was measured."""
         self.reports: list[Report] = []
         """The latest results with those of subjects and levels."""
         self.written: list[Path] = []

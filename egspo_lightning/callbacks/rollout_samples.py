@@ -22,30 +22,30 @@ class RolloutSamples(Callback):
     """Logs the first completions of a collection as text: in TensorBoard, Weights & Biases and MLflow.
 
     Tokens that the gate let through whole are bold, and the pointer on one shows its values. TensorBoard's text knows
-    neither colours nor links to files, so the page with all tokens coloured is given as the command that makes it.
+    neither colors nor links to files, so the page with all tokens colored is given as the command that makes it.
 
     Args:
-        every_n_collections: How often; 0 is never.
+        every_n_rollout_batches: How often; 0 is never.
         num_samples: Completions logged at a time.
         max_characters: A longer text is cut, and says so.
     """
 
-    def __init__(self, every_n_collections: int = 10, num_samples: int = 4, max_characters: int = 4000) -> None:
+    def __init__(self, every_n_rollout_batches: int = 10, num_samples: int = 4, max_characters: int = 4000) -> None:
         super().__init__()
-        if every_n_collections < 0 or num_samples < 1:
+        if every_n_rollout_batches < 0 or num_samples < 1:
             raise UserError(
-                "rollout_samples.every_n_collections must be at least 0 and .num_samples at least 1, got "
-                f"{every_n_collections} and {num_samples}."
+                "rollout_samples.every_n_rollout_batches must be at least 0 and .num_samples at least 1, got "
+                f"{every_n_rollout_batches} and {num_samples}."
             )
-        self.every_n_collections, self.num_samples, self.max_characters = (
-            every_n_collections,
+        self.every_n_rollout_batches, self.num_samples, self.max_characters = (
+            every_n_rollout_batches,
             num_samples,
             max_characters,
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where completions are seen with loggers that keep no text."""
-        if self.every_n_collections:
+        if self.every_n_rollout_batches:
             instead = "keeps no text; completions are in the token records, see python -m egspo_lightning.analysis."
             note_once(trainer, "rollout_samples", SHOWS_TEXT, instead)
 
@@ -53,9 +53,9 @@ class RolloutSamples(Callback):
         """Log the collection that this epoch trained on."""
         data, log_dir = data_of(trainer), trainer.log_dir  # log_dir is broadcast: ask on every rank
         collection = data.collection
-        if collection is None or not self.every_n_collections:
+        if collection is None or not self.every_n_rollout_batches:
             return
-        if (data.num_collections - 1) % self.every_n_collections == 0 and trainer.is_global_zero:
+        if (data.num_rollout_batches - 1) % self.every_n_rollout_batches == 0 and trainer.is_global_zero:
             module = module_of(pl_module)
             samples = [self._sample(collection, row, module) for row in range(self._num_shown(collection))]
             log_text(trainer, "rollout/samples", SEPARATOR.join([*samples, *_pointers(trainer, log_dir)]))
@@ -99,11 +99,11 @@ def _verdict(completion: Completion) -> str:
 
 
 def _pointers(trainer: Trainer, log_dir: str | None) -> list[str]:
-    """What the marks mean, and how all recorded tokens are seen in colour."""
+    """What the marks mean, and how all recorded tokens are seen in color."""
     callbacks: list[Callback] = getattr(trainer, "callbacks", [])
     lines = ["Bold: let through whole by the gate."]
-    if log_dir is not None and any(isinstance(c, TokenRecords) and c.every_n_collections for c in callbacks):
-        lines += ["All recorded tokens, coloured by entropy:", ""]
+    if log_dir is not None and any(isinstance(c, TokenRecords) and c.every_n_rollout_batches for c in callbacks):
+        lines += ["All recorded tokens, colored by entropy:", ""]
         lines.append(_block(f"python -m egspo_lightning.analysis {log_dir} --html completions.html"))
     return ["\n".join(lines)]
 

@@ -20,7 +20,7 @@ class StageTransition(Callback):
     """Ends stage SFT after a number of epochs, or when a monitored metric is good enough or stops improving.
 
     Whichever condition holds first counts; without any, SFT is one epoch. At the transition the SFT policy becomes the
-    reference (where beta > 0), the optimiser may start anew, and a checkpoint ``sft.ckpt`` is written from which stage
+    reference (where beta > 0), the optimizer may start anew, and a checkpoint ``sft.ckpt`` is written from which stage
     EGSPO can be started.
 
     Args:
@@ -31,8 +31,8 @@ class StageTransition(Callback):
         target: Value of the metric that is good enough.
         patience: Epochs without an improvement after which SFT ends.
         min_delta: Least change that counts as an improvement.
-        reset_optimizer: Forget the optimiser's moments and start its schedule anew.
-        learning_rate: Learning rate of stage EGSPO; null is that of the optimiser's config. Needs reset_optimizer.
+        reset_optimizer: Forget the optimizer's moments and start its schedule anew.
+        learning_rate: Learning rate of stage EGSPO; null is that of the optimizer's config. Needs reset_optimizer.
         save_checkpoint: Whether to write sft.ckpt into the log folder.
         enabled: Whether SFT ends at all; false is SFT alone.
     """

@@ -17,7 +17,7 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH, Collection
-from egspo_lightning.types import Current, RolloutBatch
+from egspo_lightning.types import NetworkOutputs, RolloutBatch
 
 
 class TokenRecords(Callback):
@@ -28,16 +28,16 @@ class TokenRecords(Callback):
     that it does again, so that no collection is there twice.
 
     Args:
-        every_n_collections: How often; 0 is never.
+        every_n_rollout_batches: How often; 0 is never.
         max_completions: Completions recorded at a time, on each rank; experts' solutions are left out.
     """
 
-    def __init__(self, every_n_collections: int = 10, max_completions: int = 32) -> None:
+    def __init__(self, every_n_rollout_batches: int = 10, max_completions: int = 32) -> None:
         super().__init__()
-        field = "token_records.every_n_collections"
-        require(every_n_collections >= 0, field, every_n_collections, "at least 0")
+        field = "token_records.every_n_rollout_batches"
+        require(every_n_rollout_batches >= 0, field, every_n_rollout_batches, "at least 0")
         require(max_completions >= 1, "token_records.max_completions", max_completions, "at least 1")
-        self.every_n_collections, self.max_completions = every_n_collections, max_completions
+        self.every_n_rollout_batches, self.max_completions = every_n_rollout_batches, max_completions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the records of collections that a resumed run does again.
@@ -45,8 +45,11 @@ class TokenRecords(Callback):
         Raises:
             UserError: another run has left records in the folder.
         """
-        log_dir, first = trainer.log_dir, data_of(trainer).num_collections  # log_dir is broadcast: ask on every rank
-        if log_dir is None or not self.every_n_collections:
+        log_dir, first = (
+            trainer.log_dir,
+            data_of(trainer).num_rollout_batches,
+        )  # log_dir is broadcast: ask on every rank
+        if log_dir is None or not self.every_n_rollout_batches:
             return
         stale = [p for kind in ("tokens", "completions") for p, n in files_of(log_dir, kind).items() if n >= first]
         if stale and not goes_on_in(trainer, log_dir):
@@ -64,10 +67,10 @@ class TokenRecords(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the collection that this epoch trained on."""
         data, log_dir = data_of(trainer), trainer.log_dir
-        number = data.num_collections - 1
-        if data.collection is None or log_dir is None or not self.every_n_collections:
+        number = data.num_rollout_batches - 1
+        if data.collection is None or log_dir is None or not self.every_n_rollout_batches:
             return
-        if number % self.every_n_collections == 0:
+        if number % self.every_n_rollout_batches == 0:
             rank = trainer.global_rank
             tables = record(data.collection, module_of(pl_module), number, rank, self.max_completions)
             write(tables, log_dir, number, rank)
@@ -136,7 +139,7 @@ def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -
     return {name: values[mask].detach() for name, values in aligned.items()}
 
 
-def _statistics(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> Current:
+def _statistics(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> NetworkOutputs:
     """The policy's word on rows, in batches bounded in tokens, without gradient or random numbers."""
     size = max(TOKENS_PER_SCORING_BATCH // mask.shape[1], 1)
     assert module.policy is not None
@@ -145,7 +148,7 @@ def _statistics(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> Current
             module.policy(ids, part, module.temperature)
             for ids, part in zip(input_ids.split(size), mask.split(size), strict=True)
         ]
-    return Current(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
+    return NetworkOutputs(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
 
 
 def _decode(token_ids: list[int], module: EGSPOModule) -> list[str]:

@@ -63,10 +63,10 @@ def _require_same_adapters(weights: dict[str, Any], own: dict[str, Tensor]) -> N
 
 
 def number_parameters(states: list[dict[str, Any]], numbers: dict[str, int]) -> None:
-    """Let optimisers' states that were written by FSDP2, by the names of parameters, go by their numbers; in place.
+    """Let optimizers' states that were written by FSDP2, by the names of parameters, go by their numbers; in place.
 
     Args:
-        states: of the checkpoint, one optimiser; those that go by numbers stay as they are
+        states: of the checkpoint, one optimizer; those that go by numbers stay as they are
         numbers: of this run's trained parameters; one that the run does not have gets a number behind them
     """
     for state in states:
@@ -78,12 +78,12 @@ def number_parameters(states: list[dict[str, Any]], numbers: dict[str, int]) -> 
 
 
 def adapt_optimizer(states: list[dict[str, Any]], fresh: dict[str, Any], *, is_entry: bool) -> None:
-    """Where a checkpoint's optimiser has other parameters, put a fresh state in its place.
+    """Where a checkpoint's optimizer has other parameters, put a fresh state in its place.
 
     Args:
-        states: of the checkpoint, one optimiser
-        fresh: state of the run's optimiser, as it was built
-        is_entry: whether the checkpoint was made at the end of SFT, when the optimiser starts anew in any case
+        states: of the checkpoint, one optimizer
+        fresh: state of the run's optimizer, as it was built
+        is_entry: whether the checkpoint was made at the end of SFT, when the optimizer starts anew in any case
 
     Raises:
         UserError: it was not.
@@ -92,7 +92,7 @@ def adapt_optimizer(states: list[dict[str, Any]], fresh: dict[str, Any], *, is_e
         return
     if not is_entry:
         raise UserError(
-            f"ckpt_path: the optimiser in the checkpoint has {_group_sizes(states[0])} parameters by group, this run's "
+            f"ckpt_path: the optimizer in the checkpoint has {_group_sizes(states[0])} parameters by group, this run's "
             f"{_group_sizes(fresh)}: model.critic or model.policy differ. Start from sft.ckpt, or use the "
             "checkpoint's own config."
         )

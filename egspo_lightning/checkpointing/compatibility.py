@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weights, tokenizer and optimiser can be those of this run: told, where they cannot."""
+"""Whether a checkpoint's weights, tokenizer and optimizer can be those of this run: told, where they cannot."""
 
 import hashlib
 import json
@@ -63,12 +63,12 @@ def require_same_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
 def fit_optimizer_kind(
     states: list[dict[str, Any]], stored: str | None, fresh: dict[str, Any], own: str, *, is_entry: bool
 ) -> None:
-    """Refuse the state of another kind of optimiser; at the end of SFT, where it starts anew, take a fresh one.
+    """Refuse the state of another kind of optimizer; at the end of SFT, where it starts anew, take a fresh one.
 
     Args:
-        states: of the checkpoint, one optimiser
+        states: of the checkpoint, one optimizer
         stored: its kind, such as "AdamW"; None in checkpoints of versions that did not keep it
-        fresh: state of the run's optimiser, as it was built
+        fresh: state of the run's optimizer, as it was built
         own: the run's kind
         is_entry: whether the checkpoint was made at the end of SFT
 
@@ -81,6 +81,6 @@ def fit_optimizer_kind(
         states[0] = fresh
     elif is_other:
         raise UserError(
-            f"ckpt_path: the checkpoint's optimiser is {stored or 'another one'}, and model.optimizer is {own}, which "
-            "cannot go on from its moments. Give the checkpoint's own optimiser, or start from sft.ckpt."
+            f"ckpt_path: the checkpoint's optimizer is {stored or 'another one'}, and model.optimizer is {own}, which "
+            "cannot go on from its moments. Give the checkpoint's own optimizer, or start from sft.ckpt."
         )

@@ -295,5 +295,5 @@ def run(args: Sequence[str] | None = None) -> EgspoCLI:
     disable_progress_bar()
     require_ranks(os.environ)
     require_readable(sys.argv[1:] if args is None else args)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own do not survive a fork
+    os.environ.setdefault("TOKENIZERS_PARALLELIZM", "false")  # threads of its own do not survive a fork
     return EgspoCLI(args)

@@ -14,7 +14,7 @@ from egspo_lightning.checkpointing.load import open_checkpoint
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.training.nonfinite_updates import Part, bad_tokens, unpack
-from egspo_lightning.types import Current
+from egspo_lightning.types import NetworkOutputs
 
 NUM_SHOWN = 20
 """Tokens or weights that are listed by name."""
@@ -64,7 +64,7 @@ def _module(config: dict[str, Any]) -> EGSPOModule:
     return module
 
 
-def _report(path: Path, part: Part, loss: Tensor, current: Current, module: EGSPOModule) -> list[str]:
+def _report(path: Path, part: Part, loss: Tensor, current: NetworkOutputs, module: EGSPOModule) -> list[str]:
     tokens = _bad_tokens(part, current)
     weights = [name for name, p in module.named_parameters() if not p.isfinite().all()]
     gradients = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -77,7 +77,7 @@ def _report(path: Path, part: Part, loss: Tensor, current: Current, module: EGSP
     ]
 
 
-def _bad_tokens(part: Part, current: Current) -> list[tuple[int, int, str, float]]:
+def _bad_tokens(part: Part, current: NetworkOutputs) -> list[tuple[int, int, str, float]]:
     rollout, expert = part.batch.rollout, part.batch.expert
     named = [("logprob", current.logprobs), ("entropy", current.entropies), ("value", current.values)]
     if rollout is None:

@@ -37,7 +37,7 @@ def go_on_logging(trainer: Trainer, checkpoint: str, step: int) -> None:
     Args:
         trainer: The one that resumes.
         checkpoint: What it resumes from.
-        step: The optimiser steps that the checkpoint has taken.
+        step: The optimizer steps that the checkpoint has taken.
     """
     version = re.fullmatch(r"version_(\d+)", Path(checkpoint).parent.parent.name)
     for logger in trainer.loggers:

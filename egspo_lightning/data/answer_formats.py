@@ -24,7 +24,7 @@ _ANSWER_WORDS = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is\b)?\s*[:=]?\
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
-def normalise_problem(text: str) -> str:
+def normalize_problem(text: str) -> str:
     """The text by which two problems count as the same: case folded, each run of whitespace one space."""
     return " ".join(text.casefold().split())
 
@@ -86,7 +86,7 @@ def boxed_solution(solution: str, answer: str | None, solution_format: SolutionF
     """
     match solution_format:
         case "auto":
-            return boxed_solution(solution, answer, _recognise(solution), where)
+            return boxed_solution(solution, answer, _recognize(solution), where)
         case "boxed":
             if extract_boxed(solution):
                 return solution.strip()
@@ -108,7 +108,7 @@ def boxed_solution(solution: str, answer: str | None, solution_format: SolutionF
     )
 
 
-def _recognise(solution: str) -> SolutionFormat:
+def _recognize(solution: str) -> SolutionFormat:
     if extract_boxed(solution):
         return "boxed"
     return "gsm8k" if gsm8k_answer(solution) else "plain"

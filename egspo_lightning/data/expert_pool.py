@@ -66,7 +66,7 @@ class ExpertPool:
         max_completion_length: int,
         seed: int,
     ) -> "ExpertPool":
-        """Tokenise, leaving out and counting those that exceed a limit: a solution cut short teaches not to answer.
+        """Tokenize, leaving out and counting those that exceed a limit: a solution cut short teaches not to answer.
 
         Raises:
             UserError: none is short enough.

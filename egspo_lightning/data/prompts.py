@@ -1,6 +1,6 @@
 r"""From a problem to the token ids that the policy is given, the same in training and in sampling.
 
-Prompt and completion are tokenised apart, so that a demonstration is learned behind exactly the ids that
+Prompt and completion are tokenized apart, so that a demonstration is learned behind exactly the ids that
 sampling starts from.
 """
 

@@ -9,7 +9,7 @@ A source of your own is a subclass with ``load``::
 
 from abc import ABC, abstractmethod
 
-from egspo_lightning.data.answer_formats import normalise_problem
+from egspo_lightning.data.answer_formats import normalize_problem
 from egspo_lightning.data.shuffled_order import EndlessOrder
 from egspo_lightning.errors import UserError
 from egspo_lightning.types import Demonstration, Problem
@@ -30,7 +30,7 @@ class ProblemSource(ABC):
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
         """Fix the order, leave out the excluded problems, and return how many were left out.
 
-        ``excluded`` holds problems that benchmarks ask, as ``normalise_problem`` gives them.
+        ``excluded`` holds problems that benchmarks ask, as ``normalize_problem`` gives them.
 
         Raises:
             UserError: nothing is left.
@@ -62,7 +62,7 @@ class FiniteProblems(ProblemSource):
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
         """Load the problems and fix their order; see ``ProblemSource.prepare``."""
         loaded = self.load()
-        self._problems = tuple(p for p in loaded if normalise_problem(p.problem) not in excluded)
+        self._problems = tuple(p for p in loaded if normalize_problem(p.problem) not in excluded)
         self._order = EndlessOrder(len(self._problems), str(seed))
         num_dropped = len(loaded) - len(self._problems)
         if not self._problems:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from egspo_lightning.data.answer_formats import normalise_problem
+from egspo_lightning.data.answer_formats import normalize_problem
 from egspo_lightning.data.expert_pool import ExpertPool
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
@@ -71,7 +71,7 @@ def load_demonstrations(
     loaded = source.load()
     if not loaded:
         raise UserError(f"data.demonstrations: {type(source).__name__} holds none. Give it a file with at least one.")
-    clean = [item for item in loaded if normalise_problem(item.problem) not in excluded]
+    clean = [item for item in loaded if normalize_problem(item.problem) not in excluded]
     if not clean:
         raise UserError(f"data.demonstrations: benchmarks ask all {len(loaded)} of them. Use others.")
     pool = ExpertPool.encode(
@@ -102,5 +102,5 @@ def prepare_problems(
     if long and long_problems == "error":
         encoder.encode(max(long, key=lambda problem: len(problem.problem)))
     if long:
-        source.prepare(seed, excluded | {normalise_problem(problem.problem) for problem in long})
+        source.prepare(seed, excluded | {normalize_problem(problem.problem) for problem in long})
     return num_excluded, len(long)

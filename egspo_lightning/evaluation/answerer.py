@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from egspo_lightning.data.answer_formats import normalise_problem
+from egspo_lightning.data.answer_formats import normalize_problem
 from egspo_lightning.data.sources import FiniteProblems, ProblemSource
 from egspo_lightning.data.training_data import PromptEncoder
 from egspo_lightning.errors import UserError, require
@@ -93,8 +93,8 @@ class Answerer:
 
     @property
     def asked(self) -> frozenset[str]:
-        """The normalised texts of all that benchmarks ask."""
-        return frozenset(normalise_problem(p.problem) for b in self.benchmarks for p in self._problems[b.name])
+        """The normalized texts of all that benchmarks ask."""
+        return frozenset(normalize_problem(p.problem) for b in self.benchmarks for p in self._problems[b.name])
 
     def problems(self, name: str) -> list[Problem]:
         """What a benchmark asks, or what the user does."""

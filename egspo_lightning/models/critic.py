@@ -24,7 +24,7 @@ class CriticConfig:
         coefficient: c_v, the weight of the value loss, above 0. trainer.gradient_clip_val clips one norm over policy
             and critic.
         clip: Largest step of a value from where it was at sampling, in units of the return; null does not clip.
-        warmup_steps: Optimiser steps at the start of stage EGSPO in which only the critic is trained; with a shared
+        warmup_steps: Optimizer steps at the start of stage EGSPO in which only the critic is trained; with a shared
             trunk, only its head.
         learning_rate: Of the critic; null is that of the policy.
     """

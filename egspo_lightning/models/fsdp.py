@@ -26,11 +26,11 @@ class ShardingPlan:
     """How networks are sharded.
 
     Args:
-        param_dtype: What weights are gathered and computed in, while shards, gradients and the optimiser's state keep
+        param_dtype: What weights are gathered and computed in, while shards, gradients and the optimizer's state keep
             the weights' own type; None gathers them as they are.
         reshard_after_forward: Free a block's gathered weights after its forward pass and gather them again in the
             backward pass (ZeRO-3); otherwise they are held in between (ZeRO-2): less traffic, more memory.
-        cpu_offload: Keep shards, gradients and moments in the host's memory, where the optimiser then steps; a block's
+        cpu_offload: Keep shards, gradients and moments in the host's memory, where the optimizer then steps; a block's
             shard is copied to the device when it is gathered.
     """
 

@@ -10,7 +10,7 @@ from egspo_lightning.models import lora
 from egspo_lightning.models.batched_forward import Sequences
 from egspo_lightning.models.critic import Critic
 from egspo_lightning.models.policy import Policy
-from egspo_lightning.types import Current, Scores
+from egspo_lightning.types import NetworkOutputs, Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +32,20 @@ class Networks:
     temperature: float
     has_reference: bool
 
-    def statistics(self, input_ids: Tensor, completion_mask: Tensor, *, with_entropies: bool = True) -> Current:
+    def statistics(self, input_ids: Tensor, completion_mask: Tensor, *, with_entropies: bool = True) -> NetworkOutputs:
         """What policy and critic say of sequences, with gradient where it is on; entropies where they are asked for."""
         current = self.policy(input_ids, completion_mask, self.temperature, with_entropies)
         return self._with_values(current, input_ids, completion_mask)
 
     def statistics_beside(
         self, input_ids: Tensor, completion_mask: Tensor, others: Sequences, *, with_entropies: bool = True
-    ) -> tuple[Current, Current]:
+    ) -> tuple[NetworkOutputs, NetworkOutputs]:
         """The same, and what the policy says of other sequences, which share the passes through the trunk."""
         own = Sequences(input_ids, completion_mask, self.temperature, with_entropies)
         current, of_others = self.policy.together(own, others)
         return self._with_values(current, input_ids, completion_mask), of_others
 
-    def _with_values(self, current: Current, input_ids: Tensor, completion_mask: Tensor) -> Current:
+    def _with_values(self, current: NetworkOutputs, input_ids: Tensor, completion_mask: Tensor) -> NetworkOutputs:
         if self.critic is None:
             return current
         return current._replace(values=self.critic(input_ids, completion_mask))
@@ -58,7 +58,7 @@ class Networks:
 
     def _reference_logprobs(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor | None:
         """Of the reference; None without one."""
-        stats: Current
+        stats: NetworkOutputs
         if not self.has_reference:
             return None
         if self.reference is not None:

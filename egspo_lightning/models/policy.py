@@ -20,7 +20,7 @@ from egspo_lightning.models.batched_forward import Passes, Sequences
 from egspo_lightning.models.lora import LoraConfig
 from egspo_lightning.models.packed_attention import use_packing
 from egspo_lightning.ops.token_stats import token_stats
-from egspo_lightning.types import Current
+from egspo_lightning.types import NetworkOutputs
 
 LOADING_ERRORS = (
     OSError,
@@ -206,7 +206,7 @@ class Policy(nn.Module):
 
     def forward(
         self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0, with_entropies: bool = True
-    ) -> Current:
+    ) -> NetworkOutputs:
         """Log-probability, entropy and value of each completion token, all (B, T), 0 where the mask is false.
 
         Args:
@@ -217,15 +217,15 @@ class Policy(nn.Module):
         """
         return self._statistics_of([Sequences(input_ids, completion_mask, temperature, with_entropies)])[0]
 
-    def together(self, *parts: Sequences) -> list[Current]:
+    def together(self, *parts: Sequences) -> list[NetworkOutputs]:
         """What ``forward`` gives for each of several batches, whose rows share the passes through the trunk."""
         return self._statistics_of(parts)
 
-    def _statistics_of(self, parts: Sequence[Sequences]) -> list[Current]:
+    def _statistics_of(self, parts: Sequence[Sequences]) -> list[NetworkOutputs]:
         states = self.passes.states(self.lm.get_decoder(), parts)
         return [self._statistics(own, part) for own, part in zip(states, parts, strict=True)]
 
-    def _statistics(self, states: Tensor, part: Sequences) -> Current:
+    def _statistics(self, states: Tensor, part: Sequences) -> NetworkOutputs:
         """From the states before the completion tokens, (N, D), to (B, T)."""
         ids, mask = part.input_ids, part.completion_mask
         head = self.lm.get_output_embeddings()
@@ -234,7 +234,7 @@ class Policy(nn.Module):
         blank = torch.zeros_like(ids, dtype=stats.logprobs.dtype)
         values = None if self.value_head is None else self.value_head(states, mask)
         logprobs, entropies = (blank.masked_scatter(mask, values) for values in stats)
-        return Current(logprobs, entropies, values)
+        return NetworkOutputs(logprobs, entropies, values)
 
 
 def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:

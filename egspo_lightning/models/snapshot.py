@@ -53,7 +53,7 @@ class Snapshot:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def refresh(self, networks: Networks, policy_version: int) -> None:
-        """Be what these networks are now, after so many optimiser steps, in the memory that is there already."""
+        """Be what these networks are now, after so many optimizer steps, in the memory that is there already."""
         self._cancelled.clear()
         self.policy_version = policy_version
         with torch.no_grad():

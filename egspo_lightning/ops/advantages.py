@@ -19,10 +19,10 @@ def group_relative(rewards: Values, group_size: int, *, scale_by_std: bool = Tru
         eps: added to the std
     """
     groups = _as_groups(rewards, group_size)
-    centred = groups - groups.mean(-1, keepdim=True)
+    centerd = groups - groups.mean(-1, keepdim=True)
     if scale_by_std:
-        centred = centred / (groups.std(-1, keepdim=True) + eps)
-    return torch.where(_has_spread(groups), centred, torch.zeros_like(centred)).flatten()
+        centerd = centerd / (groups.std(-1, keepdim=True) + eps)
+    return torch.where(_has_spread(groups), centerd, torch.zeros_like(centerd)).flatten()
 
 
 def leave_one_out(rewards: Values, group_size: int) -> Tensor:
@@ -35,8 +35,8 @@ def leave_one_out(rewards: Values, group_size: int) -> Tensor:
         group_size: G, at least 2
     """
     groups = _as_groups(rewards, group_size)
-    centred = (groups - groups.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
-    return torch.where(_has_spread(groups), centred, torch.zeros_like(centred)).flatten()
+    centerd = (groups - groups.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
+    return torch.where(_has_spread(groups), centerd, torch.zeros_like(centerd)).flatten()
 
 
 def against_group(
@@ -54,10 +54,10 @@ def against_group(
         eps: added to the std
     """
     groups = as_floats(group_rewards)
-    centred = as_floats(expert_rewards) - groups.mean(-1)
+    centerd = as_floats(expert_rewards) - groups.mean(-1)
     if not scale_by_std:
-        return centred
-    return torch.where(_has_spread(groups).squeeze(-1), centred / (groups.std(-1) + eps), centred)
+        return centerd
+    return torch.where(_has_spread(groups).squeeze(-1), centerd / (groups.std(-1) + eps), centerd)
 
 
 def gae(
@@ -69,7 +69,7 @@ def gae(
     lam: float,
     total: Total = on_one_rank,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16), as (advantages, returns), both (B, T).
+    """Generalized advantage estimation (arXiv 1506.02438, equation 16), as (advantages, returns), both (B, T).
 
     ``A_t = sum_k (gamma lam)^k delta_{t+k}`` with ``delta_t = r_t + gamma V_{t+1} - V_t`` and V = 0 after the last
     token. The returns ``A_t + V_t`` are formed before the advantages are whitened over the mask. Tokens outside the

@@ -1,6 +1,6 @@
 r"""Correction for rollouts that an engine sampled from a distribution other than the trainer's pi_old.
 
-Engines round otherwise than trainers do (other kernels, bfloat16, a quantised cache), so that tokens come from some mu
+Engines round otherwise than trainers do (other kernels, bfloat16, a quantized cache), so that tokens come from some mu
 near pi_old. Each term of the surrogate is an expectation under pi_old, and is weighed by what mu missed::
 
     w_t = pi_old(y_t | x_t) / mu(y_t | x_t)                       by token
@@ -10,7 +10,7 @@ near pi_old. Each term of the surrogate is an expectation under pi_old, and is w
     masked:     c = w where 1 / cap <= w <= cap, else 0           (both sides, as IcePop, arXiv 2510.18855)
 
 and g_t min( r_t A_t, ... ) becomes c_t g_t min( r_t A_t, ... ), as in TRL and verl, by token or by
-sequence. The normaliser N still counts what is masked, and KL, entropy and value terms are not weighed.
+sequence. The normalizer N still counts what is masked, and KL, entropy and value terms are not weighed.
 """
 
 from dataclasses import dataclass

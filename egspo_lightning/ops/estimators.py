@@ -127,7 +127,7 @@ class ReinforcePlusPlus:
 
 @dataclass(frozen=True)
 class GAE:
-    """Generalised advantage estimation with the values of ``model.critic``, see ``ops.advantages.gae``.
+    """Generalized advantage estimation with the values of ``model.critic``, see ``ops.advantages.gae``.
 
     Args:
         gamma: Discount a token, in [0, 1].

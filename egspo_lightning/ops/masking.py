@@ -70,9 +70,9 @@ def masked_whiten(values: Values, mask: Values, *, eps: float = 1e-8, total: Tot
     mean = total(masked_sum(values, mask)) / count.clamp(min=1)
     # once more, for equal values to have no spread at all: of a rounding of the mean, 1 / sqrt(eps) makes noise
     mean = mean + total(masked_sum(values - mean, mask)) / count.clamp(min=1)
-    centred = torch.where(mask, values - mean, torch.zeros_like(values))
-    variance = total(centred.square().sum()) / (count - 1).clamp(min=1)
-    return centred * torch.rsqrt(variance + eps)
+    centerd = torch.where(mask, values - mean, torch.zeros_like(values))
+    variance = total(centerd.square().sum()) / (count - 1).clamp(min=1)
+    return centerd * torch.rsqrt(variance + eps)
 
 
 def aggregate(

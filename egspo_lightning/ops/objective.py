@@ -40,7 +40,7 @@ from egspo_lightning.ops.gate import confidence_phi, high_share
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
 from egspo_lightning.ops.masking import Aggregation, aggregate, shape_of
 from egspo_lightning.ops.schedules import ChordMu
-from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, UpdateSize
+from egspo_lightning.types import ExpertBatch, NetworkOutputs, RolloutBatch, UpdateSize
 
 
 class Coefficients(NamedTuple):
@@ -81,7 +81,7 @@ class Objective:
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
         aggregation: Of surrogate, KL and entropy, which share N: token-mean, seq-mean-token-mean, seq-mean-token-sum or
             seq-mean-token-sum-norm (which divides by the sequences times max_completion_length).
-        mask_truncated: Leave completions that reached the length limit out of the loss, its normaliser and the gate;
+        mask_truncated: Leave completions that reached the length limit out of the loss, its normalizer and the gate;
             their rewards still count for the others of their group.
         sampler_correction: What makes up for an engine that samples from another distribution than the trainer's.
     """
@@ -150,12 +150,12 @@ class Objective:
         return self.beta > 0 or self.low_branch == "nll"
 
     def mu_at(self, step: int) -> float:
-        """mu after ``step`` optimiser steps of stage EGSPO."""
+        """mu after ``step`` optimizer steps of stage EGSPO."""
         return self.mu.at(step) if isinstance(self.mu, ChordMu) else self.mu
 
     def hybrid_loss(
         self,
-        current: Current,
+        current: NetworkOutputs,
         rollout: RolloutBatch,
         attenuation: Attenuation,
         expert_loss: Tensor | None,
@@ -176,7 +176,7 @@ class Objective:
         metrics |= policy_metrics(current.logprobs.detach(), rollout, self.epsilon_low, self.epsilon_high)
         return loss, metrics
 
-    def egspo_loss(self, current: Current, rollout: RolloutBatch, attenuation: Attenuation) -> Tensor:
+    def egspo_loss(self, current: NetworkOutputs, rollout: RolloutBatch, attenuation: Attenuation) -> Tensor:
         """L_EGSPO: the clipped surrogate, gated token by token; on experts' solutions LUFFY's, not gated."""
         high_weight, low_weight = self.branch_weights(rollout, attenuation, current.entropies)
         high = self._surrogate(current.logprobs, rollout, self.epsilon_low, self.epsilon_high)

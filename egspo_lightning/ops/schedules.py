@@ -1,4 +1,4 @@
-"""Schedules over optimiser steps."""
+"""Schedules over optimizer steps."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, val
     """CHORD's weight of the SFT term (arXiv 2508.11408, section 3.2): linear rise, cosine fall, then constant.
 
     Args:
-        step: optimiser steps taken in this stage
+        step: optimizer steps taken in this stage
         warmup_steps: steps over which mu rises from 0 to ``peak``
         decay_steps: steps over which it then falls to ``valley``
         peak: largest value
@@ -26,7 +26,7 @@ def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, val
 
 @dataclass(frozen=True)
 class ChordMu:
-    """CHORD's schedule of mu over the optimiser steps of stage EGSPO, see ``chord_mu``.
+    """CHORD's schedule of mu over the optimizer steps of stage EGSPO, see ``chord_mu``.
 
     Args:
         warmup_steps: Steps over which mu rises from 0 to peak.
@@ -48,7 +48,7 @@ class ChordMu:
             require(0 <= value <= 1, f"model.objective.mu.{field}", value, "in [0, 1]")
 
     def at(self, step: int) -> float:
-        """mu after ``step`` optimiser steps of this stage."""
+        """mu after ``step`` optimizer steps of this stage."""
         return chord_mu(
             step,
             warmup_steps=self.warmup_steps,

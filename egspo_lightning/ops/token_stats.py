@@ -189,7 +189,7 @@ class _Tiles:
 
 
 class _TiledTokenStats(torch.autograd.Function):
-    """Forward keeps hidden states, log-normalisers and entropies; backward recomputes the logits tile by tile.
+    """Forward keeps hidden states, log-normalizers and entropies; backward recomputes the logits tile by tile.
 
     Unless there is one tile: then its probabilities are kept, which need no more than it has.
     """
@@ -254,7 +254,7 @@ def _select(tokens: Tensor | None, *tensors: Tensor | None) -> list[Any]:
 
 
 def _at_once(tiles: _Tiles, input_ids: Tensor, with_entropies: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-normaliser, log-probability and entropy of all tokens, (N,) each, and their probabilities, (N, V)."""
+    """Log-normalizer, log-probability and entropy of all tokens, (N,) each, and their probabilities, (N, V)."""
     logits, own = tiles.logits(tiles.tokens[0], tiles.entries[0]), input_ids.unsqueeze(-1)
     probs, found = logits.softmax(-1), logits.gather(-1, own).squeeze(-1)
     chosen, entropies = stats_from_probs(probs, logits, input_ids, with_entropies=with_entropies)
@@ -271,7 +271,7 @@ def _in_turn(tiles: _Tiles, input_ids: Tensor, with_entropies: bool) -> tuple[Te
 
 
 def _fold(tiles: _Tiles, tokens: slice, input_ids: Tensor, with_entropies: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-normaliser, log-probability and entropy of some tokens, (n,) each."""
+    """Log-normalizer, log-probability and entropy of some tokens, (n,) each."""
     maxima = tiles.hidden.new_full(
         input_ids.shape, torch.finfo(torch.float32).min, dtype=_wide_dtype(tiles.hidden.dtype)
     )

@@ -123,7 +123,7 @@ class _Parent:
 
 
 class Processes:
-    """What a pool holds of the operating system; apart from the pool so that a finaliser can hold it."""
+    """What a pool holds of the operating system; apart from the pool so that a finalizer can hold it."""
 
     def __init__(self, limits: dict[str, float]) -> None:
         self._limits = limits

@@ -109,7 +109,7 @@ def _spell_out(text: str) -> str:
 
 
 def _compare_values(answer: str, gold: str) -> Verdict:
-    """Of normalised texts without units."""
+    """Of normalized texts without units."""
     if not answer or not gold:
         return None
     comparisons: Sequence[Callable[[str, str], Verdict]] = (

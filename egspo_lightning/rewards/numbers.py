@@ -36,7 +36,7 @@ class Number(NamedTuple):
 
 
 def parse_number(normalized: str) -> Number | None:
-    r"""The value of ``72``, ``1,234.5``, ``0.\overline{3}``, ``3\frac{1}{2}``, ``10\%``, ``90^\circ``, as normalised.
+    r"""The value of ``72``, ``1,234.5``, ``0.\overline{3}``, ``3\frac{1}{2}``, ``10\%``, ``90^\circ``, as normalized.
 
     Thousands separators are read where they group every three digits. None for everything else, a zero
     denominator and anything over 300 characters: integers are never built from hostile digits.

@@ -10,7 +10,7 @@ _NAMES = {
     "mm": "millimeter millimetre",
     "cm": "centimeter centimetre",
     "dm": "decimeter decimetre",
-    "m": "meter metre",
+    "m": "meter meter",
     "km": "kilometer kilometre",
     "in": "inch inches",
     "ft": "foot feet",

@@ -34,7 +34,7 @@ class RolloutPolicy(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """Optimiser steps taken: what rollouts are stamped with."""
+        """Optimizer steps taken: what rollouts are stamped with."""
         ...
 
     @property
@@ -107,7 +107,7 @@ class TrainedPolicy(RolloutPolicy, Protocol):
         """Whether experts' solutions may stand among the rollouts."""
         ...
 
-    def accept_staleness(self, num_collections: int) -> None:
+    def accept_staleness(self, num_rollout_batches: int) -> None:
         """Train on rollouts of a policy so many collections old as well, and refuse what is older.
 
         Raises:
@@ -119,7 +119,7 @@ class TrainedPolicy(RolloutPolicy, Protocol):
         """The policy as it is now; the snapshot before, whose memory it takes, must not be in use any more."""
         ...
 
-    def admit(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
+    def to_rollout_batch(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
         """Take a whole collection in: credit its tokens, settle the gate, and log what was measured."""
         ...
 

@@ -26,7 +26,7 @@ YIELD_FROM = 0.25
 
 @dataclass(frozen=True)
 class TransformersEngine:
-    """Samples with the training model itself, so weights never need to be synchronised.
+    """Samples with the training model itself, so weights never need to be synchronized.
 
     Args:
         max_batch_size: Completions decoded at a time; less needs less memory for the cache.

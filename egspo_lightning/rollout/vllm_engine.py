@@ -1,7 +1,7 @@
 """Sampling with vLLM in the trainer's own process, from the trainer's weights.
 
 Each call of ``stream`` copies the policy's weights into vLLM and forgets cached prefixes before it samples, whatever
-has moved the policy: an optimiser step, a checkpoint, a new stage, adapters, another object. There is no counter that
+has moved the policy: an optimizer step, a checkpoint, a new stage, adapters, another object. There is no counter that
 could miss one; a copy takes milliseconds where sampling takes seconds. Adapters are merged on the way.
 
 Run with vLLM 0.32 on one CPU process, in float32. Not run: CUDA, and therefore ``enable_sleep``, bfloat16, and

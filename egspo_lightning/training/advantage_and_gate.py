@@ -36,7 +36,7 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True)
-class Admission:
+class AdvantageAndGate:
     """Advantage estimator, gate and controllers: whether they fit together, and their order.
 
     Args:
@@ -89,9 +89,9 @@ class Admission:
                 "advantage, or put the KL into the loss by model.objective.beta."
             )
 
-    def admit(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[RolloutBatch, Metrics]:
+    def to_rollout_batch(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[RolloutBatch, Metrics]:
         """This rank's part of a collection, ready for updates, and what there is to log of the whole."""
-        penalty, metrics = self._penalise_kl(rollouts, ranks)
+        penalty, metrics = self._penalize_kl(rollouts, ranks)
         rollout = self._credit(rollouts, penalty, ranks)
         started = time.perf_counter()
         rollout, weights = self._settle_gate(rollout, ranks)
@@ -106,7 +106,7 @@ class Admission:
             metrics["policy/entropy_coefficient"] = torch.tensor(self.entropy_bonus.current)
         return rollout, metrics
 
-    def _penalise_kl(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[Tensor | None, Metrics]:
+    def _penalize_kl(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[Tensor | None, Metrics]:
         """``coefficient KL_t`` (B, T); the coefficient then answers to the collection's mean KL."""
         control = self.kl_reward
         if control is None:

@@ -36,7 +36,7 @@ class Workload:
         policy: The model.
         critic: What estimates values; None has no critic.
         holds_reference: Whether a reference is held: a network or, with LoRA, an adapter.
-        optimizer: Makes the optimiser from parameters.
+        optimizer: Makes the optimizer from parameters.
         is_sharded: Whether weights, gradients and moments are spread over the devices.
         is_bfloat16: Whether products are computed in bfloat16.
         prompt_length: Longest prompt, tokens.
@@ -235,7 +235,7 @@ def _gathered_blocks(policy: Policy) -> int:
 
 
 def _moments(optimizer: Any, parameters: list[nn.Parameter]) -> int:
-    """Bytes of its state after a step on meta tensors, whatever the optimiser.
+    """Bytes of its state after a step on meta tensors, whatever the optimizer.
 
     What parameters share, as the table of values that moments in 8 bits stand for, is there once.
     """

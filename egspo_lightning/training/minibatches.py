@@ -75,7 +75,7 @@ def share_updates(
     """Each update of a plan, with its size over all ranks.
 
     Rows whose advantage is 0 contribute nothing to the surrogate: unless they are to be kept they are left out, while
-    the normaliser still counts them. Rows without tokens are left out in any case.
+    the normalizer still counts them. Rows without tokens are left out in any case.
 
     Args:
         rollout: this rank's collection

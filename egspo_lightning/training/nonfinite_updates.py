@@ -1,6 +1,6 @@
 """Updates whose loss or gradient is not finite: they are skipped on all ranks, counted, and kept to be looked at.
 
-A NaN that reaches the optimiser is in every weight after one step, and in its moments for good. Skipping costs one
+A NaN that reaches the optimizer is in every weight after one step, and in its moments for good. Skipping costs one
 update; the weights stay those of the update before, so what was wrong can be computed again (``egspo replay``).
 """
 

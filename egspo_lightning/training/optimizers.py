@@ -1,4 +1,4 @@
-"""Builds the optimiser and the schedule that a config names, and refuses those that training cannot use."""
+"""Builds the optimizer and the schedule that a config names, and refuses those that training cannot use."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from egspo_lightning.errors import UserError
 
 
 def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
-    """The optimiser over parameters or groups of them; Adam and AdamW in torch's fused form, unless they say otherwise.
+    """The optimizer over parameters or groups of them; Adam and AdamW in torch's fused form, unless they say otherwise.
 
     Raises:
         UserError: its arguments are out of range, it evaluates the loss several times a step, or it cannot step weights
@@ -33,7 +33,7 @@ def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opt
 
 
 def require_shardable(optimizer: Optimizer) -> None:
-    """Refuse an optimiser for weights that are sharded, where it cannot step them.
+    """Refuse an optimizer for weights that are sharded, where it cannot step them.
 
     Raises:
         UserError: it is one of bitsandbytes, whose kernels take whole tensors alone.

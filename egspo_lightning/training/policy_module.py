@@ -27,19 +27,19 @@ from egspo_lightning.models.policy import Policy, PolicyConfig, end_of_sequence_
 from egspo_lightning.models.snapshot import Snapshot
 from egspo_lightning.training.optimizers import build_optimizer, build_scheduler
 from egspo_lightning.training.strategies import require_strategy, sharding_plan
-from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, Scores, Stage
+from egspo_lightning.types import ExpertBatch, NetworkOutputs, RolloutBatch, Scores, Stage
 
 
 class PolicyModule(LightningModule):
-    """Policy, reference and critic: built, sharded, optimised, sampled from and scored.
+    """Policy, reference and critic: built, sharded, optimized, sampled from and scored.
 
     Args:
         policy: The model.
         critic: What estimates values; None has no critic.
         has_reference: Whether to keep the policy as stage EGSPO began beside the one in training.
         temperature: Sampling temperature of the rollouts.
-        optimizer: The optimiser, over all trainable parameters.
-        lr_scheduler: Learning-rate schedule over optimiser steps; None is constant.
+        optimizer: The optimizer, over all trainable parameters.
+        lr_scheduler: Learning-rate schedule over optimizer steps; None is constant.
         stage: The stage to start in.
     """
 
@@ -67,10 +67,10 @@ class PolicyModule(LightningModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._phase_version = 0
         self.entered_step = 0
-        """Optimiser steps taken when stage EGSPO was entered."""
+        """Optimizer steps taken when stage EGSPO was entered."""
         self._whole: list[Any] = []  # the networks that are held for inference
         self._staleness = 0  # collections that rollouts may be behind
-        self._previous_version = 0  # optimiser steps at the start of the phase before this one
+        self._previous_version = 0  # optimizer steps at the start of the phase before this one
         self._snapshot: Snapshot | None = None
 
     # Set-up
@@ -112,7 +112,7 @@ class PolicyModule(LightningModule):
                 shard(network, self.device_mesh["data_parallel"], sharding_plan(self.trainer))
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over what is trained, and its schedule over steps."""
+        """The optimizer over what is trained, and its schedule over steps."""
         optimizer = self._build_optimizer()
         if self._lr_scheduler is None:
             return optimizer
@@ -149,7 +149,7 @@ class PolicyModule(LightningModule):
                     frozen.copy_(current)
 
     def restart_optimizer(self, learning_rate: float | None) -> None:
-        """Forget the optimiser's moments, and start its schedule anew from the given or the configured rate.
+        """Forget the optimizer's moments, and start its schedule anew from the given or the configured rate.
 
         A critic with a rate of its own keeps it.
         """
@@ -178,7 +178,7 @@ class PolicyModule(LightningModule):
 
     @property
     def policy_version(self) -> int:
-        """Optimiser steps taken."""
+        """Optimizer steps taken."""
         return self.global_step
 
     @property
@@ -230,20 +230,20 @@ class PolicyModule(LightningModule):
                 self._whole.remove(network)
                 network.train(training)
 
-    def accept_staleness(self, num_collections: int) -> None:
+    def accept_staleness(self, num_rollout_batches: int) -> None:
         """Train on rollouts of the policy of so many phases ago as well.
 
         Raises:
             UserError: the policy is sharded.
         """
-        if num_collections > 0 and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if num_rollout_batches > 0 and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UserError(
-                f"data.max_staleness = {num_collections} samples from a copy of the policy while it trains, and under "
-                "trainer.strategy fsdp2 each rank holds a share of it alone: two threads would gather weights and "
-                "reduce gradients at the same time, in no order that ranks agree on. Set max_staleness to 0, or "
+                f"data.max_staleness = {num_rollout_batches} samples from a copy of the policy while it trains, and "
+                "under trainer.strategy fsdp2 each rank holds a shard of it alone: two threads would gather weights "
+                "and reduce gradients at the same time, in no order that ranks agree on. Set max_staleness to 0, or "
                 "trainer.strategy to ddp."
             )
-        self._staleness = num_collections
+        self._staleness = num_rollout_batches
 
     def snapshot(self) -> Snapshot:
         """The policy as it is now, for a thread; the one before is overwritten."""
@@ -264,14 +264,14 @@ class PolicyModule(LightningModule):
         with self.scoring():
             return self.networks.score(input_ids.to(self.device), completion_mask.to(self.device))
 
-    def statistics(self, rollout: RolloutBatch, *, with_entropies: bool) -> Current:
+    def statistics(self, rollout: RolloutBatch, *, with_entropies: bool) -> NetworkOutputs:
         """What policy and critic say of rollouts, at the sampling temperature, with gradient where it is on."""
         ids, mask = rollout.input_ids, rollout.completion_mask
         return self.networks.statistics(ids, mask, with_entropies=with_entropies)
 
     def statistics_beside(
         self, rollout: RolloutBatch, expert: ExpertBatch, *, with_entropies: bool
-    ) -> tuple[Current, Current]:
+    ) -> tuple[NetworkOutputs, NetworkOutputs]:
         """The same, and log-probabilities of experts' solutions at temperature 1, in shared passes."""
         ids, mask = rollout.input_ids, rollout.completion_mask
         expert_rows = Sequences(expert.input_ids, expert.completion_mask, with_entropies=False)

@@ -24,7 +24,7 @@ class ResumableModule(PolicyModule):
     """A ``PolicyModule`` that goes on from a checkpoint as if it had not been interrupted."""
 
     loaded_step = 0
-    """Optimiser steps that the latest checkpoint to be loaded has taken."""
+    """Optimizer steps that the latest checkpoint to be loaded has taken."""
     _random_state: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ class ResumableModule(PolicyModule):
             )
 
     def _fit_optimizer(self, states: list[dict[str, Any]], saved_kind: str | None, *, is_entry: bool) -> None:
-        """Make a checkpoint's optimiser this run's."""
+        """Make a checkpoint's optimizer this run's."""
         policy, critic = self._trained_parameters()
         numbers = {id(parameter): number for number, parameter in enumerate([*policy, *critic])}
         number_parameters(states, {name: numbers[id(p)] for name, p in self.named_parameters() if id(p) in numbers})

@@ -62,7 +62,7 @@ class Phases:
 
     def __init__(self, collector: Collector, sizes: PhaseSizes, seed: int) -> None:
         self.collector, self.sizes, self.seed = collector, sizes, seed
-        self.num_passes = self.num_collections = 0
+        self.num_passes = self.num_rollout_batches = 0
         """Of SFT data and of rollouts, begun in this run."""
         self.collection: Collection | None = None
         self.pool: ExpertPool | None = None
@@ -144,14 +144,14 @@ class Phases:
         """One collection of rollouts, and the updates on it."""
         if cut_off is None:
             self.collection = self._collect(policy, split)
-            self.num_collections += 1
+            self.num_rollout_batches += 1
             if looks_ahead:
-                number = self.num_collections
+                number = self.num_rollout_batches
                 self.ahead.start(policy.snapshot(), lambda frozen: self._prepare(frozen, split, number))
         else:
             assert cut_off.packed is not None
             self.collection = unpack(cut_off.packed, policy.device)
-        number = self.num_collections - 1
+        number = self.num_rollout_batches - 1
         rollouts = self._updates(policy, self.collection, number)
         if not policy.mixes_expert_data:
             return [UpdateShare(share, None) for share in rollouts]
@@ -164,14 +164,14 @@ class Phases:
         """The collection that was made ahead, or else one that is made now; admitted to training."""
         prepared = self.ahead.take(policy.device)
         if prepared is None:
-            prepared = self._prepare(policy, split, self.num_collections)
+            prepared = self._prepare(policy, split, self.num_rollout_batches)
         else:
             waited = {"time/wait": (self.ahead.seconds_waited, 1.0)}
             prepared = prepared._replace(measurements={**prepared.measurements, **waited})
         self._num_drawn = self.collector.num_drawn = prepared.num_drawn
         return Collection(
             completions=prepared.completions,
-            rollout=policy.admit(prepared.rollouts, prepared.measurements),
+            rollout=policy.to_rollout_batch(prepared.rollouts, prepared.measurements),
             measurements=prepared.measurements,
             numbers=prepared.numbers,
             expert_groups=prepared.rollouts.expert_groups.tolist(),
@@ -206,7 +206,7 @@ class Phases:
         """
         state: dict[str, Any] = {
             "num_passes": self.num_passes,
-            "num_collections": self.num_collections,
+            "num_rollout_batches": self.num_rollout_batches,
             "num_drawn": self._num_drawn,
         }
         if self.ahead.is_there:  # on every rank or none
@@ -226,7 +226,7 @@ class Phases:
         Raises:
             UserError: within a phase, another number of ranks shared its data.
         """
-        self.num_passes, self.num_collections = state["num_passes"], state["num_collections"]
+        self.num_passes, self.num_rollout_batches = state["num_passes"], state["num_rollout_batches"]
         self._num_drawn = self.collector.num_drawn = state["num_drawn"]
         ahead = state.get("ahead", [])
         if looks_ahead and len(ahead) == world_size:

@@ -4,7 +4,7 @@
 |---|---|
 | auto, single_device | one process |
 | ddp, ddp_find_unused_parameters_* | whole networks on every rank, gradients averaged |
-| fsdp2 (`FSDP2Strategy`) | weights, gradients and optimiser sharded over all ranks |
+| fsdp2 (`FSDP2Strategy`) | weights, gradients and optimizer sharded over all ranks |
 | all others | refused at the start, see ``REFUSED`` |
 
 Checkpoints of any of these resume under any other: those of one file, and the folders of shards that FSDP2 writes.
@@ -48,11 +48,11 @@ REFUSED: dict[type[Strategy], tuple[str, str]] = {
     ),
     DeepSpeedStrategy: (
         "keeps gradients and moments in buffers of its own, where an update without a signal cannot be left out, nor "
-        "the optimiser start anew at the end of SFT",
+        "the optimizer start anew at the end of SFT",
         "fsdp2: with reshard_after_forward false it holds what stage 2 holds, else what stage 3 does",
     ),
     ModelParallelStrategy: (
-        "changes an optimiser that has not stepped yet by saving it, and does not fit other strategies' checkpoints to "
+        "changes an optimizer that has not stepped yet by saving it, and does not fit other strategies' checkpoints to "
         "a run",
         "fsdp2 (egspo_lightning.training.strategies.FSDP2Strategy), which is the same without that, and needs no sizes",
     ),
@@ -65,12 +65,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all ranks: ``--trainer.strategy fsdp2``.
 
     With ``--trainer.precision bf16-mixed`` weights are gathered and computed in bfloat16, while shards, gradients and
-    the optimiser's state are float32.
+    the optimizer's state are float32.
 
     Args:
         reshard_after_forward: Free a block's gathered weights between forward and backward pass (ZeRO-3); otherwise
             they are held (ZeRO-2): less traffic, more memory.
-        cpu_offload: Keep shards, gradients and the optimiser's state in the host's memory, and step there: room on the
+        cpu_offload: Keep shards, gradients and the optimizer's state in the host's memory, and step there: room on the
             device for the price of copies. On a CPU it changes nothing.
         save_distributed_checkpoint: Write a folder in which each rank writes its shard; otherwise one file, which the
             first rank has to hold in its memory. Either resumes under any strategy.
@@ -111,7 +111,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """By name and sharded for a folder; by number and whole, on the first rank, for a file.
 
-        To save an optimiser that has not stepped, torch has it step by nothing, which would count in the next one.
+        To save an optimizer that has not stepped, torch has it step by nothing, which would count in the next one.
         """
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         if not self._save_distributed_checkpoint:
@@ -158,7 +158,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """The optimiser is restored when the module has fitted its state to the run."""
+        """The optimizer is restored when the module has fitted its state to the run."""
         return True
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -169,7 +169,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.model.load_state_dict(weights, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Shard what is whole, and take in the optimisers' states, by the numbers of parameters."""
+        """Shard what is whole, and take in the optimizers' states, by the numbers of parameters."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
@@ -191,7 +191,7 @@ class AnyCheckpointIO(TorchCheckpointIO):
     """Reads also the folder of shards that FSDP2 writes, as if it were a file."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The checkpoint, whole, in this process's memory; optimisers by the names of their parameters."""
+        """The checkpoint, whole, in this process's memory; optimizers by the names of their parameters."""
         if not Path(path).is_dir():
             return super().load_checkpoint(path, *args, **kwargs)
         shards = _load_distributed_checkpoint(Path(path))

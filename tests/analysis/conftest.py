@@ -14,7 +14,7 @@ OPTIONS = {"initial_stage": "egspo"}
 
 def train(tiny_run, folder: Path, **module) -> Path:
     run = tiny_run(
-        TokenRecords(every_n_collections=1),
+        TokenRecords(every_n_rollout_batches=1),
         module=OPTIONS | module,
         trainer={"max_epochs": 3, "logger": CSVLogger(folder, name=None, version="run")},
     ).fit()

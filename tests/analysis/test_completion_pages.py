@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from egspo_lightning.analysis.__main__ import main
-from egspo_lightning.analysis.completion_pages import ColouredCompletions
+from egspo_lightning.analysis.completion_pages import ColoredCompletions
 from egspo_lightning.analysis.record_reading import Records
 from egspo_lightning.errors import UserError
 
@@ -91,8 +91,8 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("form", ["page", "notebook"])
 def test_hostile_text_is_text(hostile, form):
-    coloured = ColouredCompletions(hostile)
-    text = coloured.page("<script>title</script>\0") if form == "page" else coloured._repr_html_()
+    colored = ColoredCompletions(hostile)
+    text = colored.page("<script>title</script>\0") if form == "page" else colored._repr_html_()
     page = Page(text)
     text.encode("utf-8")
     assert "\0" not in text
@@ -118,16 +118,16 @@ def test_hostile_text_is_text(hostile, form):
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
-def test_colour_is_entropy_and_the_underline_is_the_gate():
+def test_color_is_entropy_and_the_underline_is_the_gate():
     values = [(0.0, False), (1.0, False), (2.0, True), (9.0, True)]
     tokens = [token("a", i, entropy=entropy, is_high_entropy=high) for i, (entropy, high) in enumerate(values)]
-    page = Page(ColouredCompletions(records_of(tokens, [completion()]), most=2.0).page("run"))
+    page = Page(ColoredCompletions(records_of(tokens, [completion()]), most=2.0).page("run"))
     assert [found["style"] for found in page.tokens] == ["--h:0.00", "--h:0.42", "--h:0.85", "--h:0.85"]
     assert [found["class"] for found in page.tokens] == ["t", "t", "t high", "t high"]
 
 
 def test_the_box_holds_every_value():
-    page = Page(ColouredCompletions(records_of([token(" 7", 3)], [completion()])).page("run"))
+    page = Page(ColoredCompletions(records_of([token(" 7", 3)], [completion()])).page("run"))
     assert page.tokens[0]["data-v"].split("\n") == [
         "token \u201c\u24237\u201d, id 7",
         "position             3",
@@ -149,38 +149,38 @@ def test_the_box_holds_every_value():
 
 def _open_gate() -> str:
     row = token("a", 0, threshold=-math.inf, is_high_entropy=True)
-    return ColouredCompletions(records_of([row], [completion()])).page("run")
+    return ColoredCompletions(records_of([row], [completion()])).page("run")
 
 
 def test_a_completion_is_shown_with_what_it_answers():
-    page = ColouredCompletions(records_of([token("a", 0)], [completion()])).page("run")
+    page = ColoredCompletions(records_of([token("a", 0)], [completion()])).page("run")
     for text in ('<dd dir="auto">2&lt;3?</dd>', ">none found<", ">yes<", ">wrong, reward 0.75, 3 tokens, cut at the"):
         assert text in page
 
 
 def test_the_latest_collections_come_first_and_no_more_than_asked_for(records):
     tokens, completions, _ = records
-    shown_ids = ColouredCompletions(records, max_completions=20).completions["completion_id"].tolist()
+    shown_ids = ColoredCompletions(records, max_completions=20).completions["completion_id"].tolist()
     assert shown_ids == [f"2/0/{i}" for i in range(16)] + [f"1/0/{i}" for i in range(4)]
-    page = Page(ColouredCompletions(records, max_completions=1000).page("run"))
+    page = Page(ColoredCompletions(records, max_completions=1000).page("run"))
     assert len(page.texts) == len(tokens)
     assert sum(tag == "article" for tag, _ in page.tags) == len(completions) == 48
-    assert set(ColouredCompletions(records, collection=1).completions["collection"]) == {1}
+    assert set(ColoredCompletions(records, collection=1).completions["collection"]) == {1}
 
 
 def test_two_runs_are_not_mixed():
     tokens = [token("a", 0), token("b", 0, run="s")]
-    page = Page(ColouredCompletions(records_of(tokens, [completion(), completion(run="s")])).page("run"))
+    page = Page(ColoredCompletions(records_of(tokens, [completion(), completion(run="s")])).page("run"))
     assert page.texts == ["a", "b"]
 
 
 def test_what_is_not_there_is_refused(records):
     with pytest.raises(UserError, match="collection must be one of those recorded: 0, 1, 2, got 5"):
-        ColouredCompletions(records, collection=5)
+        ColoredCompletions(records, collection=5)
     with pytest.raises(UserError, match="max_completions must be at least 1, got 0"):
-        ColouredCompletions(records, max_completions=0)
+        ColoredCompletions(records, max_completions=0)
     with pytest.raises(UserError, match="no completions to show"):
-        ColouredCompletions(records._replace(completions=records.completions[:0]))
+        ColoredCompletions(records._replace(completions=records.completions[:0]))
 
 
 def test_the_command_writes_a_page(log_dir, tmp_path, capsys):
@@ -210,8 +210,8 @@ def test_in_a_browser_nothing_runs_and_hover_shows_the_values(hostile, tmp_path,
     tokens = pd.concat([hostile.tokens, pd.DataFrame(more)])
     rows = pd.concat([hostile.completions, pd.DataFrame([completion(f"0/0/{i}") for i in range(1, 200)])])
     path = tmp_path / "page.html"
-    coloured = ColouredCompletions(Records(tokens, rows, pd.DataFrame()), max_completions=200)
-    path.write_text(coloured.page("Page"), encoding="utf-8")
+    colored = ColoredCompletions(Records(tokens, rows, pd.DataFrame()), max_completions=200)
+    path.write_text(colored.page("Page"), encoding="utf-8")
     browser.open(path)
     assert browser.run("return document.title") == "Page"
     assert browser.run("return document.querySelectorAll('article').length") == 200

@@ -43,7 +43,7 @@ def every_plot(records):
     return {name: draw() for name, draw in one.items()}
 
 
-def test_every_plot_returns_labelled_axes_with_units(records, recwarn):
+def test_every_plot_returns_labeled_axes_with_units(records, recwarn):
     for name, ax in every_plot(records).items():
         ax.figure.canvas.draw()
         x, y = ax.get_xlabel(), ax.get_ylabel()

@@ -65,7 +65,7 @@ def test_a_run_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_run_without_records_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no token records \(tokens\) .* token_records.every_n_collections"):
+    with pytest.raises(UserError, match=r"no token records \(tokens\) .* token_records.every_n_rollout_batches"):
         load(tmp_path)
 
 

@@ -27,7 +27,7 @@ def test_histograms_hold_every_completion_token_and_split_at_the_threshold(tiny_
 
 
 @pytest.mark.parametrize(("every", "steps"), [(2, [2, 6]), (0, [])])
-def test_histograms_come_every_n_collections(tiny_run, events, every, steps):
+def test_histograms_come_every_n_rollout_batches(tiny_run, events, every, steps):
     options = ONE_COLLECTION | {"trainer": {"max_epochs": 3}}
     run = tiny_run(EntropyHistogram(every), **options).fit()
     log = events(run.trainer)
@@ -36,5 +36,5 @@ def test_histograms_come_every_n_collections(tiny_run, events, every, steps):
 
 
 def test_negative_numbers_are_refused():
-    with pytest.raises(UserError, match=r"entropy_histogram\.every_n_collections must be at least 0, got -1"):
+    with pytest.raises(UserError, match=r"entropy_histogram\.every_n_rollout_batches must be at least 0, got -1"):
         EntropyHistogram(-1)

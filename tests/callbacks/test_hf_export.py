@@ -72,7 +72,7 @@ def test_a_folder_with_a_config_and_other_files_is_refused(tiny_run, tmp_path):
 
 
 def test_greedy_decoding_of_the_export_has_no_penalties(tiny_run, small_model, tmp_path):
-    folder = tmp_path / "penalised"
+    folder = tmp_path / "penalized"
     shutil.copytree(small_model, folder)
     settings = {"repetition_penalty": 1.3, "do_sample": True, "top_k": 5, "eos_token_id": [7, 256]}
     (folder / "generation_config.json").write_text(json.dumps(settings))

@@ -27,14 +27,14 @@ def benchmarks() -> list[GeneratedBenchmark]:
 OBSERVERS = {
     "math_benchmark": lambda: [MathBenchmark(every_n_epochs=1)],
     "entropy_histogram": lambda: [EntropyHistogram()],
-    "token_records": lambda: [TokenRecords(every_n_collections=1)],
+    "token_records": lambda: [TokenRecords(every_n_rollout_batches=1)],
     "rollout_samples": lambda: [RolloutSamples(1)],
     "dashboard": lambda: [Dashboard()],
     "progress": lambda: [PhaseProgress()],
     "all": lambda: [
         MathBenchmark(every_n_epochs=1),
         EntropyHistogram(),
-        TokenRecords(every_n_collections=1),
+        TokenRecords(every_n_rollout_batches=1),
         RolloutSamples(1),
         Dashboard(),
         PhaseProgress(),

@@ -111,7 +111,7 @@ def test_an_open_gate_marks_nothing(tiny_run, events):
     assert "<strong>" not in text
 
 
-def test_with_records_the_command_for_the_coloured_page_is_given_and_runs(tiny_run, events, tmp_path):
+def test_with_records_the_command_for_the_colored_page_is_given_and_runs(tiny_run, events, tmp_path):
     run = tiny_run(RolloutSamples(num_samples=1), TokenRecords(), **ONE_COLLECTION).fit()
     ((_, text),) = texts(events, run)
     command = shlex.split(text.rsplit("\n", 1)[-1])
@@ -176,12 +176,12 @@ def test_a_sum_shows_its_terms(tiny_run, events):
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [2, 4, 6]), (2, [2, 6]), (0, [])])
-def test_samples_come_every_n_collections(tiny_run, events, every, steps):
+def test_samples_come_every_n_rollout_batches(tiny_run, events, every, steps):
     run = tiny_run(RolloutSamples(every), **ONE_COLLECTION | {"trainer": {"max_epochs": 3}}).fit()
     assert [step for step, _ in texts(events, run)] == steps
 
 
-@pytest.mark.parametrize("options", [{"every_n_collections": -1}, {"num_samples": 0}])
+@pytest.mark.parametrize("options", [{"every_n_rollout_batches": -1}, {"num_samples": 0}])
 def test_numbers_that_make_no_sense_are_refused(options):
-    with pytest.raises(UserError, match=r"rollout_samples.every_n_collections must be at least 0 and .num_samples"):
+    with pytest.raises(UserError, match=r"rollout_samples.every_n_rollout_batches must be at least 0 and .num_samples"):
         RolloutSamples(**options)

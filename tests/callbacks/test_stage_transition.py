@@ -13,7 +13,7 @@ from egspo_lightning.types import Stage
 
 
 class Stages(Callback):
-    """Notes what each epoch trains, and the optimiser as the epoch's first batch finds it."""
+    """Notes what each epoch trains, and the optimizer as the epoch's first batch finds it."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -91,7 +91,7 @@ def test_a_run_from_sft_ckpt_takes_its_own_learning_rate_and_a_resumed_one_keeps
         return run.trainer.optimizers[0].param_groups[0]["lr"]
 
     assert rate(learning_rate=5e-5) == 5e-5
-    assert rate() == 1e-2  # the optimiser's own
+    assert rate() == 1e-2  # the optimizer's own
     resumed = tiny_run(StageTransition(learning_rate=7e-5), trainer={"max_epochs": 3})
     resumed.fit(ckpt_path=tmp_path / "later.ckpt")
     assert resumed.trainer.optimizers[0].param_groups[0]["lr"] == 1e-2
@@ -185,7 +185,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
 # What the policy takes along
 
 
-def test_the_optimiser_starts_anew_at_the_given_learning_rate(tiny_run):
+def test_the_optimizer_starts_anew_at_the_given_learning_rate(tiny_run):
     stages = Stages()
     run = tiny_run(StageTransition(learning_rate=3e-4), stages).fit()
     assert stages.learning_rates == [1e-2, 3e-4, 3e-4]
@@ -202,7 +202,7 @@ def test_without_a_learning_rate_that_of_sft_stays(tiny_run):
     assert stages.learning_rates == [1e-2] * 3
 
 
-def test_the_optimiser_may_be_kept(tiny_run):
+def test_the_optimizer_may_be_kept(tiny_run):
     stages = Stages()
     run = tiny_run(StageTransition(reset_optimizer=False), stages).fit()
     assert stages.num_states[1] == len(list(run.module.policy.parameters()))
@@ -283,7 +283,7 @@ def test_sft_alone_goes_on_with_sft_from_sft_ckpt(tiny_run, tmp_path):
     more = tiny_run(StageTransition(enabled=False), stages, trainer={"max_epochs": 4})
     more.fit(ckpt_path=start, weights_only=True)
     assert stages.stages == stages.first_batches == [SFT, SFT]
-    assert (more.data.num_passes, more.data.num_collections, more.trainer.global_step) == (4, 0, 8)
+    assert (more.data.num_passes, more.data.num_rollout_batches, more.trainer.global_step) == (4, 0, 8)
     more.trainer.save_checkpoint(tmp_path / "more.ckpt")
     again = Stages()
     tiny_run(StageTransition(enabled=False), again, trainer={"max_epochs": 5}).fit(ckpt_path=tmp_path / "more.ckpt")
@@ -291,7 +291,7 @@ def test_sft_alone_goes_on_with_sft_from_sft_ckpt(tiny_run, tmp_path):
 
 
 def test_sft_alone_takes_the_steps_that_one_longer_stage_would_have_taken(tiny_run, tmp_path):
-    """With an optimiser that remembers nothing, four epochs are two and two."""
+    """With an optimizer that remembers nothing, four epochs are two and two."""
     module = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
     whole = tiny_run(StageTransition(enabled=False), module=module, trainer={"max_epochs": 4}).fit()
     tiny_run(StageTransition(after_epochs=2), module=module, trainer={"max_epochs": 2}, logger=True).fit()

@@ -160,7 +160,7 @@ def test_experts_solutions_are_left_out(tiny_run):
 
 
 @pytest.mark.parametrize(("every", "numbers"), [(1, [0, 1, 2]), (2, [0, 2]), (10, [0]), (0, [])])
-def test_records_come_every_n_collections(tiny_run, every, numbers):
+def test_records_come_every_n_rollout_batches(tiny_run, every, numbers):
     options = ONE_COLLECTION | {"trainer": {"max_epochs": 3}}
     run = tiny_run(TokenRecords(every), **options).fit()
     assert files(run) == names(*numbers)
@@ -206,7 +206,7 @@ def test_the_records_of_another_run_are_refused_and_kept(tiny_run, tmp_path):
     assert files(first) == kept
 
 
-@pytest.mark.parametrize(("field", "value"), [("every_n_collections", -1), ("max_completions", 0)])
+@pytest.mark.parametrize(("field", "value"), [("every_n_rollout_batches", -1), ("max_completions", 0)])
 def test_numbers_out_of_range_are_refused(field, value):
     with pytest.raises(UserError, match=f"token_records.{field} must be at least [01], got {value}"):
         TokenRecords(**{field: value})

@@ -48,7 +48,7 @@ def test_drawing_before_preparing_is_a_mistake_of_the_program():
         GeneratedProblems().draw(0, 1)
 
 
-def test_neighbouring_positions_differ():
+def test_neighboring_positions_differ():
     source = GeneratedProblems()
     source.prepare(0, frozenset())
     problems = source.draw(0, 400)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
-from egspo_lightning.data.answer_formats import normalise_problem
+from egspo_lightning.data.answer_formats import normalize_problem
 from egspo_lightning.data.generated_sources import GeneratedDemonstrations, GeneratedProblems
 from egspo_lightning.data.hub_sources import HubDemonstrations, HubProblems
 from egspo_lightning.data.json_lines import read_rows
@@ -60,12 +60,12 @@ class TestFiniteProblems:
 
     def test_excluded_problems_are_left_out_and_counted(self):
         source = Letters()
-        excluded = frozenset({normalise_problem("LETTER a?\n"), normalise_problem("letter c?"), "other"})
+        excluded = frozenset({normalize_problem("LETTER a?\n"), normalize_problem("letter c?"), "other"})
         assert source.prepare(0, excluded) == 2
         assert Counter(p.answer for p in source.draw(0, 10)) == dict.fromkeys("bdefg", 2)
 
     def test_nothing_left_is_refused(self):
-        everything = frozenset(normalise_problem(p.problem) for p in Letters().load())
+        everything = frozenset(normalize_problem(p.problem) for p in Letters().load())
         with pytest.raises(UserError, match=r"Letters has no problem.*7 were loaded, and 7 of them"):
             Letters().prepare(0, everything)
 
@@ -290,7 +290,7 @@ class TestRealFiles:
 
     def test_training_on_math_drops_the_problems_of_math500(self):
         benchmark = JsonlProblems(shared("math500.jsonl")).load()
-        excluded = frozenset(normalise_problem(p.problem) for p in benchmark)
+        excluded = frozenset(normalize_problem(p.problem) for p in benchmark)
         leaky = JsonlProblems(shared("math500.jsonl"), limit=500)
         with pytest.raises(UserError, match="500 were loaded, and 500 of them"):
             leaky.prepare(0, excluded)

@@ -24,7 +24,7 @@ MOMENTS = ("sft", "sampling", "grading", "update", "half", "whole", "replaced", 
 class Kill(Callback):
     """Ends its process without a word at the ``count``-th time that something happens in it.
 
-    sft and update: before or after an optimiser step of that stage; sampling: when a batch of completions has been
+    sft and update: before or after an optimizer step of that stage; sampling: when a batch of completions has been
     decoded; grading: when completions have been graded; half, whole and replaced: a checkpoint is half written, has
     yet to take its name, and has taken it; recording: the first of the two tables of a collection is written.
     """

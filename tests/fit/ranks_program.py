@@ -28,7 +28,7 @@ SHORT = [
     "--stage_transition.after_epochs=1",
     "--stage_transition.learning_rate=1e-3",
     "--hf_export.enabled=false",
-    "--token_records.every_n_collections=0",
+    "--token_records.every_n_rollout_batches=0",
 ]
 METHODS = {
     "ppo": ["--config=configs/methods/ppo.yaml", "--model.critic.warmup_steps=1"],

@@ -23,7 +23,7 @@ METHODS = {
 
 
 class Spy(Callback):
-    """Keeps the metrics and the weights at the end of every epoch, every batch, what optimiser and attention are."""
+    """Keeps the metrics and the weights at the end of every epoch, every batch, what optimizer and attention are."""
 
     def __init__(self):
         self.metrics, self.weights, self.batches, self.gradients = [], [], [], []

@@ -239,7 +239,7 @@ def test_rollouts_beyond_the_bound_are_refused(tiny_run, staleness, version):
 
     def change(rollouts, measurements):
         admitted = admit(rollouts, measurements)
-        return admitted._replace(policy_version=version) if run.data.num_collections == 2 else admitted
+        return admitted._replace(policy_version=version) if run.data.num_rollout_batches == 2 else admitted
 
     run.module.admit = change
     with pytest.raises(RuntimeError, match=f"Stale rollouts: they were sampled by the policy after {version} optimi"):
@@ -253,7 +253,7 @@ def test_rollouts_of_the_policy_in_sft_are_refused(tiny_run):
     run = tiny_run(StageTransition(after_epochs=2), data=AHEAD)
     admit = run.module.admit
     run.module.admit = lambda rollouts, measurements: admit(rollouts, measurements)._replace(policy_version=2)
-    with pytest.raises(RuntimeError, match=r"after 2 optimiser steps, but this phase began at 4, .* allows for 4\."):
+    with pytest.raises(RuntimeError, match=r"after 2 optimizer steps, but this phase began at 4, .* allows for 4\."):
         run.fit()
 
 

@@ -24,7 +24,7 @@ def ppo(trunk, *, mu=0.0, **options):
 
 
 def decaying(params):
-    """An optimiser under which everything moves that is not kept out of it."""
+    """An optimizer under which everything moves that is not kept out of it."""
     return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
 
 
@@ -266,11 +266,11 @@ def test_a_policy_that_has_left_sft_gets_no_network_that_it_lacks(tiny_run, chec
 
 
 @pytest.mark.parametrize(("saved", "loaded", "max_epochs"), [("ppo", {}, 3), ("ppo_critic", {}, 3), ({}, "ppo", 1)])
-def test_an_optimiser_of_other_parameters_is_refused(tiny_run, checkpoint, saved, loaded, max_epochs):
+def test_an_optimizer_of_other_parameters_is_refused(tiny_run, checkpoint, saved, loaded, max_epochs):
     """In mid-EGSPO, where the critic's moments would be dropped, and in mid-SFT, where the policy's would be."""
     path = checkpoint(METHODS.get(saved, {}) if saved else {}, max_epochs)
     run = tiny_run(StageTransition(after_epochs=2), module=METHODS[loaded] if loaded else {})
-    with pytest.raises(UserError, match=r"ckpt_path: the optimiser in the checkpoint has .*Start from sft\.ckpt"):
+    with pytest.raises(UserError, match=r"ckpt_path: the optimizer in the checkpoint has .*Start from sft\.ckpt"):
         run.fit(ckpt_path=path)
 
 

@@ -27,7 +27,7 @@ SHORT = [
     "--data.engine.max_batch_size=6",  # several batches a collection
     "--data.reward=ranks_program.Uneven",  # a policy that knows nothing yet has something to learn from
     "--hf_export.enabled=false",
-    "--token_records.every_n_collections=1",
+    "--token_records.every_n_rollout_batches=1",
 ]
 SAVING = {
     "phases": ["--checkpoint.every_n_epochs=1"],
@@ -73,7 +73,7 @@ def runs(request, repository, tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_parameters_and_optimiser_are_bit_identical(runs):
+def test_parameters_and_optimizer_are_bit_identical(runs):
     alone, killed = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs)
     assert alone["global_step"] == killed["global_step"] > 30
     assert alone["state_dict"].keys() == killed["state_dict"].keys()

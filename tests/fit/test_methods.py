@@ -318,7 +318,7 @@ def test_the_length_penalty_reaches_the_rewards(tiny_run):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_mu_follows_the_optimiser_steps_of_stage_egspo(tiny_run, parts):
+def test_mu_follows_the_optimizer_steps_of_stage_egspo(tiny_run, parts):
     phases = Phases()
     schedule = ChordMu(warmup_steps=2, decay_steps=4, peak=0.8, valley=0.2)
     tiny_run(
@@ -374,16 +374,16 @@ def test_gate_and_controllers_resume_exactly(tiny_run, tmp_path):
     whole = tiny_run(StageTransition(**stages), whole_phases, module=remembering(), trainer={"max_epochs": 5}).fit()
     first = tiny_run(StageTransition(**stages), module=remembering(), trainer={"max_epochs": 3}).fit()
     first.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    state = first.module.admission.state_dict()
+    state = first.module.advantage_and_gate.state_dict()
     assert state["gate"]["state"]["running"] > 0.0
     assert state["kl_reward"]["state"]["current"] != 0.05
     assert state["entropy_bonus"]["state"]["current"] != 0.01
     rest = tiny_run(StageTransition(**stages), rest_phases, module=remembering(), trainer={"max_epochs": 5})
-    assert rest.module.admission.state_dict() != state
+    assert rest.module.advantage_and_gate.state_dict() != state
     rest.fit(ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     for ours, theirs in zip(rest.module.parameters(), whole.module.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert rest.module.admission.state_dict() == whole.module.admission.state_dict()
+    assert rest.module.advantage_and_gate.state_dict() == whole.module.advantage_and_gate.state_dict()
     for ours, theirs in zip(rest_phases.metrics, whole_phases.metrics[3:], strict=True):
         for name in ("gate/threshold", "rollout/kl_coefficient", "policy/entropy_coefficient", "rollout/kl"):
             assert ours[name] == theirs[name], name
@@ -394,8 +394,8 @@ def test_a_part_of_another_kind_starts_anew(tiny_run, tmp_path):
     first.trainer.save_checkpoint(tmp_path / "half.ckpt")
     module = remembering() | {"initial_stage": "egspo", "gate": OpenGate(), "entropy_bonus": None}
     rest = tiny_run(module=module, trainer={"max_epochs": 2}).fit(ckpt_path=tmp_path / "half.ckpt")
-    saved = first.module.admission.state_dict()
-    assert rest.module.admission.state_dict() == {"kl_reward": saved["kl_reward"]}
+    saved = first.module.advantage_and_gate.state_dict()
+    assert rest.module.advantage_and_gate.state_dict() == {"kl_reward": saved["kl_reward"]}
 
 
 def test_the_running_threshold_by_hand(tiny_run):

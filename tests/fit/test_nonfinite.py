@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite never reaches the optimiser: skipped, counted, kept, replayed."""
+"""A loss or gradient that is not finite never reaches the optimizer: skipped, counted, kept, replayed."""
 
 import json
 import os

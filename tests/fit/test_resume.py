@@ -131,10 +131,10 @@ def test_global_random_numbers_go_on(tiny_run, tmp_path):
 
 def test_the_collection_of_a_cut_off_phase_is_recorded_as_it_was(tiny_run, tmp_path):
     """Row for row, with the completions' texts and verdicts, which no tensor holds."""
-    records = TokenRecords(every_n_collections=1)
+    records = TokenRecords(every_n_rollout_batches=1)
     whole = run_of(tiny_run, tmp_path / "whole", Log(), records, every_n_train_steps=1).fit()
     path = next((tmp_path / "whole").glob("*step=6.ckpt"))
-    rest = run_of(tiny_run, tmp_path / "rest", Log(), TokenRecords(every_n_collections=1))
+    rest = run_of(tiny_run, tmp_path / "rest", Log(), TokenRecords(every_n_rollout_batches=1))
     rest.fit(ckpt_path=path, weights_only=True)
     for kind, number in (("tokens", 0), ("tokens", 1), ("completions", 0), ("completions", 1)):
         one, other = (pq.read_table(file_of(run.trainer.log_dir, kind, number, 0)) for run in (whole, rest))

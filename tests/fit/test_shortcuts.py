@@ -209,7 +209,7 @@ def test_losses_do_not_depend_on_prompts_that_are_computed_once(tiny_run, monkey
     assert losses_of(tiny_run)[0] == pytest.approx(once, rel=0, abs=1e-5)
 
 
-def test_losses_do_not_depend_on_the_fused_optimiser(tiny_run):
+def test_losses_do_not_depend_on_the_fused_optimizer(tiny_run):
     runs = {}
     for fused in (None, False):
         settings = {"optimizer": lambda params, fused=fused: torch.optim.AdamW(params, lr=1e-2, fused=fused)}

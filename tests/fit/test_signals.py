@@ -31,7 +31,7 @@ DDP = [
     "--trainer.strategy=ddp",
     "--trainer.devices=2",
     "--trainer.max_epochs=14",
-    "--token_records.every_n_collections=1",
+    "--token_records.every_n_rollout_batches=1",
 ]
 
 

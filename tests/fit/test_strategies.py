@@ -76,7 +76,7 @@ def test_after_ten_iterations_the_rewards_are_those_of_one_process(alone, ranks,
 # Checkpoints
 
 ON = ["--trainer.max_epochs=5"]
-"""From the end of the third phase, the second with rollouts, whose optimiser has moments."""
+"""From the end of the third phase, the second with rollouts, whose optimizer has moments."""
 
 
 def at(folder, name, checkpoint="checkpoints/epoch=2.ckpt"):
@@ -204,7 +204,7 @@ def _without_sft(run_ranks, folder, base):
 
 
 def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
-    """The loss is that of autocast within its rounding, and what the optimiser moves is float32."""
+    """The loss is that of autocast within its rounding, and what the optimizer moves is float32."""
     mixed = ["--trainer.max_epochs=3", "--trainer.precision=bf16-mixed"]
     rows = run_ranks(folder, {"mixed_ddp": [*mixed, *DDP], "mixed": [*mixed, *FSDP2]})
     mine, theirs = (next(float(row["loss/sft"]) for row in rows[run] if row.get("loss/sft")) for run in rows)

@@ -19,7 +19,7 @@ from spies import Spy, distance
 BUDGET = 60
 """Tokens: two or three rows of at most 8 + 18."""
 STEADY = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.05)}
-"""An optimiser that does not blow rounding up."""
+"""An optimizer that does not blow rounding up."""
 METHODS = {
     "egspo": {},
     "grpo": {"gate": OpenGate(), "objective": Objective(mu=0.0)},

@@ -32,7 +32,7 @@ def test_sft_lowers_its_loss_and_the_stages_alternate_by_epoch(tiny_run):
     assert all((batch.rollout is None) == (batch.stage == Stage.SFT) for batch in spy.batches)
     assert all(batch.expert is not None for batch in spy.batches)  # mu > 0: each update carries both
     assert run.module.stage == Stage.EGSPO
-    assert run.data.num_collections == 2
+    assert run.data.num_rollout_batches == 2
 
 
 def test_every_collection_is_sampled_by_the_policy_as_it_is(tiny_run):
@@ -179,7 +179,7 @@ def test_stale_rollouts_are_refused(tiny_run):
     run = tiny_run(module=RL)
     admit = run.module.admit
     run.module.admit = lambda rollout, measurements: admit(rollout, measurements)._replace(policy_version=7)
-    with pytest.raises(RuntimeError, match="Stale rollouts: they were sampled by the policy after 7 optimiser steps"):
+    with pytest.raises(RuntimeError, match="Stale rollouts: they were sampled by the policy after 7 optimizer steps"):
         run.fit()
 
 
@@ -224,11 +224,11 @@ def test_without_spread_momentum_does_not_move_the_policy_either(tiny_run):
     class Turning(FlatReward):
         """Has no spread after the first collection."""
 
-        num_collections = 0
+        num_rollout_batches = 0
 
         def __call__(self, completions, golds):
-            self.num_collections += 1
-            return [i % 2 if self.num_collections == 1 else 1.0 for i, _ in enumerate(completions)]
+            self.num_rollout_batches += 1
+            return [i % 2 if self.num_rollout_batches == 1 else 1.0 for i, _ in enumerate(completions)]
 
     spy = Spy()
     tiny_run(spy, module=PURE_RL, data={"reward": Turning()}, trainer={"max_epochs": 2}).fit()
@@ -345,5 +345,5 @@ def test_resuming_at_a_phase_boundary_is_bit_identical(tiny_run, tmp_path):
     rest = tiny_run(StageTransition(**stages), trainer={"max_epochs": 4})
     torch.manual_seed(99)  # nothing may depend on the global generator
     rest.fit(ckpt_path=tmp_path / "half.ckpt")
-    assert rest.data.num_collections == whole.data.num_collections == 3
+    assert rest.data.num_rollout_batches == whole.data.num_rollout_batches == 3
     assert distance(list(whole.module.policy.parameters()), list(rest.module.policy.parameters())) == 0.0

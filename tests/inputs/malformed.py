@@ -501,7 +501,7 @@ def edit_model(run, **values):
     return folder
 
 
-@checkpoint("optimiser", "SGD")
+@checkpoint("optimizer", "SGD")
 def checkpoint_of_another_optimizer(run, path):
     run.put("model.optimizer", torch_class("", "SGD", lr=0.1, momentum=0.9))
 

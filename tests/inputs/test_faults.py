@@ -14,7 +14,7 @@ def resumable(start, smallest, small_model, tmp_path):
     """A finished run, and how it goes on in the same folders."""
     run = smallest(tmp_path, small_model)
     run.put("checkpoint.dirpath", str(tmp_path / "kept"))
-    run.put("token_records.every_n_collections", 1)
+    run.put("token_records.every_n_rollout_batches", 1)
     ended = start(tmp_path, *run.command)
     assert ended.code == 0, ended.output
     last = tmp_path / "kept" / "last.ckpt"

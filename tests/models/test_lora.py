@@ -291,7 +291,7 @@ def test_a_checkpoint_of_stage_sft_is_refused_as_well(tiny_run, adapted_run, wit
 
 
 def test_egspo_does_not_begin_with_an_adapter_that_does_something(adapted_run, tmp_path):
-    """As it would after an initialisation that moves weights into the adapter."""
+    """As it would after an initialization that moves weights into the adapter."""
     run = adapted_run(tmp_path, **RL)
     run.module.configure_model()
     torch.nn.init.normal_(next(p for name, p in run.module.named_parameters() if ".lora_B." in name))

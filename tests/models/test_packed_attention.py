@@ -149,7 +149,7 @@ def test_short_attention_leaves_alone_what_it_does_not_know(monkeypatch, setting
     assert packing._attend(module, run, *states).shape == (1, 6, 4, 8)
 
 
-def test_a_model_in_which_tokens_see_their_neighbours_is_found_out(monkeypatch):
+def test_a_model_in_which_tokens_see_their_neighbors_is_found_out(monkeypatch):
     monkeypatch.setattr(packing.Runs, "attend", whole_row)
     assert not Policy(lm_of(PACKED["llama"])).passes.packs
 

@@ -13,7 +13,7 @@ from egspo_lightning.ops.cutting import cut_evenly
 from egspo_lightning.ops.objective import Coefficients, Objective
 from egspo_lightning.ops.padding import row_lengths
 from egspo_lightning.training.minibatches import RolloutShare
-from egspo_lightning.types import Current
+from egspo_lightning.types import NetworkOutputs
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 PHI = ConfidenceAttenuation()
@@ -86,7 +86,7 @@ def test_the_loss_by_hand_whatever_the_sign_of_the_advantage(make_rollout, advan
         ("sequence", "truncated"): -advantage * (0.75 + 0.75) / 2,
         ("sequence", "masked"): -advantage * (0.75 + 0.75) / 2,
     }
-    current = Current(first.old_logprobs.clone().requires_grad_(), first.entropies)
+    current = NetworkOutputs(first.old_logprobs.clone().requires_grad_(), first.entropies)
     for (level, mode), loss in expected.items():
         objective = Objective(sampler_correction=SamplerCorrection(mode, level, 2.5))
         ours = objective.egspo_loss(current, told_to(first, ratios), ConstantAttenuation(0.0))
@@ -100,7 +100,7 @@ def random_ratios(rollout, seed=0):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("mode", ["truncated", "masked"])
 def test_the_gradient_is_the_uncorrected_one_times_the_weight(make_rollout, mode, level):
-    """So the weights have no gradient of their own, and the normaliser is the uncorrected one's."""
+    """So the weights have no gradient of their own, and the normalizer is the uncorrected one's."""
     rollout, current = make_rollout()
     rollout = told_to(rollout, random_ratios(rollout))
     rollout = rollout._replace(
@@ -169,14 +169,14 @@ def test_micro_batches_add_up(make_rollout, level):
     total = torch.zeros(()).double()
     for part in parts:
         rows, width = part.input_ids[:, 0], part.input_ids.shape[1]
-        values = Current(current.logprobs[rows, :width], current.entropies[rows, :width])
+        values = NetworkOutputs(current.logprobs[rows, :width], current.entropies[rows, :width])
         total = total + objective.egspo_loss(values, part, PHI)
     assert len(parts) == 3
     assert_close(total, whole, **EXACT)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_metrics_by_a_slow_loop_over_all_ranks(make_scored, make_admission, split_scored, on_ranks, splits):
+def test_metrics_by_a_slow_loop_over_all_ranks(make_scored, make_gating, split_scored, on_ranks, splits):
     scored = make_scored(expert_groups=[0, 1])
     ratios = torch.randn(scored.completion_mask.shape, generator=torch.Generator().manual_seed(1)).double().exp()
     told = scored.scores.logprobs - ratios.log()
@@ -186,7 +186,7 @@ def test_metrics_by_a_slow_loop_over_all_ranks(make_scored, make_admission, spli
 
     def admit(rank, part):
         correction = SamplerCorrection("masked", "token", 1.5)
-        return make_admission(objective=Objective(sampler_correction=correction)).admit(part, rank)[1]
+        return make_gating(objective=Objective(sampler_correction=correction)).to_rollout_batch(part, rank)[1]
 
     sampled = [
         ratios[row, column].item()
@@ -202,8 +202,8 @@ def test_metrics_by_a_slow_loop_over_all_ranks(make_scored, make_admission, spli
         assert 0 < dropped < len(sampled)
 
 
-def test_there_are_no_metrics_where_pi_old_is_the_engines_own_word(make_scored, make_admission, on_ranks):
-    (metrics,) = on_ranks(lambda rank, part: make_admission().admit(part, rank)[1], [make_scored()])
+def test_there_are_no_metrics_where_pi_old_is_the_engines_own_word(make_scored, make_gating, on_ranks):
+    (metrics,) = on_ranks(lambda rank, part: make_gating().to_rollout_batch(part, rank)[1], [make_scored()])
     assert not [name for name in metrics if "sampler" in name]
 
 

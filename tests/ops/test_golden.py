@@ -15,7 +15,7 @@ from egspo_lightning.ops.masking import aggregate, masked_mean
 from egspo_lightning.ops.objective import Objective, sft_loss, value_loss
 from egspo_lightning.ops.schedules import ChordMu, chord_mu
 from egspo_lightning.ops.token_stats import token_stats_from_logits
-from egspo_lightning.types import Current, ExpertBatch, RolloutBatch, UpdateSize
+from egspo_lightning.types import ExpertBatch, NetworkOutputs, RolloutBatch, UpdateSize
 
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 
@@ -90,7 +90,7 @@ def test_the_objective_with_an_open_gate_is_that_ppo(golden, dtype, tolerance):
             aggregation=case["aggregation"],
         )
         rollout = batch_of(case, dtype, old_logprobs=old, advantages=advantages)
-        loss = objective.egspo_loss(Current(logprobs, torch.zeros_like(old)), rollout, ConfidenceAttenuation())
+        loss = objective.egspo_loss(NetworkOutputs(logprobs, torch.zeros_like(old)), rollout, ConfidenceAttenuation())
         loss.backward()
         near(loss, case["loss"], dtype, tolerance)
         near(logprobs.grad, case["grad_logprobs"], dtype, tolerance)

@@ -11,7 +11,7 @@ from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAtten
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut
 from egspo_lightning.ops.gate import QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
-from egspo_lightning.types import Current, ExpertBatch, UpdateSize
+from egspo_lightning.types import ExpertBatch, NetworkOutputs, UpdateSize
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -168,7 +168,7 @@ def test_what_lies_outside_the_completion_has_no_part(make_rollout, mode):
 
     def run(poison):
         dirty = {name: torch.where(mask, getattr(rollout, name), poison) for name in names}
-        now = Current(*(torch.where(mask, value, poison) for value in current))
+        now = NetworkOutputs(*(torch.where(mask, value, poison) for value in current))
         loss, metrics = objective.hybrid_loss(now, rollout._replace(**dirty), PHI, None, weights)
         error, more = value_loss(now.values, rollout._replace(**dirty), clip=0.2)
         return loss + error, metrics | more

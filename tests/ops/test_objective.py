@@ -10,7 +10,7 @@ from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAtten
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
 from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective
-from egspo_lightning.types import Current, RolloutBatch, UpdateSize
+from egspo_lightning.types import NetworkOutputs, RolloutBatch, UpdateSize
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 ESTIMATORS = [
@@ -122,7 +122,7 @@ def by_hand(**fields):
         update_size=UpdateSize(2.0, 1.0, 2.0, 2.0, 2.0),
     )._replace(**fields)
     ratios = torch.tensor([[0.0, math.log(1.1), math.log(1.5)]], **doubles)
-    return rollout, Current((rollout.old_logprobs + ratios).requires_grad_(), rollout.entropies)
+    return rollout, NetworkOutputs((rollout.old_logprobs + ratios).requires_grad_(), rollout.entropies)
 
 
 HIGH, LOW = 1.1 * 2, 1.2 * 2  # ratios 1.1 and 1.5, the second clipped at 1.2
@@ -163,7 +163,7 @@ def test_the_low_branch_alone_by_hand_where_the_advantage_is_negative():
         ({"low_branch_epsilon_low": 0.4}, 0.6),
         ({"epsilon_high": 0.5, "low_branch_epsilon_high": 9.0}, 0.8),
     ):
-        loss = Objective(**settings).egspo_loss(Current(logprobs, None), rollout, ConfidenceAttenuation())
+        loss = Objective(**settings).egspo_loss(NetworkOutputs(logprobs, None), rollout, ConfidenceAttenuation())
         assert loss.item() == pytest.approx((1.1 * 2 + 0.25 * held * 2) / 2, abs=1e-12)
 
 
@@ -183,7 +183,9 @@ def test_dual_clip_bounds_both_branches(make_rollout):
     rollout = rollout._replace(advantages=-rollout.completion_mask.double())
     logprobs = (rollout.old_logprobs + 5.0) * rollout.completion_mask
     free, held = (
-        Objective(dual_clip=bound).egspo_loss(Current(logprobs, current.entropies), rollout, ConstantAttenuation(1.0))
+        Objective(dual_clip=bound).egspo_loss(
+            NetworkOutputs(logprobs, current.entropies), rollout, ConstantAttenuation(1.0)
+        )
         for bound in (None, 3.0)
     )
     assert free.item() == pytest.approx(math.exp(5), rel=1e-9)

@@ -8,14 +8,14 @@ from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, Rein
 from egspo_lightning.ops.gate import QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective
 from egspo_lightning.ops.token_stats import token_stats_from_logits
-from egspo_lightning.types import Current, Scores
+from egspo_lightning.types import NetworkOutputs, Scores
 
 ESTIMATORS = [GroupRelative(), GroupRelative(scale_by_std=False), LeaveOneOut(), ReinforcePlusPlus(), GAE()]
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
 
 
 @pytest.fixture
-def step(make_scored, make_admission, sized, on_ranks):
+def step(make_scored, make_gating, sized, on_ranks):
     """Log-probabilities before and after a step, the low-entropy tokens, and the rows that were right."""
 
     def run(advantage, objective, attenuation=None, gate=None):
@@ -31,13 +31,13 @@ def step(make_scored, make_admission, sized, on_ranks):
         # a critic starts at 0
         scores = Scores(old.logprobs * mask, old.entropies * mask, None, torch.zeros_like(old.logprobs))
         parts = {"objective": objective, "advantage": advantage, "attenuation": attenuation, "gate": gate}
-        admission = make_admission(**{name: part for name, part in parts.items() if part is not None})
+        admission = make_gating(**{name: part for name, part in parts.items() if part is not None})
         scored = scored._replace(input_ids=tokens, scores=scores)
-        ((rollout, _),) = on_ranks(lambda rank, part: admission.admit(part, rank), [scored])
+        ((rollout, _),) = on_ranks(lambda rank, part: admission.to_rollout_batch(part, rank), [scored])
         rollout = sized(rollout)
         now = token_stats_from_logits(logits, tokens)
         loss, _ = objective.hybrid_loss(
-            Current(now.logprobs, now.entropies), rollout, admission.attenuation, None, Coefficients(mu=0.0)
+            NetworkOutputs(now.logprobs, now.entropies), rollout, admission.attenuation, None, Coefficients(mu=0.0)
         )
         loss.backward()
         with torch.no_grad():

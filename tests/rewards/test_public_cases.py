@@ -111,7 +111,7 @@ def test_reference_solutions_are_right(shared_file: Locate, file: str, extractor
     assert wrong == (NOT_GOLD.keys() if file == "math_demos" else set())
 
 
-def test_references_equal_themselves_and_not_their_neighbours(shared_file: Locate) -> None:
+def test_references_equal_themselves_and_not_their_neighbors(shared_file: Locate) -> None:
     """OlympiadBench's solutions box nothing; its references can still be told from one another."""
     golds = [row["answer"] for row in rows(shared_file("data/olympiadbench.jsonl"))]
     with MathGrader(num_workers=2) as grader:

@@ -34,13 +34,13 @@ TENSORS = (
 
 @pytest.fixture
 def admit(on_ranks):
-    """Admits collections, one a rank, by one Admission each, one collection after another; the last one's results."""
+    """Turns rollouts into rollout batches, one a rank, one after another; gives the results of the last."""
 
     def run(make, *collections):
         admissions = [make() for _ in collections[0]]
 
         def work(rank, number):
-            return [admissions[number].admit(parts[number], rank) for parts in collections]
+            return [admissions[number].to_rollout_batch(parts[number], rank) for parts in collections]
 
         return [results[-1] for results in on_ranks(work, range(len(admissions)))], admissions
 
@@ -68,9 +68,9 @@ def join(rollouts, name, num_sampled):
     ],
 )
 @pytest.mark.parametrize("at", [1, 2])
-def test_two_ranks_are_one_that_holds_everything(make_scored, split_scored, make_admission, admit, advantage, gate, at):
+def test_two_ranks_are_one_that_holds_everything(make_scored, split_scored, make_gating, admit, advantage, gate, at):
     def make():
-        return make_admission(
+        return make_gating(
             objective=Objective(rescale_weights=True, beta=0.1, mask_truncated=True),
             gate=gate(),
             advantage=advantage,
@@ -111,10 +111,10 @@ def test_two_ranks_are_one_that_holds_everything(make_scored, split_scored, make
             assert ours == (expected if expected is None else pytest.approx(expected, rel=1e-12))
 
 
-def test_weights_average_to_one_over_the_ranks_and_not_on_each(make_scored, split_scored, make_admission, admit):
+def test_weights_average_to_one_over_the_ranks_and_not_on_each(make_scored, split_scored, make_gating, admit):
     objective = Objective(rescale_weights=True)
     for at in (1, 2):
-        results, _ = admit(lambda: make_admission(objective=objective), split_scored(make_scored(num_problems=3), at))
+        results, _ = admit(lambda: make_gating(objective=objective), split_scored(make_scored(num_problems=3), at))
         weights = []
         for rollout, _ in results:
             high, low = objective.branch_weights(rollout, ConfidenceAttenuation(), rollout.entropies)
@@ -130,14 +130,14 @@ def test_without_rescaling_the_scale_is_one(make_rollout):
 
 
 @pytest.mark.parametrize("idle", [0, 1])
-def test_a_rank_without_tokens_follows_the_other(make_scored, split_scored, make_admission, admit, idle):
+def test_a_rank_without_tokens_follows_the_other(make_scored, split_scored, make_gating, admit, idle):
     parts = split_scored(make_scored(with_values=True), 1)
     parts[idle] = parts[idle]._replace(completion_mask=torch.zeros_like(parts[idle].completion_mask))
     for advantage in (ReinforcePlusPlus(), GAE()):
         objective = Objective(rescale_weights=True)
 
         def make(objective=objective, advantage=advantage):
-            return make_admission(objective=objective, advantage=advantage)
+            return make_gating(objective=objective, advantage=advantage)
 
         results, _ = admit(make, parts)
         ((alone, _),), _ = admit(make, [parts[1 - idle]])
@@ -149,12 +149,12 @@ def test_a_rank_without_tokens_follows_the_other(make_scored, split_scored, make
         assert not results[idle][0].advantages.any()
 
 
-def test_a_collection_without_tokens_is_taken_and_teaches_nothing(make_scored, make_admission, admit):
+def test_a_collection_without_tokens_is_taken_and_teaches_nothing(make_scored, make_gating, admit):
     nothing = make_scored(with_reference=True, with_values=True)
     nothing = nothing._replace(completion_mask=torch.zeros_like(nothing.completion_mask))
     for advantage in (GroupRelative(), ReinforcePlusPlus(), GAE()):
         ((rollout, metrics),), (admission,) = admit(
-            lambda advantage=advantage: make_admission(
+            lambda advantage=advantage: make_gating(
                 objective=Objective(rescale_weights=True),
                 advantage=advantage,
                 kl_reward=KLReward(coefficient=0.2, target=0.1),
@@ -169,29 +169,29 @@ def test_a_collection_without_tokens_is_taken_and_teaches_nothing(make_scored, m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_advantages_are_those_of_the_pure_functions(make_scored, make_admission, admit, dtype):
+def test_advantages_are_those_of_the_pure_functions(make_scored, make_gating, admit, dtype):
     scored = make_scored(with_values=True, with_reference=True, dtype=dtype)
     mask, scores = scored.completion_mask, scored.scores
     penalty = 0.2 * (scores.logprobs - scores.ref_logprobs)
     rewards = token_rewards(scored.rewards, mask, penalty)
     advantages, returns = gae(rewards, scores.values, mask, gamma=0.9, lam=0.8)
     kl_reward = KLReward(coefficient=0.2)
-    ((rollout, metrics),), _ = admit(lambda: make_admission(advantage=GAE(0.9, 0.8), kl_reward=kl_reward), [scored])
+    ((rollout, metrics),), _ = admit(lambda: make_gating(advantage=GAE(0.9, 0.8), kl_reward=kl_reward), [scored])
     assert rollout.advantages.dtype == rollout.threshold.dtype == rollout.weight_scale.dtype == dtype
     assert_close(rollout.advantages, advantages)
     assert_close(rollout.returns, returns)
     assert metrics["rollout/kl"].item() == pytest.approx(penalty[mask].mean().item() / 0.2, abs=1e-6)
     assert metrics["rollout/kl_coefficient"].item() == pytest.approx(0.2)
-    ((other, _),), _ = admit(lambda: make_admission(advantage=ReinforcePlusPlus(0.9), kl_reward=kl_reward), [scored])
+    ((other, _),), _ = admit(lambda: make_gating(advantage=ReinforcePlusPlus(0.9), kl_reward=kl_reward), [scored])
     assert_close(other.advantages, reinforce_plus_plus(rewards, mask, gamma=0.9))
 
 
-def test_truncated_completions_are_left_out_but_count_for_their_group(make_scored, make_admission, admit):
+def test_truncated_completions_are_left_out_but_count_for_their_group(make_scored, make_gating, admit):
     rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
     scored = make_scored(rewards=rewards)
     scored = scored._replace(is_truncated=torch.arange(8) == 1)
     results = [
-        admit(lambda masked=masked: make_admission(objective=Objective(mask_truncated=masked)), [scored])[0][0][0]
+        admit(lambda masked=masked: make_gating(objective=Objective(mask_truncated=masked)), [scored])[0][0][0]
         for masked in (False, True)
     ]
     for rollout, masked in zip(results, (False, True), strict=True):
@@ -204,13 +204,13 @@ def test_truncated_completions_are_left_out_but_count_for_their_group(make_score
     assert results[0].threshold[0].item() != results[1].threshold[0].item()
 
 
-def test_the_coefficients_in_use_and_after_two_collections_by_hand(make_scored, make_admission, admit):
+def test_the_coefficients_in_use_and_after_two_collections_by_hand(make_scored, make_gating, admit):
     scored = make_scored(with_reference=True)
     mask = scored.completion_mask
     scores = scored.scores._replace(ref_logprobs=(scored.scores.logprobs - 0.11) * mask, entropies=0.4 * mask.double())
     scored = scored._replace(scores=scores)  # a KL of 0.11 at each token, 10 % above the target; 8 of 80 completions
     ((_, told),), (admission,) = admit(
-        lambda: make_admission(
+        lambda: make_gating(
             kl_reward=KLReward(coefficient=0.2, target=0.1, horizon=80),
             entropy_bonus=EntropyBonus(coefficient=0.01, target=0.5, step=0.002),
         ),
@@ -224,9 +224,9 @@ def test_the_coefficients_in_use_and_after_two_collections_by_hand(make_scored, 
     assert admission.entropy_bonus.current == pytest.approx(0.014, abs=1e-9)
 
 
-def test_what_is_remembered_goes_through_a_checkpoint(make_scored, make_admission, admit):
+def test_what_is_remembered_goes_through_a_checkpoint(make_scored, make_gating, admit):
     def make():
-        return make_admission(
+        return make_gating(
             gate=QuantileGate(0.3, running_decay=0.5),
             kl_reward=KLReward(coefficient=0.2, target=0.1, horizon=100),
             entropy_bonus=EntropyBonus(coefficient=0.01, target=0.5),
@@ -249,10 +249,10 @@ def test_what_is_remembered_goes_through_a_checkpoint(make_scored, make_admissio
     assert not torch.equal(fresh.threshold, expected.threshold)
 
 
-def test_a_part_of_another_class_or_none_starts_anew(make_admission):
-    saved = make_admission(kl_reward=KLReward(coefficient=0.7, target=0.1)).state_dict()
+def test_a_part_of_another_class_or_none_starts_anew(make_gating):
+    saved = make_gating(kl_reward=KLReward(coefficient=0.7, target=0.1)).state_dict()
     saved["gate"] = {"class": "MineGate", "state": {"strange": 1}}
-    taken = make_admission(
+    taken = make_gating(
         gate=QuantileGate(0.3, running_decay=0.5),
         kl_reward=KLReward(coefficient=0.2, target=0.1),
         entropy_bonus=EntropyBonus(0.3),
@@ -261,7 +261,7 @@ def test_a_part_of_another_class_or_none_starts_anew(make_admission):
     assert taken.gate.state_dict() == {"running": None}
     assert (taken.kl_reward.current, taken.entropy_bonus.current) == (0.7, 0.3)
     taken.load_state_dict({})
-    assert set(make_admission(gate=OpenGate()).state_dict()) == set()
+    assert set(make_gating(gate=OpenGate()).state_dict()) == set()
 
 
 class Broken:
@@ -278,14 +278,14 @@ class Broken:
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-def test_a_phi_that_would_turn_or_break_the_update_is_refused(make_scored, make_admission, admit, value):
+def test_a_phi_that_would_turn_or_break_the_update_is_refused(make_scored, make_gating, admit, value):
     with pytest.raises(UserError, match=r"model\.attenuation: Broken gave a weight"):
-        admit(lambda: make_admission(attenuation=Broken(value)), [make_scored()])
+        admit(lambda: make_gating(attenuation=Broken(value)), [make_scored()])
 
 
-def test_a_threshold_of_nan_is_refused(make_scored, make_admission, admit):
+def test_a_threshold_of_nan_is_refused(make_scored, make_gating, admit):
     with pytest.raises(UserError, match=r"model\.gate: Broken gave NaN as the threshold"):
-        admit(lambda: make_admission(gate=Broken(float("nan"))), [make_scored()])
+        admit(lambda: make_gating(gate=Broken(float("nan"))), [make_scored()])
 
 
 class Given:
@@ -308,9 +308,9 @@ class Given:
 
 @pytest.mark.parametrize(("value", "found"), [(0.5, "float"), (None, "NoneType"), (torch.ones(3), r"\(3,\)")])
 @pytest.mark.parametrize("part", ["gate", "attenuation", "advantage"])
-def test_what_has_another_shape_is_told(make_scored, make_admission, admit, part, value, found):
+def test_what_has_another_shape_is_told(make_scored, make_gating, admit, part, value, found):
     with pytest.raises(UserError, match=rf"model\.{part}: Given must give .* got {found}\."):
-        admit(lambda: make_admission(**{part: Given(value)}), [make_scored()])
+        admit(lambda: make_gating(**{part: Given(value)}), [make_scored()])
 
 
 class BesideABrokenRank:
@@ -324,25 +324,25 @@ class BesideABrokenRank:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_advantages_that_would_break_the_policy_are_refused(make_scored, make_admission, admit, value):
+def test_advantages_that_would_break_the_policy_are_refused(make_scored, make_gating, admit, value):
     scored = make_scored()
     spoilt = torch.zeros_like(scored.scores.logprobs).masked_fill(scored.completion_mask, value)
     with pytest.raises(UserError, match=r"model\.advantage: Given gave advantages or returns that are infinite or NaN"):
-        admit(lambda: make_admission(advantage=Given(spoilt)), [scored])
+        admit(lambda: make_gating(advantage=Given(spoilt)), [scored])
 
 
-def test_what_is_wrong_on_another_rank_is_refused_here_too(make_scored, make_admission):
+def test_what_is_wrong_on_another_rank_is_refused_here_too(make_scored, make_gating):
     with pytest.raises(UserError, match="infinite or NaN"):
-        make_admission().admit(make_scored(), BesideABrokenRank())
+        make_gating().to_rollout_batch(make_scored(), BesideABrokenRank())
 
 
-def test_weights_of_nothing_are_not_scaled(make_scored, make_admission, admit):
+def test_weights_of_nothing_are_not_scaled(make_scored, make_gating, admit):
     parts = {
         "objective": Objective(rescale_weights=True),
         "gate": Broken(float("inf")),
         "attenuation": ConstantAttenuation(0.0),
     }
-    ((rollout, metrics),), _ = admit(lambda: make_admission(**parts), [make_scored()])
+    ((rollout, metrics),), _ = admit(lambda: make_gating(**parts), [make_scored()])
     assert rollout.weight_scale.unique().tolist() == [1.0]
     assert (metrics["gate/weight_sum"].item(), metrics["gate/high_fraction"].item()) == (0.0, 0.0)
     assert "gate/threshold" not in metrics

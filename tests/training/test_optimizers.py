@@ -34,7 +34,7 @@ def flags():
 
 
 def bytes_of(state):
-    """Of an optimiser's tensors, each storage once."""
+    """Of an optimizer's tensors, each storage once."""
     tensors = [v for entries in state.values() for v in entries.values() if isinstance(v, torch.Tensor)]
     return sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in tensors}.values())
 

@@ -123,7 +123,7 @@ def checkpoint(folder: str, root: str, fault: str) -> list[dict[str, Any]]:
             "--data.benchmarks.init_args.num_problems=16",
             "--data.num_problems=4",
             "--data.reward.num_workers=1",
-            "--token_records.every_n_collections=0",
+            "--token_records.every_n_rollout_batches=0",
             "--data.engine=egspo_lightning.rollout.vllm_engine.VLLMEngine",
             "--data.engine.max_model_len=512",
         ]

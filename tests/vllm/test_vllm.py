@@ -121,7 +121,7 @@ def test_the_quickstart_learns_in_twenty_collections(repository, tmp_path):
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.enable_progress_bar=false",
         "--stage_transition={after_epochs: 18, monitor: null, target: null, learning_rate: 1e-4}",
-        "--token_records.every_n_collections=0",
+        "--token_records.every_n_rollout_batches=0",
         "--data.engine=egspo_lightning.rollout.vllm_engine.VLLMEngine",
         "--data.engine.max_model_len=128",
         "--model.objective.sampler_correction.mode=truncated",

@@ -129,7 +129,7 @@ class ExpressionTask(ProblemFamily):
 def rewrites(terms: Terms) -> Iterator[Terms]:
     """All that one operation makes of an expression: none where it is a number.
 
-    A parenthesis becomes a number, a product of two numbers a number, or two neighbouring numbers their sum; the
+    A parenthesis becomes a number, a product of two numbers a number, or two neighboring numbers their sum; the
     latter holds under minus signs also: ``9-8-6=9-14``.
     """
     for i, (sign, factors) in enumerate(terms):
@@ -165,7 +165,7 @@ def _terms(text: str) -> Terms:
 
 
 def _partial_sums(terms: Terms) -> Iterator[int]:
-    """The sums of neighbouring terms, of all lengths."""
+    """The sums of neighboring terms, of all lengths."""
     for start in range(len(terms)):
         total = 0
         for term in terms[start:]:
