@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # the grader's workers import this package without torch
     PositiveInt = NonNegativeInt = Count = int
     PositiveFloat = NonNegativeFloat = UnitInterval = PositiveShare = float
 else:
-    from jsonargparse.typing import restricted_number_type
+    from jsonargparse.typing import ClosedUnitInterval as UnitInterval  # noqa: F401  for configs to import from here
+    from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type  # noqa: F401
 
     Count = restricted_number_type("Count", int, [(">=", 1), ("<=", 10**8)])
     """What is counted in memory: the upper limit is far above what fits and below what hangs before it fails."""
