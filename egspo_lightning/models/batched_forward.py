@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from egspo_lightning.models.packed_attention import Run, Runs, packed_states
-from egspo_lightning.ops.padding import like_lengths, row_lengths
+from egspo_lightning.ops.batching import similar_length_batches
+from egspo_lightning.ops.padding import row_lengths
 
 PACKED_WORTH, PACKED_WORTH_GPU = 32, 128
 """Tokens of padding that are worth an attention of their own in a packed pass; on a GPU by arithmetic, not measured."""
@@ -66,7 +67,7 @@ class Passes:
     def _layout(self, mask: Tensor) -> tuple[list[Run], Tensor, Tensor]:
         """Runs, places of their tokens within the flattened batch, and where in the runs each row begins."""
         lengths = row_lengths(mask).clamp(min=2).tolist()
-        order = like_lengths(lengths, worth=self._worth(mask))
+        order = similar_length_batches(lengths, batch_cost=self._worth(mask))
         runs = [Run(len(rows), lengths[rows[-1]]) for rows in order]
         starts, places, start = torch.empty(len(lengths), dtype=torch.long), [], 0
         for rows, (num_rows, width) in zip(order, runs, strict=True):

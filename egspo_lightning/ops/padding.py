@@ -21,17 +21,3 @@ def row_lengths(completion_mask: Tensor) -> Tensor:
     """Length of each sequence: one past its last completion token, 0 where it has none. (B,)"""
     positions = torch.arange(1, completion_mask.shape[1] + 1, device=completion_mask.device)
     return (completion_mask * positions).amax(-1)
-
-
-def like_lengths(lengths: Sequence[int], *, worth: int) -> list[list[int]]:
-    """Rows, shortest first, in runs of like length: cut where that saves more than ``worth`` tokens of padding."""
-    return _cut(sorted(range(len(lengths)), key=lambda row: lengths[row]), lengths, worth)
-
-
-def _cut(rows: list[int], lengths: Sequence[int], worth: int) -> list[list[int]]:
-    longest = lengths[rows[-1]] if rows else 0
-    savings = [(i * (longest - lengths[rows[i - 1]]), i) for i in range(1, len(rows))]
-    saved, place = max(savings, default=(0, 0))
-    if saved <= worth:
-        return [rows]
-    return [*_cut(rows[:place], lengths, worth), *_cut(rows[place:], lengths, worth)]

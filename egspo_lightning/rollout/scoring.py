@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from egspo_lightning.ops.batching import batches_within
 from egspo_lightning.ops.padding import pad_right, row_lengths
 from egspo_lightning.rollout.collector import Collector, Group, Sampled
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
@@ -179,15 +180,10 @@ def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:
     lengths = row_lengths(mask)
     order = lengths.argsort()
     parts: list[tuple[Tensor, Scores]] = []
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * int(lengths[order[end]]) <= TOKENS_PER_SCORING_BATCH:
-            end += 1
-        rows = order[start:end]
+    for places in batches_within(lengths[order].tolist(), TOKENS_PER_SCORING_BATCH, padded=True):
+        rows = order[places]
         width = max(int(lengths[rows[-1]]), 2)
         parts.append((rows, policy.score(input_ids[rows, :width], mask[rows, :width])))
-        start = end
     whole = {
         name: _scatter([(rows, getattr(scores, name)) for rows, scores in parts], mask.shape)
         for name, value in parts[0][1]._asdict().items()

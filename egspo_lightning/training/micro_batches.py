@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from egspo_lightning.data.expert_pool import ExpertShare
-from egspo_lightning.ops.cutting import cut_evenly, cut_within
+from egspo_lightning.ops.batching import balanced_batches, batches_within
 from egspo_lightning.training.minibatches import RolloutShare
 from egspo_lightning.types import Stage, TrainingBatch
 
@@ -31,7 +31,9 @@ class UpdateShare(NamedTuple):
     def num_needed(self, max_tokens: int) -> int:
         """The fewest micro-batches of at most ``max_tokens`` tokens each, blank rows included."""
         is_mixed = self.rollouts is not None and self.experts is not None
-        return max(len(cut_within(self.lengths, max_tokens - (BLANK_TOKENS if is_mixed else 0))), 1)
+        room = max_tokens - (BLANK_TOKENS if is_mixed else 0)
+        assert max(self.lengths, default=0) <= room, "a row is longer than a micro-batch may be"
+        return max(len(batches_within(self.lengths, room)), 1)
 
     def micro_batches(self, parts: int) -> Iterator[TrainingBatch]:
         """``parts`` micro-batches of rows of like length, of like numbers of tokens.
@@ -39,7 +41,7 @@ class UpdateShare(NamedTuple):
         Rollouts and demonstrations share the passes through the policy, so they are cut together.
         """
         num_rollouts = 0 if self.rollouts is None else len(self.rollouts.rows)
-        for run in cut_evenly(self.lengths, parts):
+        for run in balanced_batches(self.lengths, parts):
             own = [row for row in run if row < num_rollouts]
             others = [row - num_rollouts for row in run if row >= num_rollouts]
             yield TrainingBatch(

@@ -4,7 +4,7 @@ from egspo_lightning.data.expert_pool import ExpertPool
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.policy import PolicyConfig
-from egspo_lightning.ops.cutting import cut_evenly
+from egspo_lightning.ops.batching import balanced_batches
 from egspo_lightning.types import Demonstration
 
 PLAIN = PromptTemplate(plain="{problem}")
@@ -81,7 +81,7 @@ def test_what_is_too_long_is_dropped_and_counted(tokenizer):
 def test_the_micro_batches_of_all_ranks_make_the_update(pool, world_size, parts):
     update = pool.draw(0, 5)
     shares = [pool.share(update, rank, world_size) for rank in range(world_size)]
-    batches = [share.batch(run) for share in shares for run in cut_evenly(share.lengths, parts)]
+    batches = [share.batch(run) for share in shares for run in balanced_batches(share.lengths, parts)]
     assert len(batches) == world_size * parts
     tokens = [row[mask].tolist() for b in batches for row, mask in zip(b.input_ids, b.completion_mask, strict=True)]
     assert sorted(row for row in tokens if row) == sorted(item.completion_ids for item in update)

@@ -91,11 +91,11 @@ def test_losses_do_not_depend_on_leaving_out_rollouts_without_spread(tiny_run, m
 
 
 def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypatch):
-    def alone(lengths, worth):
+    def alone(lengths, batch_cost):
         return [[row] for row in sorted(range(len(lengths)), key=lambda row: lengths[row])]
 
     together, _ = losses_of(tiny_run, data={"num_minibatches": 1})
-    monkeypatch.setattr(passes, "like_lengths", alone)
+    monkeypatch.setattr(passes, "similar_length_batches", alone)
     split, spy = losses_of(tiny_run, data={"num_minibatches": 1})
     assert len({int(length) for length in row_lengths(spy.batches[0].rollout.completion_mask)}) > 1
     assert split == pytest.approx(together, rel=0, abs=1e-5)

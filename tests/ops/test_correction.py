@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
+from egspo_lightning.ops.batching import balanced_batches
 from egspo_lightning.ops.correction import SamplerCorrection, is_corrected, sampler_ratios, sampler_weights
-from egspo_lightning.ops.cutting import cut_evenly
 from egspo_lightning.ops.objective import Coefficients, Objective
 from egspo_lightning.ops.padding import row_lengths
 from egspo_lightning.training.minibatches import RolloutShare
@@ -165,7 +165,7 @@ def test_micro_batches_add_up(make_rollout, level):
     rollout.input_ids[:, 0] = torch.arange(len(rollout.input_ids))  # tells rows apart
     whole = objective.egspo_loss(current, rollout, PHI)
     share = RolloutShare(rollout, list(range(8)), row_lengths(rollout.completion_mask).tolist(), rollout.update_size)
-    parts = [share.batch(run) for run in cut_evenly(share.lengths, 3)]
+    parts = [share.batch(run) for run in balanced_batches(share.lengths, 3)]
     total = torch.zeros(()).double()
     for part in parts:
         rows, width = part.input_ids[:, 0], part.input_ids.shape[1]

@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from egspo_lightning.ops.cutting import cut_evenly
-from egspo_lightning.ops.padding import like_lengths
+from egspo_lightning.ops.batching import balanced_batches
+from egspo_lightning.training.micro_batches import UpdateShare
 from egspo_lightning.training.minibatches import count_updates, plan_updates, share_updates
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
@@ -127,7 +127,7 @@ def collection(with_reference: bool = False, num_experts: int = 0) -> RolloutBat
 def micro_batches(rollout: RolloutBatch, rows: list[int], parts: int, keep_inactive: bool) -> list[RolloutBatch]:
     """An update of some rows, in parts."""
     (share,) = share_updates(rollout, [rows], keep_inactive=keep_inactive, total=lambda counts: counts)
-    return [share.batch(run) for run in cut_evenly(share.lengths, parts)]
+    return [share.batch(run) for run in balanced_batches(share.lengths, parts)]
 
 
 def rows_of(batch: RolloutBatch) -> list[int]:
@@ -206,10 +206,7 @@ def test_micro_batches_do_not_change_the_collection():
     assert torch.equal(whole.completion_mask, collection().completion_mask)
 
 
-def test_rows_are_cut_where_it_saves_more_padding_than_a_pass_is_worth():
-    lengths = [9, 3, 10, 3, 10, 2]  # shortest first: 2 3 3 9 10 10; a cut behind the third saves 3 * (10 - 3) = 21
-    assert like_lengths(lengths, worth=20) == [[5, 1, 3], [0, 2, 4]]
-    assert like_lengths(lengths, worth=21) == [[5, 1, 3, 0, 2, 4]]
-    assert like_lengths(lengths, worth=0) == [[5], [1, 3], [0], [2, 4]]
-    assert like_lengths([4, 4, 4], worth=0) == [[0, 1, 2]]
-    assert like_lengths([7], worth=0) == [[0]]
+def test_a_row_longer_than_a_micro_batch_is_our_own_mistake():
+    (share,) = share_updates(collection(), [[0, 3]], keep_inactive=True, total=lambda counts: counts)
+    with pytest.raises(AssertionError, match="longer than a micro-batch may be"):
+        UpdateShare(share, None).num_needed(max(share.lengths) - 1)

@@ -1,0 +1,70 @@
+"""Batches of rows of similar length: under a token budget, into balanced parts, or where padding is expensive.
+
+Each function sorts the rows by length, shortest first, and cuts that order into batches. Rows of similar length share
+a batch, which keeps padding low. Rows of equal length keep their order.
+"""
+
+from collections.abc import Sequence
+
+
+def batches_within(lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> list[list[int]]:
+    """Row numbers in the fewest batches of at most ``max_tokens`` tokens; a longer row gets a batch of its own.
+
+    Each batch takes as many rows as fit, which is optimal for sorted rows.
+
+    Args:
+        lengths: tokens of each row
+        max_tokens: token budget of a batch
+        padded: count each row as long as the longest of its batch
+    """
+    batches: list[list[int]] = []
+    num_tokens = 0
+    for row in _shortest_first(lengths):
+        others = num_tokens if not padded or not batches else len(batches[-1]) * lengths[row]
+        num_tokens = others + lengths[row]
+        if not batches or num_tokens > max_tokens:
+            batches.append([])
+            num_tokens = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+def balanced_batches(lengths: Sequence[int], num_batches: int) -> list[list[int]]:
+    """Row numbers in ``num_batches`` batches whose largest has the fewest tokens possible; some may be empty.
+
+    Args:
+        lengths: tokens of each row, without padding
+        num_batches: at least 1
+    """
+    low, high = max(lengths, default=0), sum(lengths)
+    while low < high:  # binary search for the smallest budget that needs at most num_batches
+        middle = (low + high) // 2
+        if len(batches_within(lengths, middle)) <= num_batches:
+            high = middle
+        else:
+            low = middle + 1
+    batches = batches_within(lengths, high)
+    return batches + [[] for _ in range(num_batches - len(batches))]
+
+
+def similar_length_batches(lengths: Sequence[int], *, batch_cost: int) -> list[list[int]]:
+    """Row numbers in batches that are cut wherever a cut saves more padding than one more batch costs.
+
+    Args:
+        lengths: tokens of each row
+        batch_cost: cost of one more batch, in tokens of padding
+    """
+    return _cut(_shortest_first(lengths), lengths, batch_cost)
+
+
+def _cut(rows: list[int], lengths: Sequence[int], batch_cost: int) -> list[list[int]]:
+    longest = lengths[rows[-1]] if rows else 0
+    savings = [(i * (longest - lengths[rows[i - 1]]), i) for i in range(1, len(rows))]
+    saved, place = max(savings, default=(0, 0))
+    if saved <= batch_cost:
+        return [rows]
+    return [*_cut(rows[:place], lengths, batch_cost), *_cut(rows[place:], lengths, batch_cost)]
+
+
+def _shortest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: lengths[row])
