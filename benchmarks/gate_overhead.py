@@ -91,7 +91,7 @@ class DrawingAlone(Drawing):
 
 
 def _require_same(replay: Replay) -> None:
-    one, other = (replay.collections[way].rollout for way in (GATED, BARE))
+    one, other = (replay.collections[way].batch for way in (GATED, BARE))
     if not torch.equal(one.input_ids, other.input_ids):
         raise RuntimeError("The two ways have sampled different completions, so their times cannot be compared.")
 

@@ -72,7 +72,7 @@ def _record(cli: EgspoCLI, folder: Path) -> float:
     """CPU seconds of recording the last collection, files included."""
     module, data = cli.model, cli.datamodule
     started = time.process_time()
-    write(record(data.collection, module, 0, 0, TokenRecords().max_completions), folder, 0, 0)
+    write(record(data.rollouts, module, 0, 0, TokenRecords().max_completions), folder, 0, 0)
     return time.process_time() - started
 
 

@@ -28,7 +28,7 @@ from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
-from egspo_lightning.rollout.scoring import Collection
+from egspo_lightning.rollout.scoring import CollectedRollouts
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.training.fit_loop import count_epochs, forget
 from egspo_lightning.training.micro_batches import longest_row
@@ -331,9 +331,9 @@ class HybridDataModule(LightningDataModule):
     # How far training has come
 
     @property
-    def collection(self) -> Collection | None:
+    def rollouts(self) -> CollectedRollouts | None:
         """The latest rollouts of this rank, for callbacks to look at."""
-        return self.phases.collection
+        return self.phases.rollouts
 
     @property
     def num_passes(self) -> int:

@@ -36,7 +36,7 @@ class IterationTimes(Callback):
 
 
 def _num_tokens(trainer: Trainer) -> int:
-    collection = trainer.datamodule.collection  # type: ignore[attr-defined]
+    collection = trainer.datamodule.rollouts  # type: ignore[attr-defined]
     return sum(len(completion.token_ids) for completion in collection.completions)
 
 
@@ -95,7 +95,7 @@ class Replay(Callback):
         """The iteration ends."""
         self._watch.stop()
         way = self.order[trainer.current_epoch]
-        self.collections[way] = trainer.datamodule.collection  # type: ignore[attr-defined]
+        self.collections[way] = trainer.datamodule.rollouts  # type: ignore[attr-defined]
         if trainer.current_epoch >= self.num_warmup:
             self.readings[way].append(self._watch.total)
 

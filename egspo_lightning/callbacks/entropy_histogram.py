@@ -34,11 +34,11 @@ class EntropyHistogram(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the collection that this epoch trained on."""
         data = data_of(trainer)
-        if data.collection is None or not self.every_n_rollout_batches:
+        if data.rollouts is None or not self.every_n_rollout_batches:
             return
         if (data.num_rollout_batches - 1) % self.every_n_rollout_batches:
             return
-        rollout = data.collection.rollout
+        rollout = data.rollouts.batch
         sampled = rollout.sampled_mask
         high = high_entropy_mask(rollout.entropies, sampled, rollout.threshold)
         masks = {"entropy/all": sampled, "entropy/high": high, "entropy/low": sampled & ~high}

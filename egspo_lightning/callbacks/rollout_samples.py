@@ -12,7 +12,7 @@ from egspo_lightning.callbacks.token_records import TokenRecords
 from egspo_lightning.callbacks.trainer_access import data_of, module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.rollout.scoring import Collection
+from egspo_lightning.rollout.scoring import CollectedRollouts
 from egspo_lightning.types import Completion
 
 SEPARATOR = "\n\n---\n\n"
@@ -52,26 +52,26 @@ class RolloutSamples(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the collection that this epoch trained on."""
         data, log_dir = data_of(trainer), trainer.log_dir  # log_dir is broadcast: ask on every rank
-        collection = data.collection
-        if collection is None or not self.every_n_rollout_batches:
+        rollouts = data.rollouts
+        if rollouts is None or not self.every_n_rollout_batches:
             return
         if (data.num_rollout_batches - 1) % self.every_n_rollout_batches == 0 and trainer.is_global_zero:
             module = module_of(pl_module)
-            samples = [self._sample(collection, row, module) for row in range(self._num_shown(collection))]
+            samples = [self._sample(rollouts, row, module) for row in range(self._num_shown(rollouts))]
             log_text(trainer, "rollout/samples", SEPARATOR.join([*samples, *_pointers(trainer, log_dir)]))
 
-    def _num_shown(self, collection: Collection) -> int:
-        return min(self.num_samples, len(collection.completions))
+    def _num_shown(self, rollouts: CollectedRollouts) -> int:
+        return min(self.num_samples, len(rollouts.completions))
 
-    def _sample(self, collection: Collection, row: int, module: EGSPOModule) -> str:
+    def _sample(self, rollouts: CollectedRollouts, row: int, module: EGSPOModule) -> str:
         """Verdict and problem as indented blocks, which Markdown shows as they are; then the marked tokens."""
-        completion = collection.completions[row]
+        completion = rollouts.completions[row]
         blocks = [_block(self._cut(text)) for text in (_verdict(completion), completion.problem.problem)]
-        return "\n\n".join([*blocks, f"<pre>{''.join(self._tokens(collection, row, module))}</pre>"])
+        return "\n\n".join([*blocks, f"<pre>{''.join(self._tokens(rollouts, row, module))}</pre>"])
 
-    def _tokens(self, collection: Collection, row: int, module: EGSPOModule) -> Iterator[str]:
+    def _tokens(self, rollouts: CollectedRollouts, row: int, module: EGSPOModule) -> Iterator[str]:
         """The tokens as HTML, at most ``max_characters`` of text."""
-        rollout, token_ids = collection.rollout, collection.completions[row].token_ids
+        rollout, token_ids = rollouts.batch, rollouts.completions[row].token_ids
         mask, threshold = rollout.completion_mask[row], rollout.threshold[row].item()
         values = zip(rollout.entropies[row][mask].tolist(), rollout.advantages[row][mask].tolist(), strict=True)
         length = 0

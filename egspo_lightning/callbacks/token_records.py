@@ -16,15 +16,15 @@ from egspo_lightning.callbacks.trainer_access import data_of, goes_on_in, module
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
-from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH, Collection
+from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH, CollectedRollouts
 from egspo_lightning.types import NetworkOutputs, RolloutBatch
 
 
 class TokenRecords(Callback):
     """Writes token records as Parquet into ``token_records/`` of the log folder; see ``analysis.schema``.
 
-    They are those of the first completions of a collection, after its last update: one forward pass over them gives the
-    ratio. Each rank writes files of its own. A resumed run that goes on in the same folder removes those of collections
+    They are those of the first completions of a rollout batch, after its last update: one forward pass over them
+    gives the ratio. Each rank writes files of its own. A resumed run that goes on in the same folder removes those of collections
     that it does again, so that no collection is there twice.
 
     Args:
@@ -68,29 +68,29 @@ class TokenRecords(Callback):
         """Record the collection that this epoch trained on."""
         data, log_dir = data_of(trainer), trainer.log_dir
         number = data.num_rollout_batches - 1
-        if data.collection is None or log_dir is None or not self.every_n_rollout_batches:
+        if data.rollouts is None or log_dir is None or not self.every_n_rollout_batches:
             return
         if number % self.every_n_rollout_batches == 0:
             rank = trainer.global_rank
-            tables = record(data.collection, module_of(pl_module), number, rank, self.max_completions)
+            tables = record(data.rollouts, module_of(pl_module), number, rank, self.max_completions)
             write(tables, log_dir, number, rank)
 
 
 def record(
-    collection: Collection, module: EGSPOModule, number: int, rank: int, max_completions: int
+    rollouts: CollectedRollouts, module: EGSPOModule, number: int, rank: int, max_completions: int
 ) -> dict[str, pa.Table]:
     """The tables ``completions`` and ``tokens`` of a collection's first completions. Collective.
 
     Args:
-        collection: the rollouts of this rank
+        rollouts: the rollouts of this rank
         module: the policy as it is after the updates on them
         number: of the collection
         rank: of this process
         max_completions: rows of the collection that are recorded, at most
     """
-    rollout = collection.rollout
+    rollout = rollouts.batch
     chosen = (~rollout.is_expert).nonzero().flatten()[:max_completions]
-    completions = [collection.completions[row] for row in chosen.tolist()]
+    completions = [rollouts.completions[row] for row in chosen.tolist()]
     keys: dict[str, list[Any]] = {
         "collection": [number] * len(completions),
         "stage": [str(module.stage)] * len(completions),

@@ -85,7 +85,7 @@ def value_metrics(values: Tensor, rollout: RolloutBatch, clip: float | None) -> 
 
 
 @torch.no_grad()
-def collection_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
+def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
     """Sums over the sampled tokens of a collection, to be added over ranks before they are divided.
 
     Args:
@@ -116,8 +116,8 @@ def collection_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
     return {name: value.float() for name, value in sums.items()}
 
 
-def collection_metrics(sums: Metrics) -> Metrics:
-    """What the gate and the critic made of a collection, from its ``collection_sums`` over all ranks."""
+def rollout_batch_metrics(sums: Metrics) -> Metrics:
+    """What the gate and the critic made of a collection, from its ``rollout_batch_sums`` over all ranks."""
     tokens, high = sums["tokens"].clamp(min=1), sums["high"]
     metrics = {
         "gate/high_fraction": high / tokens,

@@ -34,7 +34,7 @@ class Group(NamedTuple):
         return len({completion.reward for completion in self.completions}) == 1
 
 
-class Sampled(NamedTuple):
+class SampledGroups(NamedTuple):
     """This rank's groups of a collection, and those that were sampled and put aside on the way."""
 
     groups: list[Group]
@@ -96,8 +96,8 @@ class Collector:
             )
         self.reward.require_fit(self.max_completion_length)
 
-    def sample(self, policy: RolloutPolicy, number: int, rank: int, world_size: int) -> Sampled:
-        """Collection ``number``; a rank takes every ``world_size``-th of its problems. Collective."""
+    def sample(self, policy: RolloutPolicy, number: int, rank: int, world_size: int) -> SampledGroups:
+        """Sample rollout batch ``number``; a rank takes every ``world_size``-th of its problems. Collective."""
         started = time.perf_counter()
         places = range(rank, self.num_problems, world_size)
         experts = self.draw_experts(number * self.num_experts, self.num_experts)
@@ -119,7 +119,9 @@ class Collector:
         groups |= self._with_experts(policy, groups, solved)
         ended = time.perf_counter()
         groups_in_order = [groups[place] for place in places]
-        return Sampled(groups_in_order, discarded, ended - started, waited + ended - sampled, self.num_experts > 0)
+        return SampledGroups(
+            groups_in_order, discarded, ended - started, waited + ended - sampled, self.num_experts > 0
+        )
 
     def _draw(self, count: int) -> Sequence[Problem]:
         self.num_drawn += count

@@ -3,36 +3,36 @@
 from typing import Any
 
 from egspo_lightning.checkpointing.serialization import from_plain, to_plain
-from egspo_lightning.rollout.scoring import Collection, Prepared
+from egspo_lightning.rollout.scoring import CollectedRollouts, ScoredGroups
 from egspo_lightning.types import Completion, Measurements, Problem, RolloutBatch, ScoredRollouts
 
 
-def pack(collection: Collection) -> dict[str, Any]:
-    """All that updates and callbacks still ask of a collection.
+def pack(rollouts: CollectedRollouts) -> dict[str, Any]:
+    """All that updates and callbacks still ask of a rollout batch.
 
     What the engine told of each token is left out: it stands in the rollout, and as lists it takes 64 bytes a token.
     """
     return {
-        "completions": [_pack_completion(completion) for completion in collection.completions],
-        "rollout": to_plain(collection.rollout),
-        "measurements": _pack_measurements(collection.measurements),
-        "numbers": list(collection.numbers),
-        "expert_groups": list(collection.expert_groups),
+        "completions": [_pack_completion(completion) for completion in rollouts.completions],
+        "rollout": to_plain(rollouts.batch),
+        "measurements": _pack_measurements(rollouts.measurements),
+        "numbers": list(rollouts.numbers),
+        "expert_groups": list(rollouts.expert_groups),
     }
 
 
-def unpack(state: dict[str, Any], device: Any) -> Collection:
-    """The collection, its tensors on a device."""
-    return Collection(
+def unpack(state: dict[str, Any], device: Any) -> CollectedRollouts:
+    """The rollouts, its tensors on a device."""
+    return CollectedRollouts(
         completions=[_unpack_completion(completion) for completion in state["completions"]],
-        rollout=from_plain(RolloutBatch, state["rollout"], device),
+        batch=from_plain(RolloutBatch, state["rollout"], device),
         measurements=_unpack_measurements(state["measurements"]),
         numbers=state["numbers"],
         expert_groups=state["expert_groups"],
     )
 
 
-def pack_prepared(prepared: Prepared) -> dict[str, Any]:
+def pack_scored(prepared: ScoredGroups) -> dict[str, Any]:
     """The same of a collection that has yet to be admitted; what scores say of its tokens is kept, as in ``pack``."""
     return {
         "completions": [_pack_completion(completion) for completion in prepared.completions],
@@ -43,9 +43,9 @@ def pack_prepared(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def unpack_prepared(state: dict[str, Any], device: Any) -> Prepared:
-    """The collection, its tensors on a device."""
-    return Prepared(
+def unpack_scored(state: dict[str, Any], device: Any) -> ScoredGroups:
+    """The rollouts, its tensors on a device."""
+    return ScoredGroups(
         completions=[_unpack_completion(completion) for completion in state["completions"]],
         rollouts=from_plain(ScoredRollouts, state["rollouts"], device),
         measurements=_unpack_measurements(state["measurements"]),

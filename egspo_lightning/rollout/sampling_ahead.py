@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from egspo_lightning.rollout.policy_protocol import FrozenPolicy, RolloutPolicy
-from egspo_lightning.rollout.rollout_state import pack_prepared, unpack_prepared
-from egspo_lightning.rollout.scoring import Prepared
+from egspo_lightning.rollout.rollout_state import pack_scored, unpack_scored
+from egspo_lightning.rollout.scoring import ScoredGroups
 
-Prepare = Callable[[RolloutPolicy], Prepared]
+Prepare = Callable[[RolloutPolicy], ScoredGroups]
 
 PATIENCE_S = 10.0
 """How long ``drop`` waits for a reward that is the user's own, and cannot be ended."""
 
 
-class Lookahead:
+class SamplingAhead:
     """Holds one collection at most: one that is being made, has been made, or was in a checkpoint.
 
     It is held packed, as a checkpoint holds it: on the CPU, and the same whether it comes from there or not.
@@ -44,7 +44,7 @@ class Lookahead:
 
         def make() -> dict[str, Any]:
             with policy.apart():
-                return pack_prepared(prepare(policy))
+                return pack_scored(prepare(policy))
 
         self._policy, self._making = policy, Future()
         # a daemon: a reward that hangs does not keep the process of a run that has ended
@@ -68,7 +68,7 @@ class Lookahead:
         """
         return self.saved if self._making is None else self._making.result()
 
-    def take(self, device: torch.device) -> Prepared | None:
+    def take(self, device: torch.device) -> ScoredGroups | None:
         """The collection, made to its end, on a device; it is held no longer. None where none is.
 
         Raises:
@@ -78,7 +78,7 @@ class Lookahead:
         packed = self.packed()
         self.seconds_waited = time.perf_counter() - started
         self._making = self.saved = None
-        return None if packed is None else unpack_prepared(packed, device)
+        return None if packed is None else unpack_scored(packed, device)
 
     def cancel(self) -> None:
         """Have what is being made end early; ``drop`` waits for it."""

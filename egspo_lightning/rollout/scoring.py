@@ -9,7 +9,7 @@ from torch import Tensor
 
 from egspo_lightning.ops.batching import batches_within
 from egspo_lightning.ops.padding import pad_right, row_lengths
-from egspo_lightning.rollout.collector import Collector, Group, Sampled
+from egspo_lightning.rollout.collector import Collector, Group, SampledGroups
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.types import Completion, Measurements, RolloutBatch, ScoredRollouts, Scores
 
@@ -20,12 +20,12 @@ TOKENS_PER_SCORING_BATCH = 16_384
 """Tokens scored in one forward pass, padding included."""
 
 
-class Collection(NamedTuple):
+class CollectedRollouts(NamedTuple):
     """One rollout collection of one rank, as updates use it."""
 
     completions: list[Completion]
     """In the order of the rollout's rows: G of each problem, then the experts' solutions."""
-    rollout: RolloutBatch
+    batch: RolloutBatch
     measurements: Measurements
     numbers: list[int]
     """The places of this rank's problems in the whole collection, in the order of their groups."""
@@ -33,7 +33,7 @@ class Collection(NamedTuple):
     """For each row of an expert, which of this rank's problems it solves."""
 
 
-class Prepared(NamedTuple):
+class ScoredGroups(NamedTuple):
     """A collection of one rank that is sampled, graded and scored, and has yet to be admitted to training."""
 
     completions: list[Completion]
@@ -41,20 +41,20 @@ class Prepared(NamedTuple):
     rollouts: ScoredRollouts
     measurements: Measurements
     numbers: list[int]
-    """As those of a ``Collection``."""
+    """As those of a ``CollectedRollouts``."""
     num_drawn: int
     """Problems drawn so far, with its own, over all ranks."""
 
 
-def prepare(policy: RolloutPolicy, collector: Collector, number: int, rank: int, world_size: int) -> Prepared:
+def prepare(policy: RolloutPolicy, collector: Collector, number: int, rank: int, world_size: int) -> ScoredGroups:
     """Sample, grade and score collection ``number``. Collective."""
     sampled = collector.sample(policy, number, rank, world_size)
     rollouts, measurements = score(policy, sampled, collector.max_completion_length)
     numbers = [group.number for group in sampled.groups]
-    return Prepared(collection_rows(sampled.groups), rollouts, measurements, numbers, collector.num_drawn)
+    return ScoredGroups(completions_by_row(sampled.groups), rollouts, measurements, numbers, collector.num_drawn)
 
 
-def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[ScoredRollouts, Measurements]:
+def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tuple[ScoredRollouts, Measurements]:
     """Score a collection under the networks as they are now; what the engine told is taken where that is as good.
 
     Collective. Where nothing is scored, the module's check of the first ratio still compares sampler and trainer.
@@ -63,7 +63,7 @@ def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[Sco
         RuntimeError: the engine did not sample from the policy that the scorer sees.
     """
     started = time.perf_counter()
-    rows = collection_rows(sampled.groups)
+    rows = completions_by_row(sampled.groups)
     prompts = [group.prompt for group in sampled.groups for _ in group.completions]
     prompts += [group.prompt for group in sampled.groups if group.expert is not None]
     pairs = [(prompt.token_ids, row.token_ids) for prompt, row in zip(prompts, rows, strict=True)]
@@ -92,7 +92,7 @@ def score(policy: RolloutPolicy, sampled: Sampled, max_length: int) -> tuple[Sco
     return rollouts, {**measure(sampled), **seconds, **gap}
 
 
-def collection_rows(groups: Sequence[Group]) -> list[Completion]:
+def completions_by_row(groups: Sequence[Group]) -> list[Completion]:
     """The completions in the order of the rows: those of the policy, then those of experts."""
     experts = [group.expert for group in groups if group.expert is not None]
     return [completion for group in groups for completion in group.completions] + experts
@@ -123,7 +123,7 @@ def _sampler_gap(rollouts: ScoredRollouts) -> tuple[float, float]:
     return gap.sum().item(), gap.numel()
 
 
-def measure(sampled: Sampled) -> Measurements:
+def measure(sampled: SampledGroups) -> Measurements:
     """What the rollouts were like, as (sum, count) by metric name.
 
     Groups that were put aside count as well, or the policy would look better than it is; ``rollout/flat_groups``

@@ -14,7 +14,7 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation, ConstantAttenuation
 from egspo_lightning.ops.correction import is_corrected, sampler_ratios
 from egspo_lightning.ops.credit import estimate_credit, reward_kl
-from egspo_lightning.ops.diagnostics import Metrics, collection_metrics, collection_sums
+from egspo_lightning.ops.diagnostics import Metrics, rollout_batch_metrics, rollout_batch_sums
 from egspo_lightning.ops.estimators import Advantage, Estimate, GroupRelative
 from egspo_lightning.ops.gate import Entropies, Gate, OpenGate
 from egspo_lightning.ops.masking import masked_sum, shape_of
@@ -96,10 +96,10 @@ class AdvantageAndGate:
         started = time.perf_counter()
         rollout, weights = self._settle_gate(rollout, ranks)
         metrics["time/gate"] = torch.tensor(time.perf_counter() - started)
-        sums = collection_sums(rollout, weights)
+        sums = rollout_batch_sums(rollout, weights)
         summed = ranks.sum_over_ranks(torch.stack(list(sums.values())))
         totals = dict(zip(sums, summed, strict=True))
-        metrics |= collection_metrics(totals) | self._sampler_metrics(rollout, ranks)
+        metrics |= rollout_batch_metrics(totals) | self._sampler_metrics(rollout, ranks)
         if self.entropy_bonus is not None:
             if totals["tokens"] > 0:  # a collection without tokens has no entropy to answer to
                 self.entropy_bonus.update(metrics["policy/entropy"].item())

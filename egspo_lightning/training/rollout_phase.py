@@ -15,8 +15,8 @@ from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy, TrainedPolicy
 from egspo_lightning.rollout.rollout_state import pack, unpack
-from egspo_lightning.rollout.sampling_ahead import Lookahead
-from egspo_lightning.rollout.scoring import Collection, Prepared, prepare
+from egspo_lightning.rollout.sampling_ahead import SamplingAhead
+from egspo_lightning.rollout.scoring import CollectedRollouts, ScoredGroups, prepare
 from egspo_lightning.training.micro_batches import UpdateShare
 from egspo_lightning.training.minibatches import RolloutShare, plan_updates, share_updates
 from egspo_lightning.types import Stage, TrainingBatch
@@ -64,10 +64,10 @@ class Phases:
         self.collector, self.sizes, self.seed = collector, sizes, seed
         self.num_passes = self.num_rollout_batches = 0
         """Of SFT data and of rollouts, begun in this run."""
-        self.collection: Collection | None = None
+        self.rollouts: CollectedRollouts | None = None
         self.pool: ExpertPool | None = None
         """The demonstrations, once they are loaded."""
-        self.ahead = Lookahead()
+        self.ahead = SamplingAhead()
         """The collection of the next phase, where it is sampled while this one is trained on."""
         self._num_drawn = 0  # problems of the collections that were begun; the collector may be ahead of that
         self._parts = self._length = self._num_given = 0  # micro-batches an update, of the latest phase, given of it
@@ -143,24 +143,24 @@ class Phases:
     ) -> list[UpdateShare]:
         """One collection of rollouts, and the updates on it."""
         if cut_off is None:
-            self.collection = self._collect(policy, split)
+            self.rollouts = self._collect(policy, split)
             self.num_rollout_batches += 1
             if looks_ahead:
                 number = self.num_rollout_batches
                 self.ahead.start(policy.snapshot(), lambda frozen: self._prepare(frozen, split, number))
         else:
             assert cut_off.packed is not None
-            self.collection = unpack(cut_off.packed, policy.device)
+            self.rollouts = unpack(cut_off.packed, policy.device)
         number = self.num_rollout_batches - 1
-        rollouts = self._updates(policy, self.collection, number)
+        shares = self._updates(policy, self.rollouts, number)
         if not policy.mixes_expert_data:
-            return [UpdateShare(share, None) for share in rollouts]
+            return [UpdateShare(share, None) for share in shares]
         size = self.sizes.expert_batch_size
-        drawn = (self._pool.draw((number * len(rollouts) + i) * size, size) for i in range(len(rollouts)))
+        drawn = (self._pool.draw((number * len(shares) + i) * size, size) for i in range(len(shares)))
         experts = [self._pool.share(update, split.rank, split.world_size) for update in drawn]
-        return [UpdateShare(*pair) for pair in zip(rollouts, experts, strict=True)]
+        return [UpdateShare(*pair) for pair in zip(shares, experts, strict=True)]
 
-    def _collect(self, policy: TrainedPolicy, split: Split) -> Collection:
+    def _collect(self, policy: TrainedPolicy, split: Split) -> CollectedRollouts:
         """The collection that was made ahead, or else one that is made now; admitted to training."""
         prepared = self.ahead.take(policy.device)
         if prepared is None:
@@ -169,28 +169,28 @@ class Phases:
             waited = {"time/wait": (self.ahead.seconds_waited, 1.0)}
             prepared = prepared._replace(measurements={**prepared.measurements, **waited})
         self._num_drawn = self.collector.num_drawn = prepared.num_drawn
-        return Collection(
+        return CollectedRollouts(
             completions=prepared.completions,
-            rollout=policy.to_rollout_batch(prepared.rollouts, prepared.measurements),
+            batch=policy.to_rollout_batch(prepared.rollouts, prepared.measurements),
             measurements=prepared.measurements,
             numbers=prepared.numbers,
             expert_groups=prepared.rollouts.expert_groups.tolist(),
         )
 
-    def _prepare(self, policy: RolloutPolicy, split: Split, number: int) -> Prepared:
+    def _prepare(self, policy: RolloutPolicy, split: Split, number: int) -> ScoredGroups:
         return prepare(policy, self.collector, number, split.rank, split.world_size)
 
-    def _updates(self, policy: TrainedPolicy, collection: Collection, number: int) -> list[RolloutShare]:
+    def _updates(self, policy: TrainedPolicy, rollouts: CollectedRollouts, number: int) -> list[RolloutShare]:
         plan = plan_updates(
-            collection.numbers,
+            rollouts.numbers,
             self.collector.num_generations,
             self.sizes.num_minibatches,
             self.sizes.num_ppo_epochs,
             seed=f"{self.seed}/{number}",
-            expert_groups=collection.expert_groups,
+            expert_groups=rollouts.expert_groups,
         )
         keep, total = policy.needs_every_rollout, policy.sum_over_ranks
-        return share_updates(collection.rollout, plan, keep_inactive=keep, total=total)
+        return share_updates(rollouts.batch, plan, keep_inactive=keep, total=total)
 
     @property
     def _pool(self) -> ExpertPool:
@@ -212,7 +212,7 @@ class Phases:
         if self.ahead.is_there:  # on every rank or none
             state["ahead"] = policy.collect_over_ranks(self.ahead.packed())
         if is_running and 0 < self._num_given < self._length:
-            own = None if policy.stage == Stage.SFT or self.collection is None else pack(self.collection)
+            own = None if policy.stage == Stage.SFT or self.rollouts is None else pack(self.rollouts)
             phase = CutOff(self._num_given, self._length, self._parts, self.sizes.max_tokens, own)
             state["phase"] = phase.state_dict(policy.collect_over_ranks(own))
         return state

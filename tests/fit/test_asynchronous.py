@@ -45,7 +45,7 @@ class Watch(Callback):
         self.losses[(trainer.current_epoch, batch_idx)] = outputs["loss"].item()
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.collections.append(trainer.datamodule.collection)
+        self.collections.append(trainer.datamodule.rollouts)
         self.metrics.append(dict(trainer.callback_metrics))
 
 
@@ -138,8 +138,8 @@ def test_what_is_sampled_ahead_is_what_those_weights_sample(tiny_run, module):
             collector.num_drawn = 4 * number
             groups = collector.sample(run.module, number, 0, 1).groups
             again[age] = tokens_of(completion for group in groups for completion in group.completions)
-            scores = run.module.score(*watch.collections[number].rollout[:2])
-            rollout = watch.collections[number].rollout
+            scores = run.module.score(*watch.collections[number].batch[:2])
+            rollout = watch.collections[number].batch
             gaps = (
                 (scores.logprobs - rollout.old_logprobs).abs().max(),
                 (scores.entropies - rollout.entropies).abs().max(),
@@ -179,7 +179,7 @@ def test_a_policy_that_stands_still_has_the_same_rollouts_and_losses_either_way(
     assert off.losses == on.losses
     assert on.versions != off.versions
     for one, other in zip(off.collections, on.collections, strict=True):
-        rollouts_equal(one.rollout, other.rollout)
+        rollouts_equal(one.batch, other.batch)
         assert tokens_of(one.completions) == tokens_of(other.completions)
         assert [c.text for c in one.completions] == [c.text for c in other.completions]
         assert one.numbers == other.numbers

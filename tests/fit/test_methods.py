@@ -41,7 +41,7 @@ class Phases(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.collections.append(trainer.datamodule.collection)
+        self.collections.append(trainer.datamodule.rollouts)
 
 
 class EvenSumsAreFlat:
@@ -93,7 +93,7 @@ def test_flat_groups_are_replaced_and_what_is_left_of_them_is_skipped(tiny_run, 
         assert metrics["rollout/resampled_groups"] == num_resampled
         assert metrics["rollout/flat_groups"] == num_left
         assert metrics["rollout/zero_spread_fraction"] == pytest.approx(num_flat_seen / (4 + num_resampled))
-        lengths = collection.rollout.completion_mask.view(4, 4, -1).sum((1, 2)).tolist()
+        lengths = collection.batch.completion_mask.view(4, 4, -1).sum((1, 2)).tolist()
         active = sum(length for length, problem in zip(lengths, places, strict=True) if not is_flat(problem))
         trained = sum(int(batch.rollout.completion_mask.sum()) for batch in batches)
         assert trained == 2 * active  # two PPO epochs
@@ -132,7 +132,7 @@ def test_experts_solutions_stand_among_the_rollouts(tiny_run, parts):
         trainer={"max_epochs": 2, "accumulate_grad_batches": parts},
     ).fit()
     for number, (collection, batches) in enumerate(zip(phases.collections, phases.batches, strict=True)):
-        rollout, completions = collection.rollout, collection.completions
+        rollout, completions = collection.batch, collection.completions
         assert rollout.is_expert.tolist() == [False] * 16 + [True] * 2  # half of 4 problems, behind the others
         solutions = run.data.phases.pool.solutions(2 * number, 2)
         for i, (problem, token_ids) in enumerate(solutions):
@@ -169,7 +169,7 @@ def test_experts_solutions_stand_among_the_rollouts(tiny_run, parts):
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4)])
 def test_the_share_of_experts(tiny_run, fraction, count):
     run = tiny_run(module=PURE_RL, data={"expert_fraction": fraction}, trainer={"max_epochs": 1}).fit()
-    assert run.data.collection.rollout.is_expert.sum() == count
+    assert run.data.rollouts.batch.is_expert.sum() == count
     assert run.data.state_dict()["num_drawn"] == 4 - count
 
 
@@ -183,7 +183,7 @@ def test_the_loss_with_an_expert_by_hand(tiny_run):
         data={"expert_fraction": 0.5, "num_minibatches": 1},
         trainer={"max_epochs": 1},
     ).fit()
-    rollout = phases.collections[0].rollout
+    rollout = phases.collections[0].batch
     p = rollout.old_logprobs.exp()
     per_token = torch.where(rollout.is_expert[:, None], p / (p + 0.3), 1.0) * -rollout.advantages
     expected = per_token[rollout.completion_mask].sum() / rollout.completion_mask.sum()
@@ -209,7 +209,7 @@ def test_experts_teach_a_group_without_spread(tiny_run):
     assert metrics["rollout/zero_spread_fraction"] == 1.0
     assert metrics["rollout/flat_groups"] == 0.0
     assert metrics["policy/skipped_fraction"] == 0.0
-    assert collection.rollout.advantages[16:].amax(-1).tolist() == [1.0] * 4
+    assert collection.batch.advantages[16:].amax(-1).tolist() == [1.0] * 4
     trained = [batch.rollout for batch in phases.batches[0]]
     assert all(rollout.is_expert.all() for rollout in trained)
     assert sum(rollout.input_ids.shape[0] for rollout in trained) == 4
@@ -250,7 +250,7 @@ def test_truncated_completions_leave_numerator_denominator_gate_and_counts(tiny_
         trainer={"max_epochs": 1},
     ).fit()
     (collection,), (metrics,) = phases.collections, phases.metrics
-    rollout, ((batch,),) = collection.rollout, phases.batches
+    rollout, ((batch,),) = collection.batch, phases.batches
     lengths = torch.tensor([len(completion.token_ids) for completion in collection.completions])
     kept = ~CUT if masked else torch.ones(16, dtype=torch.bool)
     assert rollout.completion_mask.sum(-1).tolist() == (lengths * kept).tolist()
@@ -308,7 +308,7 @@ def test_the_length_penalty_reaches_the_rewards(tiny_run):
     reward = WeightedReward({"even": even_share, "length": SoftLengthPenalty(10)}, {"length": 0.5})
     tiny_run(phases, module=PURE_RL, data={"reward": reward}, trainer={"max_epochs": 1}).fit()
     (collection,) = phases.collections
-    for completion, reward in zip(collection.completions, collection.rollout.rewards, strict=True):
+    for completion, reward in zip(collection.completions, collection.batch.rewards, strict=True):
         even = sum(ord(c) % 2 == 0 for c in completion.text) / max(len(completion.text), 1)
         off = 0.5 * max(len(completion.token_ids) - 8, 0) / 10
         assert reward.item() == pytest.approx(even - off, abs=1e-6)
@@ -404,7 +404,7 @@ def test_the_running_threshold_by_hand(tiny_run):
     tiny_run(phases, module=module, trainer={"max_epochs": 3}).fit()
     running = None
     for metrics, collection in zip(phases.metrics, phases.collections, strict=True):
-        rollout = collection.rollout
+        rollout = collection.batch
         latest = torch.quantile(rollout.entropies[rollout.completion_mask], 0.7).item()
         running = latest if running is None else 0.75 * running + 0.25 * latest
         assert metrics["gate/threshold"] == pytest.approx(running, rel=1e-6)
@@ -441,7 +441,7 @@ def test_the_entropy_bonus_enters_the_loss(tiny_run):
     module = PURE_RL | STILL | {"entropy_bonus": EntropyBonus(0.25), "gate": OpenGate()}
     tiny_run(phases, module=module, data={"num_minibatches": 1}, trainer={"max_epochs": 1}).fit()
     (metrics,), (collection,) = phases.metrics, phases.collections
-    mean = collection.rollout.entropies[collection.rollout.completion_mask].mean().item()
+    mean = collection.batch.entropies[collection.batch.completion_mask].mean().item()
     assert metrics["loss/entropy"] == pytest.approx(mean, rel=1e-4)
     assert metrics["loss/total"] == pytest.approx(metrics["loss/egspo"] - 0.25 * mean, rel=1e-4)
 
@@ -451,7 +451,7 @@ def test_the_kl_in_the_reward_by_hand(tiny_run):
     phases = Phases()
     module = {"objective": Objective(mu=0.0), "advantage": ReinforcePlusPlus(), "kl_reward": KLReward(0.5)}
     tiny_run(StageTransition(), phases, module=module, trainer={"max_epochs": 3}).fit()
-    rollout, metrics = phases.collections[-1].rollout, phases.metrics[-1]
+    rollout, metrics = phases.collections[-1].batch, phases.metrics[-1]
     assert rollout.ref_logprobs is None  # the loss has no use for them
     assert metrics["rollout/kl_coefficient"] == 0.5
     assert metrics["rollout/kl"] != 0.0

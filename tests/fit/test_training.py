@@ -135,7 +135,7 @@ def test_approx_kl_is_over_the_tokens_that_are_trained(tiny_run):
 
     spy = Spy()
     run = tiny_run(spy, module=PURE_RL, data={"reward": Half()}, trainer={"max_epochs": 1}).fit()
-    rollout = run.data.collection.rollout
+    rollout = run.data.rollouts.batch
     sizes = [batch.rollout.update_size for batch in spy.batches]
     assert sum(size.num_active_tokens for size in sizes) == rollout.completion_mask[8:].sum()
     assert sum(size.num_tokens for size in sizes) == rollout.completion_mask.sum()
@@ -241,7 +241,7 @@ def test_reinforcement_raises_the_reward(tiny_run):
 
     class Watch(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            rewards.append(trainer.datamodule.collection.rollout.rewards.mean().item())
+            rewards.append(trainer.datamodule.rollouts.batch.rewards.mean().item())
 
     tiny_run(
         Watch(),
@@ -255,7 +255,7 @@ def test_reinforcement_raises_the_reward(tiny_run):
 def test_the_threshold_is_that_of_the_whole_collection(tiny_run):
     spy = Spy()
     run = tiny_run(spy, module=RL | {"gate": QuantileGate(0.25)}, trainer={"max_epochs": 1}).fit()
-    rollout = run.data.collection.rollout
+    rollout = run.data.rollouts.batch
     expected = torch.quantile(rollout.entropies[rollout.completion_mask], 0.75)
     assert rollout.threshold.flatten().tolist() == pytest.approx([expected.item()] * 16, rel=1e-6)
     assert all((batch.rollout.threshold == rollout.threshold[0]).all() for batch in spy.batches)
@@ -303,7 +303,7 @@ def test_the_kl_alone_moves_a_policy_whose_rollouts_have_no_spread(tiny_run):
 def test_without_beta_there_is_no_reference(tiny_run):
     run = tiny_run(module=RL, trainer={"max_epochs": 1}).fit()
     assert run.module.reference is None
-    assert run.data.collection.rollout.ref_logprobs is None
+    assert run.data.rollouts.batch.ref_logprobs is None
 
 
 def test_bfloat16_autocast_trains(tiny_run):

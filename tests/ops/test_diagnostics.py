@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from egspo_lightning.ops.diagnostics import collection_metrics, collection_sums, policy_metrics, value_metrics
+from egspo_lightning.ops.diagnostics import policy_metrics, rollout_batch_metrics, rollout_batch_sums, value_metrics
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
 
@@ -50,7 +50,7 @@ def test_moved_values_are_counted_over_the_tokens_that_take_part():
 
 def test_a_collection_by_hand():
     weights = torch.tensor([[9.0, 1.0, 0.25, 0.5], [9.0, 9.0, 9.0, 9.0]])
-    metrics = {k: v.item() for k, v in collection_metrics(collection_sums(make(), weights)).items()}
+    metrics = {k: v.item() for k, v in rollout_batch_metrics(rollout_batch_sums(make(), weights)).items()}
     assert metrics == pytest.approx(
         {
             "gate/high_fraction": 1 / 3,
@@ -68,19 +68,19 @@ def test_a_collection_by_hand():
 def test_the_mean_of_thresholds_is_over_the_rows_that_have_one():
     rollout = make(is_expert=torch.tensor([False, False]), threshold=torch.tensor([[1.0], [3.0]]))
     weights = torch.ones(2, 4)
-    assert collection_metrics(collection_sums(rollout, weights))["gate/threshold"].item() == 2.0
+    assert rollout_batch_metrics(rollout_batch_sums(rollout, weights))["gate/threshold"].item() == 2.0
     gone = rollout._replace(completion_mask=torch.tensor([[True] * 4, [False] * 4]))
-    assert collection_metrics(collection_sums(gone, weights))["gate/threshold"].item() == 1.0
+    assert rollout_batch_metrics(rollout_batch_sums(gone, weights))["gate/threshold"].item() == 1.0
     for infinite in (math.inf, -math.inf):
         shut = rollout._replace(threshold=torch.full((2, 1), infinite))
-        assert "gate/threshold" not in collection_metrics(collection_sums(shut, weights))
+        assert "gate/threshold" not in rollout_batch_metrics(rollout_batch_sums(shut, weights))
 
 
 def test_the_explained_variance_by_hand():
     # returns 1, 2, 6 (variance 14/3) and values 0, 2, 4: errors 1, 0, 2 (variance 2/3)
     returns = torch.tensor([[9.0, 1.0, 2.0, 6.0], [9.0] * 4], dtype=torch.float64)
     values = torch.tensor([[0.0, 0.0, 2.0, 4.0], [0.0] * 4], dtype=torch.float64)
-    metrics = collection_metrics(collection_sums(make(returns=returns, old_values=values), torch.ones(2, 4)))
+    metrics = rollout_batch_metrics(rollout_batch_sums(make(returns=returns, old_values=values), torch.ones(2, 4)))
     assert metrics["value/mean"].item() == pytest.approx(2.0)
     assert metrics["value/return_mean"].item() == pytest.approx(3.0)
     assert metrics["value/explained_variance"].item() == pytest.approx(1 - (2 / 3) / (14 / 3), abs=1e-5)
@@ -90,5 +90,5 @@ def test_metrics_carry_no_gradient():
     logprobs = torch.full((2, 4), -2.0, dtype=torch.float64, requires_grad=True)
     rollout = make(old_values=torch.zeros(2, 4))
     metrics = policy_metrics(logprobs, rollout, 0.2, 0.2) | value_metrics(logprobs, rollout, 0.2)
-    metrics |= collection_sums(rollout._replace(entropies=logprobs), logprobs)
+    metrics |= rollout_batch_sums(rollout._replace(entropies=logprobs), logprobs)
     assert not any(value.requires_grad for value in metrics.values())

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from egspo_lightning.rollout import scoring as experience
-from egspo_lightning.rollout.collector import Group, Sampled
+from egspo_lightning.rollout.collector import Group, SampledGroups
 from egspo_lightning.rollout.generation import Prompt
-from egspo_lightning.rollout.scoring import collection_rows, measure
+from egspo_lightning.rollout.scoring import completions_by_row, measure
 from egspo_lightning.types import Completion, Problem
 
 PROBLEM = Problem("1", "1+1=?", "2")
@@ -26,7 +26,9 @@ def completion(length: int, reward: float, **fields) -> Completion:
     )
 
 
-def sampled(completions: list[Completion], size: int, num_discarded: int = 0, expert: int | None = None) -> Sampled:
+def sampled(
+    completions: list[Completion], size: int, num_discarded: int = 0, expert: int | None = None
+) -> SampledGroups:
     """Groups of ``size``; the last ``num_discarded`` were put aside, and group ``expert`` has an expert's solution."""
     groups = [
         Group(i, Prompt(PROBLEM, [1], ""), completions[i * size : (i + 1) * size], None)
@@ -35,7 +37,7 @@ def sampled(completions: list[Completion], size: int, num_discarded: int = 0, ex
     if expert is not None:
         groups[expert] = groups[expert]._replace(expert=completion(9, 1.0, status="timeout"))
     kept = len(groups) - num_discarded
-    return Sampled(groups[:kept], groups[kept:], 0.5, 0.125)
+    return SampledGroups(groups[:kept], groups[kept:], 0.5, 0.125)
 
 
 def test_measurements_by_hand():
@@ -85,7 +87,7 @@ def test_groups_that_were_put_aside_count_except_as_skipped_and_experts_do_not_c
 
 def test_experts_solutions_stand_behind_the_sampled_rows():
     completions = [completion(i + 1, 0.0) for i in range(4)]
-    rows = collection_rows(sampled(completions, 2, expert=0).groups)
+    rows = completions_by_row(sampled(completions, 2, expert=0).groups)
     assert [len(row.token_ids) for row in rows] == [1, 2, 3, 4, 9]
 
 
@@ -95,8 +97,8 @@ def test_a_collection_by_a_naive_loop(tiny_run, monkeypatch, tokens_per_scoring_
     monkeypatch.setattr(experience, "TOKENS_PER_SCORING_BATCH", tokens_per_scoring_batch)
     still = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0), "initial_stage": "egspo", "temperature": 0.8}
     run = tiny_run(module=still, trainer={"max_epochs": 1}).fit()
-    collection, tokenizer = run.data.collection, run.module.tokenizer
-    rollout, completions = collection.rollout, collection.completions
+    collection, tokenizer = run.data.rollouts, run.module.tokenizer
+    rollout, completions = collection.batch, collection.completions
     assert len(completions) == rollout.input_ids.shape[0] == 16
     assert len({len(c.token_ids) for c in completions}) > 1
 
@@ -137,7 +139,7 @@ def test_a_collection_has_the_references_log_probabilities_where_beta_is_positiv
     from egspo_lightning.ops.objective import Objective
 
     run = tiny_run(module={"objective": Objective(beta=0.1), "initial_stage": "egspo"}, trainer={"max_epochs": 2}).fit()
-    rollout = run.data.collection.rollout
+    rollout = run.data.rollouts.batch
     with torch.no_grad():
         expected = run.module.reference(rollout.input_ids, rollout.completion_mask, 1.0).logprobs
     torch.testing.assert_close(rollout.ref_logprobs, expected, rtol=0, atol=1e-5)
