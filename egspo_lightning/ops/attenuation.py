@@ -25,7 +25,7 @@ class Attenuation(Protocol):
 
 
 @dataclass(frozen=True)
-class ConfidenceAttenuation:
+class ConfidenceAttenuation(Attenuation):
     """phi = p (1 - p), CHORD's (default)."""
 
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class ConfidenceAttenuation:
 
 
 @dataclass(frozen=True)
-class ConstantAttenuation:
+class ConstantAttenuation(Attenuation):
     """phi is the same for every low-entropy token: 0 drops them ("80/20"), 1 is plain PPO.
 
     Args:
@@ -52,7 +52,7 @@ class ConstantAttenuation:
 
 
 @dataclass(frozen=True)
-class EntropyRatioAttenuation:
+class EntropyRatioAttenuation(Attenuation):
     """phi = H_t / tau: the weight falls linearly from 1 at the threshold to 0 at no entropy (ours)."""
 
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class ExpertAdvantage(Protocol):
 
 
 @dataclass(frozen=True)
-class GroupRelative:
+class GroupRelative(Advantage):
     """GRPO's advantage (default), see ``ops.advantages.group_relative``.
 
     Args:
@@ -87,7 +87,7 @@ class GroupRelative:
 
 
 @dataclass(frozen=True)
-class LeaveOneOut:
+class LeaveOneOut(Advantage):
     """RLOO's advantage, see ``ops.advantages.leave_one_out``."""
 
     min_generations: ClassVar[int] = 2
@@ -104,7 +104,7 @@ class LeaveOneOut:
 
 
 @dataclass(frozen=True)
-class ReinforcePlusPlus:
+class ReinforcePlusPlus(Advantage):
     """REINFORCE++'s advantage, see ``ops.advantages.reinforce_plus_plus``; works with one completion a problem too.
 
     Args:
@@ -126,7 +126,7 @@ class ReinforcePlusPlus:
 
 
 @dataclass(frozen=True)
-class GAE:
+class GAE(Advantage):
     """Generalized advantage estimation with the values of ``model.critic``, see ``ops.advantages.gae``.
 
     Args:

@@ -92,7 +92,7 @@ class Gate(Protocol):
 
 
 @dataclass
-class QuantileGate:
+class QuantileGate(Gate):
     """tau is a quantile of the entropies of a collection (default: over all its tokens, on all ranks; ours).
 
     Args:
@@ -150,7 +150,7 @@ class QuantileGate:
 
 
 @dataclass(frozen=True)
-class AbsoluteGate:
+class AbsoluteGate(Gate):
     """tau is a fixed entropy.
 
     Args:
@@ -169,7 +169,7 @@ class AbsoluteGate:
 
 
 @dataclass(frozen=True)
-class OpenGate:
+class OpenGate(Gate):
     """Every token is high: the gate is off, and the objective is plain PPO."""
 
     def threshold(self, entropies: Entropies) -> Tensor:

@@ -20,7 +20,7 @@ class Scored(NamedTuple):
     """Each term by name, before its weight."""
 
 
-class WeightedReward:
+class WeightedReward(Reward):
     """The weighted sum of rewards, each with a name under which it is logged: ``rollout/reward/<name>``.
 
         R = sum_k w_k R_k

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from egspo_lightning.rewards.extraction import extract_boxed
-from egspo_lightning.rewards.functions import Details
+from egspo_lightning.rewards.functions import Details, Reward
 
 THINK_MARKS = _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -14,7 +14,7 @@ THINK_MARKS = _OPEN, _CLOSE = "<think>", "</think>"
 _BOX_OR_ESCAPE = re.compile(r"\\boxed\s*+\{|\\.", re.DOTALL)
 
 
-class FormatReward:
+class FormatReward(Reward):
     r"""1 for exactly one ``\boxed{}`` with an answer, behind a closed think block if there is one; 0 otherwise.
 
     The block is there if the prompt ends in ``<think>``, as chat templates of reasoning models do, or the completion

@@ -45,7 +45,7 @@ class Reward(Protocol):
         """
 
 
-class CorrectnessReward:
+class CorrectnessReward(Reward):
     r"""Two rewards: one for a right final ``\boxed{}`` answer, one for everything else.
 
     Args:

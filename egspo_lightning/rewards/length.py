@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.rewards.functions import Details
+from egspo_lightning.rewards.functions import Details, Reward
 
 
-class SoftLengthPenalty:
+class SoftLengthPenalty(Reward):
     """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): what a completion near the limit costs.
 
         R = -min(max((length - (limit - buffer)) / buffer, 0), 1)

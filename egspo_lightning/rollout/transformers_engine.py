@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.rollout.engine import Request, Sample
+from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
 from egspo_lightning.rollout.token_sampling import Drawing, RandomStreams
 from egspo_lightning.types import Sampling
 
@@ -25,7 +25,7 @@ YIELD_FROM = 0.25
 
 
 @dataclass(frozen=True)
-class TransformersEngine:
+class TransformersEngine(RolloutEngine):
     """Samples with the training model itself, so weights never need to be synchronized.
 
     Args:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.models import lora
-from egspo_lightning.rollout.engine import Request, Sample
+from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
 from egspo_lightning.types import Sampling
 
@@ -27,7 +27,7 @@ LEAST_TEMPERATURE = 0.01
 """vLLM raises lower ones to it, and takes those below 1e-5 for greedy."""
 
 
-class VLLMEngine:
+class VLLMEngine(RolloutEngine):
     """Samples with vLLM; needs ``pip install "egspo-lightning[vllm]"`` and one process.
 
     A sample depends on its seed and prompt alone, up to rounding, which differs with what is sampled beside it. Of
