@@ -24,8 +24,8 @@ class TokenRecords(Callback):
     """Writes token records as Parquet into ``token_records/`` of the log folder; see ``analysis.schema``.
 
     They are those of the first completions of a rollout batch, after its last update: one forward pass over them
-    gives the ratio. Each rank writes files of its own. A resumed run that goes on in the same folder removes those of collections
-    that it does again, so that no collection is there twice.
+    gives the ratio. Each rank writes files of its own. A resumed run that goes on in the same folder removes those of
+    rollout batches that it does again, so that none is there twice.
 
     Args:
         every_n_rollout_batches: How often; 0 is never.
