@@ -1,4 +1,4 @@
-"""Observers of training, and the one that decides its stage."""
+"""Lightning callbacks. StageTransition ends SFT and HFExport exports the policy; all others only observe training."""
 
 from egspo_lightning.callbacks.dashboard import Dashboard
 from egspo_lightning.callbacks.entropy_histogram import EntropyHistogram

@@ -1,4 +1,4 @@
-"""Writes the final policy as a folder that transformers loads."""
+"""HFExport: saves the trained policy in Hugging Face format."""
 
 import shutil
 from pathlib import Path
@@ -25,14 +25,14 @@ EXPORTED = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Names of the files that transformers saves; a folder that holds any other is never replaced."""
+"""Patterns of the files that transformers saves; a folder with any other file is never replaced."""
 
 
 class HFExport(Callback):
     """After training, saves model and tokenizer for ``AutoModelForCausalLM.from_pretrained``.
 
     Args:
-        folder: Where to; "hf" in the log folder by default. An earlier export there is replaced.
+        folder: Output folder; "hf" in the log folder by default. An earlier export there is replaced.
         enabled: Whether to export.
     """
 
@@ -42,7 +42,11 @@ class HFExport(Callback):
         self.exported: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a folder that holds something else, before a day of training."""
+        """Check the folder before training starts.
+
+        Raises:
+            UserError: the folder holds other files than an export, or is the model that training starts from.
+        """
         folder = Path(self.folder) if self.enabled and self.folder is not None else None
         if folder is None or not folder.exists():
             return
@@ -53,17 +57,15 @@ class HFExport(Callback):
             raise UserError(f"hf_export.folder: {folder} holds other files than a model. Name a new or empty folder.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the weights, on all ranks, and write them, on the first."""
+        """Gather the weights on all ranks, and write them on the first."""
         log_dir = trainer.log_dir
         if not self.enabled or (self.folder is None and log_dir is None):
             return
         target = Path(self.folder) if self.folder is not None else Path(log_dir or ".") / "hf"
         module = module_of(pl_module)
         assert module.policy is not None
-        lm = module.policy.lm
-        weights: dict[str, Any] = get_model_state_dict(
-            lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+        lm, options = module.policy.lm, StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(lm, options=options)
         if trainer.is_global_zero:
             partial = target.with_name(target.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -78,10 +80,9 @@ class HFExport(Callback):
 
 
 def _is_export(path: Path) -> bool:
-    """Whether a file has a name that an export writes."""
     return any(path.match(pattern) for pattern in EXPORTED)
 
 
 def _plain_decoding(module: EGSPOModule) -> GenerationConfig:
-    """The policy was trained without the penalties and filters that the original model may ask for."""
+    """Generation config without the original model's penalties and filters: the policy was trained without them."""
     return GenerationConfig(eos_token_id=module.eos_ids, pad_token_id=module.tokenizer.pad_token_id)

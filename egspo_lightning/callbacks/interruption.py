@@ -1,4 +1,4 @@
-"""Ends a run that is told to end when its update is done, with a checkpoint from which it goes on."""
+"""Interruption: saves a checkpoint and exits on SIGINT or SIGTERM."""
 
 import os
 import signal
@@ -13,21 +13,20 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint, is_between_updates, save_whole
+from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint, is_between_optimizer_steps, save_whole
 from egspo_lightning.errors import RunStopped
 
 
 class Interruption(Callback):
-    """Answers to SIGINT (Ctrl-C), SIGTERM and, under SLURM, the signal to requeue.
+    """Handles SIGINT (Ctrl-C), SIGTERM and SLURM's requeue signal: the run saves ``last.ckpt`` and exits.
 
-    The update that is under way is finished on every rank, ``last.ckpt`` is saved, and the run ends with exit code 128
-    plus the signal's number. A signal that comes while rollouts are sampled is answered after the first update on
-    them; a second one ends the run at once, and leaves the last checkpoint as it was. Where SLURM requeues jobs, its
-    signal (SIGUSR1, or the ``requeue_signal`` of Lightning's SLURMEnvironment) saves ``hpc_ckpt_N.ckpt``, which
-    Lightning resumes from by itself, and has the job queued again.
+    Every rank first finishes its optimizer step. The exit code is 128 plus the signal's number. A signal during
+    sampling takes effect after the first optimizer step on the rollouts. A second signal ends the run at once, and
+    keeps the last checkpoint. SLURM's requeue signal (SIGUSR1, or the ``requeue_signal`` of Lightning's
+    SLURMEnvironment) saves ``hpc_ckpt_N.ckpt`` and requeues the job; Lightning then resumes from it.
 
     Args:
-        enabled: Whether signals are waited with; false leaves them to Lightning, which ends a run without saving.
+        enabled: Whether to handle signals; false leaves them to Lightning, which ends a run without saving.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -36,7 +35,7 @@ class Interruption(Callback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for signals from now on."""
+        """Install the signal handlers."""
         if not self.enabled or threading.current_thread() is not threading.main_thread():
             return
         self._received = 0
@@ -45,49 +44,49 @@ class Interruption(Callback):
         self._handlers = {number: signal.signal(number, self._receive) for number in signals}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Signals mean again what they did before."""
+        """Restore the earlier signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same."""
+        """Restore the earlier signal handlers."""
         self._restore()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the run here if a rank was told to."""
-        if is_between_updates(trainer):
-            self._answer(trainer)
+        """End the run between two optimizer steps if a rank has received a signal."""
+        if is_between_optimizer_steps(trainer):
+            self._stop_if_signaled(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, after a phase."""
-        self._answer(trainer)
+        """End the run after a phase if a rank has received a signal."""
+        self._stop_if_signaled(trainer)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received:
             self._end_at_once(number)
             return
         self._received = number
-        self._tell_ranks(number)
-        rank_zero_info(f"{signal.Signals(number).name}: the run saves and ends after this update.")
+        self._signal_ranks(number)
+        rank_zero_info(f"{signal.Signals(number).name}: the run saves and ends after this optimizer step.")
 
     def _end_at_once(self, number: int) -> None:
-        """At the second signal; a rank that the first one has started is ended by it, and may have been told twice."""
+        """End at once. Ranks that Lightning started leave this to the first rank: they may get one signal twice."""
         environment = self._trainer._accelerator_connector.cluster_environment
         if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
             return
         self._restore()
-        self._tell_ranks(signal.SIGKILL)
+        self._signal_ranks(signal.SIGKILL)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         signal.raise_signal(number)
 
-    def _tell_ranks(self, number: int) -> None:
-        """Send a signal to the ranks that this process has started."""
+    def _signal_ranks(self, number: int) -> None:
+        """Send a signal to the ranks that this process started."""
         launcher = self._trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.Signals(number))
 
-    def _answer(self, trainer: Trainer) -> None:
+    def _stop_if_signaled(self, trainer: Trainer) -> None:
         number = self._agreed(trainer) if self.enabled else 0
         if not number:
             return
@@ -96,7 +95,7 @@ class Interruption(Callback):
         raise RunStopped(number, saved, is_first_rank=trainer.is_global_zero)
 
     def _agreed(self, trainer: Trainer) -> int:
-        """The signal that any rank has received, 0 for none."""
+        """The largest signal number that a rank has received; 0 for none. Collective."""
         if trainer.world_size == 1:
             return self._received
         mine = torch.tensor(self._received, device=trainer.strategy.root_device)
@@ -117,14 +116,14 @@ def _requeue_signals(trainer: Trainer) -> set[int]:
 
 
 def _save(trainer: Trainer) -> str | None:
-    """The path of the checkpoint; None where checkpoints are switched off."""
+    """Save ``last.ckpt`` and return its path; None where checkpoints are switched off."""
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     checkpoint = next((c for c in callbacks if isinstance(c, PhaseCheckpoint)), None)
     return None if checkpoint is None else checkpoint.save_now(trainer)
 
 
 def _save_and_requeue(trainer: Trainer) -> str:
-    """Save where Lightning looks when SLURM starts the job anew, and have it started."""
+    """Save where Lightning looks when SLURM restarts the job, and requeue the job."""
     path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
     save_whole(trainer, path)
     if trainer.is_global_zero:
@@ -138,4 +137,4 @@ def _requeue() -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        rank_zero_warn(f"The job {job} could not be queued again ({error}). Submit it anew: it resumes by itself.")
+        rank_zero_warn(f"The job {job} could not be requeued ({error}). Submit it again: it resumes by itself.")

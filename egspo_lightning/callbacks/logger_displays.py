@@ -1,6 +1,6 @@
-"""Histograms and text for whichever loggers a run has: TensorBoard, Weights & Biases, MLflow, CSV or another.
+"""Histograms and text for all loggers: TensorBoard, Weights & Biases, MLflow, CSV and others.
 
-What a logger cannot show is given to it in another form where there is one, and said once, when training starts.
+A logger that cannot show one of them gets another form where one exists; a message says so when training starts.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ SHOWS_TEXT = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 
 
 def note_once(trainer: Trainer, key: str, able: tuple[type[Logger], ...], instead: str) -> None:
-    """Say which loggers are not among those that are able, and what they get instead; to be called once a fit.
+    """Print which loggers cannot show a callback's output, and what they get instead. Call it once a fit.
 
     Args:
-        trainer: The running one.
+        trainer: The running trainer.
         key: The callback's config key.
-        able: Kinds of loggers that show what it logs.
-        instead: What the others get.
+        able: Kinds of loggers that can show the output.
+        instead: What the other loggers get.
     """
     others = [type(logger).__name__ for logger in trainer.loggers if not isinstance(logger, able)]
     if others:
@@ -30,7 +30,7 @@ def note_once(trainer: Trainer, key: str, able: tuple[type[Logger], ...], instea
 
 
 def log_histograms(trainer: Trainer, histograms: Mapping[str, Tensor]) -> None:
-    """Values as histograms, or as the metrics of ``summary`` where the logger has none. On the first rank."""
+    """Log values as histograms, or as the metrics of ``summary`` where a logger has none. First rank only."""
     if not trainer.is_global_zero:
         return
     step = trainer.global_step
@@ -44,12 +44,12 @@ def log_histograms(trainer: Trainer, histograms: Mapping[str, Tensor]) -> None:
             shown: Any = {tag: wandb.Histogram(values.float().cpu().numpy()) for tag, values in histograms.items()}
             logger.log_metrics(shown, step)
         else:
-            parts = [{f"{tag}/{name}": v for name, v in summary(values).items()} for tag, values in histograms.items()]
-            logger.log_metrics({name: v for part in parts for name, v in part.items()}, step)
+            numbers = {f"{tag}/{name}": v for tag, values in histograms.items() for name, v in summary(values).items()}
+            logger.log_metrics(numbers, step)
 
 
 def log_text(trainer: Trainer, tag: str, text: str) -> None:
-    """Markdown, for the loggers that keep text. On the first rank."""
+    """Log Markdown to the loggers that keep text. First rank only."""
     if not trainer.is_global_zero:
         return
     step = trainer.global_step
@@ -64,7 +64,7 @@ def log_text(trainer: Trainer, tag: str, text: str) -> None:
 
 
 def summary(values: Tensor) -> dict[str, float]:
-    """What is left of a histogram in numbers: mean, and the smallest values that 10, 50 and 90 % do not exceed.
+    """Summarize values as mean and the quantiles p10, p50 and p90, each one of the values (the lower one).
 
     Args:
         values: (N,) with N > 0

@@ -1,4 +1,4 @@
-"""Measures the policy on the datamodule's benchmarks, and remembers the results stage by stage."""
+"""MathBenchmark: measures the policy on the datamodule's benchmarks, and keeps the results of each stage."""
 
 import json
 from collections.abc import Sequence
@@ -9,12 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from egspo_lightning.callbacks.benchmark_measurement import Measurement
-from egspo_lightning.callbacks.benchmark_recording import open_journal
-from egspo_lightning.callbacks.trainer_access import data_of, goes_on_in, module_of
-from egspo_lightning.errors import UserError
+from egspo_lightning.callbacks.answer_journal import Measurement
+from egspo_lightning.callbacks.trainer_access import data_of, module_of, resumes_in
 from egspo_lightning.evaluation.report import Report, headline, milestones_table, score_tables
-from egspo_lightning.types import Stage
+from egspo_lightning.types import NonNegativeInt, Stage
 
 Results = dict[str, dict[str, float]]
 """Benchmark name to metric name to value."""
@@ -22,62 +20,63 @@ FIT_FILE = "benchmarks.jsonl"
 
 
 class MathBenchmark(Callback):
-    """Evaluates at the start of training, at the stage transition, every n epochs and at the end; in validate and test.
+    """Measures all benchmarks before training, at the stage transition, every n epochs and at the end of training.
 
-    The problems are shared among the ranks, and counted over them. Values are logged as ``eval/<benchmark>/<metric>``,
-    and can be monitored by other callbacks. In fit each evaluation is a line of ``benchmarks.jsonl`` in the log folder.
+    Validate and test measure them too. The ranks share the problems, and the scores cover all ranks. Values are logged
+    as ``eval/<benchmark>/<metric>``; other callbacks can monitor them. In fit each evaluation appends a line to
+    ``benchmarks.jsonl`` in the log folder.
 
     Validate and test write ``<folder>/<benchmark>-<fingerprint>/``: ``completions.jsonl`` (every answer with its
-    verdict), ``metrics.json`` and ``settings.json``. The fingerprint is that of weights, problems, sampling and seed,
-    so the same command goes on where it was cut off, and any other has a folder of its own.
+    verdict), ``metrics.json`` and ``settings.json``. The fingerprint covers weights, problems, sampling and seed: the
+    same command continues an interrupted evaluation, and any other command gets its own folder.
 
     Args:
-        every_n_epochs: Also evaluate after every n epochs; 0 leaves it to start, transition and end.
-        at_start: Whether to evaluate before training.
-        enabled: Whether to evaluate during fit at all.
-        save_completions: Whether fit writes such folders as well, to ``evaluation/`` in the log folder.
-        folder: Where validate and test write, without fingerprints then; answers of another evaluation that are there
-            are refused. "evaluation" in the trainer's default_root_dir by default.
+        every_n_epochs: Also measure after every n epochs; 0 measures at start, transition and end only.
+        at_start: Whether to measure before training.
+        enabled: Whether to measure during fit at all.
+        save_completions: Whether fit also writes such folders, to ``evaluation/`` in the log folder.
+        folder: Output folder of validate and test, "evaluation" in the trainer's default_root_dir by default. In a
+            folder given here the names have no fingerprint, and answers of another evaluation are refused.
     """
 
     def __init__(
         self,
-        every_n_epochs: int = 0,
+        every_n_epochs: NonNegativeInt = 0,
         at_start: bool = True,
         enabled: bool = True,
         save_completions: bool = False,
         folder: str | None = None,
     ) -> None:
         super().__init__()
-        if every_n_epochs < 0:
-            raise UserError(f"math_benchmark.every_n_epochs must be at least 0, got {every_n_epochs}.")
         self.every_n_epochs, self.at_start, self.enabled = every_n_epochs, at_start, enabled
         self.save_completions, self.folder = save_completions, folder
         self.milestones: dict[str, Results] = {}
-        """"before", "after SFT" and "after EGSPO" to the results of then."""
+        """Results by milestone: "before", "after SFT", "after EGSPO"."""
         self.latest: Results = {}
         self.latest_step = -1
-        """Optimizer steps taken when it was measured."""
+        """Optimizer steps taken at the latest evaluation."""
         self.reports: list[Report] = []
-        """The latest results with those of subjects and levels."""
+        """The latest results, with those of subjects and levels."""
         self.written: list[Path] = []
-        """The folders that validate or test has written."""
+        """The folders that the latest evaluation has written."""
         self._stage: str | None = None
         self._running: list[Measurement] = []
 
     # During fit
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the policy before its first update; a resumed run has been measured."""
-        self._forget_later_scores(trainer)
-        self._forget_others({benchmark.name for benchmark in data_of(trainer).benchmarks} if self.enabled else set())
+        """Measure the policy before its first optimizer step; a resumed run was measured by the first one."""
+        self._drop_later_rows(trainer)
+        self._drop_other_benchmarks(
+            {benchmark.name for benchmark in data_of(trainer).benchmarks} if self.enabled else set()
+        )
         if self._stage is None:
             self._stage = str(module_of(pl_module).stage)
             if self.at_start:
                 self._reach("before", trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the policy where the stage has just changed."""
+        """Measure the policy at the stage transition."""
         if self._stage == Stage.SFT and module_of(pl_module).stage == Stage.EGSPO:
             self._reach("after SFT", trainer, pl_module)
         self._stage = str(module_of(pl_module).stage)
@@ -91,17 +90,17 @@ class MathBenchmark(Callback):
         """Measure the final policy."""
         self._reach("after EGSPO" if self._stage == Stage.EGSPO else "after SFT", trainer, pl_module)
 
-    def _forget_later_scores(self, trainer: Trainer) -> None:
-        """Drop the rows of steps that a resumed run takes again."""
-        log_dir = trainer.log_dir  # asked for on every rank: it is broadcast
+    def _drop_later_rows(self, trainer: Trainer) -> None:
+        """Remove the rows of optimizer steps that a resumed run takes again."""
+        log_dir = trainer.log_dir  # every rank must ask: it is broadcast
         path = Path(log_dir or trainer.default_root_dir) / FIT_FILE
-        if trainer.is_global_zero and path.is_file() and goes_on_in(trainer, path.parent):
+        if trainer.is_global_zero and path.is_file() and resumes_in(trainer, path.parent):
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= trainer.global_step]
             path.write_text("".join(kept), encoding="utf-8")
 
-    def _forget_others(self, names: set[str]) -> None:
-        """Drop what a checkpoint brought along of benchmarks that this run does not have."""
+    def _drop_other_benchmarks(self, names: set[str]) -> None:
+        """Remove a checkpoint's results of benchmarks that this run does not have."""
         if set(self.latest) != names:
             self.latest, self.latest_step = {}, -1
         kept = {m: {n: values for n, values in part.items() if n in names} for m, part in self.milestones.items()}
@@ -112,39 +111,32 @@ class MathBenchmark(Callback):
             return
         self._evaluate(trainer, pl_module)
         self.milestones[milestone] = self.latest
-        shown = ", ".join(
-            f"{name} {metric} {values[metric]:.3f}"
-            for name, values in self.latest.items()
-            for metric in [headline(values)]
-        )
+        metrics = {name: headline(values) for name, values in self.latest.items()}
+        shown = ", ".join(f"{name} {metric} {self.latest[name][metric]:.3f}" for name, metric in metrics.items())
         pl_module.print(f"Benchmarks {milestone}: {shown}")
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the policy as it is now, once for each of its versions."""
+        """Measure the policy, at most once for each number of optimizer steps."""
         if not self.enabled or self.latest_step == trainer.global_step:
             return
-        data, log_dir = data_of(trainer), trainer.log_dir  # asked for on every rank: it is broadcast
+        data, log_dir = data_of(trainer), trainer.log_dir  # every rank must ask for log_dir: it is broadcast
         place = Path(log_dir or trainer.default_root_dir)
         measurements = []
         for benchmark in data.benchmarks:
             folder = place / "evaluation" / f"{benchmark.name}-step-{trainer.global_step}-{{fingerprint}}"
-            journal = open_journal(trainer, pl_module, benchmark.name, folder) if self.save_completions else None
-            measurement = Measurement(benchmark, journal, trainer, pl_module)
+            kept_in = folder if self.save_completions else None
+            measurements.append(Measurement(benchmark, module_of(pl_module), data, kept_in))
             for batch in data.benchmark_batches(benchmark):
-                measurement.add(data.answer(batch))
-            measurements.append(measurement)
+                measurements[-1].add(data.answer(batch))
         self._finish(measurements, trainer)
         self.latest_step = trainer.global_step
         if trainer.is_global_zero and measurements:
-            self._append_to(place / FIT_FILE, trainer)
+            self._append_row(place / FIT_FILE, trainer)
 
-    def _append_to(self, path: Path, trainer: Trainer) -> None:
+    def _append_row(self, path: Path, trainer: Trainer) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        row = {
-            "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
-            "benchmarks": [found._asdict() for found in self.reports],
-        }
+        reports = [found._asdict() for found in self.reports]
+        row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "benchmarks": reports}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -153,9 +145,6 @@ class MathBenchmark(Callback):
         self.reports = [measurement.finish() for measurement in measurements]
         self.written = [measurement.journal.folder for measurement in measurements if measurement.journal is not None]
         self.latest = {found.benchmark: found.metrics for found in self.reports}
-        self._log(trainer)
-
-    def _log(self, trainer: Trainer) -> None:
         values = {f"eval/{name}/{metric}": v for name, part in self.latest.items() for metric, v in part.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
@@ -164,13 +153,11 @@ class MathBenchmark(Callback):
     # During validate and test
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the answers of an evaluation that was cut off."""
+        """Read the answers of an interrupted evaluation."""
         place = Path(self.folder or Path(trainer.default_root_dir) / "evaluation")
-        self._running = []
-        for benchmark in data_of(trainer).benchmarks:
-            folder = place / (benchmark.name if self.folder else f"{benchmark.name}-{{fingerprint}}")
-            journal = open_journal(trainer, pl_module, benchmark.name, folder)
-            self._running.append(Measurement(benchmark, journal, trainer, pl_module))
+        suffix = "" if self.folder else "-{fingerprint}"
+        data, module = data_of(trainer), module_of(pl_module)
+        self._running = [Measurement(b, module, data, place / f"{b.name}{suffix}") for b in data.benchmarks]
 
     def on_validation_batch_end(
         self,
@@ -181,7 +168,7 @@ class MathBenchmark(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch of answers."""
+        """Count a batch of answers."""
         self._running[dataloader_idx].add(outputs["completions"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,17 +183,17 @@ class MathBenchmark(Callback):
     # Results
 
     def summary(self) -> Table:
-        """Benchmark, problems, and the headline metric at each milestone that was reached."""
+        """Table of the benchmarks with their main metric at each milestone."""
         return milestones_table(self.latest, self.milestones)
 
     def details(self) -> list[Table]:
-        """The scores of the latest evaluation, whole and by subject and level."""
+        """Tables of the latest scores: in total, and by subject and level."""
         return score_tables(self.reports)
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been measured."""
+        """The results so far."""
         return {
             "milestones": self.milestones,
             "latest": self.latest,
@@ -215,6 +202,6 @@ class MathBenchmark(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         self.milestones, self.latest = state_dict["milestones"], state_dict["latest"]
         self.latest_step, self._stage = state_dict["latest_step"], state_dict["stage"]

@@ -1,4 +1,4 @@
-"""ModelCheckpoint that saves whole updates, whole files, and the last phase."""
+"""PhaseCheckpoint: checkpoints between optimizer steps, written atomically, and one after the last phase."""
 
 import os
 import shutil
@@ -11,28 +11,28 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 PARTIAL, PREVIOUS = ".partial", ".previous"
-"""What a checkpoint's name ends in while it is written, and while the one that it replaces has yet to be deleted."""
+"""Suffixes of a checkpoint that is being written, and of the one that it replaces until that is deleted."""
 
 
 class PhaseCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, from whose checkpoints a run goes on bit for bit, whenever it was killed.
+    """Lightning's ModelCheckpoint, whose checkpoints a run resumes from bit for bit, whenever it was killed.
 
-    It also saves after the last of ``max_epochs``, whatever its interval, so that ``last.ckpt`` of a finished run is
-    the final policy. Within a phase (``every_n_train_steps``, ``train_time_interval``) it saves between two updates,
-    never among the micro-batches of one; what falls due at a phase's last update is saved when the phase is over. A
-    file is replaced once its successor is whole.
+    It also saves after the last of ``max_epochs``, whatever its interval: ``last.ckpt`` of a finished run is the final
+    policy. Mid-epoch checkpoints (``every_n_train_steps``, ``train_time_interval``) are saved between two optimizer
+    steps, never among the micro-batches of one. One that is due at a phase's last optimizer step is saved after the
+    phase. A file is replaced only once the new one is complete.
     """
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, and an update is done, and another is to come."""
-        if is_between_updates(trainer):
+        """Save if a checkpoint is due and the phase is between two optimizer steps."""
+        if is_between_optimizer_steps(trainer):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if it is time."""
-        super().on_train_batch_end(trainer, pl_module, None, None, 0)  # what the phase's last update has left to do
+        """Save if a checkpoint is due."""
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)  # due at the phase's last optimizer step
         interval = self._every_n_epochs
         if trainer.current_epoch + 1 == trainer.max_epochs:
             self._every_n_epochs = 1
@@ -40,14 +40,14 @@ class PhaseCheckpoint(ModelCheckpoint):
         self._every_n_epochs = interval
 
     def save_now(self, trainer: Trainer) -> str:
-        """Save ``last.ckpt``, whatever the interval, and give its path. Collective."""
+        """Save ``last.ckpt``, whatever the interval, and return its path. Collective."""
         if not self.last_model_path or self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         return self.last_model_path or self._last_checkpoint_saved
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for logger in trainer.loggers:
-            logger.save()  # a run that goes on from here does not log again what led here
+            logger.save()  # a resumed run does not log the earlier steps again
         save_whole(trainer, filepath, weights_only=self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
@@ -56,16 +56,16 @@ class PhaseCheckpoint(ModelCheckpoint):
                 logger.after_save_checkpoint(proxy(self))
 
 
-def is_between_updates(trainer: Trainer) -> bool:
-    """Whether, at the end of a micro-batch, an update is done and the phase is not."""
+def is_between_optimizer_steps(trainer: Trainer) -> bool:
+    """Whether the micro-batch that has just ended completed an optimizer step, and not the phase."""
     loop = trainer.fit_loop.epoch_loop
     return not trainer.is_last_batch and not loop._should_accumulate()
 
 
 def save_whole(trainer: Trainer, path: str | Path, *, weights_only: bool = False) -> None:
-    """Save a checkpoint, a file or a folder of shards, so that at any moment the old one or the new one is there.
+    """Save a checkpoint (a file or a folder of shards) atomically: the old or the new one always exists. Collective.
 
-    Collective. Where the path is a URL, the store is trusted to do so.
+    For a URL the store must guarantee that.
     """
     if "://" in str(path):
         trainer.save_checkpoint(path, weights_only)
@@ -89,7 +89,7 @@ def save_whole(trainer: Trainer, path: str | Path, *, weights_only: bool = False
 
 @rank_zero_only
 def recover(folder: Path) -> None:
-    """Put right what a kill in the midst of ``save_whole`` has left behind."""
+    """Clean up after a ``save_whole`` that was killed."""
     for previous in folder.glob(f"*{PREVIOUS}"):
         path = previous.with_name(previous.name.removesuffix(PREVIOUS))
         if path.exists():
@@ -101,7 +101,7 @@ def recover(folder: Path) -> None:
 
 
 def _replace(partial: Path, path: Path) -> None:
-    """Files in one step, after they have reached the disk; folders, which cannot be, by way of another name."""
+    """Replace a file in one step once it is on disk; a folder cannot be, so the old one is renamed first."""
     if partial.is_file():
         with partial.open("rb") as file:
             os.fsync(file.fileno())

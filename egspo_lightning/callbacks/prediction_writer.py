@@ -1,11 +1,12 @@
-"""Writes what ``predict`` answers."""
+"""PredictionWriter: writes the answers of ``predict`` to disk."""
 
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from egspo_lightning.callbacks.benchmark_recording import close_journal, open_journal
+from egspo_lightning.callbacks.answer_journal import close_journal, open_journal
+from egspo_lightning.callbacks.trainer_access import data_of, module_of
 from egspo_lightning.evaluation.answerer import PREDICT
 from egspo_lightning.evaluation.journal import Journal
 
@@ -13,28 +14,32 @@ from egspo_lightning.evaluation.journal import Journal
 class PredictionWriter(Callback):
     """Writes each answer with its verdict to ``<folder>/completions.jsonl``, in the order of the problems.
 
-    The verdict is null where a problem has no reference answer. The fingerprint is that of weights, problems, sampling
-    and seed, so the same command goes on where it was cut off, and no other writes over its answers.
+    The verdict is null where a problem has no gold answer. The fingerprint covers weights, problems, sampling and
+    seed: the same command continues an interrupted run, and another command never overwrites its answers.
 
     Args:
-        folder: Where to; ``predictions/<fingerprint>`` in the trainer's default_root_dir by default.
+        folder: Output folder; ``predictions/<fingerprint>`` in the trainer's default_root_dir by default.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         super().__init__()
         self.folder = folder
-        self._journal: Journal | None = None
+        self._opened: Journal | None = None
+
+    @property
+    def _journal(self) -> Journal:
+        assert self._opened is not None, "predict has not run"
+        return self._opened
 
     @property
     def path(self) -> Path:
-        """Where the answers are."""
-        assert self._journal is not None, "predict has not run"
+        """The file of answers."""
         return self._journal.completions
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the answers of a predict that was cut off."""
+        """Read the answers of an interrupted predict."""
         folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions" / "{fingerprint}")
-        self._journal = open_journal(trainer, pl_module, PREDICT, folder)
+        self._opened = open_journal(PREDICT, module_of(pl_module), data_of(trainer), folder)
 
     def on_predict_batch_end(
         self,
@@ -46,10 +51,8 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Append a batch."""
-        assert self._journal is not None
         self._journal.append(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the ranks' answers together."""
-        assert self._journal is not None
-        close_journal(trainer, self._journal)
+        """Merge the answers of all ranks."""
+        close_journal(self._journal, module_of(pl_module), data_of(trainer))

@@ -1,4 +1,4 @@
-"""One progress bar for the whole run, in phases, with stage, reward and entropy."""
+"""PhaseProgress: one progress bar for the whole run, with phase, stage, reward and entropy."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from egspo_lightning.callbacks.trainer_access import module_of
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Where the output is no terminal, a plain line is printed this often instead of a bar."""
+"""Interval of the plain lines that replace the bar where the output is not a terminal."""
 
 SHOWN = {
     "loss/sft": "sft loss",
@@ -22,7 +22,7 @@ SHOWN = {
 
 
 class PhaseProgress(ProgressBar):
-    """Shows the phase, the stage, and the metrics that tell whether training is well."""
+    """Shows phase, stage and the main metrics as one bar, or as plain lines where there is no terminal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class PhaseProgress(ProgressBar):
         return self._enabled
 
     def disable(self) -> None:
-        """Print nothing; Lightning asks for this on ranks other than the first."""
+        """Print nothing; Lightning calls this on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -63,11 +63,11 @@ class PhaseProgress(ProgressBar):
         self._task = self._progress.add_task("starting", total=self._total(trainer), completed=trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the stage: at the end of the phase it may be that of the next one."""
+        """Keep the stage: at the end of the phase the module may have the next phase's stage."""
         self._stage = str(module_of(pl_module).stage)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move it on by a phase."""
+        """Advance the bar by a phase."""
         if not self._enabled:
             return
         text = self._describe(trainer)
@@ -78,11 +78,11 @@ class PhaseProgress(ProgressBar):
             self.print(f"phase {trainer.current_epoch + 1}/{self._total(trainer) or '?'} {text}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close it."""
+        """Close the bar."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
+        """Close the bar, so that the terminal is as before."""
         self._close()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -105,7 +105,7 @@ class PhaseProgress(ProgressBar):
         return " · ".join([f"[{self._stage}]", *shown])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Consoles hold locks, which cannot be pickled for spawned ranks."""
+        """Drop console and bar: they hold locks, which cannot be pickled for spawned ranks."""
         return self.__dict__ | {"_console": None, "_progress": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

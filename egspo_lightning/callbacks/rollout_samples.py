@@ -1,4 +1,4 @@
-"""Shows what the policy writes: a few completions with their rewards and the gate's marks, as text in the logger."""
+"""RolloutSamples: sample completions with rewards and high-entropy tokens, as text in the logger."""
 
 from collections.abc import Iterator
 from html import escape
@@ -6,65 +6,56 @@ from math import isfinite
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from egspo_lightning.analysis.record_schema import files_of
 from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.callbacks.logger_displays import SHOWS_TEXT, log_text, note_once
-from egspo_lightning.callbacks.token_records import TokenRecords
-from egspo_lightning.callbacks.trainer_access import data_of, module_of
-from egspo_lightning.errors import UserError
+from egspo_lightning.callbacks.trainer_access import due_rollout_batch, module_of
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rollout.scoring import CollectedRollouts
-from egspo_lightning.types import Completion
+from egspo_lightning.types import Completion, NonNegativeInt, PositiveInt
 
 SEPARATOR = "\n\n---\n\n"
 
 
 class RolloutSamples(Callback):
-    """Logs the first completions of a collection as text: in TensorBoard, Weights & Biases and MLflow.
+    """Logs the first completions of a rollout batch as text: in TensorBoard, Weights & Biases and MLflow.
 
-    Tokens that the gate let through whole are bold, and the pointer on one shows its values. TensorBoard's text knows
-    neither colors nor links to files, so the page with all tokens colored is given as the command that makes it.
+    High-entropy tokens, which take the full update, are bold; hovering over one shows its values. TensorBoard's text
+    has neither colors nor links to files, so the text ends with the command that writes a page of colored tokens.
 
     Args:
-        every_n_rollout_batches: How often; 0 is never.
+        every_n_rollout_batches: Interval in rollout batches; 0 logs none.
         num_samples: Completions logged at a time.
-        max_characters: A longer text is cut, and says so.
+        max_characters: Length limit of a text; a longer one is cut, and says so.
     """
 
-    def __init__(self, every_n_rollout_batches: int = 10, num_samples: int = 4, max_characters: int = 4000) -> None:
+    def __init__(
+        self,
+        every_n_rollout_batches: NonNegativeInt = 10,
+        num_samples: PositiveInt = 4,
+        max_characters: PositiveInt = 4000,
+    ) -> None:
         super().__init__()
-        if every_n_rollout_batches < 0 or num_samples < 1:
-            raise UserError(
-                "rollout_samples.every_n_rollout_batches must be at least 0 and .num_samples at least 1, got "
-                f"{every_n_rollout_batches} and {num_samples}."
-            )
-        self.every_n_rollout_batches, self.num_samples, self.max_characters = (
-            every_n_rollout_batches,
-            num_samples,
-            max_characters,
-        )
+        self.every_n_rollout_batches = every_n_rollout_batches
+        self.num_samples, self.max_characters = num_samples, max_characters
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where completions are seen with loggers that keep no text."""
+        """Tell where to find completions if a logger keeps no text."""
         if self.every_n_rollout_batches:
             instead = "keeps no text; completions are in the token records, see python -m egspo_lightning.analysis."
             note_once(trainer, "rollout_samples", SHOWS_TEXT, instead)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the collection that this epoch trained on."""
-        data, log_dir = data_of(trainer), trainer.log_dir  # log_dir is broadcast: ask on every rank
-        rollouts = data.rollouts
-        if rollouts is None or not self.every_n_rollout_batches:
-            return
-        if (data.num_rollout_batches - 1) % self.every_n_rollout_batches == 0 and trainer.is_global_zero:
-            module = module_of(pl_module)
-            samples = [self._sample(rollouts, row, module) for row in range(self._num_shown(rollouts))]
-            log_text(trainer, "rollout/samples", SEPARATOR.join([*samples, *_pointers(trainer, log_dir)]))
-
-    def _num_shown(self, rollouts: CollectedRollouts) -> int:
-        return min(self.num_samples, len(rollouts.completions))
+        """Log the rollout batch of the ending phase."""
+        rollouts = due_rollout_batch(trainer, self.every_n_rollout_batches)
+        log_dir = trainer.log_dir  # every rank must ask: it is broadcast
+        if rollouts is not None and trainer.is_global_zero:
+            num_shown = min(self.num_samples, len(rollouts.completions))
+            samples = [self._sample(rollouts, row, module_of(pl_module)) for row in range(num_shown)]
+            log_text(trainer, "rollout/samples", SEPARATOR.join([*samples, _legend(log_dir)]))
 
     def _sample(self, rollouts: CollectedRollouts, row: int, module: EGSPOModule) -> str:
-        """Verdict and problem as indented blocks, which Markdown shows as they are; then the marked tokens."""
+        """Verdict and problem as indented blocks, which Markdown shows literally; then the tokens."""
         completion = rollouts.completions[row]
         blocks = [_block(self._cut(text)) for text in (_verdict(completion), completion.problem.problem)]
         return "\n\n".join([*blocks, f"<pre>{''.join(self._tokens(rollouts, row, module))}</pre>"])
@@ -81,7 +72,7 @@ class RolloutSamples(Callback):
             if length > self.max_characters:
                 yield f" ... ({len(token_ids) - i} more tokens)"
                 return
-            is_marked = isfinite(threshold) and entropy >= threshold  # an open gate marks nothing
+            is_marked = isfinite(threshold) and entropy >= threshold  # an open gate highlights nothing
             hint = f"entropy {entropy:.3g} nats, advantage {advantage:.3g}"
             yield f'<strong><a title="{hint}">{escape(text)}</a></strong>' if is_marked else escape(text)
 
@@ -98,14 +89,13 @@ def _verdict(completion: Completion) -> str:
     return f"{reward}, answer {found}, gold {completion.problem.answer}, {completion.status}"
 
 
-def _pointers(trainer: Trainer, log_dir: str | None) -> list[str]:
-    """What the marks mean, and how all recorded tokens are seen in color."""
-    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-    lines = ["Bold: let through whole by the gate."]
-    if log_dir is not None and any(isinstance(c, TokenRecords) and c.every_n_rollout_batches for c in callbacks):
-        lines += ["All recorded tokens, colored by entropy:", ""]
-        lines.append(_block(f"python -m egspo_lightning.analysis {log_dir} --html completions.html"))
-    return ["\n".join(lines)]
+def _legend(log_dir: str | None) -> str:
+    """The meaning of bold tokens, and the command that shows all recorded tokens in color."""
+    legend = "Bold: high-entropy token, takes the full update."
+    if log_dir is None or not files_of(log_dir, "tokens"):
+        return legend
+    command = f"python -m egspo_lightning.analysis {log_dir} --html completions.html"
+    return f"{legend}\nAll recorded tokens, colored by entropy:\n\n{_block(command)}"
 
 
 def _block(text: str) -> str:

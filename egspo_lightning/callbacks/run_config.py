@@ -1,4 +1,4 @@
-"""Keeps a run's config in its log folder and in its checkpoints, and tells what a resumed run changes."""
+"""RunConfig: saves the run's config in log folder and checkpoints, and prints what a resumed run changes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,23 +9,23 @@ from lightning.pytorch.utilities import rank_zero_info
 
 KEY = "egspo_config"
 NOT_TRAINING = ("config", "ckpt_path", "weights_only", "trainer.default_root_dir")
-"""Fields that say where a run is, not what it is."""
+"""Fields that say where a run is, not what it trains."""
 
 
 class RunConfig(SaveConfigCallback):
-    """Lightning's SaveConfigCallback; the config also goes into each checkpoint, as plain data.
+    """Lightning's SaveConfigCallback that also writes the config, as plain data, into each checkpoint.
 
-    On resuming, the values of this run hold, and each that is not the checkpoint's is printed.
+    A resumed run uses its own values, and prints each that differs from the checkpoint's.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the config into the checkpoint."""
+        """Write the config into the checkpoint."""
         checkpoint[KEY] = plain(self.config.as_dict())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Tell field by field what is not as it was."""
+        """Print the fields that have changed."""
         if KEY not in checkpoint:
-            rank_zero_info("The checkpoint holds no config, so what has changed since cannot be told.")
+            rank_zero_info("The checkpoint holds no config, so changes since then cannot be listed.")
             return
         changed = differences(checkpoint[KEY], plain(self.config.as_dict()))
         if changed:
@@ -38,13 +38,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``field: old -> new`` for every field in which two configs differ, in alphabetical order."""
     old, new = dict(flatten(before)), dict(flatten(now))
     names = [n for n in sorted(old.keys() | new.keys()) if n not in NOT_TRAINING and not n.startswith("config.")]
-    absent = "absent"
-    shown = ((name, old.get(name, absent), new.get(name, absent)) for name in names)
+    shown = ((name, old.get(name, "absent"), new.get(name, "absent")) for name in names)
     return [f"{name}: {was!r} -> {is_now!r}" for name, was, is_now in shown if was != is_now]
 
 
 def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("data.num_problems", 16) and so on; parts of lists are numbered."""
+    """Pairs such as ("data.num_problems", 16); items of lists are numbered."""
     items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
     if items is None or not values:
         yield prefix, values
@@ -54,9 +53,12 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The same of numbers, texts, lists and dictionaries alone, as ``weights_only`` loads them."""
+    """A config as numbers, strings, lists and dictionaries alone, which ``weights_only`` loads."""
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
-    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+    kind = next(
+        (kind for kind in (bool, int, float) if isinstance(value, kind)), str
+    )  # restricted types are subclasses
+    return None if value is None else kind(value)

@@ -1,4 +1,4 @@
-"""Keeps, of a sample of completions, all that the update knew of each token; ``analysis.schema`` names the columns."""
+"""TokenRecords: Parquet files of sampled tokens with entropy, gate weight, advantage and ratio."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,81 +12,72 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, file_of, files_of
-from egspo_lightning.callbacks.trainer_access import data_of, goes_on_in, module_of
-from egspo_lightning.errors import UserError, require
+from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, module_of, resumes_in
+from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH, CollectedRollouts
-from egspo_lightning.types import NetworkOutputs, RolloutBatch
+from egspo_lightning.types import NetworkOutputs, NonNegativeInt, PositiveInt, RolloutBatch
 
 
 class TokenRecords(Callback):
-    """Writes token records as Parquet into ``token_records/`` of the log folder; see ``analysis.schema``.
+    """Writes token records as Parquet into ``token_records/`` of the log folder.
 
-    They are those of the first completions of a rollout batch, after its last update: one forward pass over them
-    gives the ratio. Each rank writes files of its own. A resumed run that goes on in the same folder removes those of
-    rollout batches that it does again, so that none is there twice.
+    ``analysis.record_schema`` describes the columns. The records cover the first completions of a rollout batch, after
+    its last optimizer step; one more forward pass gives the ratio. Each rank writes its own files. A resumed run
+    removes the records of rollout batches that it samples again, so that none is recorded twice.
 
     Args:
-        every_n_rollout_batches: How often; 0 is never.
-        max_completions: Completions recorded at a time, on each rank; experts' solutions are left out.
+        every_n_rollout_batches: Interval in rollout batches; 0 records none.
+        max_completions: Completions recorded at a time, on each rank; expert solutions are left out.
     """
 
-    def __init__(self, every_n_rollout_batches: int = 10, max_completions: int = 32) -> None:
+    def __init__(self, every_n_rollout_batches: NonNegativeInt = 10, max_completions: PositiveInt = 32) -> None:
         super().__init__()
-        field = "token_records.every_n_rollout_batches"
-        require(every_n_rollout_batches >= 0, field, every_n_rollout_batches, "at least 0")
-        require(max_completions >= 1, "token_records.max_completions", max_completions, "at least 1")
         self.every_n_rollout_batches, self.max_completions = every_n_rollout_batches, max_completions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the records of collections that a resumed run does again.
+        """Remove the records of rollout batches that a resumed run samples again.
 
         Raises:
-            UserError: another run has left records in the folder.
+            UserError: the folder holds records of another run.
         """
-        log_dir, first = (
-            trainer.log_dir,
-            data_of(trainer).num_rollout_batches,
-        )  # log_dir is broadcast: ask on every rank
+        log_dir = trainer.log_dir  # every rank must ask: it is broadcast
+        first = data_of(trainer).num_rollout_batches
         if log_dir is None or not self.every_n_rollout_batches:
             return
         stale = [p for kind in ("tokens", "completions") for p, n in files_of(log_dir, kind).items() if n >= first]
-        if stale and not goes_on_in(trainer, log_dir):
+        if stale and not resumes_in(trainer, log_dir):
             raise UserError(
                 f"token_records: {log_dir} holds the records of another run. Give another trainer.default_root_dir, "
-                "keep trainer.logger on (each run then has a folder of its own), or delete them."
+                "keep trainer.logger on, which gives each run its own folder, or delete them."
             )
-        if not trainer.is_global_zero:
-            return
-        for path in stale:
-            path.unlink()
-        if stale:
-            rank_zero_info(f"Token records: removed {len(stale)} files of collections from {first} on, in {log_dir}.")
+        if stale and trainer.is_global_zero:
+            for path in stale:
+                path.unlink()
+            rank_zero_info(
+                f"Token records: removed {len(stale)} files of rollout batches {first} and later, {log_dir}."
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the collection that this epoch trained on."""
-        data, log_dir = data_of(trainer), trainer.log_dir
-        number = data.num_rollout_batches - 1
-        if data.rollouts is None or log_dir is None or not self.every_n_rollout_batches:
-            return
-        if number % self.every_n_rollout_batches == 0:
-            rank = trainer.global_rank
-            tables = record(data.rollouts, module_of(pl_module), number, rank, self.max_completions)
-            write(tables, log_dir, number, rank)
+        """Record the rollout batch of the ending phase."""
+        rollouts, log_dir = due_rollout_batch(trainer, self.every_n_rollout_batches), trainer.log_dir
+        if rollouts is not None and log_dir is not None:
+            number, rank = data_of(trainer).num_rollout_batches - 1, trainer.global_rank
+            write(record(rollouts, module_of(pl_module), number, rank, self.max_completions), log_dir, number, rank)
 
 
 def record(
     rollouts: CollectedRollouts, module: EGSPOModule, number: int, rank: int, max_completions: int
 ) -> dict[str, pa.Table]:
-    """The tables ``completions`` and ``tokens`` of a collection's first completions. Collective.
+    """Make the tables ``completions`` and ``tokens`` of a rollout batch's first completions. Collective.
 
     Args:
-        rollouts: the rollouts of this rank
-        module: the policy as it is after the updates on them
-        number: of the collection
-        rank: of this process
-        max_completions: rows of the collection that are recorded, at most
+        rollouts: this rank's rollouts
+        module: the module after the optimizer steps on them
+        number: number of the rollout batch, from 0
+        rank: rank of this process
+        max_completions: limit of the completions that are recorded
     """
     rollout = rollouts.batch
     chosen = (~rollout.is_expert).nonzero().flatten()[:max_completions]
@@ -116,11 +107,11 @@ def record(
 
 
 def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -> dict[str, Tensor]:
-    """What is known of each token of the chosen rows, one after another."""
+    """The columns of TOKENS that tensors hold, for the tokens of the chosen rows in order."""
     high, low = module.objective.branch_weights(rollout, module.attenuation, rollout.entropies)
     phi = module.attenuation.phi(rollout.old_logprobs, rollout.entropies, rollout.threshold)
     mask = rollout.sampled_mask[chosen]
-    after = _statistics(module, rollout.input_ids[chosen], mask)
+    after = _outputs_now(module, rollout.input_ids[chosen], mask)
     starts = mask.int().argmax(-1, keepdim=True)
     aligned = {
         "position": torch.arange(mask.shape[1], device=mask.device) - starts,
@@ -139,8 +130,8 @@ def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -
     return {name: values[mask].detach() for name, values in aligned.items()}
 
 
-def _statistics(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> NetworkOutputs:
-    """The policy's word on rows, in batches bounded in tokens, without gradient or random numbers."""
+def _outputs_now(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> NetworkOutputs:
+    """Outputs of the current policy, in batches bounded in tokens, without gradient or random numbers."""
     size = max(TOKENS_PER_SCORING_BATCH // mask.shape[1], 1)
     assert module.policy is not None
     with module.sampling():
@@ -152,13 +143,13 @@ def _statistics(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> Network
 
 
 def _decode(token_ids: list[int], module: EGSPOModule) -> list[str]:
-    """Each token by itself; those that come again are decoded once."""
+    """Decode each token by itself, and each distinct token once."""
     texts = {token_id: module.tokenizer.decode([token_id]) for token_id in set(token_ids)}
     return [texts[token_id] for token_id in token_ids]
 
 
 def _storable(text: str) -> str:
-    """Half a surrogate pair, which JSON lets through, has no UTF-8, and must not end a day of training."""
+    """Replace lone surrogates, which JSON allows and UTF-8 does not: they must not stop training."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -168,7 +159,7 @@ def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 def write(tables: Mapping[str, pa.Table], log_dir: str | Path, number: int, rank: int) -> None:
-    """The tables as files, each whole or not at all: readers never see half a file."""
+    """Write the tables to files by renaming, so that readers never see half a file."""
     for kind, table in tables.items():
         path = file_of(log_dir, kind, number, rank)
         path.parent.mkdir(parents=True, exist_ok=True)

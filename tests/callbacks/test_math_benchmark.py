@@ -299,11 +299,6 @@ def test_the_table_of_fit_shows_the_milestones(tiny_run):
         assert word in text
 
 
-def test_a_negative_period_is_refused():
-    with pytest.raises(UserError, match=r"math_benchmark.every_n_epochs must be at least 0, got -1"):
-        MathBenchmark(every_n_epochs=-1)
-
-
 def test_a_run_that_starts_from_another_measures_its_own_benchmarks(tiny_run, tmp_path):
     """The checkpoint brings results of a benchmark that this run does not have, at the very same step."""
 

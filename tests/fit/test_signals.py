@@ -129,7 +129,9 @@ def test_a_second_signal_ends_the_run_at_once(repository, tmp_path, staleness):
     process = start(repository, tmp_path, *slow)
     wait_for(process, until=lambda: (tmp_path / "asleep").exists())
     process.send_signal(signal.SIGINT)
-    wait_for(process, until=lambda: "the run saves and ends after this update" in (tmp_path / "output").read_text())
+    wait_for(
+        process, until=lambda: "the run saves and ends after this optimizer step" in (tmp_path / "output").read_text()
+    )
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert end_of(process) != 0

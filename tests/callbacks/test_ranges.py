@@ -1,0 +1,44 @@
+"""The command line's parser refuses values out of range, naming the argument, before a callback is built."""
+
+import pytest
+from jsonargparse import ArgumentError, ArgumentParser
+
+from egspo_lightning.callbacks import (
+    EntropyHistogram,
+    Guards,
+    MathBenchmark,
+    RolloutSamples,
+    StageTransition,
+    TokenRecords,
+)
+
+CASES = [
+    (StageTransition, "after_epochs", ["0", "-1", "1.5"], "1"),
+    (StageTransition, "patience", ["0", "-1"], "1"),
+    (StageTransition, "learning_rate", ["-1.0", "0.0", "nan", "inf"], "1e-3"),
+    (StageTransition, "mode", ["larger"], "max"),
+    (MathBenchmark, "every_n_epochs", ["-1"], "0"),
+    (EntropyHistogram, "every_n_rollout_batches", ["-1"], "0"),
+    (TokenRecords, "every_n_rollout_batches", ["-1"], "0"),
+    (TokenRecords, "max_completions", ["0"], "1"),
+    (RolloutSamples, "every_n_rollout_batches", ["-1"], "0"),
+    (RolloutSamples, "num_samples", ["0"], "1"),
+    (RolloutSamples, "max_characters", ["0"], "1"),
+    (Guards, "min_entropy_share", ["1.5", "-0.1", "nan"], "0"),
+    (Guards, "max_truncated_fraction", ["-0.1", "1.1"], "1"),
+    (Guards, "max_kl", ["0.0", "nan"], "1e9"),
+    (Guards, "max_first_ratio_gap", ["0.0"], "0.04"),
+    (Guards, "num_zero_rewards", ["0"], "1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("callback", "name", "wrong", "right"), CASES, ids=lambda value: getattr(value, "__name__", None)
+)
+def test_values_out_of_range_are_refused_by_name(callback, name, wrong, right):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(callback, "key")
+    assert parser.parse_args([f"--key.{name}={right}"]).key[name] is not None
+    for value in wrong:
+        with pytest.raises(ArgumentError, match=f"key.{name}"):
+            parser.parse_args([f"--key.{name}={value}"])
