@@ -21,7 +21,8 @@ class RolloutSamples(Callback):
     """Logs the first completions of a rollout batch as text: in TensorBoard, Weights & Biases and MLflow.
 
     High-entropy tokens, which take the full update, are bold; hovering over one shows its values. TensorBoard's text
-    has neither colors nor links to files, so the text ends with the command that writes a page of colored tokens.
+    has neither colors nor links to files. Once token records exist, the text ends with the command that writes a page
+    of colored tokens from them.
 
     Args:
         every_n_rollout_batches: Interval in rollout batches; 0 logs none.

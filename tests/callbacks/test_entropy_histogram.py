@@ -1,7 +1,6 @@
 import pytest
 
 from egspo_lightning.callbacks import EntropyHistogram, StageTransition
-from egspo_lightning.errors import UserError
 
 ONE_COLLECTION = {"module": {"initial_stage": "egspo"}, "trainer": {"max_epochs": 1}, "logger": True}
 
@@ -33,8 +32,3 @@ def test_histograms_come_every_n_rollout_batches(tiny_run, events, every, steps)
     log = events(run.trainer)
     found = [event.step for event in log.Histograms("entropy/all")] if steps else log.Tags()["histograms"]
     assert found == steps
-
-
-def test_negative_numbers_are_refused():
-    with pytest.raises(UserError, match=r"entropy_histogram\.every_n_rollout_batches must be at least 0, got -1"):
-        EntropyHistogram(-1)

@@ -111,7 +111,7 @@ def test_an_open_gate_marks_nothing(tiny_run, events):
 
 
 def test_with_records_the_command_for_the_colored_page_is_given_and_runs(tiny_run, events, tmp_path):
-    run = tiny_run(RolloutSamples(num_samples=1), TokenRecords(), **ONE_COLLECTION).fit()
+    run = tiny_run(TokenRecords(), RolloutSamples(num_samples=1), **ONE_COLLECTION).fit()  # in the command line's order
     ((_, text),) = texts(events, run)
     command = shlex.split(text.rsplit("\n", 1)[-1])
     assert command[:3] == ["python", "-m", "egspo_lightning.analysis"]
