@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.models.critic import CriticConfig
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics, Reduction
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative

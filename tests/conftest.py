@@ -25,7 +25,7 @@ from egspo_lightning.data.generated_sources import GeneratedDemonstrations, Gene
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.datamodule import HybridDataModule
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.module import EGSPOModule
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C

@@ -1,15 +1,14 @@
-"""LoRA by peft: low-rank adapters on the frozen model, which without them is the reference, or with a second one.
+"""LoRA by peft: low-rank adapters on the frozen model, with the reference policy in the same model.
 
     W x  ->  W x + (alpha / r) B A x        A: (r, in), B: (out, r), B = 0 at first
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3. The reference is the
-policy as stage EGSPO begins: after SFT the same model with the adapter that it had then, kept beside the one in
-training; without SFT, where B A = 0, the model alone. So no second copy of the model is held.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3. The reference policy is
+the policy at the start of stage EGSPO. After SFT it is the model with a frozen copy of the adapter; without SFT, where
+B A = 0, it is the model without adapters. So no second copy of the model is held.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,37 +18,34 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from egspo_lightning.errors import UserError, require
+from egspo_lightning.errors import UserError
+from egspo_lightning.types import PositiveFloat, PositiveInt
 
 ADAPTER, REFERENCE = "default", "reference"
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Trains adapters in place of the model; needs ``pip install "egspo-lightning[lora]"``.
+    """Train low-rank adapters and freeze the model; needs ``pip install "egspo-lightning[lora]"``.
 
     Args:
         rank: r, the rank of an adapter.
         alpha: The adapter's output is multiplied by alpha / r.
-        target_modules: Names of the linear layers to adapt, such as [q_proj, v_proj]; by default all but the output
+        target_modules: Names of the linear layers to adapt, such as [q_proj, v_proj]; null adapts all but the output
             layer.
         rank_stabilized: Multiply by alpha / sqrt(r) instead (rsLoRA).
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
     target_modules: list[str] | None = None
     rank_stabilized: bool = False
 
-    def __post_init__(self) -> None:
-        require(self.rank >= 1, "model.policy.lora.rank", self.rank, "at least 1")
-        require(0 < self.alpha < math.inf, "model.policy.lora.alpha", self.alpha, "above 0")
-
     def inject(self, lm: Any, *, with_reference: bool = False) -> None:
-        """Freeze the model and put trainable adapters on it, in float32, and a frozen one as the reference.
+        """Freeze the model and add trainable adapters in float32, and with a reference a frozen second set.
 
         Raises:
-            UserError: peft is not installed, or no layer has such a name, or the output layer has.
+            UserError: peft is not installed, no layer has such a name, or a name is that of the output layer.
         """
         try:
             from peft import LoraConfig as PeftConfig
@@ -57,8 +53,8 @@ class LoraConfig:
         except ImportError as error:
             raise UserError('model.policy.lora needs peft: pip install "egspo-lightning[lora]".') from error
         config = PeftConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            r=int(self.rank),
+            lora_alpha=float(self.alpha),  # type: ignore[arg-type]
             target_modules="all-linear" if self.target_modules is None else self.target_modules,
             use_rslora=self.rank_stabilized,
         )
@@ -77,23 +73,23 @@ class LoraConfig:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter."""
+    """Whether a parameter with this name belongs to an adapter."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def is_reference(name: str) -> bool:
-    """Whether a parameter's name is that of the reference's adapter."""
+    """Whether a parameter with this name belongs to the reference policy's adapter."""
     return is_adapter(name) and f".{REFERENCE}." in name
 
 
 def has_reference(lm: nn.Module) -> bool:
-    """Whether a model carries an adapter as the reference."""
+    """Whether a model has an adapter for the reference policy."""
     return any(is_reference(name) for name, _ in lm.named_parameters())
 
 
 @contextmanager
 def as_reference(lm: nn.Module) -> Iterator[None]:
-    """The model is the reference for a while: with the reference's adapter or, where there is none, without any."""
+    """Let the model compute as the reference policy: with the reference's adapter if it has one, else without any."""
     assert _layers(lm), "a model without adapters cannot be its own reference"
     _activate(lm, REFERENCE if has_reference(lm) else None)
     try:
@@ -103,7 +99,7 @@ def as_reference(lm: nn.Module) -> Iterator[None]:
 
 
 def changes_nothing(lm: nn.Module) -> bool:
-    """Whether the trained adapter gives exactly 0, as it does at first; of a sharded one, this rank's share."""
+    """Whether the trained adapter's output is exactly 0, as at initialization; looks at this rank's shard only."""
     ups = [p for name, p in lm.named_parameters() if ".lora_B." in name and not is_reference(name)]
     own = [up.to_local() if isinstance(up, DTensor) else up for up in ups]
     return not any(bool(up.any()) for up in own)
@@ -111,7 +107,7 @@ def changes_nothing(lm: nn.Module) -> bool:
 
 @torch.no_grad()
 def copy_to_reference(lm: nn.Module) -> None:
-    """Let the reference's adapter be what the trained one is now."""
+    """Copy the trained adapter's weights into the reference policy's adapter."""
     parameters = dict(lm.named_parameters())
     for name, frozen in parameters.items():
         if is_reference(name):
@@ -119,16 +115,16 @@ def copy_to_reference(lm: nn.Module) -> None:
 
 
 def trained_name(name: str) -> str:
-    """Of the reference's parameter, that of the one in training."""
+    """Name of the trained parameter that corresponds to a parameter of the reference's adapter."""
     return name.replace(f".{REFERENCE}.", f".{ADAPTER}.")
 
 
 def merged(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names of the plain model, W + (alpha / r) B A, as transformers saves and loads them.
+    """Merge adapters into the weights, W + (alpha / r) B A, under the names that transformers saves and loads.
 
     Args:
-        lm: the model, which says where adapters are
-        weights: its state dict, whole; as it is where there are no adapters
+        lm: the model with the adapters
+        weights: its whole state dict; returned as it is if there are no adapters
     """
     plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if not is_adapter(name)}
     for name, layer in _layers(lm):
@@ -142,7 +138,7 @@ def merged(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _activate(lm: nn.Module, adapter: str | None) -> None:
     """Compute with an adapter, or with none.
 
-    peft's own ``set_adapter`` and ``enable_adapters`` also switch gradients, which sharded parameters do not survive.
+    peft's ``set_adapter`` and ``enable_adapters`` also switch gradients, which breaks sharded parameters.
     """
     for _, layer in _layers(lm):
         layer._disable_adapters = adapter is None

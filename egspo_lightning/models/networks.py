@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from egspo_lightning.models import lora
-from egspo_lightning.models.batched_forward import Sequences
 from egspo_lightning.models.critic import Critic
-from egspo_lightning.models.policy import Policy
+from egspo_lightning.models.policy import Policy, Sequences
 from egspo_lightning.types import NetworkOutputs, Scores
 
 

@@ -1,14 +1,15 @@
-"""Sequences of different lengths in one pass through a transformers decoder, without padding between them.
+"""Packed attention: sequences of different lengths in one pass through a transformers decoder, without padding.
 
-All tokens stand in one row, (1, N); only attention, in which a token sees its own sequence alone, is told the
-sequences apart. So the projections, which are most of the work, are as large as can be and waste nothing, and each
-kernel is launched once, however different the lengths are. Positions count from 0 in each sequence.
+All tokens stand in one row, (1, N). Only attention separates the sequences: a token sees its own sequence alone. The
+projections, which are most of the work, get one large matrix product without padding, and each kernel is launched once
+however different the lengths are. Positions count from 0 in each sequence.
 
-Attention is transformers' own for "sdpa", except to short sequences on a CPU: the fused kernel there takes heads and
-sequences one by one, in blocks of 32 tokens, and plain matrix products over all of them take half the time.
+Attention is transformers' "sdpa", except for short sequences on a CPU. PyTorch's fused kernel takes heads and sequences
+one by one there, in blocks of 32 tokens; plain matrix products over all of them take half the time.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,27 +19,28 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_in_runs"
-"""Of the attention, among those of transformers."""
-
-
+"""Name under which the attention function is registered with transformers."""
 SHORT = 64
-"""Tokens of a sequence that is attended to by plain products on a CPU; from about 100 on the fused kernel is faster."""
+"""Longest sequence, in tokens, that uses plain products on a CPU; from about 100 on the fused kernel is faster."""
 
 
 class Run(NamedTuple):
-    """Sequences of one length, which stand next to each other."""
+    """Neighboring sequences of one length."""
 
     num_rows: int
     width: int
 
     @property
     def num_tokens(self) -> int:
-        """Of all of them."""
+        """Tokens of all its sequences."""
         return self.num_rows * self.width
 
 
 class Runs:
-    """Of a packed row, with a count of the layers that have told them apart, and of those among them with a window."""
+    """The runs of a packed row.
+
+    ``num_uses`` counts the layers that called ``attend``, ``num_windows`` those of them with a sliding window.
+    """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs, self.num_uses, self.num_windows = list(runs), 0, 0
@@ -55,7 +57,7 @@ class Runs:
 
 
 def _attend(module: Any, run: Run, *states: Tensor, sliding_window: int | None = None, **settings: Any) -> Tensor:
-    """Of the sequences of one run, as the rows of a batch."""
+    """Attention within the sequences of one run, as the rows of a batch."""
     queries, keys, values = (part[0].unflatten(1, run).transpose(0, 1) for part in states)
     near = None
     if sliding_window is not None and run.width > sliding_window:
@@ -75,7 +77,7 @@ def _causal(width: int, device: torch.device) -> Tensor:
 
 
 def _is_short(module: Any, run: Run, queries: Tensor, settings: Mapping[str, Any]) -> bool:
-    """Whether plain products are faster, and the same."""
+    """Whether plain products are faster and give the same result."""
     is_plain = not settings.get("dropout") and settings.get("position_bias") is None
     is_causal = getattr(module, "is_causal", True) and settings.get("is_causal") is not False
     is_full = queries.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -83,7 +85,7 @@ def _is_short(module: Any, run: Run, queries: Tensor, settings: Mapping[str, Any
 
 
 def _short_attention(queries: Tensor, keys: Tensor, values: Tensor, near: Tensor, scaling: float | None) -> Tensor:
-    """``softmax(scaling Q K^T) V`` over the keys that are near, from (B, heads, T, D) each to (B, T, heads, D)."""
+    """``softmax(scaling Q K^T) V`` over the keys in ``near``, from (B, heads, T, D) each to (B, T, heads, D)."""
     size, groups = queries.shape[:2], queries.shape[1] // keys.shape[1]
     if groups > 1:
         keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
@@ -102,7 +104,7 @@ def attention(
     runs: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """That of transformers for "sdpa", in which sequences are told apart where ``runs`` come along."""
+    """The "sdpa" attention of transformers; with ``runs``, packed sequences are kept apart."""
     if runs is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return runs.attend(module, query, key, value, **kwargs), None
@@ -116,12 +118,12 @@ def packed_states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Runs
     """Last hidden states of all tokens, (N, D).
 
     Args:
-        decoder: of a model that ``use_packing`` has said yes to
+        decoder: of a model for which ``use_packing`` returned True
         input_ids: (N,) int64, sequence after sequence, run after run
         positions: (N,) int64 within each sequence
-        runs: how they are told apart
+        runs: the sequences in the row
     """
-    no_mask = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)  # given one of 4 axes, transformers makes none
+    no_mask = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)  # a mask of 4 axes keeps transformers from making one
     output = decoder(
         input_ids=input_ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
@@ -134,32 +136,27 @@ def packed_states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Runs
 
 
 def use_packing(lm: Any) -> bool:
-    """Let a causal language model tell packed sequences apart, and say whether it does.
+    """Switch a causal language model to packed attention if its results stay right, and return whether they do.
 
-    It has to take transformers' attention by name, "sdpa" so far, in each of its layers, with its window where it has
-    one; and nothing else in it may let tokens see each other, as convolutions and recurrences do. Two sequences in one
-    row are compared with each alone.
+    Each layer must look attention up by name (now "sdpa"), and pass on its sliding window if it has one. No other
+    layer may mix tokens, as convolutions and recurrences do. Packed sequences are compared with each sequence alone.
     """
     config = lm.config
     if config._attn_implementation not in ("sdpa", NAME) or not _is_plain(lm):
         return False
     lm.set_attn_implementation(NAME)
-    is_told_apart = False
-    try:
-        is_told_apart = _tells_apart(lm)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # it takes no such arguments
-        pass
-    finally:
-        if not is_told_apart:
-            lm.set_attn_implementation("sdpa")
-    return is_told_apart
+    with suppress(TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # it takes no such arguments
+        if _keeps_sequences_apart(lm):
+            return True
+    lm.set_attn_implementation("sdpa")
+    return False
 
 
 def _is_plain(lm: Any) -> bool:
-    """Whether what its config says lets sequences of any length share a row.
+    """Whether sequences of any length may share a row, according to the model's config.
 
-    Masks other than a causal one, with or without a window, would be lost; and in some rotary embeddings the length of
-    one sequence decides on the angles of all.
+    Masks other than a causal one, with or without a window, would be lost. In some rotary embeddings the longest
+    sequence changes the angles of all.
     """
     config = lm.config
     layers = set(getattr(config, "layer_types", None) or ())
@@ -174,7 +171,7 @@ def _is_plain(lm: Any) -> bool:
 
 
 def _num_windows(config: Any) -> int:
-    """Layers that see a window alone."""
+    """Number of layers with a sliding window."""
     layers = getattr(config, "layer_types", None)
     if layers:
         return sum(kind == "sliding_attention" for kind in layers)
@@ -182,7 +179,8 @@ def _num_windows(config: Any) -> int:
 
 
 @torch.no_grad()
-def _tells_apart(lm: Any) -> bool:
+def _keeps_sequences_apart(lm: Any) -> bool:
+    """Whether sequences of two runs have the same states packed as alone."""
     decoder, device = lm.get_decoder(), next(lm.parameters()).device
     rows = [torch.tensor([[1, 2, 3], [2, 0, 1]], device=device), torch.tensor([[3, 1, 2, 0, 3]], device=device)]
     runs = Runs([Run(*ids.shape) for ids in rows])

@@ -1,198 +1,57 @@
-"""The policy: any causal language model of transformers, with its tokenizer, seen as per-token statistics."""
+"""The policy: log-probabilities, entropies and values of completion tokens from a causal language model.
+
+Rows of different lengths go through the model's trunk together (`TrunkPasses`): in one packed pass where the model
+supports it (`packed_attention`), otherwise in one padded pass for each run of rows of like length. Rows are padded on
+the right, so causal attention never sees padding. No attention mask is needed, positions count from 0 in every row,
+and the fast attention kernels apply.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.nn.functional import pad
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.models.batched_forward import Passes, Sequences
-from egspo_lightning.models.lora import LoraConfig
-from egspo_lightning.models.packed_attention import use_packing
+from egspo_lightning.models.packed_attention import Run, Runs, packed_states, use_packing
+from egspo_lightning.ops.batching import similar_length_batches
+from egspo_lightning.ops.padding import row_lengths
 from egspo_lightning.ops.token_stats import token_stats
 from egspo_lightning.types import NetworkOutputs
 
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    ImportError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What transformers raises for a name, folder or file that it cannot make a model of."""
+PACKED_WORTH, PACKED_WORTH_GPU = 32, 128
+"""Padding tokens above which a packed pass starts another run; on a GPU computed from its speed, not measured."""
+PASS_WORTH = 128
+"""Padding tokens above which another pass through the trunk is faster: launching its kernels has a fixed cost."""
 
 
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Which model to train.
+class Sequences(NamedTuple):
+    """A batch of sequences, and which statistics of it are needed."""
 
-    Args:
-        name_or_path: Name on the Hugging Face hub, or a local folder with config.json and the tokenizer.
-        from_scratch: Random weights from the config alone; the folder then needs no weights.
-        dtype: Type of the weights. Prefer float32 weights with --trainer.precision bf16-mixed.
-        attn_implementation: sdpa, eager, flash_attention_2 ...; transformers' own choice by default.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        trust_remote_code: Run Python code that comes with the model.
-        revision: Branch, tag or commit on the hub.
-        lora: Train low-rank adapters, and the model itself not; null trains the model.
-    """
-
-    name_or_path: str
-    from_scratch: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attn_implementation: str | None = None
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
-    revision: str = "main"
-    lora: LoraConfig | None = None
-
-    def load_tokenizer(self) -> Any:
-        """The tokenizer, checked to have an EOS, and with a padding token.
-
-        Raises:
-            UserError: it cannot be loaded or has no EOS token.
-        """
-        tokenizer = self._load(AutoTokenizer, "tokenizer")
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"model.policy.name_or_path: the tokenizer of {self.name_or_path!r} has no EOS token, so no "
-                'completion could end. Set "eos_token" in its tokenizer_config.json.'
-            )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
-
-    def build(self, *, with_value_head: bool = False, with_reference: bool = False) -> Policy:
-        """The model, in train mode, without dropout; where asked for with a value head, and a reference's adapter.
-
-        Raises:
-            UserError: it cannot be loaded, or its output layer is more than a linear map of the last hidden state.
-        """
-        dtype = getattr(torch, self.dtype)
-        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        if self.from_scratch:
-            config = self._load(AutoConfig, "config")
-            trust = {"trust_remote_code": self.trust_remote_code}
-            with self._told("architecture"):
-                lm = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention, **trust)
-        else:
-            told = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # refused below, by name and shape
-            lm, info = self._load(AutoModelForCausalLM, "weights", dtype=dtype, **attention, **told)
-            self._require_whole(info)
-        if self.gradient_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.lora is not None:
-            self.lora.inject(lm, with_reference=with_reference)
-        return Policy(lm, ValueHead(lm) if with_value_head else None)
-
-    def require_vocabulary(self, tokenizer: Any) -> None:
-        """Refuse a model that has no row for some of the tokenizer's ids.
-
-        Raises:
-            UserError: naming both sizes.
-        """
-        size = self._load(AutoConfig, "config").get_text_config().vocab_size
-        most = max(tokenizer.get_vocab().values(), default=-1)
-        if most >= size:
-            raise UserError(
-                f"model.policy.name_or_path: the tokenizer of {self.name_or_path!r} gives ids up to {most}, and "
-                f"vocab_size in its config.json is {size}. Take the tokenizer and the weights of the same model."
-            )
-
-    def _require_whole(self, info: dict[str, Any]) -> None:
-        """Refuse weights that transformers would make up: a part of the policy would silently be noise."""
-        told = [
-            f"{name} has the shape {tuple(has)}, by config.json {tuple(needs)}"
-            for name, has, needs in info["mismatched_keys"]
-        ]
-        told += [f"{name} is missing" for name in sorted(info["missing_keys"])]
-        if told:
-            raise UserError(
-                f"model.policy.name_or_path: the weights of {self.name_or_path!r} are not those of its config.json: "
-                f"{'; '.join(told[:3])}{f' (and {len(told) - 3} more)' if len(told) > 3 else ''}. Take both from one "
-                "source, or train from random weights by model.policy.from_scratch: true."
-            )
-
-    def _load(self, factory: Any, part: str, **kwargs: Any) -> Any:
-        looks_local = self.name_or_path.startswith((".", "/", "~")) or Path(self.name_or_path).exists()
-        if looks_local and not Path(self.name_or_path).is_dir():
-            raise UserError(f"model.policy.name_or_path: {self.name_or_path!r} is not a folder.")
-        with self._told(part):
-            return factory.from_pretrained(
-                self.name_or_path, trust_remote_code=self.trust_remote_code, revision=self.revision, **kwargs
-            )
-
-    @contextmanager
-    def _told(self, part: str) -> Iterator[None]:
-        """What transformers says of a model that it cannot load, as a mistake in the config."""
-        try:
-            yield
-        except LOADING_ERRORS as error:
-            reason = " ".join(str(error).strip().split("\n")[:2])
-            raise UserError(
-                f"model.policy.name_or_path: cannot load the {part} of {self.name_or_path!r}: {reason} {self._remedy}"
-            ) from error
-
-    @property
-    def _remedy(self) -> str:
-        """What helps where a model cannot be loaded."""
-        if not Path(self.name_or_path).is_dir() and HF_HUB_OFFLINE:
-            return (
-                f"HF_HUB_OFFLINE is set, so nothing is fetched: config.json, the tokenizer and the weights of "
-                f"{self.name_or_path!r} (revision {self.revision}) have to stand in {HF_HUB_CACHE}. Download them "
-                "beforehand (hf download), or unset HF_HUB_OFFLINE."
-            )
-        return (
-            "Give a folder that holds it, or a name on the hub with a network (a folder without weights needs "
-            "model.policy.from_scratch: true; a model with Python code of its own, if you trust it, "
-            "model.policy.trust_remote_code: true; another kernel, model.policy.attn_implementation: sdpa)."
-        )
-
-
-class ValueHead(nn.Module):
-    """A linear map from hidden states to values, in float32, which starts at 0."""
-
-    def __init__(self, lm: Any) -> None:
-        super().__init__()
-        self.linear = nn.Linear(lm.config.get_text_config().hidden_size, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, states: Tensor, completion_mask: Tensor) -> Tensor:
-        """Value of the state before each completion token, (B, T) float32, 0 where the mask is false.
-
-        Args:
-            states: (N, D) of the trunk, before each token that the mask is true at
-            completion_mask: (B, T) bool
-        """
-        with torch.autocast(states.device.type, enabled=False):
-            values = self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
-        return torch.zeros_like(completion_mask, dtype=values.dtype).masked_scatter(completion_mask, values)
+    input_ids: Tensor
+    """(B, T), padded on the right"""
+    completion_mask: Tensor
+    """(B, T) bool; never true at position 0, which nothing predicts"""
+    temperature: float = 1.0
+    """the sampling temperature"""
+    with_entropies: bool = True
+    """whether to compute entropies; otherwise they are 0"""
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward pass gives the statistics of the tokens that count.
+    """A causal language model whose forward pass returns statistics of the completion tokens.
 
-    Dropout is off for good: sampler, scorer and trainer must agree on every log-probability.
+    Dropout is always off: sampling, scoring and training must compute the same log-probabilities.
 
     Args:
         lm: the model
-        value_head: a critic's head on the model's trunk, where one is trained
+        value_head: head of a critic that shares the model's trunk; None without one
+
+    Raises:
+        UserError: the output layer is more than a linear map of the last hidden state.
     """
 
     def __init__(self, lm: nn.Module, value_head: ValueHead | None = None) -> None:
@@ -202,7 +61,7 @@ class Policy(nn.Module):
         _disable_dropout(lm)
         self.lm.train()
         _check_linear_head(self.lm)
-        self.passes = Passes(use_packing(lm))
+        self.passes = TrunkPasses(use_packing(lm))
 
     def forward(
         self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0, with_entropies: bool = True
@@ -213,15 +72,15 @@ class Policy(nn.Module):
             input_ids: (B, T)
             completion_mask: (B, T) bool; never true at position 0, which nothing predicts
             temperature: the sampling temperature
-            with_entropies: whether anybody asks for them; otherwise they are 0
+            with_entropies: whether to compute entropies; otherwise they are 0
         """
-        return self._statistics_of([Sequences(input_ids, completion_mask, temperature, with_entropies)])[0]
+        return self._outputs([Sequences(input_ids, completion_mask, temperature, with_entropies)])[0]
 
     def together(self, *parts: Sequences) -> list[NetworkOutputs]:
-        """What ``forward`` gives for each of several batches, whose rows share the passes through the trunk."""
-        return self._statistics_of(parts)
+        """The outputs of ``forward`` for each of several batches, whose rows share passes through the trunk."""
+        return self._outputs(parts)
 
-    def _statistics_of(self, parts: Sequence[Sequences]) -> list[NetworkOutputs]:
+    def _outputs(self, parts: Sequence[Sequences]) -> list[NetworkOutputs]:
         states = self.passes.states(self.lm.get_decoder(), parts)
         return [self._statistics(own, part) for own, part in zip(states, parts, strict=True)]
 
@@ -237,8 +96,89 @@ class Policy(nn.Module):
         return NetworkOutputs(logprobs, entropies, values)
 
 
+class TrunkPasses:
+    """Passes of rows of different lengths through a transformer trunk.
+
+    Args:
+        packs: Whether the trunk keeps packed sequences apart (``use_packing``): one pass with little padding then does.
+    """
+
+    def __init__(self, packs: bool) -> None:
+        self.packs = packs
+        self.splits_rows = True
+        """Whether rows that are not packed may take several passes; under sharding all ranks need the same number."""
+
+    def states(self, decoder: Any, parts: Sequence[Sequences]) -> list[Tensor]:
+        """The states before the completion tokens of each batch, (N, D), in the order of its rows and tokens.
+
+        Rows of like length form a run, whatever batch they belong to; each run is cut to its longest row.
+        """
+        ids, mask = _joined(parts)
+        runs, index, starts = self._layout(mask)
+        flat = ids.flatten()[index]
+        if self.packs:
+            states = packed_states(decoder, flat, index % ids.shape[1], Runs(runs))
+        else:
+            parted = flat.split([run.num_tokens for run in runs])
+            rows = [part.view(*run) for part, run in zip(parted, runs, strict=True)]
+            states = torch.cat([decoder(input_ids=r, use_cache=False).last_hidden_state.flatten(0, 1) for r in rows])
+        row, position = mask[:, 1:].nonzero(as_tuple=True)
+        num_tokens = [int(part.completion_mask.sum()) for part in parts]
+        return list(states.index_select(0, starts[row] + position).split(num_tokens))
+
+    def _layout(self, mask: Tensor) -> tuple[list[Run], Tensor, Tensor]:
+        """Runs, indices of their tokens in the flattened batch, and where each row starts in the runs."""
+        lengths = row_lengths(mask).clamp(min=2).tolist()
+        order = similar_length_batches(lengths, batch_cost=self._worth(mask))
+        runs = [Run(len(rows), lengths[rows[-1]]) for rows in order]
+        starts, places, start = torch.empty(len(lengths), dtype=torch.long), [], 0
+        for rows, (num_rows, width) in zip(order, runs, strict=True):
+            numbers = torch.tensor(rows)
+            places.append((numbers[:, None] * mask.shape[1] + torch.arange(width)).flatten())
+            starts[numbers] = start + torch.arange(num_rows) * width
+            start += num_rows * width
+        return runs, torch.cat(places).to(mask.device), starts.to(mask.device)
+
+    def _worth(self, mask: Tensor) -> int:
+        """Padding tokens above which another run is faster."""
+        if self.packs:
+            return PACKED_WORTH if mask.device.type == "cpu" else PACKED_WORTH_GPU
+        return PASS_WORTH if self.splits_rows else mask.numel()
+
+
+def _joined(parts: Sequence[Sequences]) -> tuple[Tensor, Tensor]:
+    """Input ids and masks of all rows, padded to the widest batch."""
+    width = max(part.input_ids.shape[1] for part in parts)
+    ids, mask = (
+        torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+        for tensors in zip(*((part.input_ids, part.completion_mask) for part in parts), strict=True)
+    )
+    return ids, mask
+
+
+class ValueHead(nn.Module):
+    """A linear map from hidden states to values, in float32, initialized to 0."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(lm.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor, completion_mask: Tensor) -> Tensor:
+        """Value of the state before each completion token, (B, T) float32, 0 where the mask is false.
+
+        Args:
+            states: (N, D), the trunk's states before the completion tokens
+            completion_mask: (B, T) bool, true at N tokens
+        """
+        with torch.autocast(states.device.type, enabled=False):
+            values = self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
+        return torch.zeros_like(completion_mask, dtype=values.dtype).masked_scatter(completion_mask, values)
+
+
 def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:
-    """All ids that end a completion: the tokenizer's EOS and those that the model declares."""
+    """All ids that end a completion: the tokenizer's EOS and the model's own."""
     declared = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
     return sorted({tokenizer.eos_token_id, *declared})
@@ -248,19 +188,19 @@ def _disable_dropout(lm: nn.Module) -> None:
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # rates that models hand to functional dropout
+        for name, value in vars(module).items():  # rates that models pass to functional dropout
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
 def _check_linear_head(lm: Any) -> None:
-    """Some models scale or cap their logits after the head; their log-probabilities would be silently wrong here.
+    """Refuse models that scale or cap their logits after the head: their log-probabilities would be silently wrong.
 
-    Named settings are looked up, since a cap is invisible while logits are small; a forward pass finds the others.
+    Known settings are looked up, since a cap is invisible while logits are small. A forward pass finds the others.
     """
     text_config = lm.config.get_text_config()
     for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(text_config, setting, None) not in (None, 1, 1.0):
+        if getattr(text_config, setting, None) not in (None, 1):
             _refuse_head(lm, setting)
     parameter = next(lm.parameters())
     if parameter.is_meta:

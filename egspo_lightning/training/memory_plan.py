@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from egspo_lightning.models.critic import Critic, CriticConfig
-from egspo_lightning.models.policy import Policy, PolicyConfig
+from egspo_lightning.models.policy import Policy
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.token_stats import token_stats_bytes
 from egspo_lightning.rollout.token_sampling import Drawing
 from egspo_lightning.rollout.transformers_engine import CompactCache

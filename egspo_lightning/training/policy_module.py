@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.models import lora
-from egspo_lightning.models.batched_forward import Sequences
 from egspo_lightning.models.critic import Critic, CriticConfig
 from egspo_lightning.models.fsdp import gathered, shard
 from egspo_lightning.models.networks import Networks
-from egspo_lightning.models.policy import Policy, PolicyConfig, end_of_sequence_ids
+from egspo_lightning.models.policy import Policy, Sequences, end_of_sequence_ids
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.models.snapshot import Snapshot
 from egspo_lightning.training.optimizers import build_optimizer, build_scheduler
 from egspo_lightning.training.strategies import require_strategy, sharding_plan

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.callbacks import HFExport, StageTransition
 from egspo_lightning.errors import UserError
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout.engine import Request
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Sampling

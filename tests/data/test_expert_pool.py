@@ -3,7 +3,7 @@ import pytest
 from egspo_lightning.data.expert_pool import ExpertPool
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.errors import UserError
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.batching import balanced_batches
 from egspo_lightning.types import Demonstration
 

@@ -15,7 +15,7 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.models.lora import LoraConfig
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.rollout.transformers_engine import TransformersEngine

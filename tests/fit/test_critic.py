@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from egspo_lightning.callbacks import StageTransition
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.critic import CriticConfig
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.estimators import GAE, ReinforcePlusPlus
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.training.adaptive_coefficients import KLReward

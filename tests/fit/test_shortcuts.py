@@ -4,7 +4,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.models import batched_forward as passes
 from egspo_lightning.models import critic as critic_module
 from egspo_lightning.models import packed_attention as packing
 from egspo_lightning.models import policy
@@ -95,7 +94,7 @@ def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypa
         return [[row] for row in sorted(range(len(lengths)), key=lambda row: lengths[row])]
 
     together, _ = losses_of(tiny_run, data={"num_minibatches": 1})
-    monkeypatch.setattr(passes, "similar_length_batches", alone)
+    monkeypatch.setattr(policy, "similar_length_batches", alone)
     split, spy = losses_of(tiny_run, data={"num_minibatches": 1})
     assert len({int(length) for length in row_lengths(spy.batches[0].rollout.completion_mask)}) > 1
     assert split == pytest.approx(together, rel=0, abs=1e-5)

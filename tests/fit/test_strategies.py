@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.models.lora import is_adapter, is_reference
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.training.strategies import AnyCheckpointIO
 from processes import SHORT_QUICKSTART, told_apart
 

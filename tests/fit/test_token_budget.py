@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import PhaseCheckpoint, StageTransition
 from egspo_lightning.errors import UserError
-from egspo_lightning.models import batched_forward as passes
+from egspo_lightning.models import policy as policy_module
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.gate import OpenGate
@@ -31,7 +31,7 @@ METHODS = {
 @pytest.fixture(autouse=True)
 def no_padding(monkeypatch):
     """Which is no token of a prompt or a completion."""
-    monkeypatch.setattr(passes, "PACKED_WORTH", 0)
+    monkeypatch.setattr(policy_module, "PACKED_WORTH", 0)
 
 
 class Passes(Callback):

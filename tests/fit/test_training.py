@@ -314,7 +314,7 @@ def test_bfloat16_autocast_trains(tiny_run):
 
 
 def test_gradient_checkpointing_samples_the_same_tokens_and_takes_the_same_step(tiny_run, small_model):
-    from egspo_lightning.models.policy import PolicyConfig
+    from egspo_lightning.models.policy_config import PolicyConfig
 
     spies = []
     for checkpointing in (False, True):

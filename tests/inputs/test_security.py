@@ -11,7 +11,7 @@ import torch
 
 from egspo_lightning.checkpointing.load import open_checkpoint
 from egspo_lightning.errors import UserError
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rewards.grading import MathGrader
 
 PACKAGE = Path(__file__).parents[2] / "egspo_lightning"

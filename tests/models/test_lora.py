@@ -16,7 +16,7 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.models import lora
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.models.lora import LoraConfig
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.estimators import GAE, GroupRelative
 from egspo_lightning.ops.objective import Objective

@@ -7,10 +7,9 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from egspo_lightning.models import batched_forward as passes
 from egspo_lightning.models import packed_attention as packing
-from egspo_lightning.models.batched_forward import Sequences
-from egspo_lightning.models.policy import Policy
+from egspo_lightning.models import policy as policy_module
+from egspo_lightning.models.policy import Policy, Sequences
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GQA = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}
@@ -95,7 +94,7 @@ def require_equal_to_naive(lm, policy):
 @pytest.mark.parametrize("worth", [0, 16, 10**6], ids=["no padding", "some", "one run"])
 @pytest.mark.parametrize("config", PACKED.values(), ids=PACKED)
 def test_packed_sequences_have_the_statistics_and_gradients_of_each_alone(config, worth, short, monkeypatch):
-    monkeypatch.setattr(passes, "PACKED_WORTH", worth)
+    monkeypatch.setattr(policy_module, "PACKED_WORTH", worth)
     monkeypatch.setattr(packing, "SHORT", short)
     plain, lm = lm_of(config), lm_of(config)
     policy = Policy(lm)
@@ -174,9 +173,9 @@ def test_there_is_one_pass_and_no_more_padding_than_is_worth_it(monkeypatch):
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     num_tokens = 5 + 14 + 9 + 9 + 6 + 11 + 3 + 9 + 2
-    monkeypatch.setattr(passes, "PACKED_WORTH", 0)
+    monkeypatch.setattr(policy_module, "PACKED_WORTH", 0)
     policy(*part)
-    monkeypatch.setattr(passes, "PACKED_WORTH", 3)
+    monkeypatch.setattr(policy_module, "PACKED_WORTH", 3)
     policy.together(part, part)
     (_, exact), (rows, nearly) = seen
     assert (exact, rows) == (num_tokens, 1)

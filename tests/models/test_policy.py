@@ -5,9 +5,9 @@ from transformers import Gemma2Config, GPT2Config, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.models.batched_forward import Sequences
 from egspo_lightning.models.critic import Critic
-from egspo_lightning.models.policy import Policy, PolicyConfig, ValueHead, end_of_sequence_ids
+from egspo_lightning.models.policy import Policy, Sequences, ValueHead, end_of_sequence_ids
+from egspo_lightning.models.policy_config import PolicyConfig
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 
@@ -170,22 +170,3 @@ def test_all_declared_ends_of_sequence_count(tiny_model):
     assert end_of_sequence_ids(lm, tokenizer) == [5, tokenizer.eos_token_id]
     lm.generation_config.eos_token_id = None
     assert end_of_sequence_ids(lm, tokenizer) == [tokenizer.eos_token_id]
-
-
-def test_a_saved_model_is_loaded_with_its_weights(tmp_path):
-    lm = qwen2()
-    lm.save_pretrained(tmp_path)
-    policy = PolicyConfig(str(tmp_path)).build()
-    for name, value in lm.state_dict().items():
-        assert torch.equal(policy.lm.state_dict()[name], value)
-    half = PolicyConfig(str(tmp_path), dtype="bfloat16").build()
-    assert next(half.parameters()).dtype == torch.bfloat16
-
-
-def test_from_scratch_follows_the_global_seed(tiny_model):
-    weights = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        weights.append(next(PolicyConfig(tiny_model, from_scratch=True).build().parameters()))
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])

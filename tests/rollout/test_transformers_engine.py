@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM as CausalLM
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.models.policy import Policy, PolicyConfig
+from egspo_lightning.models.policy import Policy
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout.engine import Request
 from egspo_lightning.rollout.token_sampling import NUMBERS_AHEAD
 from egspo_lightning.rollout.transformers_engine import TransformersEngine

@@ -14,7 +14,7 @@ from egspo_lightning.cli.main import main
 from egspo_lightning.cli.plan import workload
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.models.lora import LoraConfig
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.training.memory_plan import Workload, plan

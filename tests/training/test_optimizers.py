@@ -15,7 +15,7 @@ from egspo_lightning.cli.main import main
 from egspo_lightning.cli.parser import remedy
 from egspo_lightning.cli.plan import workload
 from egspo_lightning.errors import UserError
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.training.memory_plan import plan
 from egspo_lightning.training.optimizers import build_optimizer
 

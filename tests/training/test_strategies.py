@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from egspo_lightning.cli.main import main
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.fsdp import shard
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.training.strategies import (
     AnyCheckpointIO,
     FSDP2Strategy,

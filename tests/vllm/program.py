@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from egspo_lightning.cli.main import run
 from egspo_lightning.models.lora import LoraConfig
-from egspo_lightning.models.policy import PolicyConfig
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout.engine import Request
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.rollout.vllm_engine import VLLMEngine
