@@ -126,7 +126,7 @@ class PolicyModule(LightningModule):
         if not critic:
             return build_optimizer(self._optimizer, policy)
         rate = self.critic_config.learning_rate if self.critic_config is not None else None
-        groups = [{"params": policy}, {"params": critic} | ({} if rate is None else {"lr": rate})]
+        groups = [{"params": policy}, {"params": critic} | ({} if rate is None else {"lr": float(rate)})]
         return build_optimizer(self._optimizer, groups)
 
     def _trained_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -159,7 +159,7 @@ class PolicyModule(LightningModule):
         critic_rate = None if self.critic_config is None else self.critic_config.learning_rate
         for rate, group in zip((learning_rate, critic_rate or learning_rate), optimizer.param_groups, strict=False):
             group.pop("initial_lr", None)
-            group["lr"] = optimizer.defaults["lr"] if rate is None else rate
+            group["lr"] = optimizer.defaults["lr"] if rate is None else float(rate)
         for config in self.trainer.lr_scheduler_configs:
             assert self._lr_scheduler is not None
             config.scheduler = build_scheduler(self._lr_scheduler, optimizer)

@@ -136,6 +136,12 @@ def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
         ("model.advantage", GAE, ["model.advantage GAE needs model.critic", "model.critic.trunk", "shared", "own"]),
         ("model.critic", {"trunk": "own"}, ["model.critic is set", "model.advantage GroupRelative uses no values"]),
         ("model.critic", {"trunk": "mine"}, ["trunk", "mine", "shared", "own"]),
+        ("model.critic", {"coefficient": 0.0}, ["model.critic", "coefficient", "0.0", "v>0"]),
+        ("model.critic", {"clip": 0.0}, ["model.critic", "clip", "0.0", "v>0"]),
+        ("model.critic", {"warmup_steps": -1}, ["model.critic", "warmup_steps", "-1", "v>=0"]),
+        ("model.critic", {"learning_rate": 0.0}, ["model.critic", "learning_rate", "0.0", "v>0"]),
+        ("model.policy.lora", {"rank": 0}, ["model.policy.lora", "rank", "v>0"]),
+        ("model.policy.lora", {"alpha": math.inf}, ["model.policy.lora", "alpha", "v<inf"]),
         (
             "model.critic",
             {"model": {"name_or_path": "other"}},
