@@ -24,8 +24,11 @@ if TYPE_CHECKING:  # the grader's workers import this package without torch
     Count = int
     PositiveFloat = float
     NonNegativeFloat = float
+    AboveOne = float
+    AtLeastOne = float
     UnitInterval = float
     PositiveShare = float
+    ShareBelowOne = float
 else:
     from jsonargparse.typing import ClosedUnitInterval as UnitInterval  # noqa: F401  for configs to import from here
     from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type  # noqa: F401
@@ -36,6 +39,10 @@ else:
     NonNegativeFloat = restricted_number_type("FiniteNonNegativeFloat", float, [(">=", 0), ("<", float("inf"))])
     PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
     """A share in (0, 1]."""
+    ShareBelowOne = restricted_number_type("ShareBelowOne", float, [(">=", 0), ("<", 1)])
+    """A share in [0, 1)."""
+    AboveOne = restricted_number_type("AboveOne", float, [(">", 1)])
+    AtLeastOne = restricted_number_type("AtLeastOne", float, [(">=", 1), ("<", float("inf"))])
 """Ranges of config values, which the command line's parser enforces; a parsed value is an instance of a subclass of int
 or float, so convert it with int() or float() before it goes into a checkpoint, which holds plain values alone."""
 

@@ -1,4 +1,4 @@
-"""Advantages from rewards: the pure functions. The classes that a config names are in ``ops.estimators``."""
+"""Advantages from rewards: pure functions. ``ops.estimators`` has the classes that a config names."""
 
 import torch
 from torch import Tensor
@@ -9,43 +9,43 @@ from egspo_lightning.ops.masking import Total, Values, as_floats, as_tensor, mas
 def group_relative(rewards: Values, group_size: int, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """GRPO's advantage ``(R - mean) / (std + eps)`` within each group (arXiv 2402.03300, section 4.1.2).
 
-    The std is the unbiased one. A group without spread gets exactly 0: it says nothing of what is better. Without
-    ``scale_by_std`` it is Dr. GRPO's ``R - mean`` (arXiv 2503.20783).
+    The std is the unbiased one. A flat group gets exactly 0. Without ``scale_by_std`` the advantage is Dr. GRPO's
+    ``R - mean`` (arXiv 2503.20783).
 
     Args:
-        rewards: (P * G,), the G completions of a problem next to one another
+        rewards: (P * G,), the G completions of a problem in consecutive rows
         group_size: G, at least 2
         scale_by_std: whether to divide by the group's std
         eps: added to the std
     """
     groups = _as_groups(rewards, group_size)
-    centerd = groups - groups.mean(-1, keepdim=True)
+    centered = groups - groups.mean(-1, keepdim=True)
     if scale_by_std:
-        centerd = centerd / (groups.std(-1, keepdim=True) + eps)
-    return torch.where(_has_spread(groups), centerd, torch.zeros_like(centerd)).flatten()
+        centered = centered / (groups.std(-1, keepdim=True) + eps)
+    return torch.where(_has_spread(groups), centered, torch.zeros_like(centered)).flatten()
 
 
 def leave_one_out(rewards: Values, group_size: int) -> Tensor:
-    """RLOO's advantage: the reward minus the mean of the others in the group (arXiv 2402.14740).
+    """RLOO's advantage: the reward minus the mean of the other rewards in the group (arXiv 2402.14740).
 
     ``A_i = R_i - (sum_j R_j - R_i) / (G - 1) = (R_i - mean) * G / (G - 1)``.
 
     Args:
-        rewards: (P * G,), the G completions of a problem next to one another
+        rewards: (P * G,), the G completions of a problem in consecutive rows
         group_size: G, at least 2
     """
     groups = _as_groups(rewards, group_size)
-    centerd = (groups - groups.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
-    return torch.where(_has_spread(groups), centerd, torch.zeros_like(centerd)).flatten()
+    centered = (groups - groups.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
+    return torch.where(_has_spread(groups), centered, torch.zeros_like(centered)).flatten()
 
 
 def against_group(
     expert_rewards: Values, group_rewards: Values, *, scale_by_std: bool = True, eps: float = 1e-6
 ) -> Tensor:
-    """Advantage of an expert's solution over the policy's own completions: ``(R* - mean) / (std + eps)``.
+    """Advantage of an expert's solution over the policy's own completions: ``(R* - mean) / (std + eps)``. (P,)
 
     Mean and std are those of the on-policy group alone (ours; LUFFY, arXiv 2504.14945, pools both), so the expert does
-    not move the policy's own baseline. Where the group has no spread there is no scale, and it is ``R* - mean``.
+    not move the policy's own baseline. A flat group has no scale; there the advantage is ``R* - mean``.
 
     Args:
         expert_rewards: (P,)
@@ -54,44 +54,35 @@ def against_group(
         eps: added to the std
     """
     groups = as_floats(group_rewards)
-    centerd = as_floats(expert_rewards) - groups.mean(-1)
+    centered = as_floats(expert_rewards) - groups.mean(-1)
     if not scale_by_std:
-        return centerd
-    return torch.where(_has_spread(groups).squeeze(-1), centerd / (groups.std(-1) + eps), centerd)
+        return centered
+    return torch.where(_has_spread(groups).squeeze(-1), centered / (groups.std(-1) + eps), centered)
 
 
 def gae(
-    token_rewards: Values,
-    values: Values,
-    mask: Values,
-    *,
-    gamma: float,
-    lam: float,
-    total: Total = on_one_rank,
+    token_rewards: Values, values: Values, mask: Values, *, gamma: float, lam: float, total: Total = on_one_rank
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv 1506.02438, equation 16), as (advantages, returns), both (B, T).
 
     ``A_t = sum_k (gamma lam)^k delta_{t+k}`` with ``delta_t = r_t + gamma V_{t+1} - V_t`` and V = 0 after the last
-    token. The returns ``A_t + V_t`` are formed before the advantages are whitened over the mask. Tokens outside the
-    mask are passed over, and are 0 in both.
+    token. The returns ``A_t + V_t`` are formed before the advantages are whitened over the mask. The sum skips tokens
+    outside the mask; they are 0 in both results.
 
     Args:
         token_rewards: (B, T)
         values: (B, T), of the state before each token
         mask: (B, T)
-        gamma: discount a token, in [0, 1]
+        gamma: discount per token, in [0, 1]
         lam: lambda, in [0, 1]: 0 trusts the critic, 1 the rewards
         total: adds a scalar over all ranks
     """
     rewards, values, mask = as_floats(token_rewards), as_floats(values), as_tensor(mask).bool()
-    advantages = torch.zeros_like(values)
-    following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    next_values, next_value = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = torch.where(here, delta + gamma * lam * following, following)
-        next_value = torch.where(here, values[:, t], next_value)
-        advantages[:, t] = following
+        next_values[:, t] = next_value
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+    advantages = _discounted_sum(rewards + gamma * next_values - values, mask, gamma * lam)
     returns = torch.where(mask, advantages + values, torch.zeros_like(values))
     return masked_whiten(advantages, mask, total=total), returns
 
@@ -102,16 +93,20 @@ def reinforce_plus_plus(token_rewards: Values, mask: Values, *, gamma: float, to
     Args:
         token_rewards: (B, T)
         mask: (B, T)
-        gamma: discount a token, in [0, 1]
+        gamma: discount per token, in [0, 1]
         total: adds a scalar over all ranks
     """
-    rewards, mask = as_floats(token_rewards), as_tensor(mask).bool()
-    to_go = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, following)
-        to_go[:, t] = following
-    return masked_whiten(to_go, mask, total=total)
+    mask = as_tensor(mask).bool()
+    return masked_whiten(_discounted_sum(as_floats(token_rewards), mask, gamma), mask, total=total)
+
+
+def _discounted_sum(terms: Tensor, mask: Tensor, discount: float) -> Tensor:
+    """``sum_k discount^k terms_{t+k}`` over the tokens of the mask, (B, T)."""
+    sums, following = torch.zeros_like(terms), torch.zeros_like(terms[:, 0])
+    for t in reversed(range(terms.shape[1])):
+        following = torch.where(mask[:, t], terms[:, t] + discount * following, following)
+        sums[:, t] = following
+    return sums
 
 
 def _has_spread(groups: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""phi, the weight of the low-entropy tokens, as a config names it."""
+"""Attenuations: phi, the weight of low-entropy tokens, as a config names it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,15 +6,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from egspo_lightning.errors import require
 from egspo_lightning.ops.gate import confidence_phi
+from egspo_lightning.types import UnitInterval
 
 
 class Attenuation(Protocol):
-    """Gives phi, the weight of the low-entropy tokens."""
+    """Gives phi, the weight of low-entropy tokens."""
 
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
-        """phi per token, (B, T), at least 0; also asked for at high tokens, where it is not used.
+        """phi of each token, (B, T), at least 0. The gate ignores it at high-entropy tokens.
 
         Args:
             old_logprobs: (B, T), nats
@@ -26,7 +26,7 @@ class Attenuation(Protocol):
 
 @dataclass(frozen=True)
 class ConfidenceAttenuation(Attenuation):
-    """phi = p (1 - p), CHORD's (default)."""
+    """CHORD's ``phi = p (1 - p)`` (default)."""
 
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
         """See ``ops.gate.confidence_phi``."""
@@ -35,16 +35,13 @@ class ConfidenceAttenuation(Attenuation):
 
 @dataclass(frozen=True)
 class ConstantAttenuation(Attenuation):
-    """phi is the same for every low-entropy token: 0 drops them ("80/20"), 1 is plain PPO.
+    """The same phi for every low-entropy token: 0 drops them ("80/20"), 1 is plain PPO.
 
     Args:
-        value: phi, in [0, 1]; above 1 the low-entropy tokens would weigh more than the high ones.
+        value: phi, in [0, 1]; above 1 low-entropy tokens would weigh more than high-entropy ones.
     """
 
-    value: float
-
-    def __post_init__(self) -> None:
-        require(0 <= self.value <= 1, "ConstantAttenuation.value", self.value, "in [0, 1]")
+    value: UnitInterval
 
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
         """phi everywhere."""
@@ -53,7 +50,7 @@ class ConstantAttenuation(Attenuation):
 
 @dataclass(frozen=True)
 class EntropyRatioAttenuation(Attenuation):
-    """phi = H_t / tau: the weight falls linearly from 1 at the threshold to 0 at no entropy (ours)."""
+    """``phi = H_t / tau``: the weight falls linearly from 1 at the threshold to 0 at entropy 0 (ours)."""
 
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
         """In [0, 1]; 0 where tau is 0 or infinite."""

@@ -1,24 +1,26 @@
-"""Advantage estimators as a config names them: from the rewards of a whole collection to A_t."""
+"""Advantage estimators that a config names, and the step from scored rollouts to A_t and returns."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from egspo_lightning.errors import require
 from egspo_lightning.ops.advantages import against_group, gae, group_relative, leave_one_out, reinforce_plus_plus
+from egspo_lightning.ops.losses import KLEstimator, kl_penalty
 from egspo_lightning.ops.masking import Total, masked_sum
+from egspo_lightning.types import ScoredRollouts, UnitInterval
 
 
 class Experience(NamedTuple):
-    """What there is to estimate advantages from: this rank's completions, those of one problem side by side."""
+    """Input of an advantage estimator: one rank's completions, those of a problem in consecutive rows."""
 
     token_rewards: Tensor
-    """(P * G, T): the KL penalty, where there is one, at each token, and the reward at the last"""
+    """(P * G, T): the reward at the last token, minus the KL penalty (if any) at every token"""
     mask: Tensor
     """(P * G, T) bool: completion tokens"""
     values: Tensor | None
-    """(P * G, T) of the critic, where there is one"""
+    """(P * G, T) of the critic, if there is one"""
     group_size: int
     """G"""
     total: Total
@@ -26,23 +28,23 @@ class Experience(NamedTuple):
 
     @property
     def rewards(self) -> Tensor:
-        """(P * G,): of each completion, the KL penalty included."""
+        """(P * G,): reward of each completion, minus its KL penalty."""
         return masked_sum(self.token_rewards, self.mask, -1)
 
 
 class Estimate(NamedTuple):
-    """Advantages and, where a critic is to learn them, returns; both (P * G, T)."""
+    """Advantages and, for a critic, returns; both (P * G, T)."""
 
     advantages: Tensor
     returns: Tensor | None = None
 
 
 class Advantage(Protocol):
-    """Turns the rewards of a collection into advantages."""
+    """Advantage estimator: turns the rewards of a rollout batch into advantages."""
 
     @property
     def min_generations(self) -> int:
-        """The least number of completions a problem that it works with."""
+        """Smallest group size G that it works with."""
         ...
 
     @property
@@ -51,16 +53,16 @@ class Advantage(Protocol):
         ...
 
     def estimate(self, experience: Experience) -> Estimate:
-        """Advantages of a collection; what lies outside the mask is not looked at."""
+        """Advantages of a rollout batch; entries outside the mask are ignored."""
         ...
 
 
 @runtime_checkable
 class ExpertAdvantage(Protocol):
-    """An ``Advantage`` that can also credit an expert's solution beside a group."""
+    """An ``Advantage`` that also handles expert solutions among the rollouts."""
 
     def estimate_expert(self, rewards: Tensor, group_rewards: Tensor) -> Tensor:
-        """(P,) rewards of experts' solutions, beside the (P, G) of the policy's completions, to (P,) advantages."""
+        """(P,) advantages from the (P,) rewards of expert solutions and the (P, G) rewards of their groups."""
         ...
 
 
@@ -82,7 +84,7 @@ class GroupRelative(Advantage):
         return Estimate(per_row.unsqueeze(1) * experience.mask)
 
     def estimate_expert(self, rewards: Tensor, group_rewards: Tensor) -> Tensor:
-        """(P,) of an expert's solutions, beside the (P, G) rewards of the policy's; see ``against_group``."""
+        """(P,) advantages of expert solutions, see ``against_group``."""
         return against_group(rewards, group_rewards, scale_by_std=self.scale_by_std)
 
 
@@ -99,30 +101,26 @@ class LeaveOneOut(Advantage):
         return Estimate(per_row.unsqueeze(1) * experience.mask)
 
     def estimate_expert(self, rewards: Tensor, group_rewards: Tensor) -> Tensor:
-        """(P,) of an expert's solutions: the reward minus the mean of the group, which does not hold the expert."""
+        """(P,) advantages of expert solutions: the reward minus the mean of the policy's own group."""
         return against_group(rewards, group_rewards, scale_by_std=False)
 
 
 @dataclass(frozen=True)
 class ReinforcePlusPlus(Advantage):
-    """REINFORCE++'s advantage, see ``ops.advantages.reinforce_plus_plus``; works with one completion a problem too.
+    """REINFORCE++'s advantage, see ``ops.advantages.reinforce_plus_plus``; a group may hold one completion.
 
     Args:
-        gamma: Discount a token, in [0, 1].
+        gamma: Discount per token, in [0, 1].
     """
 
-    gamma: float = 1.0
+    gamma: UnitInterval = 1.0
     min_generations: ClassVar[int] = 1
     needs_values: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        require(0 <= self.gamma <= 1, "ReinforcePlusPlus.gamma", self.gamma, "in [0, 1]")
-
     def estimate(self, experience: Experience) -> Estimate:
-        """Whitened over the collection, on all ranks."""
-        return Estimate(
-            reinforce_plus_plus(experience.token_rewards, experience.mask, gamma=self.gamma, total=experience.total)
-        )
+        """Advantages whitened over the rollout batch, on all ranks."""
+        rewards, mask = experience.token_rewards, experience.mask
+        return Estimate(reinforce_plus_plus(rewards, mask, gamma=self.gamma, total=experience.total))
 
 
 @dataclass(frozen=True)
@@ -130,28 +128,55 @@ class GAE(Advantage):
     """Generalized advantage estimation with the values of ``model.critic``, see ``ops.advantages.gae``.
 
     Args:
-        gamma: Discount a token, in [0, 1].
+        gamma: Discount per token, in [0, 1].
         lam: Lambda, in [0, 1]: 0 trusts the critic, 1 the rewards.
     """
 
-    gamma: float = 1.0
-    lam: float = 0.95
+    gamma: UnitInterval = 1.0
+    lam: UnitInterval = 0.95
     min_generations: ClassVar[int] = 1
     needs_values: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        require(0 <= self.gamma <= 1, "GAE.gamma", self.gamma, "in [0, 1]")
-        require(0 <= self.lam <= 1, "GAE.lam", self.lam, "in [0, 1]")
-
     def estimate(self, experience: Experience) -> Estimate:
-        """Whitened over the collection, on all ranks; the returns are not."""
-        assert experience.values is not None
-        advantages, returns = gae(
-            experience.token_rewards,
-            experience.values,
-            experience.mask,
-            gamma=self.gamma,
-            lam=self.lam,
-            total=experience.total,
-        )
-        return Estimate(advantages, returns)
+        """Advantages whitened over the rollout batch, on all ranks; the returns are not whitened."""
+        rewards, mask, values, _, total = experience
+        assert values is not None
+        return Estimate(*gae(rewards, values, mask, gamma=self.gamma, lam=self.lam, total=total))
+
+
+def reward_kl(rollouts: ScoredRollouts, estimator: KLEstimator) -> Tensor:
+    """KL of the sampling policy to the reference policy at each token, nats, 0 outside the completions. (B, T)"""
+    scores = rollouts.scores
+    assert scores.ref_logprobs is not None
+    return kl_penalty(scores.logprobs, scores.ref_logprobs, estimator) * rollouts.completion_mask
+
+
+def token_rewards(rewards: Tensor, mask: Tensor, penalty: Tensor | None = None) -> Tensor:
+    """``-penalty_t`` at each token, plus the reward at the last token. (B, T)
+
+    Args:
+        rewards: (B,)
+        mask: (B, T); a row without tokens gets no reward
+        penalty: (B, T), such as ``coefficient KL_t``; None is 0
+    """
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = positions == (mask * positions).amax(-1, keepdim=True)
+    placed = rewards.unsqueeze(1) * last
+    return placed if penalty is None else placed - penalty * mask
+
+
+def estimate_credit(
+    rollouts: ScoredRollouts, advantage: Advantage, *, penalty: Tensor | None, total: Total
+) -> Estimate:
+    """Advantages and returns of every row: sampled rows by the estimator, expert rows against their group."""
+    num_sampled, mask, values = rollouts.num_sampled, rollouts.completion_mask, rollouts.scores.values
+    sampled, expert = slice(0, num_sampled), slice(num_sampled, None)
+    rewards = token_rewards(rollouts.rewards, mask, penalty)[sampled]
+    own_values = None if values is None else values[sampled]
+    estimate = advantage.estimate(Experience(rewards, mask[sampled], own_values, rollouts.group_size, total))
+    if rollouts.expert_groups.numel() == 0:
+        return estimate
+    assert isinstance(advantage, ExpertAdvantage)
+    groups = rollouts.rewards[sampled].view(-1, rollouts.group_size)[rollouts.expert_groups]  # without the KL penalty
+    expert_rows = advantage.estimate_expert(rollouts.rewards[expert], groups).unsqueeze(1) * mask[expert]
+    return Estimate(torch.cat([estimate.advantages, expert_rows]), None)

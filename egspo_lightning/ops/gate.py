@@ -1,11 +1,9 @@
-"""The entropy gate: which tokens take the full update, and by how much the others are attenuated.
+"""Entropy gate: which tokens take the full update, and how much the others are attenuated.
 
-The weight of a token is ``g_t = 1 if H_t >= tau else phi_t`` (EGSPO, arXiv 2602.03309). A ``Gate`` gives tau, an
-``Attenuation`` (``ops.attenuation``) gives phi; both are swapped in the config by ``class_path``. Nothing here carries
-a gradient.
+The weight of a token is ``g_t = 1 if H_t >= tau else phi_t`` (EGSPO, arXiv 2602.03309). A ``Gate`` gives tau; an
+``Attenuation`` (``ops.attenuation``) gives phi. The config chooses both. All results are detached.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -14,13 +12,14 @@ from torch import Tensor
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.masking import Values, as_tensor
+from egspo_lightning.types import NonNegativeFloat, PositiveShare, ShareBelowOne
 
 
 def quantile_threshold(entropies: Values, mask: Values, top_fraction: float) -> Tensor:
-    """Entropy from which a token is among the ``top_fraction`` most uncertain of the masked tokens, nats.
+    """Threshold tau of the ``top_fraction`` masked tokens with the highest entropy, nats; a scalar.
 
-    tau is the ``1 - top_fraction`` quantile with linear interpolation (arXiv 2506.01939 and TRL use the same). An
-    empty mask gives +inf: nothing is high. By sorting, so that there is no limit to the number of tokens.
+    tau is the ``1 - top_fraction`` quantile with linear interpolation, as in arXiv 2506.01939 and TRL. An empty mask
+    gives +inf, so no token is high. It sorts, because ``torch.quantile`` limits the number of tokens.
 
     Args:
         entropies: any shape, nats
@@ -50,8 +49,9 @@ def token_weights(entropies: Values, threshold: Tensor | float, phi: Values | fl
 
 
 def high_share(entropies: Tensor, threshold: Tensor | float, width: float) -> Tensor:
-    """``s_t``, the share of a token that is routed as high: ``1 if H_t >= tau else 0``, or with a width, in nats,
-    ``sigmoid((H_t - tau) / width)`` (ours), of which the step is the limit; detached.
+    """``s_t``, the share of a token that takes the high branch; detached.
+
+    ``1 if H_t >= tau else 0`` at width 0, else ``sigmoid((H_t - tau) / width)`` (ours); the width is in nats.
     """
     entropies = entropies.detach()
     if width == 0:
@@ -62,66 +62,56 @@ def high_share(entropies: Tensor, threshold: Tensor | float, width: float) -> Te
 def confidence_phi(old_logprobs: Values) -> Tensor:
     """CHORD's phi: ``p_t (1 - p_t)`` with ``p_t = pi_old(y_t)`` (arXiv 2508.11408, equation 6); in [0, 1/4].
 
-    It vanishes where the policy is certain of its token and where it thinks it impossible; detached.
+    It is near 0 where the policy is certain of its token, and where the token is very unlikely; detached.
     """
     p = as_tensor(old_logprobs).detach().exp()
     return p * (1 - p)
 
 
 class Entropies(NamedTuple):
-    """What a gate sees of a rollout collection."""
+    """Entropies of a rollout batch, the input of a gate."""
 
     rows: Tensor
     """(B, T), nats: this rank's completions"""
     mask: Tensor
-    """(B, T) bool: their tokens"""
+    """(B, T) bool: their completion tokens"""
     pooled: Tensor
-    """(N,), nats: all completion tokens, of all ranks"""
+    """(N,), nats: the completion tokens of all ranks"""
 
 
 class Gate(Protocol):
-    """Settles tau once a rollout collection, before its first update.
+    """Gives tau once for each rollout batch, before its first optimizer step.
 
-    A gate that remembers something from one collection to the next has ``state_dict`` and ``load_state_dict``, and is
-    then saved in checkpoints.
+    A gate that keeps state between rollout batches has ``state_dict`` and ``load_state_dict``; checkpoints save it.
     """
 
     def threshold(self, entropies: Entropies) -> Tensor:
-        """tau in nats: a scalar, or (B, 1) with one for each of this rank's completions."""
+        """tau in nats: a scalar, or (B, 1) with one value for each of this rank's completions."""
         ...
 
 
 @dataclass
 class QuantileGate(Gate):
-    """tau is a quantile of the entropies of a collection (default: over all its tokens, on all ranks; ours).
+    """tau is a quantile of the entropies of a rollout batch (default: over all its tokens, on all ranks; ours).
 
     Args:
-        top_fraction: Share of tokens that count as high, in (0, 1].
-        over: The tokens that are ranked: those of the whole batch, or of each sequence by itself.
-        running_decay: Smooths the batch's quantile over collections, ``tau <- decay tau + (1 - decay) quantile``, in
-            [0, 1); null takes each collection's own.
+        top_fraction: Share of tokens that take the full update, in (0, 1]: 0.2 is the top 20 %.
+        over: Tokens that are ranked together: those of the whole rollout batch, or of each sequence.
+        running_decay: Running mean of the quantile over rollout batches, ``tau <- decay tau + (1 - decay) quantile``,
+            in [0, 1); null uses the quantile of each rollout batch.
     """
 
-    top_fraction: float = 0.2
+    top_fraction: PositiveShare = 0.2
     over: Literal["batch", "sequence"] = "batch"
-    running_decay: float | None = None
+    running_decay: ShareBelowOne | None = None
 
     _running: float | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.top_fraction <= 1:
-            raise UserError(
-                f"QuantileGate.top_fraction must be in (0, 1], got {self.top_fraction}. "
-                "The share of tokens that take the full update is meant: 0.2 is the top 20 %."
-            )
-        if self.over not in ("batch", "sequence"):
-            raise UserError(f"QuantileGate.over must be batch or sequence, got {self.over!r}.")
-        if self.running_decay is not None and not 0 <= self.running_decay < 1:
-            raise UserError(f"QuantileGate.running_decay must be in [0, 1), or null, got {self.running_decay}.")
         if self.running_decay is not None and self.over == "sequence":
             raise UserError(
-                f"QuantileGate.running_decay = {self.running_decay} with QuantileGate.over = sequence means nothing: "
-                "no sequence comes again. Set running_decay to null, or over to batch."
+                f"QuantileGate.running_decay = {self.running_decay} has no meaning with QuantileGate.over = sequence: "
+                "no sequence appears twice. Set running_decay to null, or over to batch."
             )
 
     def threshold(self, entropies: Entropies) -> Tensor:
@@ -134,7 +124,7 @@ class QuantileGate(Gate):
         return tau if self.running_decay is None else self._smooth(tau, self.running_decay)
 
     def _smooth(self, tau: Tensor, decay: float) -> Tensor:
-        """The running mean with this collection's quantile in it; a collection without tokens leaves it as it is."""
+        """Update and return the running mean; a rollout batch without tokens leaves it unchanged."""
         if torch.isfinite(tau):
             latest = tau.item()
             self._running = latest if self._running is None else decay * self._running + (1 - decay) * latest
@@ -145,23 +135,19 @@ class QuantileGate(Gate):
         return {"running": self._running}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the running mean."""
         self._running = state["running"]
 
 
 @dataclass(frozen=True)
 class AbsoluteGate(Gate):
-    """tau is a fixed entropy.
+    """tau is a fixed number of nats.
 
     Args:
         nats: The threshold, at least 0.
     """
 
-    nats: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.nats < math.inf:
-            raise UserError(f"AbsoluteGate.nats must be at least 0, got {self.nats}. Entropies are never negative.")
+    nats: NonNegativeFloat
 
     def threshold(self, entropies: Entropies) -> Tensor:
         """The fixed tau, a scalar."""
@@ -170,7 +156,7 @@ class AbsoluteGate(Gate):
 
 @dataclass(frozen=True)
 class OpenGate(Gate):
-    """Every token is high: the gate is off, and the objective is plain PPO."""
+    """The gate is off: every token counts as high, and the objective is plain PPO."""
 
     def threshold(self, entropies: Entropies) -> Tensor:
         """-inf."""

@@ -1,4 +1,4 @@
-r"""THE LOSS. One update of stage EGSPO, read from top to bottom::
+r"""The loss of one optimizer step in stage EGSPO, from top to bottom::
 
     L        = (1 - mu) L_EGSPO  +  mu L_SFT  +  beta KL(pi || pi_ref)  +  c_v L_V  -  c_h H
     L_EGSPO  = -(1/N) sum_t  g_t min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )
@@ -7,32 +7,31 @@ r"""THE LOSS. One update of stage EGSPO, read from top to bottom::
     L_SFT    = -(1/N_expert) sum_t log pi(y*_t | x*_t)
     L_V      = (1/N) sum_t 1/2 (V_t - R_t)^2, clipped
 
-after EGSPO (arXiv 2602.03309), of which only the abstract was at hand; what it leaves open is chosen by config:
+Source: EGSPO (arXiv 2602.03309), implemented from the abstract. Config values settle what the abstract leaves open:
 
-- H_t is the entropy of the policy that sampled, at the sampling temperature, frozen over the PPO epochs, or
-  (``gate_entropy: current``) that of the policy as it is at the update.
-- tau comes from a ``Gate``, once a rollout collection, over all ranks; phi from an ``Attenuation``. Both, and s_t, are
+- H_t is the entropy of the sampling policy, at the sampling temperature, frozen over the PPO epochs. With
+  ``gate_entropy: current`` it is the entropy of the current policy.
+- A ``Gate`` gives tau once for each rollout batch, over all ranks. An ``Attenuation`` gives phi. tau, phi and s_t are
   detached.
-- The gate multiplies the surrogate alone. A_t stands in both branches, so that a wrong trajectory pushes down its
-  confident tokens too; it enters ungated, after any whitening. (``low_branch: nll`` is the ablation without it.)
-- phi below 1 shrinks the surrogate, against mu, beta and the clip of the gradient; ``rescale_weights`` divides g_t by
-  its mean over the collection.
-- Where an engine sampled from a distribution other than pi_old, ``sampler_correction`` weighs the surrogate by what it
-  missed, see ``ops.correction``; it is off by default, and L then as above.
-- N counts the whole update: the completion tokens (or sequences, by ``aggregation``) of all micro-batches and ranks.
-  Micro-batch losses therefore add up to the loss of the update, however it is split.
+- The gate multiplies the surrogate alone. A_t enters both branches ungated, after any whitening, so a wrong trajectory
+  also lowers the probability of its confident tokens. (``low_branch: nll`` is the ablation without A_t.)
+- phi below 1 shrinks the surrogate relative to mu, beta and gradient clipping. ``rescale_weights`` divides g_t by its
+  mean over the rollout batch.
+- ``sampler_correction`` weights the surrogate where an engine did not sample from pi_old, see ``ops.correction``. It is
+  off by default.
+- N counts the whole optimizer step: the completion tokens (or sequences, by ``aggregation``) of all micro-batches and
+  ranks. The losses of micro-batches therefore add up to the loss of the step, however it is split.
 
-Each value returned here is such a part: summed over the micro-batches and ranks of an update it is the update's.
+Every value returned here is one micro-batch's part of the step's value.
 """
 
 from dataclasses import dataclass, fields
-from math import inf
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from egspo_lightning.errors import UserError, require
+from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation
 from egspo_lightning.ops.correction import SamplerCorrection, sampler_ratios, sampler_weights
 from egspo_lightning.ops.diagnostics import Metrics, policy_metrics, value_metrics
@@ -40,16 +39,26 @@ from egspo_lightning.ops.gate import confidence_phi, high_share
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
 from egspo_lightning.ops.masking import Aggregation, aggregate, shape_of
 from egspo_lightning.ops.schedules import ChordMu
-from egspo_lightning.types import ExpertBatch, NetworkOutputs, RolloutBatch, UpdateSize
+from egspo_lightning.types import (
+    AboveOne,
+    ExpertBatch,
+    NetworkOutputs,
+    NonNegativeFloat,
+    PositiveFloat,
+    RolloutBatch,
+    ShareBelowOne,
+    UnitInterval,
+    UpdateSize,
+)
 
 
 class Coefficients(NamedTuple):
-    """The weights of the terms at this step, as schedules and controllers have them."""
+    """Weights of the loss terms at one optimizer step, from schedules and adaptive coefficients."""
 
     mu: float
     """of the expert data"""
     policy: float = 1.0
-    """of everything that trains the policy: 0 while the critic warms up"""
+    """of every term that trains the policy: 0 during the critic's warm-up"""
     value: float = 0.0
     """c_v"""
     entropy: float = 0.0
@@ -58,77 +67,61 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """The hyperparameters of the loss, and the loss.
+    """Loss of the policy, with its hyperparameters.
 
     Args:
-        epsilon_low: The ratio is clipped below at 1 - epsilon_low, in [0, 1).
-        epsilon_high: The ratio is clipped above at 1 + epsilon_high; above epsilon_low it is DAPO's clip-higher.
-        low_branch_epsilon_low: The same for low-entropy tokens; null is epsilon_low.
-        low_branch_epsilon_high: The same for low-entropy tokens; null is epsilon_high.
-        dual_clip: Bound of the ratio where A < 0, above 1; none by default.
-        gate_entropy: Whose entropy is gated: of the policy that sampled, or of the current one, which differs from
-            the second update on a collection on. tau, and the gate's metrics, are those of the policy that sampled.
+        epsilon_low: Lower clip of the ratio, at 1 - epsilon_low; in [0, 1).
+        epsilon_high: Upper clip of the ratio, at 1 + epsilon_high; above epsilon_low it is DAPO's clip-higher.
+        low_branch_epsilon_low: Lower clip for low-entropy tokens; null is epsilon_low.
+        low_branch_epsilon_high: Upper clip for low-entropy tokens; null is epsilon_high.
+        dual_clip: Bound of the ratio where A < 0, above 1; null sets none.
+        gate_entropy: Which policy's entropy the gate uses: sampling, or current, which differs from the second
+            optimizer step on a rollout batch on. tau and the gate's metrics always use the sampling policy.
         gate_width: Width of a soft gate, in nats: the share of a token that takes the full update is
             sigmoid((H - tau) / width). 0 is a hard gate.
-        rescale_weights: Divide the weights of the gate by their mean over the collection, at the entropies of the
-            policy that sampled.
-        low_branch: What low-entropy tokens take: ppo is the method; nll trains them towards themselves, whatever the
+        rescale_weights: Divide the gate's weights by their mean over the rollout batch, at the entropies of the
+            sampling policy.
+        low_branch: Loss of low-entropy tokens: ppo is the method; nll trains them towards themselves, whatever the
             advantage, which is an ablation.
         mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT; or CHORD's schedule of it.
-        expert_weighting: plain, or confidence, which weighs the expert's tokens by CHORD's p (1 - p).
+        expert_weighting: plain, or confidence, which weights the expert's tokens by CHORD's p (1 - p).
         expert_shaping: gamma of LUFFY's p / (p + gamma), for expert solutions among the rollouts, above 0.
         beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 keeps no reference.
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
-        aggregation: Of surrogate, KL and entropy, which share N: token-mean, seq-mean-token-mean, seq-mean-token-sum or
-            seq-mean-token-sum-norm (which divides by the sequences times max_completion_length).
+        aggregation: Aggregation of surrogate, KL and entropy, which share N: token-mean, seq-mean-token-mean,
+            seq-mean-token-sum or seq-mean-token-sum-norm (divides by the sequences times max_completion_length).
         mask_truncated: Leave completions that reached the length limit out of the loss, its normalizer and the gate;
             their rewards still count for the others of their group.
-        sampler_correction: What makes up for an engine that samples from another distribution than the trainer's.
+        sampler_correction: Importance weights for an engine that samples from another distribution than the trainer's.
     """
 
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    low_branch_epsilon_low: float | None = None
-    low_branch_epsilon_high: float | None = None
-    dual_clip: float | None = None
+    epsilon_low: ShareBelowOne = 0.2
+    epsilon_high: NonNegativeFloat = 0.2
+    low_branch_epsilon_low: ShareBelowOne | None = None
+    low_branch_epsilon_high: NonNegativeFloat | None = None
+    dual_clip: AboveOne | None = None
     gate_entropy: Literal["sampling", "current"] = "sampling"
-    gate_width: float = 0.0
+    gate_width: NonNegativeFloat = 0.0
     rescale_weights: bool = False
     low_branch: Literal["ppo", "nll"] = "ppo"
-    mu: ChordMu | float = 0.1  # in this order: of a union, jsonargparse tells the cause that came first
+    mu: ChordMu | UnitInterval = 0.1  # in this order: jsonargparse reports the errors of a union in its order
     expert_weighting: Literal["plain", "confidence"] = "plain"
-    expert_shaping: float = 0.1
-    beta: float = 0.0
+    expert_shaping: PositiveFloat = 0.1
+    beta: NonNegativeFloat = 0.0
     kl_estimator: KLEstimator = "k3+"
     aggregation: Aggregation = "token-mean"
     mask_truncated: bool = False
     sampler_correction: SamplerCorrection = SamplerCorrection()  # noqa: RUF009  frozen, so it can be shared
 
     def __post_init__(self) -> None:
-        for prefix in ("", "low_branch_"):
-            low, high = getattr(self, f"{prefix}epsilon_low"), getattr(self, f"{prefix}epsilon_high")
-            require(low is None or 0 <= low < 1, f"model.objective.{prefix}epsilon_low", low, "in [0, 1)")
-            require(high is None or 0 <= high < inf, f"model.objective.{prefix}epsilon_high", high, "at least 0")
-            if self.low_branch == "nll" and prefix and (low, high) != (None, None):
-                raise UserError(
-                    "model.objective.low_branch_epsilon_low and low_branch_epsilon_high clip ratios, and "
-                    "model.objective.low_branch: nll has none. Leave them out, or set low_branch to ppo."
-                )
-        require(
-            self.dual_clip is None or self.dual_clip > 1,
-            "model.objective.dual_clip",
-            self.dual_clip,
-            "above 1, or null",
-        )
-        require(0 <= self.gate_width < inf, "model.objective.gate_width", self.gate_width, "at least 0")
-        require(
-            isinstance(self.mu, ChordMu) or 0 <= self.mu <= 1, "model.objective.mu", self.mu, "in [0, 1], or a schedule"
-        )
-        require(0 < self.expert_shaping < inf, "model.objective.expert_shaping", self.expert_shaping, "above 0")
-        require(0 <= self.beta < inf, "model.objective.beta", self.beta, "at least 0")
+        if self.low_branch == "nll" and (self.low_branch_epsilon_low, self.low_branch_epsilon_high) != (None, None):
+            raise UserError(
+                "model.objective.low_branch_epsilon_low and low_branch_epsilon_high clip ratios, and "
+                "model.objective.low_branch: nll has none. Leave them out, or set low_branch to ppo."
+            )
         if self.expert_weighting == "confidence" and not self.mixes_expert_data:
             raise UserError(
-                "model.objective.expert_weighting: confidence weighs expert data, and model.objective.mu = 0 mixes "
+                "model.objective.expert_weighting: confidence weights expert data, and model.objective.mu = 0 mixes "
                 "none in. Set mu above 0, or expert_weighting to plain."
             )
 
@@ -139,19 +132,19 @@ class Objective:
 
     @property
     def low_branch_settings(self) -> list[str]:
-        """Names of the fields, other than their defaults, that only matter where a gate tells tokens apart."""
-        names = ("low_branch", "low_branch_epsilon_low", "low_branch_epsilon_high", "gate_width", "gate_entropy")
+        """Names of the changed fields that have no effect without a gate."""
         defaults = {field.name: field.default for field in fields(self)}
+        names = ("low_branch", "low_branch_epsilon_low", "low_branch_epsilon_high", "gate_width", "gate_entropy")
         return [name for name in (*names, "rescale_weights") if getattr(self, name) != defaults[name]]
 
     @property
     def needs_every_rollout(self) -> bool:
-        """Whether rollouts of advantage 0 have a gradient here."""
+        """Whether rollouts of advantage 0 have a gradient in this loss."""
         return self.beta > 0 or self.low_branch == "nll"
 
     def mu_at(self, step: int) -> float:
         """mu after ``step`` optimizer steps of stage EGSPO."""
-        return self.mu.at(step) if isinstance(self.mu, ChordMu) else self.mu
+        return float(self.mu.at(step) if isinstance(self.mu, ChordMu) else self.mu)
 
     def hybrid_loss(
         self,
@@ -161,9 +154,9 @@ class Objective:
         expert_loss: Tensor | None,
         weights: Coefficients,
     ) -> tuple[Tensor, Metrics]:
-        """L, for a micro-batch of rollouts and the SFT loss of the expert micro-batch that goes with it, if any."""
+        """L without its value term, and metrics, for a micro-batch of rollouts and the SFT loss of its expert data."""
         size, mask = rollout.update_size, rollout.sampled_mask
-        terms = {"loss/egspo": ((1 - weights.mu), self.egspo_loss(current, rollout, attenuation))}
+        terms = {"loss/egspo": (1 - weights.mu, self.egspo_loss(current, rollout, attenuation))}
         if expert_loss is not None:
             terms["loss/sft"] = (weights.mu, expert_loss)
         if rollout.ref_logprobs is not None:
@@ -177,7 +170,7 @@ class Objective:
         return loss, metrics
 
     def egspo_loss(self, current: NetworkOutputs, rollout: RolloutBatch, attenuation: Attenuation) -> Tensor:
-        """L_EGSPO: the clipped surrogate, gated token by token; on experts' solutions LUFFY's, not gated."""
+        """L_EGSPO: the clipped surrogate, gated token by token; expert solutions take LUFFY's surrogate, ungated."""
         high_weight, low_weight = self.branch_weights(rollout, attenuation, current.entropies)
         high = self._surrogate(current.logprobs, rollout, self.epsilon_low, self.epsilon_high)
         low = self._low_branch(current.logprobs, rollout, high)
@@ -191,7 +184,11 @@ class Objective:
     def branch_weights(
         self, rollout: RolloutBatch, attenuation: Attenuation, current_entropies: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``s_t`` and ``(1 - s_t) phi_t``, both (B, T) and detached; their sum is g_t, see ``ops.gate``."""
+        """``s_t`` and ``(1 - s_t) phi_t``, both (B, T) and detached; their sum is g_t, see ``ops.gate``.
+
+        Raises:
+            UserError: ``attenuation`` gives another shape.
+        """
         entropies = rollout.entropies if self.gate_entropy == "sampling" else current_entropies.detach()
         share = high_share(entropies, rollout.threshold, self.gate_width)
         phi = attenuation.phi(rollout.old_logprobs, entropies, rollout.threshold)
@@ -203,16 +200,12 @@ class Objective:
         low = torch.where(share < 1, (1 - share) * phi.detach(), torch.zeros_like(share))
         return share * rollout.weight_scale, low * rollout.weight_scale
 
-    def _corrected(self, per_token: Tensor, rollout: RolloutBatch) -> Tensor:
-        """The surrogate weighed by pi_old / mu, mu being what the engine sampled from."""
-        correction, sampled = self.sampler_correction, rollout.sampled_logprobs
-        if correction.mode == "off" or sampled is None:
-            return per_token
-        ratios = sampler_ratios(rollout.old_logprobs, sampled, rollout.sampled_mask, level=correction.level)
-        return per_token * sampler_weights(ratios, mode=correction.mode, cap=correction.cap)
+    def _surrogate(self, logprobs: Tensor, rollout: RolloutBatch, clip_low: float, clip_high: float) -> Tensor:
+        old, advantages = rollout.old_logprobs, rollout.advantages
+        return ppo_clip(logprobs, old, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=self.dual_clip)
 
     def _low_branch(self, logprobs: Tensor, rollout: RolloutBatch, high: Tensor) -> Tensor:
-        """The per-token loss of low-entropy tokens; that of high ones where nothing tells them apart."""
+        """The per-token loss of low-entropy tokens; ``high`` itself where both branches have the same loss."""
         if self.low_branch == "nll":
             return nll(logprobs)
         clip_low, clip_high = self.low_branch_epsilon_low, self.low_branch_epsilon_high
@@ -222,15 +215,13 @@ class Objective:
         clip_high = self.epsilon_high if clip_high is None else clip_high
         return self._surrogate(logprobs, rollout, clip_low, clip_high)
 
-    def _surrogate(self, logprobs: Tensor, rollout: RolloutBatch, clip_low: float, clip_high: float) -> Tensor:
-        return ppo_clip(
-            logprobs,
-            rollout.old_logprobs,
-            rollout.advantages,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=self.dual_clip,
-        )
+    def _corrected(self, per_token: Tensor, rollout: RolloutBatch) -> Tensor:
+        """The surrogate times the importance weights of ``ops.correction``."""
+        correction, sampled = self.sampler_correction, rollout.sampled_logprobs
+        if correction.mode == "off" or sampled is None:
+            return per_token
+        ratios = sampler_ratios(rollout.old_logprobs, sampled, rollout.sampled_mask, level=correction.level)
+        return per_token * sampler_weights(ratios, mode=correction.mode, cap=correction.cap)
 
     def _reduce(self, per_token: Tensor, mask: Tensor, size: UpdateSize) -> Tensor:
         divisor = size.num_tokens if self.aggregation == "token-mean" else size.num_sequences
@@ -240,7 +231,7 @@ class Objective:
 
 
 def sft_loss(logprobs: Tensor, expert: ExpertBatch, *, weighting: Literal["plain", "confidence"]) -> Tensor:
-    """L_SFT: the negative log-likelihood of the expert's completion tokens, token-mean whatever ``aggregation``.
+    """L_SFT: negative log-likelihood of the expert's completion tokens, always token-mean over the optimizer step.
 
     Args:
         logprobs: (B, T) under the current policy, at temperature 1, with gradient
@@ -248,15 +239,17 @@ def sft_loss(logprobs: Tensor, expert: ExpertBatch, *, weighting: Literal["plain
         weighting: plain, or by phi = p (1 - p) with p of the current policy, detached (CHORD-phi)
     """
     per_token = nll(logprobs) if weighting == "plain" else confidence_phi(logprobs) * nll(logprobs)
-    size = max(expert.update_size.num_tokens, 1.0)
-    return aggregate(per_token, expert.completion_mask, "token-mean", normalizer=size)
+    return _token_mean(per_token, expert)
 
 
 def value_loss(values: Tensor, rollout: RolloutBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
-    """L_V: the clipped error of the critic, token-mean over the update; see ``ops.losses.value_clip``."""
+    """L_V and metrics: the critic's clipped error, token-mean over the step; see ``ops.losses.value_clip``."""
     assert rollout.old_values is not None
     assert rollout.returns is not None
-    per_token = value_clip(values, rollout.old_values, rollout.returns, clip=clip)
-    size = max(rollout.update_size.num_tokens, 1.0)
-    loss = aggregate(per_token, rollout.completion_mask, "token-mean", normalizer=size)
+    loss = _token_mean(value_clip(values, rollout.old_values, rollout.returns, clip=clip), rollout)
     return loss, {"loss/value": loss.detach()} | value_metrics(values.detach(), rollout, clip)
+
+
+def _token_mean(per_token: Tensor, batch: ExpertBatch | RolloutBatch) -> Tensor:
+    size = max(batch.update_size.num_tokens, 1.0)
+    return aggregate(per_token, batch.completion_mask, "token-mean", normalizer=size)

@@ -1,13 +1,13 @@
-"""Schedules over optimizer steps."""
+"""Schedules over optimizer steps: mu, the weight of expert data."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from egspo_lightning.errors import require
+from egspo_lightning.types import NonNegativeInt, UnitInterval
 
 
 def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
-    """CHORD's weight of the SFT term (arXiv 2508.11408, section 3.2): linear rise, cosine fall, then constant.
+    """CHORD's weight of the SFT term (arXiv 2508.11408, section 3.2): linear warm-up, cosine decay, then constant.
 
     Args:
         step: optimizer steps taken in this stage
@@ -35,24 +35,11 @@ class ChordMu:
         valley: Last mu, in [0, 1].
     """
 
-    warmup_steps: int = 0
-    decay_steps: int = 200
-    peak: float = 0.9
-    valley: float = 0.05
-
-    def __post_init__(self) -> None:
-        for field in ("warmup_steps", "decay_steps"):
-            require(getattr(self, field) >= 0, f"model.objective.mu.{field}", getattr(self, field), "at least 0")
-        for field in ("peak", "valley"):
-            value = getattr(self, field)
-            require(0 <= value <= 1, f"model.objective.mu.{field}", value, "in [0, 1]")
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: NonNegativeInt = 200
+    peak: UnitInterval = 0.9
+    valley: UnitInterval = 0.05
 
     def at(self, step: int) -> float:
         """mu after ``step`` optimizer steps of this stage."""
-        return chord_mu(
-            step,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.decay_steps,
-            peak=self.peak,
-            valley=self.valley,
-        )
+        return chord_mu(step, **asdict(self))

@@ -13,9 +13,8 @@ from torch import Tensor
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation, ConstantAttenuation
 from egspo_lightning.ops.correction import is_corrected, sampler_ratios
-from egspo_lightning.ops.credit import estimate_credit, reward_kl
 from egspo_lightning.ops.diagnostics import Metrics, rollout_batch_metrics, rollout_batch_sums
-from egspo_lightning.ops.estimators import Advantage, Estimate, GroupRelative
+from egspo_lightning.ops.estimators import Advantage, Estimate, GroupRelative, estimate_credit, reward_kl
 from egspo_lightning.ops.gate import Entropies, Gate, OpenGate
 from egspo_lightning.ops.masking import masked_sum, shape_of
 from egspo_lightning.ops.objective import Objective

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from egspo_lightning.ops.credit import estimate_credit, reward_kl, token_rewards
-from egspo_lightning.ops.estimators import GAE, GroupRelative, ReinforcePlusPlus
+from egspo_lightning.ops.estimators import (
+    GAE,
+    GroupRelative,
+    ReinforcePlusPlus,
+    estimate_credit,
+    reward_kl,
+    token_rewards,
+)
 from egspo_lightning.types import Scores
 
 MASK = torch.tensor([[False, True, True, False], [True, False, False, False], [False] * 4])

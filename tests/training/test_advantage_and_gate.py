@@ -9,8 +9,7 @@ from torch.testing import assert_close
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.advantages import gae, reinforce_plus_plus
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
-from egspo_lightning.ops.credit import token_rewards
-from egspo_lightning.ops.estimators import GAE, Estimate, GroupRelative, LeaveOneOut, ReinforcePlusPlus
+from egspo_lightning.ops.estimators import GAE, Estimate, GroupRelative, LeaveOneOut, ReinforcePlusPlus, token_rewards
 from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
