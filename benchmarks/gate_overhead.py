@@ -17,7 +17,7 @@ from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.token_stats import TokenStats, token_stats
 from egspo_lightning.rollout import transformers_engine
-from egspo_lightning.rollout.token_sampling import Drawing
+from egspo_lightning.rollout.token_sampling import TokenSampler
 from measuring.listeners import Replay
 from measuring.report import add_workloads, parse, parser, publish
 from measuring.timing import Clock, Reading, median_interval, ratios, seconds, spread
@@ -65,7 +65,7 @@ def _bare(module: Any) -> None:
 def _compute_entropies(is_on: bool) -> None:
     """Where a run computes them: in updates and scoring, and while it samples."""
     _policy.token_stats = token_stats if is_on else logprobs_alone
-    _engine.Drawing = Drawing if is_on else DrawingAlone
+    _engine.TokenSampler = TokenSampler if is_on else TokenSamplerWithoutEntropies
 
 
 def _set_gate(module: Any, gate: Any) -> None:
@@ -78,7 +78,7 @@ def logprobs_alone(*args: Any, with_entropies: bool, **kwargs: Any) -> TokenStat
     return token_stats(*args, with_entropies=False, **kwargs)
 
 
-class DrawingAlone(Drawing):
+class TokenSamplerWithoutEntropies(TokenSampler):
     """Draws the same, and does nothing for entropies: a draw leaves its probabilities, whose logarithms are told."""
 
     def _probabilities(self, logits: torch.Tensor, place: slice) -> torch.Tensor:
@@ -86,7 +86,7 @@ class DrawingAlone(Drawing):
         return torch.softmax(scaled, -1, out=self._probs[place])
 
     def _statistics(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = self._probs[: self._num_waiting].gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        chosen = self._probs[: self._num_pending].gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         return chosen.log(), torch.zeros_like(chosen)
 
 

@@ -1,4 +1,4 @@
-"""What the rest of the project asks of something that samples, whether transformers or vLLM."""
+"""Rollout engine interface: what transformers, vLLM or a user's own engine must offer."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ class Request(NamedTuple):
 
     prompt_ids: Sequence[int]
     seed: str
-    """Names the random stream of this completion, so that it does not depend on what it is sampled with."""
+    """Name of this completion's random stream; its sample does not depend on the other requests."""
 
 
 class Sample(NamedTuple):
@@ -24,38 +24,37 @@ class Sample(NamedTuple):
     logprobs: list[float]
     """Log-probability of each token under the distribution that it was sampled from, as the engine saw it, nats."""
     entropies: list[float] | None = None
-    """Entropy of that distribution at each token, nats; None where an engine does not tell it."""
+    """Entropy of that distribution at each token, nats; None where the engine does not report it."""
 
 
 class RolloutEngine(Protocol):
-    """Samples completions from the policy as it is now.
+    """Samples completions from the current policy.
 
-    With data.max_staleness ``stream`` is called in a thread, with a copy of the model. An engine that bears to be
-    called meanwhile from another one, with another model, says so by an attribute ``is_reentrant`` that is true;
-    benchmarks wait for the others.
+    With data.max_staleness a thread calls ``stream``, with a copy of the model. An engine that may then also be called
+    from another thread, with another model, has an attribute ``is_reentrant`` that is true. Benchmarks wait for others.
     """
 
     def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
     ) -> Iterator[list[tuple[int, Sample]]]:
-        """One sample a request, each with the number of its request, as they are done: in batches, in any order.
+        """Yield batches of (request number, sample) as samples end, in any order; one sample for each request.
 
-        A group of completions is graded, once it is whole, while others are sampled.
+        Complete groups are graded while other completions are still sampled.
 
         Args:
             lm: the causal language model, in eval mode, within the policy's sampling context
-            requests: prompts; equal ones next to one another share their prefill
+            requests: prompts; adjacent requests with equal prompts share their prefill
             sampling: how to sample
             eos_ids: tokens that end a completion
-            pad_id: fills the rows of shorter prompts
+            pad_id: token that pads shorter prompts
         """
         ...
 
 
 @runtime_checkable
 class ClosingEngine(Protocol):
-    """An engine that holds something which should end with the run."""
+    """An engine that holds resources until the end of the run."""
 
     def close(self) -> None:
-        """Let go of it; an engine that is asked for samples again starts again."""
+        """Release the resources; the next call of ``stream`` starts the engine again."""
         ...

@@ -1,27 +1,30 @@
-"""Sampling with transformers' own forward pass and cache, in a decode loop that wastes little.
+"""Transformers engine: samples with the training model in a decode loop, in place of ``generate``.
 
-What `generate` does not do and this does: the prompt is computed once for all its completions; rows that have ended
-leave the batch, and may be graded while the others are decoded; each completion has a random stream of its own, so
-that a sample depends on its seed and prompt and not on batch composition, number of ranks or global RNG state.
+Differences from ``generate``:
+
+- All completions of a prompt share one prefill.
+- Rows that have ended leave the batch, and can be graded while the others are decoded.
+- Each completion has its own random stream. So a sample depends on its seed and prompt alone, whatever the batch, the
+  number of ranks and the global random state.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from egspo_lightning.errors import UserError
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
-from egspo_lightning.rollout.token_sampling import Drawing, RandomStreams
-from egspo_lightning.types import Sampling
+from egspo_lightning.rollout.token_sampling import RandomStreams, TokenSampler
+from egspo_lightning.types import Count, Sampling
 
 SHRINK_BELOW = 0.75
-"""Ended rows are dropped when no more than this share of those in the batch still runs: dropping copies the cache."""
+"""Ended rows are dropped once at most this share of the batch still runs: dropping rows copies the cache."""
 YIELD_FROM = 0.25
-"""Dropped rows are given away, to be graded meanwhile, when they are this share of all that the batch began with."""
+"""Dropped rows are yielded for grading once they are at least this share of the batch as it began."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,18 @@ class TransformersEngine(RolloutEngine):
     """Samples with the training model itself, so weights never need to be synchronized.
 
     Args:
-        max_batch_size: Completions decoded at a time; less needs less memory for the cache.
+        max_batch_size: Most completions decoded at a time; fewer need less memory for the cache.
     """
 
-    max_batch_size: int = 256
+    max_batch_size: Count = 256
     is_reentrant: ClassVar[bool] = True
-    """Nothing is kept from call to call, so threads may sample at the same time."""
-
-    def __post_init__(self) -> None:
-        if self.max_batch_size < 1:
-            raise UserError(f"TransformersEngine.max_batch_size must be at least 1, got {self.max_batch_size}.")
+    """Threads may sample at the same time: calls share no state."""
 
     def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
     ) -> Iterator[list[tuple[int, Sample]]]:
-        """See ``RolloutEngine``; prompts of like length are batched together."""
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # stable: equal ones stay
+        """See ``RolloutEngine``; prompts of similar length are batched together."""
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # keeps equal prompts adjacent
         for start in range(0, len(order), self.max_batch_size):
             part = order[start : start + self.max_batch_size]
             batch = [requests[i] for i in part]
@@ -54,7 +53,7 @@ class TransformersEngine(RolloutEngine):
     def generate(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
     ) -> list[Sample]:
-        """All samples at once, in the order of the requests: for whoever has nothing to do in between."""
+        """All samples at once, in the order of the requests."""
         batches = self.stream(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id)
         return [sample for _, sample in sorted(pair for batch in batches for pair in batch)]
 
@@ -63,27 +62,27 @@ class TransformersEngine(RolloutEngine):
 def _decode(
     lm: Any, requests: list[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
 ) -> Iterator[list[tuple[int, Sample]]]:
-    """Rows with their samples, as rows leave the batch."""
+    """Yield (row, sample) pairs as rows leave the batch."""
     device = next(lm.parameters()).device
     limit = sampling.max_completion_length
     streams = RandomStreams([request.seed for request in requests], device) if sampling.temperature > 0 else None
     state = _prefill(lm, requests, pad_id, device)
     ends = torch.tensor(list(eos_ids), device=device)
-    drawing = Drawing(len(requests), state.logits.shape[-1], sampling, device)
-    rows = torch.arange(len(requests), device=device)  # where each row of the shrinking batch belongs
-    running = torch.ones(len(requests), dtype=torch.bool, device=device)  # of those rows
-    dropped = rows[:0]  # and not yet given away
+    sampler = TokenSampler(len(requests), state.logits.shape[-1], sampling, device)
+    rows = torch.arange(len(requests), device=device)  # row numbers of the shrinking batch in the whole batch
+    running = torch.ones(len(requests), dtype=torch.bool, device=device)  # which of these rows have not ended
+    dropped = rows[:0]  # and not yielded yet
     for step in range(limit):
         uniforms = None if streams is None else streams.draw(limit - step)
-        chosen = drawing.draw(state.logits, uniforms, rows, running)
+        chosen = sampler.draw(state.logits, uniforms, rows, running)
         running = running & ~torch.isin(chosen, ends)
-        num_running = int(running.sum())  # the one time a step that the host waits for the device
+        num_running = int(running.sum())  # the only wait for the device in a step
         if num_running == 0 or step == limit - 1:
             break
         if num_running <= SHRINK_BELOW * len(rows):
             dropped = torch.cat([dropped, rows[~running]])
             if len(dropped) >= YIELD_FROM * len(requests):
-                yield drawing.samples(dropped)
+                yield sampler.samples(dropped)
                 dropped = rows[:0]
             kept = running.nonzero().squeeze(1)
             state.select(kept)
@@ -91,14 +90,14 @@ def _decode(
             if streams is not None:
                 streams.select(kept)
         state.advance(lm, chosen)
-    yield drawing.samples(torch.cat([dropped, rows]), rows[running])
+    yield sampler.samples(torch.cat([dropped, rows]), rows[running])
 
 
 class CompactCache(DynamicCache):
-    """Keeps keys and values in the type that attention computes in.
+    """Cache that keeps keys and values in the dtype in which attention computes.
 
-    Rotary embeddings promote them to float32 under autocast, which would double the memory of the cache for nothing:
-    attention casts them back at every step.
+    Under autocast, rotary embeddings promote them to float32, which would double the memory of the cache. Attention
+    casts them back at every step.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -113,22 +112,22 @@ class CompactCache(DynamicCache):
 
 @dataclass
 class _DecodeState:
-    """The cache of the running rows, and the logits of their next token."""
+    """The cache of the rows in the batch, and the logits of their next token."""
 
     cache: DynamicCache
     logits: Tensor  # (B, V)
-    attention_mask: Tensor | None  # (B, T) int64; None where no row is padded: then nothing needs a mask
+    attention_mask: Tensor | None  # (B, T) int64; None where no row is padded
     positions: Tensor  # (B, 1): position of the next token
 
     def select(self, kept: Tensor) -> None:
-        """Keep these rows alone."""
+        """Keep only these rows."""
         self.cache.batch_select_indices(kept)
         self.positions = self.positions[kept]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[kept]
 
     def advance(self, lm: Any, chosen: Tensor) -> None:
-        """Feed the chosen tokens, (B,)."""
+        """Run the model on the chosen tokens, (B,)."""
         if self.attention_mask is not None:
             self.attention_mask = torch.nn.functional.pad(self.attention_mask, (0, 1), value=1)
         output = lm(
@@ -168,12 +167,5 @@ def _prefill(lm: Any, requests: list[Request], pad_id: int, device: torch.device
 
 def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
     """Runs of equal prompts as (prompts, lengths of the runs)."""
-    distinct: list[Sequence[int]] = []
-    repeats: list[int] = []
-    for prompt in prompts:
-        if distinct and prompt == distinct[-1]:
-            repeats[-1] += 1
-        else:
-            distinct.append(prompt)
-            repeats.append(1)
-    return distinct, repeats
+    runs = [(prompt, len(list(run))) for prompt, run in groupby(prompts)]
+    return [prompt for prompt, _ in runs], [length for _, length in runs]

@@ -23,7 +23,7 @@ from egspo_lightning.models.critic import Critic, CriticConfig
 from egspo_lightning.models.policy import Policy
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.token_stats import token_stats_bytes
-from egspo_lightning.rollout.token_sampling import Drawing
+from egspo_lightning.rollout.token_sampling import TokenSampler
 from egspo_lightning.rollout.transformers_engine import CompactCache
 from egspo_lightning.training.optimizers import require_shardable
 from egspo_lightning.types import Sampling
@@ -263,12 +263,12 @@ def _sampling(work: Workload, policy: Policy) -> tuple[int, int]:
             cache.update(*(torch.zeros(rows, heads, length - 1, size, dtype=dtype) for _ in range(2)), layer)
         held = living.now
         entries = policy.lm.get_output_embeddings().weight.shape[0]
-        drawing = Drawing(rows, entries, Sampling(work.completion_length), torch.device("cpu"))
+        sampler = TokenSampler(rows, entries, Sampling(work.completion_length), torch.device("cpu"))
         logits = torch.zeros(rows, entries, dtype=dtype)  # of the step before, which live until these are there
         position = torch.full((rows, 1), length - 1)
         output = policy.lm(input_ids=position, position_ids=position, past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1]
-        drawing.draw(logits, torch.zeros(rows), torch.arange(rows), torch.ones(rows, dtype=torch.bool))
+        sampler.draw(logits, torch.zeros(rows), torch.arange(rows), torch.ones(rows, dtype=torch.bool))
     policy.train()
     return held, living.peak - held
 

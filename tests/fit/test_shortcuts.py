@@ -167,7 +167,7 @@ def test_losses_do_not_depend_on_probabilities_kept_for_the_backward_pass(tiny_r
 
 
 def test_losses_do_not_depend_on_one_softmax_for_draw_and_statistics(tiny_run, monkeypatch):
-    class DrawnApart(drawing.Drawing):
+    class DrawnApart(drawing.TokenSampler):
         def draw(self, logits, uniforms, rows, running):
             super().draw(logits, uniforms, rows, running)
             probs = torch.softmax(logits / self._temperature, -1)
@@ -182,14 +182,14 @@ def test_losses_do_not_depend_on_one_softmax_for_draw_and_statistics(tiny_run, m
             return token_stats.token_stats_from_logits(logits, drawn, temperature=self._temperature)
 
     at_once, spy = losses_of(tiny_run)
-    monkeypatch.setattr(transformers_engine, "Drawing", DrawnApart)
+    monkeypatch.setattr(transformers_engine, "TokenSampler", DrawnApart)
     apart, other = losses_of(tiny_run)
     assert_same_rollouts(at_once, spy, apart, other)
 
 
 def test_losses_do_not_depend_on_steps_whose_statistics_are_taken_together(tiny_run, monkeypatch):
     together, spy = losses_of(tiny_run)
-    monkeypatch.setattr(drawing, "WAITING", 0)
+    monkeypatch.setattr(drawing, "MAX_PENDING", 0)
     alone, other = losses_of(tiny_run)
     assert_same_rollouts(together, spy, alone, other)
 

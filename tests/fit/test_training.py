@@ -177,8 +177,10 @@ def test_a_gate_or_an_attenuation_that_gives_nonsense_is_refused(tiny_run):
 
 def test_stale_rollouts_are_refused(tiny_run):
     run = tiny_run(module=RL)
-    admit = run.module.admit
-    run.module.admit = lambda rollout, measurements: admit(rollout, measurements)._replace(policy_version=7)
+    to_batch = run.module.to_rollout_batch
+    run.module.to_rollout_batch = lambda rollout, measurements: to_batch(rollout, measurements)._replace(
+        policy_version=7
+    )
     with pytest.raises(RuntimeError, match="Stale rollouts: they were sampled by the policy after 7 optimizer steps"):
         run.fit()
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from egspo_lightning.rollout import token_sampling as drawing
 from egspo_lightning.rollout.engine import Request
-from egspo_lightning.rollout.token_sampling import NUMBERS_AHEAD, Drawing, RandomStreams
+from egspo_lightning.rollout.token_sampling import NUMBERS_AHEAD, RandomStreams, TokenSampler
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Sampling
 
@@ -18,7 +18,7 @@ from egspo_lightning.types import Sampling
 def draw(logits: Tensor, uniforms: Tensor | None, sampling: Sampling) -> Tensor:
     """One step of as many rows as there are logits."""
     rows = torch.arange(len(logits))
-    whole = Drawing(len(logits), logits.shape[-1], sampling, logits.device)
+    whole = TokenSampler(len(logits), logits.shape[-1], sampling, logits.device)
     return whole.draw(logits, uniforms, rows, torch.ones_like(rows, dtype=torch.bool))
 
 
@@ -131,7 +131,7 @@ def test_each_row_has_the_numbers_of_its_seed_whoever_leaves_the_batch():
 
 def told(steps: list[tuple[list[int], Tensor, list[bool]]], num_rows: int, sampling: Sampling, cut_off: list[int]):
     """Samples of steps of (rows, logits, whether they run), and what float64 says of their tokens, row by row."""
-    whole = Drawing(num_rows, steps[0][1].shape[-1], sampling, torch.device("cpu"))
+    whole = TokenSampler(num_rows, steps[0][1].shape[-1], sampling, torch.device("cpu"))
     expected: list[list[tuple[int, float, float]]] = [[] for _ in range(num_rows)]
     for rows, logits, running in steps:
         uniforms = None if sampling.temperature == 0 else torch.rand(len(rows))
@@ -148,7 +148,7 @@ def told(steps: list[tuple[list[int], Tensor, list[bool]]], num_rows: int, sampl
 @pytest.mark.parametrize("waiting", [0, 3 * 50, 2**20])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)])
 def test_statistics_are_those_of_each_step_whoever_has_ended_or_left(monkeypatch, waiting, temperature, top_p):
-    monkeypatch.setattr(drawing, "WAITING", waiting)  # none, three rows, all
+    monkeypatch.setattr(drawing, "MAX_PENDING", waiting)  # none, three rows, all
     torch.manual_seed(0)
     plan = [
         ([0, 1, 2, 3], [True] * 4),
@@ -190,7 +190,7 @@ def test_everything_is_float32_whatever_the_default(default):
     for dtype in (torch.float32, default):
         torch.set_default_dtype(dtype)
         try:
-            whole = Drawing(40, 70, Sampling(1), torch.device("cpu"))
+            whole = TokenSampler(40, 70, Sampling(1), torch.device("cpu"))
             whole.draw(logits, uniforms, rows, running)
             found.append(whole.samples(rows))
         finally:

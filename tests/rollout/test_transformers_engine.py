@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM as CausalLM
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from egspo_lightning.errors import UserError
 from egspo_lightning.models.policy import Policy
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout.engine import Request
@@ -257,11 +256,6 @@ def test_a_policy_in_train_mode_samples_as_in_eval_mode():
     assert policy.lm.training
     in_training = generate(policy.lm, PROMPTS, Sampling(8))
     assert generate(policy.eval().lm, PROMPTS, Sampling(8)) == in_training
-
-
-def test_a_batch_of_none_is_refused():
-    with pytest.raises(UserError, match="max_batch_size must be at least 1, got 0"):
-        TransformersEngine(max_batch_size=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
