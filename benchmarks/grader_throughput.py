@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from comparison.machine import machine
 from egspo_lightning.data.answer_formats import boxed_solution
-from egspo_lightning.data.json_lines import read_rows
+from egspo_lightning.data.reader import read_rows
 from egspo_lightning.rewards.fast_path import compare_fast
 from egspo_lightning.rewards.grading import MathGrader
 

@@ -270,7 +270,7 @@ def test_real_recipes_run_with_the_tiny_model(repository, tmp_path, monkeypatch,
     benchmark = tmp_path / "held_out" / "train.jsonl"
     benchmarks = [
         {
-            "class_path": "egspo_lightning.evaluation.benchmarks.JsonlBenchmark",
+            "class_path": "egspo_lightning.evaluation.benchmarks.DatasetBenchmark",
             "init_args": {"name": "local", "path": str(benchmark), "num_samples": 2, "temperature": 1.0, "top_p": 0.95},
         }
     ]
@@ -284,8 +284,8 @@ def test_real_recipes_run_with_the_tiny_model(repository, tmp_path, monkeypatch,
             f"--trainer.default_root_dir={tmp_path}",
             "--model.policy.name_or_path=configs/tiny_model",
             "--model.policy.from_scratch=true",
-            f"--data.demonstrations.init_args.name={tmp_path / 'train'}",
-            f"--data.problems.init_args.name={tmp_path / 'train'}",
+            f"--data.demonstrations.init_args.path={tmp_path / 'train'}",
+            f"--data.problems.init_args.path={tmp_path / 'train'}",
             f"--data.benchmarks={json.dumps(benchmarks)}",
             "--data.num_problems=2",
             "--data.max_completion_length=16",

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from egspo_lightning.data.jsonl_sources import JsonlDemonstrations, JsonlProblems
+from egspo_lightning.data.dataset_sources import DatasetDemonstrations, DatasetProblems
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.benchmarks import JsonlBenchmark
+from egspo_lightning.evaluation.benchmarks import DatasetBenchmark
 
 
 def write(path, rows):
@@ -28,9 +28,9 @@ def files(tmp_path):
 
 def test_training_data_that_a_benchmark_asks_is_dropped_counted_and_told(tiny_run, files, caplog):
     data = {
-        "demonstrations": JsonlDemonstrations(files["train"]),
-        "problems": JsonlProblems(files["train"]),
-        "benchmarks": [JsonlBenchmark("held_out", files["benchmark"])],
+        "demonstrations": DatasetDemonstrations(files["train"]),
+        "problems": DatasetProblems(files["train"]),
+        "benchmarks": [DatasetBenchmark("held_out", files["benchmark"])],
     }
     with caplog.at_level("INFO"):
         run = tiny_run(data=data, trainer={"max_epochs": 1}).fit()
@@ -43,9 +43,9 @@ def test_training_data_that_a_benchmark_asks_is_dropped_counted_and_told(tiny_ru
 def test_what_predict_has_answered_is_not_held_out(tiny_run, files):
     """A user's own problems are no benchmark: they may be trained on."""
     data = {
-        "demonstrations": JsonlDemonstrations(files["train"]),
-        "problems": JsonlProblems(files["train"]),
-        "benchmarks": [JsonlBenchmark("held_out", files["benchmark"])],
+        "demonstrations": DatasetDemonstrations(files["train"]),
+        "problems": DatasetProblems(files["train"]),
+        "benchmarks": [DatasetBenchmark("held_out", files["benchmark"])],
     }
     run = tiny_run(data=data, trainer={"max_epochs": 1})
     run.trainer.predict(run.module, run.data, return_predictions=False)
@@ -55,7 +55,7 @@ def test_what_predict_has_answered_is_not_held_out(tiny_run, files):
 
 def test_a_problem_that_is_longer_than_a_prompt_may_be_is_named(tiny_run, tmp_path):
     write(tmp_path / "long.jsonl", [row(5, "5 and then 1 makes how many?")])
-    data = {"problems": JsonlProblems(str(tmp_path / "long.jsonl")), "max_prompt_length": 5}
+    data = {"problems": DatasetProblems(str(tmp_path / "long.jsonl")), "max_prompt_length": 5}
     message = r"data.max_prompt_length = 5 is shorter than the prompt of problem 'row-5', which has 28 tokens"
     with pytest.raises(UserError, match=message):
         tiny_run(module={"initial_stage": "egspo"}, data=data).fit()
@@ -64,8 +64,8 @@ def test_a_problem_that_is_longer_than_a_prompt_may_be_is_named(tiny_run, tmp_pa
 def test_long_problems_are_dropped_and_counted_where_that_is_asked_for(tiny_run, files, tmp_path, caplog):
     write(tmp_path / "long.jsonl", [row(5, "5 and then 1 makes how many?"), row(6), row(7)])
     data = {
-        "demonstrations": JsonlDemonstrations(files["train"]),
-        "problems": JsonlProblems(str(tmp_path / "long.jsonl")),
+        "demonstrations": DatasetDemonstrations(files["train"]),
+        "problems": DatasetProblems(str(tmp_path / "long.jsonl")),
         "max_prompt_length": 5,
         "long_problems": "drop",
     }
@@ -76,7 +76,7 @@ def test_long_problems_are_dropped_and_counted_where_that_is_asked_for(tiny_run,
 
 
 def test_a_benchmark_problem_that_is_too_long_is_refused_before_training(tiny_run, files):
-    data = {"benchmarks": [JsonlBenchmark("held_out", files["benchmark"])], "max_prompt_length": 5}
+    data = {"benchmarks": [DatasetBenchmark("held_out", files["benchmark"])], "max_prompt_length": 5}
     with pytest.raises(UserError, match=r"is shorter than the prompt of problem 'row-\d+'"):
         tiny_run(data=data).fit()
 

@@ -146,9 +146,9 @@ LOCAL = [
     "--trainer.strategy=auto",
     "--trainer.precision=32-true",
     "--model.policy.from_scratch=true",
-    "--data.demonstrations.init_args.name=rows",
-    "--data.problems.init_args.name=rows",
-    '--data.benchmarks=[{"class_path": "egspo_lightning.evaluation.benchmarks.JsonlBenchmark", '
+    "--data.demonstrations.init_args.path=rows",
+    "--data.problems.init_args.path=rows",
+    '--data.benchmarks=[{"class_path": "egspo_lightning.evaluation.benchmarks.DatasetBenchmark", '
     '"init_args": {"name": "local", "path": "held.jsonl"}}]',
 ]
 """What a recipe for the hub and GPUs has instead here."""

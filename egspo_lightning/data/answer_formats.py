@@ -1,21 +1,25 @@
-r"""Final answers in the forms that data sets write them: ``\boxed{72}``, ``#### 72``, ``**72**`` or bare."""
+r"""Answer formats of data sets: ``\boxed{72}``, ``#### 72``, ``**72**`` or the bare answer."""
 
 import re
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.extraction import extract_boxed, extract_framed
 
 AnswerExtractor = Literal["none", "boxed", "gsm8k", "framebox", "bold", "olympiadbench"]
-r"""Where the answer stands in a text.
+r"""Place of the answer in a text.
 
-``none``: it is the whole text; ``boxed``: in the last ``\boxed{}``; ``gsm8k``: behind ``####``; ``framebox``: in the
-last ``\framebox{}``, ``\fbox{}`` or ``\boxed{}``; ``bold``: in the last ``**72**``, ``\textbf{72}`` or
-``\mathbf{72}``; ``olympiadbench``: the whole text without the ``$`` around formulas.
+- ``none``: the whole text
+- ``boxed``: the last ``\boxed{}``
+- ``gsm8k``: the text after ``####``
+- ``framebox``: the last ``\framebox{}``, ``\fbox{}`` or ``\boxed{}``
+- ``bold``: the last ``**72**``, ``\textbf{72}`` or ``\mathbf{72}``
+- ``olympiadbench``: the whole text without the ``$`` around formulas
 """
 
 SolutionFormat = Literal["auto", "boxed", "gsm8k", "plain"]
-r"""How a solution ends: with ``\boxed{}``, with ``#### 72`` after calculator marks, or without its answer."""
+r"""End of a solution: ``\boxed{72}``, ``#### 72`` (with calculator marks before it), or no answer at all."""
 
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _DOLLAR = re.compile(r"(?<!\\)\$")
@@ -25,18 +29,18 @@ _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
 def normalize_problem(text: str) -> str:
-    """The text by which two problems count as the same: case folded, each run of whitespace one space."""
+    """Fold case and turn each run of whitespace into one space; problems with the same result count as the same."""
     return " ".join(text.casefold().split())
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """What follows the last ``####``, without thousands commas; None where nothing does."""
+    """Return the text after the last ``####``, without thousands commas; None where there is none."""
     _, mark, answer = text.rpartition("####")
     return _THOUSANDS_COMMA.sub("", answer.strip()) or None if mark else None
 
 
 def bold_answer(text: str) -> str | None:
-    r"""What the last bold text says, without "Answer:" before it and a full stop; None where nothing is bold."""
+    r"""Return the last bold text, without "Answer:" before it and the full stop; None where nothing is bold."""
     bold = [first or second for first, second in _BOLD.findall(text)]
     if not bold:
         return None
@@ -44,28 +48,23 @@ def bold_answer(text: str) -> str | None:
     return answer.removesuffix(".").strip() or None
 
 
+_EXTRACTORS: dict[AnswerExtractor, Callable[[str], str | None]] = {
+    "none": str.strip,
+    "boxed": extract_boxed,
+    "gsm8k": gsm8k_answer,
+    "framebox": extract_framed,
+    "bold": bold_answer,
+    "olympiadbench": lambda text: _DOLLAR.sub("", text).strip(),
+}
+
+
 def extract_answer(text: str, extractor: AnswerExtractor, where: str) -> str:
-    """The reference answer in a data set's answer field; ``where`` names the row for the error.
+    """Return the gold answer in the text of a data set's answer field; ``where`` names the row for the error.
 
     Raises:
-        UserError: the extractor does not exist or finds nothing.
+        UserError: the extractor finds nothing.
     """
-    match extractor:
-        case "none":
-            answer: str | None = text.strip()
-        case "boxed":
-            answer = extract_boxed(text)
-        case "gsm8k":
-            answer = gsm8k_answer(text)
-        case "olympiadbench":
-            answer = _DOLLAR.sub("", text).strip()
-        case "framebox":
-            answer = extract_framed(text)
-        case "bold":
-            answer = bold_answer(text)
-        case _:
-            known = ", ".join(f'"{name}"' for name in get_args(AnswerExtractor))
-            raise UserError(f"answer_extractor must be one of {known}, got {extractor!r}.")
+    answer = _EXTRACTORS[extractor](text)
     if not answer:
         raise UserError(
             f"{where}: answer_extractor={extractor!r} finds no answer in {_tail(text)}. "
@@ -75,24 +74,25 @@ def extract_answer(text: str, extractor: AnswerExtractor, where: str) -> str:
 
 
 def boxed_solution(solution: str, answer: str | None, solution_format: SolutionFormat, where: str) -> str:
-    r"""The solution in the one form that is trained on: worked text whose final answer is in ``\boxed{}``.
+    r"""Convert a solution into the form of all training data: worked text whose final answer is in ``\boxed{}``.
 
-    ``boxed`` leaves the text as it is; ``gsm8k`` drops the ``<<48/2=24>>`` marks and turns the line
-    ``#### 72`` into ``\boxed{72}``; ``plain`` appends ``\boxed{answer}``, without the ``$`` around the
-    answer; ``auto`` takes the first of these three that applies. ``where`` names the row for the error.
+    ``boxed`` leaves the text as it is. ``gsm8k`` drops the ``<<48/2=24>>`` marks and turns the line ``#### 72`` into
+    ``\boxed{72}``. ``plain`` appends ``\boxed{answer}``, without the ``$`` around the answer. ``auto`` takes the first
+    of these three that applies. ``where`` names the row for the error.
 
     Raises:
-        UserError: the format does not exist, or the row gives it no answer to box.
+        UserError: the row has no answer in this format.
     """
+    is_boxed, final = extract_boxed(solution), gsm8k_answer(solution)
+    if solution_format == "auto":
+        solution_format = "boxed" if is_boxed else "gsm8k" if final else "plain"
     match solution_format:
-        case "auto":
-            return boxed_solution(solution, answer, _recognize(solution), where)
         case "boxed":
-            if extract_boxed(solution):
+            if is_boxed:
                 return solution.strip()
             missing = "the solution has no \\boxed{} with an answer"
         case "gsm8k":
-            if final := gsm8k_answer(solution):
+            if final:
                 worked = _CALCULATOR_MARK.sub("", solution.rpartition("####")[0])
                 return f"{worked.strip()}\n\\boxed{{{final}}}".lstrip()
             missing = "the solution has no line '#### ANSWER'"
@@ -100,18 +100,10 @@ def boxed_solution(solution: str, answer: str | None, solution_format: SolutionF
             if answer and answer.strip():
                 return f"{solution.strip()}\n\\boxed{{{_without_dollars(answer.strip())}}}"
             missing = "neither the solution nor an answer field gives the answer"
-        case _:
-            raise UserError(f'solution_format must be "auto", "boxed", "gsm8k" or "plain", got {solution_format!r}.')
     raise UserError(
         f"{where}: a demonstration must end in its answer, but {missing} (it ends {_tail(solution)}). "
         "Correct the row, or name another solution_format or answer field."
     )
-
-
-def _recognize(solution: str) -> SolutionFormat:
-    if extract_boxed(solution):
-        return "boxed"
-    return "gsm8k" if gsm8k_answer(solution) else "plain"
 
 
 def _without_dollars(answer: str) -> str:

@@ -12,8 +12,8 @@ from egspo_lightning.data.training_data import PromptEncoder
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.evaluation.answer_sampling import AnswerSampling
-from egspo_lightning.evaluation.benchmarks import Benchmark
-from egspo_lightning.evaluation.problem_batches import problem_batches, require_different_ids
+from egspo_lightning.evaluation.benchmarks import Benchmark, require_different_ids
+from egspo_lightning.evaluation.problem_batches import problem_batches
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.rewards.format import with_opened_block
 from egspo_lightning.rewards.grading import Grade, MathGrader
@@ -82,9 +82,9 @@ class Answerer:
         if not isinstance(source, FiniteProblems):
             raise UserError(
                 f"data.problems: {type(source).__name__} never ends, so predict cannot answer all of it. Use a "
-                "finite source, such as egspo_lightning.data.jsonl_sources.JsonlProblems."
+                "finite source, such as egspo_lightning.data.dataset_sources.DatasetProblems."
             )
-        self.predict_sampling.require_sense("data.predict_sampling:")
+        self.predict_sampling.require_different_samples("data.predict_sampling:")
         problems = source.load_questions()
         if not problems:
             raise UserError(f"data.problems: {type(source).__name__} holds none, so there is nothing to answer.")

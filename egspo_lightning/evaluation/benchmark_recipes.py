@@ -1,9 +1,9 @@
-r"""The published benchmarks: where they lie, which columns they have there, and how the field samples for them.
+"""Published benchmarks: their data sets on the Hub, their columns, and their usual sampling.
 
-Small sets of competition problems are answered 32 times, since one problem of 30 is worth 3.3 points: temperature 0.6,
-top_p 0.95 and 32768 tokens are those of DeepSeek-R1 (arXiv 2501.12948; it draws 64), 32 samples those of DAPO (arXiv
-2503.14476). Larger sets are answered once, greedily, in at most 2048 tokens, as by the evaluation script of
-Qwen2.5-Math (arXiv 2409.12122). Reports differ from one another in all four values, so state yours with a score.
+Small sets of competition problems get 32 samples a problem, since one problem of 30 is worth 3.3 points. Temperature
+0.6, top_p 0.95 and 32768 tokens follow DeepSeek-R1 (arXiv 2501.12948, which draws 64); 32 samples follow DAPO (arXiv
+2503.14476). Larger sets get one greedy answer of at most 2048 tokens, as in the evaluation script of Qwen2.5-Math
+(arXiv 2409.12122). Papers differ in all four values, so report yours with a score.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from egspo_lightning.data.answer_formats import AnswerExtractor
 from egspo_lightning.evaluation.answer_sampling import AnswerSampling
 
 COMPETITION = AnswerSampling(num_samples=32, temperature=0.6, top_p=0.95, max_completion_length=32768)
-"""For sets of tens of problems."""
+"""For sets of fewer than a hundred problems."""
 ONCE = AnswerSampling(max_completion_length=2048)
-"""For sets of hundreds."""
+"""For larger sets."""
 
 
 class Recipe(NamedTuple):
-    """Where a published benchmark lies on the Hugging Face Hub, its columns there, and its sampling."""
+    """A published benchmark: its data set on the Hugging Face Hub, its columns there, and its sampling."""
 
     dataset: str
     sampling: AnswerSampling
@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
     answer_column: str = "answer"
     answer_extractor: AnswerExtractor = "none"
     local_extractor: AnswerExtractor = "none"
-    """For the "answer" of local files, which is bare, but for OlympiadBench's dollars."""
+    """For the "answer" of local files: a bare answer; OlympiadBench's has dollars."""
 
 
 KNOWN: dict[str, Recipe] = {

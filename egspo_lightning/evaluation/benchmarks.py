@@ -1,68 +1,66 @@
-"""The problems that models are measured on, and how their answers are sampled.
+"""Benchmarks: held-out problems with a name and the sampling of their answers.
 
-A benchmark of your own is a subclass with ``read``. Training sources are
-another thing (``egspo_lightning.data``): no loader serves both.
+A benchmark of your own is a subclass with ``read``. Benchmarks and training sources (``egspo_lightning.data``) are
+different classes, so a config cannot train on a benchmark by mistake.
 """
 
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from egspo_lightning.data.answer_formats import AnswerExtractor
-from egspo_lightning.data.json_lines import read_rows
-from egspo_lightning.data.rows import hub_rows, problem_of
+from egspo_lightning.data.reader import read_rows
+from egspo_lightning.data.rows import problem_of
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.family import ProblemFamily, Split, require_family
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.answer_sampling import GREEDY, AnswerSampling
 from egspo_lightning.evaluation.benchmark_recipes import KNOWN, Recipe
-from egspo_lightning.evaluation.problem_batches import require_different_ids
-from egspo_lightning.types import Problem
+from egspo_lightning.types import Count, NonNegativeFloat, PositiveInt, PositiveShare, Problem
 
 
 class Benchmark(ABC):
-    """Problems under a name, with the sampling by which they are answered.
+    """Problems under a name, with the sampling of their answers.
 
     Args:
         name: The name in metrics, as in "eval/NAME/avg@1"; without "/" and spaces.
-        num_samples: Answers to each problem.
-        temperature: Of sampling; 0 is greedy.
-        top_p: The probability mass that is sampled from, in (0, 1].
-        max_completion_length: Tokens of an answer at most; null for the length of the training rollouts.
+        num_samples: Answers sampled for each problem.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Sample from the smallest set of tokens with this probability mass, in (0, 1].
+        max_completion_length: Longest answer in tokens; null for the length of the training rollouts.
         limit: Only the first problems; null for all.
 
     Raises:
-        UserError: a value is out of range, or several samples are asked for greedily.
+        UserError: the name is empty or has "/" or spaces, or several samples are asked for at temperature 0.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        num_samples: int = GREEDY.num_samples,
-        temperature: float = GREEDY.temperature,
-        top_p: float = GREEDY.top_p,
-        max_completion_length: int | None = GREEDY.max_completion_length,
-        limit: int | None = None,
+        num_samples: PositiveInt = GREEDY.num_samples,
+        temperature: NonNegativeFloat = GREEDY.temperature,
+        top_p: PositiveShare = GREEDY.top_p,
+        max_completion_length: PositiveInt | None = GREEDY.max_completion_length,
+        limit: PositiveInt | None = None,
     ) -> None:
         where = f"benchmark {name!r}:"
-        named = bool(name) and "/" not in name and not any(character.isspace() for character in name)
-        require(named, f"{where} name", repr(name), 'non-empty text without "/" and spaces; it names metrics and files')
-        require(limit is None or limit >= 1, f"{where} limit", limit, "at least 1, or null for all")
-        self.name, self.limit = name, limit
+        is_name = bool(re.fullmatch(r"[^\s/]+", name))
+        allowed = 'non-empty text without "/" and spaces; it names metrics and files'
+        require(is_name, f"{where} name", repr(name), allowed)
+        self.name, self.num_samples, self.limit = name, int(num_samples), limit
         self.sampling = AnswerSampling(num_samples, temperature, top_p, max_completion_length)
-        self.sampling.require_sense(where)
-
-    @property
-    def num_samples(self) -> int:
-        """Answers to each problem."""
-        return self.sampling.num_samples
+        self.sampling.require_different_samples(where)
 
     @abstractmethod
     def read(self) -> list[Problem]:
         """All problems, in an order that never changes."""
 
     def load(self) -> list[Problem]:
-        """The problems to answer: the first ``limit`` ones.
+        """Return the problems to answer: the first ``limit`` of them.
 
         Raises:
             UserError: there are none, they cannot be read, or two have the same id.
@@ -79,10 +77,10 @@ class GeneratedBenchmark(Benchmark):
 
     Args:
         name: The name in metrics; null for the task's own.
-        split: The split; "train" tells how well the training problems are learned.
-        num_problems: How many; the first ones of a larger set are the smaller set.
-        seed: Which ones.
-        task: The family of problems; keep it equal to that of the training data.
+        split: The split; "train" measures how well the training problems are learned.
+        num_problems: Number of problems; a smaller set is the beginning of a larger one.
+        seed: Seed of the choice of problems.
+        task: The family of problems; use the same as in the training data.
 
     Raises:
         UserError: on loading, the split has fewer different problems.
@@ -92,7 +90,7 @@ class GeneratedBenchmark(Benchmark):
         self,
         name: str | None = None,
         split: Split = "test",
-        num_problems: int = 512,
+        num_problems: Count = 512,
         seed: int = 0,
         task: ProblemFamily = ArithmeticTask(),  # noqa: B008 - frozen
         **sampling: Any,
@@ -109,100 +107,65 @@ class GeneratedBenchmark(Benchmark):
         return self.task.distinct(f"benchmark/{self.seed}", self.split, self.num_problems)
 
 
-class JsonlBenchmark(Benchmark):
-    r"""A benchmark in a JSON Lines file; ``id``, ``subject`` and ``level`` are carried where rows have them.
+class DatasetBenchmark(Benchmark):
+    r"""A benchmark from a file, a local folder or the Hugging Face Hub.
+
+    A row's own ``id``, ``subject`` and ``level`` are kept.
 
     Args:
         name: The name in metrics.
-        path: The file.
-        problem_field: The field that holds the question.
-        answer_field: The field that holds the answer, or a solution that ends in it.
-        answer_extractor: How the answer is found in that field: "none" (all of it), "boxed" (the last
-            "\\boxed{}"), "gsm8k" (what follows "####") or "olympiadbench" (all of it, without "$").
+        path: A JSON Lines file, another file (.csv, .json, .parquet or .arrow), a pattern of files, a local folder,
+            or a data set's name on the Hub ("HuggingFaceH4/MATH-500").
+        config: The data set's configuration ("main"), where it has several.
+        split: The split of a data set, or a part of it ("test[:100]").
+        problem_field: The field or column that holds the question.
+        answer_field: The field or column that holds the answer, or a solution that ends in it.
+        answer_extractor: How the answer is found in that field: "none" (all of it), "boxed" (the last "\\boxed{}"),
+            "gsm8k" (the text after "####"), "framebox" (the last "\\framebox{}", "\\fbox{}" or "\\boxed{}"), "bold"
+            (the last bold text) or "olympiadbench" (all of it, without "$").
 
     Raises:
-        UserError: on loading, naming file and line: a row is malformed or has no answer.
+        UserError: on loading: the data cannot be read, a column is missing, or a row is malformed or has no answer.
     """
 
     def __init__(
         self,
         name: str,
         path: str,
+        config: str | None = None,
+        split: str = "test",
         problem_field: str = "problem",
         answer_field: str = "answer",
         answer_extractor: AnswerExtractor = "none",
         **sampling: Any,
     ) -> None:
         super().__init__(name, **sampling)
-        self.path = path
-        self.problem_field = problem_field
-        self.answer_field = answer_field
+        self.path, self.config, self.split = path, config, split
+        self.problem_field, self.answer_field = problem_field, answer_field
         self.answer_extractor: AnswerExtractor = answer_extractor
 
     def read(self) -> list[Problem]:
-        """The problems, in the order of the file."""
-        fields = (self.problem_field, self.answer_field, self.answer_extractor)
-        return [problem_of(row, where, *fields) for where, row in read_rows(self.path)]
-
-
-class HubBenchmark(Benchmark):
-    r"""A benchmark on the Hugging Face Hub, or in a local folder in its layout.
-
-    Args:
-        name: The name in metrics.
-        dataset: The data set ("HuggingFaceH4/MATH-500"), or a local folder of JSONL or Parquet files.
-        config: The data set's configuration ("main"), where it has several.
-        split: The split, or a part of it ("test[:100]").
-        problem_column: The column that holds the question.
-        answer_column: The column that holds the answer, or a solution that ends in it.
-        answer_extractor: How the answer is found in that column: "none" (all of it), "boxed" (the last
-            "\\boxed{}"), "gsm8k" (what follows "####") or "olympiadbench" (all of it, without "$").
-
-    Raises:
-        UserError: on loading: the data set cannot be loaded, lacks a column, or a row has no answer.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        dataset: str,
-        config: str | None = None,
-        split: str = "test",
-        problem_column: str = "problem",
-        answer_column: str = "answer",
-        answer_extractor: AnswerExtractor = "none",
-        **sampling: Any,
-    ) -> None:
-        super().__init__(name, **sampling)
-        self.dataset = dataset
-        self.config = config
-        self.split = split
-        self.problem_column = problem_column
-        self.answer_column = answer_column
-        self.answer_extractor: AnswerExtractor = answer_extractor
-
-    def read(self) -> list[Problem]:
-        """The problems, in the order of the data set."""
-        columns = (self.problem_column, self.answer_column)
-        rows = hub_rows(self.dataset, self.config, self.split, columns)
-        return [problem_of(row, where, *columns, self.answer_extractor) for where, row in rows]
+        """The problems, in the order of the data."""
+        fields = (self.problem_field, self.answer_field)
+        rows = read_rows(self.path, self.config, self.split, fields)
+        return [problem_of(row, where, *fields, self.answer_extractor) for where, row in rows]
 
 
 class KnownBenchmark(Benchmark):
-    """A published benchmark, by the name that papers call it, with the sampling that they use (see ``recipes``).
+    """A published benchmark under the name that papers use, with its usual sampling (see ``benchmark_recipes``).
 
     Args:
-        name: Which one; also the name in metrics.
-        path: A JSON Lines file with the same problems instead of the Hugging Face Hub; its fields are "problem" and
-            "answer", or the Hub's columns.
-        num_samples: Answers to each problem; null for as many as the field draws.
-        temperature: Of sampling; 0 is greedy; null for the field's.
-        top_p: The probability mass that is sampled from, in (0, 1]; null for the field's.
-        max_completion_length: Tokens of an answer at most; null for the field's.
+        name: The benchmark's name; also the name in metrics.
+        path: A local file or folder with the same problems; null reads the Hugging Face Hub. Its fields are "problem"
+            and "answer", or the columns of the Hub.
+        num_samples: Answers sampled for each problem; null for the usual number.
+        temperature: Sampling temperature; 0 is greedy; null for the usual value.
+        top_p: Sample from the smallest set of tokens with this probability mass; null for the usual value.
+        max_completion_length: Longest answer in tokens; null for the usual length.
         limit: Only the first problems; null for all.
 
     Raises:
-        UserError: the name is not known; on loading, as ``HubBenchmark`` and ``JsonlBenchmark`` do.
+        UserError: on loading, as ``DatasetBenchmark`` does.
     """
 
     def __init__(
@@ -210,41 +173,43 @@ class KnownBenchmark(Benchmark):
         name: Literal["math500", "gsm8k", "minerva", "olympiadbench", "aime24", "aime25", "amc23"],
         path: str | None = None,
         *,
-        num_samples: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        max_completion_length: int | None = None,
-        limit: int | None = None,
+        num_samples: PositiveInt | None = None,
+        temperature: NonNegativeFloat | None = None,
+        top_p: PositiveShare | None = None,
+        max_completion_length: PositiveInt | None = None,
+        limit: PositiveInt | None = None,
     ) -> None:
-        if name not in KNOWN:
-            raise UserError(
-                f"benchmark {name!r} is not known; known are {', '.join(KNOWN)}. "
-                "Describe others by HubBenchmark or JsonlBenchmark."
-            )
-        usual = KNOWN[name].sampling
-        super().__init__(
-            name,
-            num_samples=usual.num_samples if num_samples is None else num_samples,
-            temperature=usual.temperature if temperature is None else temperature,
-            top_p=usual.top_p if top_p is None else top_p,
-            max_completion_length=(
-                usual.max_completion_length if max_completion_length is None else max_completion_length
-            ),
-            limit=limit,
-        )
+        given = {
+            "num_samples": num_samples,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_completion_length": max_completion_length,
+        }
+        usual = asdict(KNOWN[name].sampling)
+        chosen = usual | {field: value for field, value in given.items() if value is not None}
+        super().__init__(name, **chosen, limit=limit)
         self.path = path
 
     def read(self) -> list[Problem]:
-        """The problems, in the order of the data set or file."""
+        """The problems, in the order of the data."""
         recipe = KNOWN[self.name]
-        columns = (recipe.problem_column, recipe.answer_column, recipe.answer_extractor)
-        if self.path is None:
-            return HubBenchmark(self.name, recipe.dataset, recipe.config, recipe.split, *columns).read()
-        return [problem_of(row, where, *_fields(row, recipe)) for where, row in read_rows(self.path)]
+        rows = read_rows(self.path or recipe.dataset, recipe.config, recipe.split)
+        return [problem_of(row, where, *_fields(row, recipe)) for where, row in rows]
 
 
 def _fields(row: dict[str, Any], recipe: Recipe) -> tuple[str, str, AnswerExtractor]:
-    """Where a row of a local file has problem and answer: in the Hub's columns, or in fields called so."""
+    """The fields of problem and answer in a row: the columns of the Hub, or "problem" and "answer"."""
     if recipe.problem_column in row and recipe.answer_column in row:
         return recipe.problem_column, recipe.answer_column, recipe.answer_extractor
     return "problem", "answer", recipe.local_extractor
+
+
+def require_different_ids(problems: Sequence[Problem], where: str) -> None:
+    """Refuse problems with equal ids, which name their random streams and their answers in files.
+
+    Raises:
+        UserError: two problems have the same id.
+    """
+    ((most, count),) = Counter(problem.id for problem in problems).most_common(1)
+    if count > 1:
+        raise UserError(f"{where}: {count} problems have the id {most!r}. Give each an id of its own.")

@@ -1,9 +1,7 @@
 """Cutting a benchmark into the batches that each rank answers."""
 
-from collections import Counter
 from collections.abc import Sequence
 
-from egspo_lightning.errors import UserError
 from egspo_lightning.types import Problem, ProblemBatch, Sampling
 
 
@@ -27,14 +25,3 @@ def problem_batches(
         ProblemBatch(name, list(share[i * batch_size : (i + 1) * batch_size]), num_samples, sampling)
         for i in range(num_batches)
     ]
-
-
-def require_different_ids(problems: Sequence[Problem], where: str) -> None:
-    """Refuse problems that share an id, which names their random streams and their answers in files.
-
-    Raises:
-        UserError: two have the same.
-    """
-    ((most, count),) = Counter(problem.id for problem in problems).most_common(1)
-    if count > 1:
-        raise UserError(f"{where}: {count} problems have the id {most!r}. Give each an id of its own.")

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from egspo_lightning.callbacks import Guards, StageTransition
-from egspo_lightning.data.jsonl_sources import JsonlProblems
+from egspo_lightning.data.dataset_sources import DatasetProblems
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 
@@ -131,7 +131,7 @@ def test_duplicate_problems_are_counted(guarded, tmp_path):
     others = ["10+10=?", "10+11=?"]
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(f'{{"problem": "{text}", "answer": "1"}}\n' for text in [*asked, *others]))
-    metrics, said = guarded(module=GENTLE, data={"benchmarks": [benchmark], "problems": JsonlProblems(str(path))})
+    metrics, said = guarded(module=GENTLE, data={"benchmarks": [benchmark], "problems": DatasetProblems(str(path))})
     assert metrics["duplicate_problems"] == [6, 6, 6]
     assert said.count("duplicate_problems") == 1
 

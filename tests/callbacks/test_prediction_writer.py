@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from egspo_lightning.callbacks import PredictionWriter
-from egspo_lightning.data.jsonl_sources import JsonlProblems
+from egspo_lightning.data.dataset_sources import DatasetProblems
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.answer_sampling import AnswerSampling
 
@@ -14,8 +14,8 @@ ROWS[3] = {"id": "p3", "problem": "3+4=?"}  # the user does not know
 
 
 @pytest.fixture
-def problems(tmp_path: Path) -> JsonlProblems:
-    return JsonlProblems(str(written(tmp_path, ROWS)))
+def problems(tmp_path: Path) -> DatasetProblems:
+    return DatasetProblems(str(written(tmp_path, ROWS)))
 
 
 def written(tmp_path: Path, rows: list[dict[str, str]]) -> Path:
@@ -55,14 +55,14 @@ def test_every_problem_is_answered_once_and_greedily(tiny_run, problems, tmp_pat
 
 def test_verdicts_are_given_where_there_is_a_reference(tiny_run, tmp_path):
     """A policy that has learned these sums by heart."""
-    from egspo_lightning.data.jsonl_sources import JsonlDemonstrations
+    from egspo_lightning.data.dataset_sources import DatasetDemonstrations
 
     sums = [{"id": f"s{i}", "problem": f"{i}+{i}=?", "answer": str(2 * i)} for i in range(1, 5)]
     learned = [row | {"solution": f"\\boxed{{{row['answer']}}}"} for row in sums]
-    demonstrations = JsonlDemonstrations(str(written(tmp_path, learned)))
+    demonstrations = DatasetDemonstrations(str(written(tmp_path, learned)))
     run = tiny_run(data={"demonstrations": demonstrations, "sft_batch_size": 4}, trainer={"max_epochs": 60}).fit()
     asked = [sums[0], sums[1] | {"answer": "5"}, {"id": "x", "problem": sums[2]["problem"], "answer": None}]
-    source = JsonlProblems(str(written(tmp_path, asked)))
+    source = DatasetProblems(str(written(tmp_path, asked)))
     answering = tiny_run(PredictionWriter(), data={"problems": source})
     rows = predict(answering, run.module)
     assert [(row["extracted"], row["correct"]) for row in rows] == [("2", True), ("4", False), ("6", None)]
@@ -83,11 +83,11 @@ def test_sampling_without_sense_is_refused_by_name(tiny_run, problems):
 
 
 def test_other_problems_and_other_weights_leave_earlier_answers_alone(tiny_run, tmp_path):
-    first = tiny_run(PredictionWriter(), data={"problems": JsonlProblems(str(written(tmp_path, ROWS)))})
+    first = tiny_run(PredictionWriter(), data={"problems": DatasetProblems(str(written(tmp_path, ROWS)))})
     predict(first)
     before = first.trainer.callbacks[0].path
     kept = before.read_bytes()
-    second = tiny_run(PredictionWriter(), data={"problems": JsonlProblems(str(written(tmp_path, ROWS[:2])))})
+    second = tiny_run(PredictionWriter(), data={"problems": DatasetProblems(str(written(tmp_path, ROWS[:2])))})
     assert len(predict(second)) == 2
     assert second.trainer.callbacks[0].path != before
     assert before.read_bytes() == kept
@@ -98,7 +98,7 @@ def test_a_chosen_folder_is_filled_and_not_written_over(tiny_run, tmp_path, prob
     assert len(predict(tiny_run(PredictionWriter(str(folder)), data={"problems": problems}))) == 5
     assert sorted(path.name for path in folder.iterdir()) == ["completions.jsonl", "settings.json"]
     assert len(predict(tiny_run(PredictionWriter(str(folder)), data={"problems": problems}))) == 5
-    other = JsonlProblems(str(written(tmp_path, ROWS[:2])))
+    other = DatasetProblems(str(written(tmp_path, ROWS[:2])))
     with pytest.raises(UserError, match="holds answers under other settings: num_problems, problems"):
         predict(tiny_run(PredictionWriter(str(folder)), data={"problems": other}))
 
@@ -111,10 +111,10 @@ def test_training_needs_answers(tiny_run, problems):
 def test_problems_of_one_id_are_refused(tiny_run, tmp_path):
     path = written(tmp_path, [ROWS[0], ROWS[0]])
     with pytest.raises(UserError, match=r"data\.problems: 2 problems have the id 'p0'"):
-        predict(tiny_run(PredictionWriter(), data={"problems": JsonlProblems(str(path))}))
+        predict(tiny_run(PredictionWriter(), data={"problems": DatasetProblems(str(path))}))
 
 
 def test_problems_without_end_are_refused(tiny_run):
     run = tiny_run(PredictionWriter())
-    with pytest.raises(UserError, match=r"data.problems: GeneratedProblems never ends.*JsonlProblems"):
+    with pytest.raises(UserError, match=r"data.problems: GeneratedProblems never ends.*DatasetProblems"):
         run.trainer.predict(run.module, run.data)

@@ -356,8 +356,8 @@ def test_a_data_file_that_is_not_there_is_told(config, refused, tmp_path, kind):
 
 def jsonl(kind: str, path: Path) -> Any:
     if kind == "benchmarks":
-        return [source("evaluation.benchmarks.JsonlBenchmark", name="rows", path=str(path))]
-    return source(f"data.jsonl_sources.Jsonl{kind.capitalize()}", path=str(path))
+        return [source("evaluation.benchmarks.DatasetBenchmark", name="rows", path=str(path))]
+    return source(f"data.dataset_sources.Dataset{kind.capitalize()}", path=str(path))
 
 
 @pytest.mark.parametrize("kind", ["problems", "benchmarks"])
@@ -395,7 +395,7 @@ def test_a_folder_without_a_model_is_told(config, refused, tmp_path):
 
 def test_predict_needs_a_finite_source(config, refused):
     message = refused(config, subcommand="predict")
-    for word in ("data.problems", "GeneratedProblems", "JsonlProblems"):
+    for word in ("data.problems", "GeneratedProblems", "DatasetProblems"):
         assert word in message
 
 

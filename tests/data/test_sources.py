@@ -8,10 +8,9 @@ import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
 from egspo_lightning.data.answer_formats import normalize_problem
+from egspo_lightning.data.dataset_sources import DatasetDemonstrations, DatasetProblems
 from egspo_lightning.data.generated_sources import GeneratedDemonstrations, GeneratedProblems
-from egspo_lightning.data.hub_sources import HubDemonstrations, HubProblems
-from egspo_lightning.data.json_lines import read_rows
-from egspo_lightning.data.jsonl_sources import JsonlDemonstrations, JsonlProblems
+from egspo_lightning.data.reader import read_rows
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.expressions import ExpressionTask
@@ -74,12 +73,12 @@ class TestFiniteProblems:
             Letters().draw(0, 1)
 
 
-class TestJsonlDemonstrations:
+class TestJsonLinesDemonstrations:
     def test_gsm8k_marks_are_removed_and_the_answer_boxed(self, tmp_path):
         solution = "He sold 48/2 = <<48/2=24>>24.\nIn all $<<1000+80=1080>>1,080.\n#### 1,080"
         path = write(tmp_path / "a.jsonl", {"problem": "How many?", "solution": solution})
         for solution_format in ("auto", "gsm8k"):
-            (demonstration,) = JsonlDemonstrations(path, solution_format=solution_format).load()
+            (demonstration,) = DatasetDemonstrations(path, solution_format=solution_format).load()
             assert demonstration.solution == "He sold 48/2 = 24.\nIn all $1,080.\n\\boxed{1080}"
             assert demonstration.id == "a.jsonl:1"
 
@@ -89,7 +88,7 @@ class TestJsonlDemonstrations:
             {"problem": "p", "solution": "So it is two.", "answer": "$2$"},
             {"problem": "p", "solution": "So it is three.", "answer": 3},
         ]
-        loaded = JsonlDemonstrations(write(tmp_path / "a.jsonl", *rows)).load()
+        loaded = DatasetDemonstrations(write(tmp_path / "a.jsonl", *rows)).load()
         assert [d.solution for d in loaded] == [
             "So \\boxed{\\frac{1}{2}}.",
             "So it is two.\n\\boxed{2}",
@@ -115,50 +114,48 @@ class TestJsonlDemonstrations:
             {"problem": "p", **row},
         )
         with pytest.raises(UserError, match=r"b\.jsonl:2: a demonstration must end in its answer"):
-            JsonlDemonstrations(path, solution_format=solution_format).load()
+            DatasetDemonstrations(path, solution_format=solution_format).load()
 
     def test_other_field_names_and_a_limit(self, tmp_path):
         rows = [{"question": f"q{i}", "response": f"\\boxed{{{i}}}"} for i in range(5)]
         path = write(tmp_path / "a.jsonl", *rows)
-        loaded = JsonlDemonstrations(path, "question", "response", limit=2).load()
+        loaded = DatasetDemonstrations(path, problem_field="question", solution_field="response", limit=2).load()
         assert [d.problem for d in loaded] == ["q0", "q1"]
         with pytest.raises(UserError, match=r"a\.jsonl:1: field 'problem'.*question, response"):
-            JsonlDemonstrations(path).load()
-        with pytest.raises(UserError, match="limit must be at least 1"):
-            JsonlDemonstrations(path, "question", "response", limit=0).load()
+            DatasetDemonstrations(path).load()
 
-    def test_an_unknown_format_is_refused(self, tmp_path):
-        path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": "s"})
-        with pytest.raises(UserError, match="solution_format"):
-            JsonlDemonstrations(path, solution_format="latex").load()  # type: ignore[arg-type]
+    def test_a_solution_field_called_answer_is_not_its_own_answer(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": "So it is two."})
+        with pytest.raises(UserError, match="neither the solution nor an answer field gives the answer"):
+            DatasetDemonstrations(path, solution_field="answer").load()
 
     def test_a_missing_file_is_told(self, tmp_path):
         with pytest.raises(UserError, match="no such file"):
-            JsonlDemonstrations(str(tmp_path / "none.jsonl")).load()
+            DatasetDemonstrations(str(tmp_path / "none.jsonl")).load()
 
 
-class TestJsonlProblems:
+class TestJsonLinesProblems:
     def test_subject_and_level_are_carried(self, tmp_path):
         path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": 7, "subject": "Algebra", "level": 3})
-        assert JsonlProblems(path).load() == [Problem("a.jsonl:1", "p", "7", "Algebra", "3")]
+        assert DatasetProblems(path).load() == [Problem("a.jsonl:1", "p", "7", "Algebra", "3")]
 
     def test_a_problem_without_an_answer_is_refused_with_its_line(self, tmp_path):
         path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": "1"}, {"problem": "p"})
         with pytest.raises(UserError, match=r"a\.jsonl:2: field 'answer'"):
-            JsonlProblems(path).prepare(0, frozenset())
+            DatasetProblems(path).prepare(0, frozenset())
 
     @pytest.mark.parametrize(("extractor", "answer"), [("boxed", "\\frac{1}{2}"), ("gsm8k", "1080"), ("none", None)])
     def test_answers_come_out_of_solutions(self, tmp_path, extractor, answer):
         solution = "\\boxed{1} and then \\boxed{\\frac{1}{2}}\n#### 1,080"
         path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": solution})
-        (problem,) = JsonlProblems(path, answer_field="solution", answer_extractor=extractor).load()
+        (problem,) = DatasetProblems(path, answer_field="solution", answer_extractor=extractor).load()
         assert problem.answer == (answer or solution)
 
     @pytest.mark.parametrize("extractor", ["boxed", "gsm8k"])
     def test_a_solution_without_an_answer_is_refused_with_its_line(self, tmp_path, extractor):
         path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": "unfinished \\boxed{1 ####"})
         with pytest.raises(UserError, match=rf"a\.jsonl:1: answer_extractor='{extractor}' finds no answer"):
-            JsonlProblems(path, answer_extractor=extractor).load()
+            DatasetProblems(path, answer_extractor=extractor).load()
 
 
 class TestHub:
@@ -179,41 +176,92 @@ class TestHub:
         return str(folder)
 
     def test_problems_and_demonstrations_of_a_local_folder(self, folder):
-        arguments = {"problem_column": "question", "limit": 2}
-        problems = HubProblems(folder, answer_extractor="gsm8k", **arguments).load()
+        arguments = {"problem_field": "question", "limit": 2}
+        problems = DatasetProblems(folder, answer_extractor="gsm8k", **arguments).load()
         assert problems == [Problem("sums:train:0", "1+1?", "2"), Problem("sums:train:1", "2+2?", "4")]
-        demonstrations = HubDemonstrations(folder, solution_column="answer", **arguments).load()
+        demonstrations = DatasetDemonstrations(folder, solution_field="answer", **arguments).load()
         assert [d.solution for d in demonstrations] == ["1+1=2\n\\boxed{2}", "2+2=4\n\\boxed{4}"]
 
     def test_files_by_type(self, folder):
-        source = HubProblems(
-            "json", data_files=f"{folder}/train.jsonl", problem_column="question", answer_extractor="gsm8k"
-        )
+        rows = [row for _, row in read_rows(f"{folder}/train.jsonl")]
+        Path(folder, "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        arguments = {"problem_field": "question", "answer_extractor": "gsm8k"}
+        source = DatasetProblems(f"{folder}/rows.json", **arguments)
         assert source.prepare(0, frozenset({"1+1?"})) == 1
         assert sorted(p.answer for p in source.draw(0, 2)) == ["4", "6"]
+        part = DatasetProblems(f"{folder}/rows.json", split="test[1:]", **arguments).load()
+        assert [(p.id, p.answer) for p in part] == [("rows.json:test[1:]:0", "4"), ("rows.json:test[1:]:1", "6")]
 
     def test_parquet(self, tmp_path):
         import datasets
 
         (tmp_path / "p").mkdir()
         datasets.Dataset.from_dict({"problem": ["1+1?"], "answer": ["2"]}).to_parquet(tmp_path / "p" / "test.parquet")
-        assert HubProblems(str(tmp_path / "p"), split="test").load() == [Problem("p:test:0", "1+1?", "2")]
+        assert DatasetProblems(str(tmp_path / "p"), split="test").load() == [Problem("p:test:0", "1+1?", "2")]
+
+    def test_patterns(self, tmp_path):
+        import datasets
+
+        for i in (2, 1):
+            datasets.Dataset.from_dict({"problem": [f"{i}?"], "answer": [i]}).to_parquet(tmp_path / f"{i}.parquet")
+            write(tmp_path / f"{i}.jsonl", {"problem": f"{i}?", "answer": i})
+        lines, tables = (DatasetProblems(f"{tmp_path}/*.{suffix}").load() for suffix in ("jsonl", "parquet"))
+        assert [p.id for p in lines] == ["1.jsonl:1", "2.jsonl:1"]
+        assert [p[1:] for p in lines] == [p[1:] for p in tables] == [("1?", "1", "", ""), ("2?", "2", "", "")]
+
+    def test_folders_that_were_saved_to_disk(self, tmp_path):
+        import datasets
+
+        one = datasets.Dataset.from_dict({"problem": ["1+1?", "2+2?"], "answer": ["2", "4"]})
+        one.save_to_disk(tmp_path / "one")
+        datasets.DatasetDict(train=one.select([1]), test=one).save_to_disk(tmp_path / "two")
+        assert [p.answer for p in DatasetProblems(str(tmp_path / "one")).load()] == ["2", "4"]
+        assert [p.answer for p in DatasetProblems(str(tmp_path / "two")).load()] == ["4"]
+        assert [p.answer for p in DatasetProblems(str(tmp_path / "two"), split="test[:1]").load()] == ["2"]
+
+    def test_csv_keeps_the_digits_and_names_the_line(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text('problem,answer,level\n"Two\nlines?",007,\nHow much?,1.10,3\n', encoding="utf-8-sig")
+        assert DatasetProblems(str(path)).load() == [
+            Problem("a.csv:3", "Two\nlines?", "007"),
+            Problem("a.csv:4", "How much?", "1.10", level="3"),
+        ]
+        path.write_text("problem,answer\n1?,1\n2?\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"a\.csv:3: field 'answer' must be non-empty text, got None"):
+            DatasetProblems(str(path)).load()
+        path.write_bytes(b"problem,answer\n\xff?,1\n")
+        with pytest.raises(UserError, match=r"a\.csv:\d+: not valid CSV in UTF-8"):
+            DatasetProblems(str(path)).load()
+
+    def test_a_missing_file_is_told(self, tmp_path):
+        for suffix in ("csv", "jsonl"):
+            with pytest.raises(UserError, match=rf"none\.{suffix}: no such file"):
+                DatasetProblems(str(tmp_path / f"none.{suffix}")).load()
+        with pytest.raises(UserError, match=r"none\.parquet'.*could not be loaded.*none\.parquet"):
+            DatasetProblems(str(tmp_path / "none.parquet")).load()
+
+    def test_nul_in_a_table_is_refused_with_its_row(self, tmp_path):
+        (tmp_path / "a.json").write_text(json.dumps([{"problem": "1?", "answer": ["1", "\0"]}]), encoding="utf-8")
+        with pytest.raises(UserError, match=r"a\.json:train:0: field 'answer' holds the character NUL"):
+            DatasetProblems(str(tmp_path / "a.json")).load()
 
     def test_an_unknown_column_is_refused_with_those_there_are(self, folder):
         with pytest.raises(UserError, match=r"no column 'problem'.*Its columns are question, answer"):
-            HubProblems(folder).load()
+            DatasetProblems(folder).load()
         with pytest.raises(UserError, match="no column 'final'"):
-            HubDemonstrations(folder, problem_column="question", solution_column="answer", answer_column="final").load()
+            DatasetDemonstrations(folder, problem_field="question", solution_field="final").load()
+        with pytest.raises(UserError, match="no column 'final'"):
+            DatasetProblems(folder, problem_field="question", answer_field="final").load()
 
     def test_a_row_without_an_answer_is_named(self, folder):
         with pytest.raises(UserError, match="sums:train:0: answer_extractor='boxed'"):
-            HubProblems(folder, problem_column="question", answer_extractor="boxed").load()
+            DatasetProblems(folder, problem_field="question", answer_extractor="boxed").load()
 
     def test_an_unknown_split_or_folder_is_told_with_a_remedy(self, folder, tmp_path):
         with pytest.raises(UserError, match=r"split 'dev'.*could not be loaded"):
-            HubProblems(folder, split="dev").load()
+            DatasetProblems(folder, split="dev").load()
         with pytest.raises(UserError, match=r"nothing-here'.*could not be loaded.*local folder"):
-            HubProblems(str(tmp_path / "nothing-here")).load()
+            DatasetProblems(str(tmp_path / "nothing-here")).load()
 
     def test_no_network_is_told_with_a_remedy(self, monkeypatch):
         import datasets
@@ -223,7 +271,7 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset", refuse)
         with pytest.raises(UserError, match=r"'openai/gsm8k'.*Couldn't reach.*Without a network, download it"):
-            HubProblems("openai/gsm8k", "main").load()
+            DatasetProblems("openai/gsm8k", "main").load()
 
 
 TASKS = "egspo_lightning.data.tasks"
@@ -241,11 +289,13 @@ class TestConfig:
             (ProblemSource, "generated_sources.GeneratedProblems",
              {"task": {"class_path": f"{TASKS}.expressions.ExpressionTask", "init_args": {"num_operators": 3}}},
              GeneratedProblems(ExpressionTask(num_operators=3))),
-            (DemonstrationSource, "jsonl_sources.JsonlDemonstrations", {"path": "a", "solution_format": "gsm8k"},
-             JsonlDemonstrations("a", solution_format="gsm8k")),
-            (ProblemSource, "jsonl_sources.JsonlProblems", {"path": "a", "limit": 5}, JsonlProblems("a", limit=5)),
-            (DemonstrationSource, "hub_sources.HubDemonstrations", {"name": "n"}, HubDemonstrations("n")),
-            (ProblemSource, "hub_sources.HubProblems", {"name": "n", "config": "main"}, HubProblems("n", "main")),
+            (DemonstrationSource, "dataset_sources.DatasetDemonstrations", {"path": "a", "solution_format": "gsm8k"},
+             DatasetDemonstrations("a", solution_format="gsm8k")),
+            (ProblemSource, "dataset_sources.DatasetProblems", {"path": "a", "limit": 5},
+             DatasetProblems("a", limit=5)),
+            (DemonstrationSource, "dataset_sources.DatasetDemonstrations", {"path": "n"}, DatasetDemonstrations("n")),
+            (ProblemSource, "dataset_sources.DatasetProblems", {"path": "n", "config": "main"},
+             DatasetProblems("n", "main")),
         ],
     )  # fmt: skip
     def test_sources_are_config_values(self, kind, class_path, init_args, expected):
@@ -254,21 +304,28 @@ class TestConfig:
         value = {"class_path": f"egspo_lightning.data.{class_path}", "init_args": init_args}
         assert parser.instantiate(parser.parse_object({"source": value})).source == expected
 
-    def test_a_misspelt_option_is_refused(self):
+    @pytest.mark.parametrize(
+        ("kind", "name", "init_args", "message"),
+        [
+            (ProblemSource, "DatasetProblems", {"limits": 5}, "limits"),
+            (ProblemSource, "DatasetProblems", {"limit": 0}, "limit"),
+            (ProblemSource, "DatasetProblems", {"answer_extractor": "last"}, "none.*boxed.*gsm8k.*olympiadbench.*last"),
+            (DemonstrationSource, "DatasetDemonstrations", {"limit": 0}, "limit"),
+            (DemonstrationSource, "DatasetDemonstrations", {"solution_format": "latex"}, "auto.*boxed.*plain.*latex"),
+        ],
+    )
+    def test_what_does_not_exist_or_is_out_of_range_is_refused(self, kind, name, init_args, message):
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--source", type=ProblemSource)
-        value = {
-            "class_path": "egspo_lightning.data.jsonl_sources.JsonlProblems",
-            "init_args": {"path": "a", "limits": 5},
-        }
-        with pytest.raises(ArgumentError, match="limits"):
+        parser.add_argument("--source", type=kind)
+        value = {"class_path": f"egspo_lightning.data.dataset_sources.{name}", "init_args": {"path": "a"} | init_args}
+        with pytest.raises(ArgumentError, match=f"(?s){message}"):
             parser.parse_object({"source": value})
 
 
 class TestRealFiles:
     def test_gsm8k_demonstrations(self):
         path = shared("gsm8k_train.jsonl")
-        demonstrations = JsonlDemonstrations(path).load()
+        demonstrations = DatasetDemonstrations(path).load()
         answers = [row["answer"].replace(",", "") for _, row in read_rows(path)]
         assert len(demonstrations) == 7473
         assert [extract_boxed(d.solution) for d in demonstrations] == answers
@@ -276,22 +333,22 @@ class TestRealFiles:
 
     def test_math_demonstrations_are_left_as_they_are(self):
         path = shared("math_demos.jsonl")
-        demonstrations = JsonlDemonstrations(path).load()
+        demonstrations = DatasetDemonstrations(path).load()
         solutions = [row["solution"].strip() for _, row in read_rows(path)]
         assert [d.solution for d in demonstrations] == solutions
         assert all(extract_boxed(d.solution) for d in demonstrations)
 
     def test_olympiad_answers_are_appended_without_dollars(self):
-        demonstrations = JsonlDemonstrations(shared("olympiadbench.jsonl")).load()
+        demonstrations = DatasetDemonstrations(shared("olympiadbench.jsonl")).load()
         answers = [extract_boxed(d.solution) for d in demonstrations]
         assert len(answers) == 675
         assert all(answers)
         assert not any(re.fullmatch(r"\$[^$]*\$", answer) for answer in answers if answer)
 
     def test_training_on_math_drops_the_problems_of_math500(self):
-        benchmark = JsonlProblems(shared("math500.jsonl")).load()
+        benchmark = DatasetProblems(shared("math500.jsonl")).load()
         excluded = frozenset(normalize_problem(p.problem) for p in benchmark)
-        leaky = JsonlProblems(shared("math500.jsonl"), limit=500)
+        leaky = DatasetProblems(shared("math500.jsonl"), limit=500)
         with pytest.raises(UserError, match="500 were loaded, and 500 of them"):
             leaky.prepare(0, excluded)
-        assert JsonlProblems(shared("math_demos.jsonl")).prepare(0, excluded) < 20
+        assert DatasetProblems(shared("math_demos.jsonl")).prepare(0, excluded) < 20

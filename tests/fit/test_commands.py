@@ -106,7 +106,7 @@ def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path
     problems.write_text("\n".join(json.dumps(row) for row in rows))
     command = ["predict", *measuring(folder), f"--trainer.default_root_dir={tmp_path}"]
     command += [
-        "--data.problems=egspo_lightning.data.jsonl_sources.JsonlProblems",
+        "--data.problems=egspo_lightning.data.dataset_sources.DatasetProblems",
         f"--data.problems.init_args.path={problems}",
     ]
     for sampling in ([], ["--data.predict_sampling.num_samples=2", "--data.predict_sampling.temperature=0.8"]):

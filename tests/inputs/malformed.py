@@ -201,9 +201,9 @@ def rows(name: str, content: bytes, *words: str, kind: str = "demonstrations") -
 def use_rows(run: Any, kind: str = "demonstrations") -> None:
     path = str(run.folder / "rows.jsonl")
     if kind == "benchmarks":
-        run.put("data.benchmarks", [source("evaluation.benchmarks.JsonlBenchmark", name="rows", path=path)])
+        run.put("data.benchmarks", [source("evaluation.benchmarks.DatasetBenchmark", name="rows", path=path)])
     else:
-        run.put(f"data.{kind}", source(f"data.jsonl_sources.Jsonl{kind.capitalize()}", path=path))
+        run.put(f"data.{kind}", source(f"data.dataset_sources.Dataset{kind.capitalize()}", path=path))
 
 
 rows("broken_json", GOOD + b'{"problem": \n', "rows.jsonl:2", "not valid JSON")
@@ -223,7 +223,7 @@ rows("nan_for_an_answer", GOOD.replace(b'"2"', b"NaN"), "rows.jsonl:1", "'answer
 rows("huge_integer", GOOD.replace(b'"2"', b"9" * 5000), "rows.jsonl:1", "digits", kind="problems")
 rows("deeply_nested", b"[" * 200_000 + b"\n", "rows.jsonl:1", "nested")
 rows("empty_file", b"", "data.demonstrations", "none")
-rows("empty_problems", b"\n\n", "JsonlProblems", "0 were loaded", kind="problems")
+rows("empty_problems", b"\n\n", "DatasetProblems", "0 were loaded", kind="problems")
 rows("empty_benchmark", b"", "rows", kind="benchmarks")
 rows("answer_that_is_blank", GOOD.replace(b'"2"', b'"  "'), "rows.jsonl:1", "'answer'", kind="benchmarks")
 rows("gzip_named_jsonl", gzip.compress(GOOD), "rows.jsonl", "gzip")
@@ -232,7 +232,7 @@ rows("same_id_twice", 2 * GOOD.replace(b"{", b'{"id": "a", ', 1), "'a'", kind="b
 
 @case("nowhere.jsonl", "no such file")
 def data_file_that_is_not_there(run):
-    run.put("data.problems", source("data.jsonl_sources.JsonlProblems", path="nowhere.jsonl"))
+    run.put("data.problems", source("data.dataset_sources.DatasetProblems", path="nowhere.jsonl"))
 
 
 @case("rows.jsonl", "folder")
@@ -250,7 +250,7 @@ def demonstrations_that_a_benchmark_asks(run):
 
 @case("some/dataset", "path of a local folder")
 def hub_data_without_a_network(run):
-    run.put("data.problems", source("data.hub_sources.HubProblems", name="some/dataset"))
+    run.put("data.problems", source("data.dataset_sources.DatasetProblems", path="some/dataset"))
 
 
 # Model folders

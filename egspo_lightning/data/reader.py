@@ -1,0 +1,143 @@
+"""Reader of rows: JSON Lines, CSV, JSON, Parquet and Arrow files, and data sets of the Hugging Face Hub."""
+
+import csv
+import json
+import re
+from collections.abc import Collection, Iterator
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from egspo_lightning.errors import UserError
+
+Row = tuple[str, dict[str, Any]]
+"""The place of a row ("data/train.jsonl:12", "openai/gsm8k:train:11"), for errors, and its fields."""
+
+GZIP = b"\x1f\x8b"
+"""The first bytes of a gzip file."""
+_BUILDERS = {".jsonl": "json", ".csv": "csv", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+"""File suffix to the builder of the datasets library."""
+
+
+def read_rows(
+    path: str, config: str | None = None, split: str = "train", columns: Collection[str] = ()
+) -> Iterator[Row]:
+    """Yield the rows of a file, a local folder or a data set of the Hub.
+
+    JSON Lines and CSV files are read line by line: errors name the line, and CSV numbers keep their digits. The
+    ``datasets`` library reads everything else.
+
+    Args:
+        path: A file (.jsonl, .csv, .json, .parquet or .arrow), a pattern of files ("parts/*.parquet"), a local folder
+            of files, a folder written by ``save_to_disk``, or a data set's name on the Hub. A file with another suffix
+            is read as JSON Lines.
+        config: The configuration of a data set that has several.
+        split: The split of the data set, or a part of it ("train[:1000]"). JSON Lines and CSV files have no splits.
+        columns: The columns that a data set must have. Rows of JSON Lines and CSV files are not checked.
+
+    Raises:
+        UserError: the rows cannot be read, a line is malformed, a column is missing, or a text holds NUL or half of a
+            surrogate pair, which neither tokenizers nor JSON files take.
+    """
+    suffix, is_file = Path(path).suffix, Path(path).is_file()
+    is_lines = suffix in (".jsonl", ".csv") or (is_file and suffix not in _BUILDERS)
+    if is_lines and not Path(path).is_dir() and "://" not in path:
+        read_lines = _csv_rows if suffix == ".csv" else _json_lines
+        rows = (row for file in sorted(glob(path)) or [path] for row in read_lines(Path(file)))
+    else:
+        rows = _dataset_rows(path, config, split, columns)
+    for where, row in rows:
+        for field, value in row.items():
+            for text in value if isinstance(value, list) else [value]:
+                _require_storable(text, field, where)
+        yield where, row
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    """One row for each line that is not empty; the first line is number 1."""
+    _require_file(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith(GZIP):
+                raise UserError(f"{path}: compressed with gzip. Unpack it first: gunzip < {path.name} > rows.jsonl")
+            if line.strip():
+                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start}). Re-encode it.") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply. One JSON object a line is expected.") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}). One JSON object a line is expected.") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON object is expected, got {type(row).__name__}.")
+    return row
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """One row for each record; the first line names the fields, and all values are texts."""
+    _require_file(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey="values without a field")
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV in UTF-8 ({error}).") from None
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Give the path of a file, a folder, or a data set's name on the Hub.")
+
+
+def _dataset_rows(path: str, config: str | None, split: str, columns: Collection[str]) -> Iterator[Row]:
+    """The rows of a data set, counted from 0 as in the viewer of the Hub."""
+    try:
+        table = _load_dataset(path, config, split)
+    except Exception as error:  # the library raises whatever its file systems and HTTP clients raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"data set {path!r} (config {config!r}, split {split!r}) could not be loaded: {reason} "
+            "Check its name, config and split. Without a network, download it beforehand and give the path of a "
+            "local folder or file."
+        ) from error
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise UserError(
+            f"data set {path!r} (split {split!r}) has no column {', '.join(map(repr, missing))}. "
+            f"Its columns are {', '.join(table.column_names)}."
+        )
+    for number, row in enumerate(table):
+        yield f"{path}:{split}:{number}", row
+
+
+def _load_dataset(path: str, config: str | None, split: str) -> Any:
+    import datasets
+
+    split_name = re.split(r"[\[+]", split)[0]
+    folder = Path(path, split_name) if Path(path, "dataset_dict.json").is_file() else Path(path)
+    if (folder / "state.json").is_file():  # written by save_to_disk, which load_dataset refuses
+        return datasets.load_dataset("arrow", data_files={split_name: f"{folder}/*.arrow"}, split=split)
+    builder = None if folder.is_dir() else _BUILDERS.get(folder.suffix)
+    if builder is not None:
+        return datasets.load_dataset(builder, data_files={split_name: path}, split=split)
+    return datasets.load_dataset(path, config, split=split)
+
+
+def _require_storable(value: Any, field: str, where: str) -> None:
+    """Refuse a text that JSON allows, but neither tokenizers nor files of records take."""
+    if not isinstance(value, str):
+        return
+    if "\0" in value:
+        raise UserError(f"{where}: field {field!r} holds the character NUL (\\u0000). Remove it.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: field {field!r} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}), which is no "
+            "character. Remove it."
+        ) from None
