@@ -101,19 +101,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        require_sampling(self.max_completion_length, self.temperature, self.top_p)
-
-
-def require_sampling(max_completion_length: int, temperature: float, top_p: float, where: str = "") -> None:
-    """Refuse what cannot be sampled; ``where`` begins the message.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-    where = f"{where} " if where else ""
-    require(max_completion_length >= 1, f"{where}max_completion_length", max_completion_length, "at least 1")
-    require(temperature >= 0, f"{where}temperature", temperature, "at least 0 (0 is greedy)")
-    require(0 < top_p <= 1, f"{where}top_p", top_p, "in (0, 1]")
+        require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "at least 1")
+        require(self.temperature >= 0, "temperature", self.temperature, "at least 0 (0 is greedy)")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
 
 
 class ProblemBatch(NamedTuple):

@@ -108,7 +108,7 @@ def test_ops_import_torch_alone(path):
 TEXT = [
     *files_of("rewards", "errors"),
     *(PACKAGE / "data" / "tasks").glob("*.py"),
-    *(PACKAGE / "data" / f"{name}.py" for name in ("answer_formats", "rows", "json_lines")),
+    *(PACKAGE / "data" / f"{name}.py" for name in ("answer_formats", "rows", "reader")),
 ]
 
 

@@ -3,8 +3,9 @@
 import csv
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ def read_rows(
         UserError: the rows cannot be read, a line is malformed, a column is missing, or a text holds NUL or half of a
             surrogate pair, which neither tokenizers nor JSON files take.
     """
+    rows: Iterable[Row]
     suffix, is_file = Path(path).suffix, Path(path).is_file()
     is_lines = suffix in (".jsonl", ".csv") or (is_file and suffix not in _BUILDERS)
     if is_lines and not Path(path).is_dir() and "://" not in path:
         read_lines = _csv_rows if suffix == ".csv" else _json_lines
-        rows = (row for file in sorted(glob(path)) or [path] for row in read_lines(Path(file)))
+        rows = chain.from_iterable(read_lines(Path(file)) for file in sorted(glob(path)) or [path])
     else:
         rows = _dataset_rows(path, config, split, columns)
     for where, row in rows:
