@@ -1,1 +1,1 @@
-"""Reading what a run has recorded of its tokens: as data frames, as plots, as colored text."""
+"""Analysis of token records: data frames, plots and colored completions."""

@@ -1,4 +1,4 @@
-"""``python -m egspo_lightning.analysis RUN --html out.html``: a run's completions, colored, as a page."""
+"""``python -m egspo_lightning.analysis RUN --html out.html``: writes a page of a run's colored completions."""
 
 import argparse
 import sys
@@ -11,12 +11,14 @@ from egspo_lightning.errors import UserError
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake ends with one message and exit code 2."""
+    """Run the command line; a UserError prints one message and exits with code 2."""
     parser = argparse.ArgumentParser(prog="python -m egspo_lightning.analysis", description=__doc__)
-    parser.add_argument("run", type=Path, help="the log folder, as in logs/lightning_logs/version_0")
-    parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="where to write the page")
-    parser.add_argument("--collection", type=int, help="the only collection to show; by default all")
-    parser.add_argument("--max_completions", type=int, default=200, help="the latest so many (default: %(default)s)")
+    parser.add_argument("run", type=Path, help="log folder, such as logs/lightning_logs/version_0")
+    parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="the page to write")
+    parser.add_argument("--collection", type=int, help="number of the only rollout batch to show; by default all")
+    parser.add_argument(
+        "--max_completions", type=int, default=200, help="limit, the latest first (default: %(default)s)"
+    )
     options = parser.parse_args(args)
     try:
         write_page(options.run, options.html, collection=options.collection, max_completions=options.max_completions)
@@ -30,7 +32,7 @@ def write_page(run: Path, target: Path, *, collection: int | None, max_completio
     """Write the page of a run.
 
     Raises:
-        UserError: the run cannot be read, or the file not be written
+        UserError: the run cannot be read, or the file cannot be written
     """
     colored = ColoredCompletions(load(run), collection=collection, max_completions=max_completions)
     try:

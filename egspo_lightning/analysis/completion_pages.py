@@ -1,7 +1,7 @@
-"""Completions with each token colored by its entropy, as HTML without a line of script.
+"""Colored completions: HTML pages, without scripts, that color each token by its entropy.
 
-Text of models and data sets is hostile until shown otherwise: it is made visible (``text.visible``), then escaped, and
-the page forbids scripts and everything from elsewhere.
+Text of models and data sets may be hostile. ``token_text.visible`` replaces control characters, then the text is
+escaped, and the page's content security policy forbids scripts and external content.
 """
 
 import math
@@ -36,7 +36,7 @@ STYLE = """
  border-radius:4px;pointer-events:none}
 """
 DARKEST = 0.85
-"""Opacity of the highest entropy's background; dark text on it keeps a contrast above 5 to 1."""
+"""Background opacity of the highest entropy; dark text on it keeps a contrast above 5 to 1."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -51,32 +51,27 @@ _SHOWN = {
     "entropy_after": ("entropy after update", "nats"),
     "reward": ("reward", ""),
 }
-"""Column to the name and unit of its line in the box that opens over a token."""
+"""Column to name and unit, for the box that opens over a token."""
 
 
 class ColoredCompletions:
-    """Completions, colored: in a notebook by being the value of a cell, elsewhere by ``page``.
+    """Completions as HTML: a notebook shows the object itself, ``page`` makes a page.
 
-    The background is the entropy, from none at 0 to full at ``most`` nats; tokens that the gate let through whole are
-    underlined; the pointer on a token opens all that is recorded of it.
+    The background shows the entropy, from transparent at 0 to full color at ``most`` nats. High-entropy tokens, which
+    take the full update, are underlined. Hovering over a token opens its recorded values.
 
     Args:
-        records: of one run, or of several
-        collection: number of the only collection to show; by default all
-        max_completions: as many are shown at most, the latest collections first
-        most: entropy from which on the color is full, nats; by default 99 % of the tokens shown stay below it
+        records: records of one or several runs
+        collection: number of the only rollout batch to show; by default all
+        max_completions: limit of the completions shown; the latest rollout batches come first
+        most: entropy of the full color, nats; by default the 99 % quantile of the tokens shown
 
     Raises:
         UserError: there is nothing to show
     """
 
     def __init__(
-        self,
-        records: Records,
-        *,
-        collection: int | None = None,
-        max_completions: int = 8,
-        most: float | None = None,
+        self, records: Records, *, collection: int | None = None, max_completions: int = 8, most: float | None = None
     ) -> None:
         require(max_completions >= 1, "max_completions", max_completions, "at least 1")
         completions = records.completions
@@ -86,7 +81,7 @@ class ColoredCompletions:
             require(collection in known, "collection", collection, allowed)
             completions = completions[completions["collection"] == collection]
         if completions.empty:
-            raise UserError("There are no completions to show. Was the frame filtered by something that no row has?")
+            raise UserError("There are no completions to show. Did a filter remove all of them?")
         latest_first = completions.sort_values("collection", ascending=False, kind="stable")
         self.completions = latest_first.head(max_completions)
         keys = ["run", "completion_id"]
@@ -94,34 +89,34 @@ class ColoredCompletions:
         self.most = most or max(float(self.tokens["entropy"].quantile(0.99)), 1e-3)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """HTML for notebooks."""
         return f"<style>{STYLE}</style><div class='egspo'>{self._key()}{''.join(self._sections())}</div>"
 
     def page(self, title: str) -> str:
-        """A page that stands by itself."""
+        """Make a complete HTML page."""
         numbers = self.completions["collection"].unique().tolist()
         links = "".join(f'<a href="#c{number}">{number}</a>' for number in numbers)
         return (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_safe(title)}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-            f'<body><main class="egspo"><h1>{_safe(title)}</h1>{self._key()}<nav>Collections: {links}</nav>'
+            f'<body><main class="egspo"><h1>{_safe(title)}</h1>{self._key()}<nav>Rollout batches: {links}</nav>'
             f"{''.join(self._sections())}</main></body></html>"
         )
 
     def _key(self) -> str:
         return (
             f'<div class="key"><span>entropy 0<span class="bar"></span>{self.most:.2f} nats and more</span>'
-            '<span><span class="t high" style="--h:0">underlined</span>: let through whole by the gate</span>'
-            f"<span>{len(self.completions)} completions, {len(self.tokens):,} tokens; point at one</span></div>"
+            '<span><span class="t high" style="--h:0">underlined</span>: high entropy, full update</span>'
+            f"<span>{len(self.completions)} completions, {len(self.tokens):,} tokens; hover over one</span></div>"
         )
 
     def _sections(self) -> Iterator[str]:
-        """The completions of each collection, under its heading."""
+        """The completions of each rollout batch, under its heading."""
         several = self.completions["run"].nunique() > 1
         tokens = dict(list(self.tokens.groupby(["run", "completion_id"], sort=False)))
         for (number, run), part in self.completions.groupby(["collection", "run"], sort=False):
-            yield f'<h2 id="c{number}">Collection {number}{_safe(f" of {run}") if several else ""}</h2>'
+            yield f'<h2 id="c{number}">Rollout batch {number}{_safe(f" of {run}") if several else ""}</h2>'
             for completion in part.to_dict("records"):
                 rows = tokens.get((run, completion["completion_id"]))
                 yield self._article(completion, [] if rows is None else rows.to_dict("records"))
@@ -133,7 +128,7 @@ class ColoredCompletions:
         facts = {
             "problem": completion["problem"],
             "answer": extracted if isinstance(extracted, str) else "none found",  # pandas has NaN for null
-            "reference": completion["gold"],
+            "gold answer": completion["gold"],
             "verdict": f"{verdict}, reward {completion['reward']:g}, {completion['length']} tokens{cut}",
         }
         head = "".join(f'<div><dt>{key}</dt><dd dir="auto">{_safe(text)}</dd></div>' for key, text in facts.items())
@@ -148,7 +143,7 @@ class ColoredCompletions:
 
 
 def _values(token: dict[str, Any]) -> str:
-    """All that is recorded of a token, a line each; visible, but not escaped."""
+    """Recorded values of a token, one a line, with control characters replaced but not escaped."""
     gate = "high: full update" if token["is_high_entropy"] else "low: attenuated"
     lines = [
         f"token \u201c{visible(token['token'], spaces=True)}\u201d, id {token['token_id']}",
@@ -165,5 +160,5 @@ def _number(value: float) -> str:
 
 
 def _safe(text: str) -> str:
-    """Text as text, also within a quoted attribute; a line end is a sign and a line end."""
+    """Escape text, also for quoted attributes; a line end becomes a printable sign and a line end."""
     return escape(visible(text).replace("\u240a", "\u240a\n"), quote=True)

@@ -1,29 +1,29 @@
-"""Means with intervals that know that the tokens of a completion belong together."""
+"""Means over tokens with confidence intervals clustered by completion."""
 
 import pandas as pd
 
 NORMAL_95 = 1.959964
-"""Half the width of a normal distribution's central 95 %, in standard deviations."""
+"""Half width of a normal distribution's central 95 %, in standard deviations."""
 
 
 def means(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     """Mean of ``value`` over the tokens of each group, with the half width of its 95 % interval.
 
-    Tokens of one completion are not independent, so completions are what is drawn: with ``s_i`` the sum and ``n_i`` the
-    number of a group's tokens in completion i, of m that have any,
+    Tokens of one completion are not independent, so completions are the sampling units. With ``s_i`` the sum and
+    ``n_i`` the number of a group's tokens in completion i, and m completions that have any:
 
         mean = sum s_i / sum n_i        half = 1.96 sqrt( m / (m - 1) sum (s_i - mean n_i)^2 ) / sum n_i
 
-    (the ratio estimator with linearized variance; Cochran, Sampling Techniques, section 6.3). For few completions it is
-    too narrow; for one it is NaN.
+    This is the ratio estimator with linearized variance (Cochran, Sampling Techniques, section 6.3). It is too narrow
+    for few completions, and NaN for one.
 
     Args:
-        frame: rows with ``run``, ``completion_id`` and the columns named
+        frame: a frame with ``run``, ``completion_id`` and the columns named below
         by: columns that make the groups
         value: the column to average
 
     Returns:
-        indexed by group, with ``mean``, ``half_width`` and ``count`` (tokens)
+        a frame indexed by group, with ``mean``, ``half_width`` and ``count`` (tokens)
     """
     keys = [*by, *(name for name in ("run", "completion_id") if name not in by)]
     grouped = frame.groupby(keys, observed=True)[value]

@@ -1,6 +1,6 @@
-"""What all plots share: axes to draw on, colors that keep their meaning, runs side by side."""
+"""Axes, colors and checks that all plots share, and plots of several runs side by side."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,49 +15,55 @@ except ImportError as error:
     raise ImportError('Plots need matplotlib: pip install "egspo-lightning[notebooks]".') from error
 
 HIGH, LOW = "#D55E00", "#0072B2"
-"""Tokens above and below the threshold, in every plot; of Okabe and Ito's palette, told apart by the color blind."""
+"""Colors of high-entropy and low-entropy tokens, from Okabe and Ito's palette for the color blind."""
 RIGHT, WRONG = "#009E73", "#CC79A7"
-"""Completions with a right and with a wrong answer."""
+"""Colors of completions with a right and a wrong answer."""
 RUN_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 SEQUENTIAL = "cividis"
 
-ABOVE = "the last bin has all above"
-COLLECTION_LABEL = "rollout collection (number)"
+ABOVE = "the last bin holds all larger values"
+ROLLOUT_BATCH_LABEL = "rollout batch (number)"
 ENTROPY_LABEL = "token entropy (nats)"
 
 
-def axes_for(ax: Axes | None) -> Axes:
-    """The given axes, or those of a new figure."""
+def axes_for(ax: Axes | None, plot: str, frame: pd.DataFrame, columns: Sequence[str], *, one_run: bool = False) -> Axes:
+    """Check the frame of a plot, see ``require_frame``; return the given axes, or those of a new figure."""
+    require_frame(plot, frame, columns, one_run=one_run)
     return plt.subplots(figsize=(6.4, 3.8), layout="constrained")[1] if ax is None else ax
 
 
-def entropy_edges(entropies: pd.Series, bins: int) -> np.ndarray:
-    """Borders of ``bins`` bins from 0 to the entropy that 99.5 % of the tokens stay below, nats.
+def require_frame(plot: str, frame: pd.DataFrame, columns: Sequence[str], *, one_run: bool = False) -> None:
+    """Check the frame that a plot draws.
 
-    A few tokens far above would press all others into the first bin; plots count them in the last one, and say so.
+    Raises:
+        UserError: the frame lacks a column or has no rows, or has several runs where ``one_run`` is set
+    """
+    missing = [name for name in ("run", *columns) if name not in frame]
+    if missing:
+        raise UserError(f"{plot} needs the columns {', '.join(missing)}. Give a frame that load() has read.")
+    if frame.empty:
+        raise UserError(f"{plot}: the frame has no rows. Did a filter remove all of them?")
+    runs = frame["run"].unique()
+    if one_run and len(runs) > 1:
+        raise UserError(f"{plot} draws one run, got {', '.join(runs)}. Use side_by_side({plot}, frame), or choose one.")
+
+
+def entropy_edges(entropies: pd.Series, bins: int) -> np.ndarray:
+    """Borders of ``bins`` bins from 0 to the 99.5 % quantile of the entropies, in nats.
+
+    Without this limit a few large values would leave all others in the first bin. Plots count them in the last bin.
     """
     return np.linspace(0.0, max(float(entropies.quantile(0.995)), 1e-3), bins + 1)
 
 
 def by_run(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, str]]:
-    """Each run's name, rows and color, in the order of the frame."""
+    """Yield name, rows and color of each run, in the order of the frame."""
     for number, name in enumerate(frame["run"].unique()):
         yield name, frame[frame["run"] == name], RUN_COLORS[number % len(RUN_COLORS)]
 
 
-def require_one_run(frame: pd.DataFrame, what: str) -> None:
-    """Refuse a frame with the rows of several runs.
-
-    Raises:
-        UserError: naming them
-    """
-    runs = frame["run"].unique()
-    if len(runs) > 1:
-        raise UserError(f"{what} draws one run, got {', '.join(runs)}. Use side_by_side({what}, frame), or choose one.")
-
-
 def finish(ax: Axes, *, x: str, y: str, title: str = "", legend: bool = False) -> Axes:
-    """Label the axes, and drop what carries nothing; the legend stands below, where it covers nothing."""
+    """Label the axes, remove the upper and right border, and put the legend below the plot."""
     ax.set(xlabel=x, ylabel=y, title=title)
     ax.spines[["top", "right"]].set_visible(False)
     if legend and (number := len(ax.get_legend_handles_labels()[0])) > 0:
@@ -66,13 +72,13 @@ def finish(ax: Axes, *, x: str, y: str, title: str = "", legend: bool = False) -
 
 
 def side_by_side(draw: Callable[..., Axes], frame: pd.DataFrame, *others: pd.DataFrame, **options: Any) -> np.ndarray:
-    """Draw each run of the frame on axes of its own, of one scale, and return these.
+    """Draw each run of a frame on its own axes, all of one scale, and return the axes.
 
     Args:
         draw: a plot of ``training_plots`` or ``token_plots``
-        frame: its frame, with the rows of several runs
-        others: the further frames that it takes
-        options: its keyword arguments
+        frame: the plot's frame, with several runs
+        others: further frames that the plot takes
+        options: keyword arguments of the plot
     """
     runs = list(frame["run"].unique())
     size = (max(4.2 * len(runs), 6.4), 3.8)

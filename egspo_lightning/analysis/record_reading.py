@@ -1,4 +1,4 @@
-"""Records and metrics of one or several runs as pandas data frames."""
+"""Token records and metrics of one or several runs, as pandas data frames."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,35 +14,35 @@ from egspo_lightning.errors import UserError
 
 
 class Records(NamedTuple):
-    """What runs have recorded; the column ``run`` of each frame names the run."""
+    """Token records and metrics; the column ``run`` of each frame names the run."""
 
     tokens: pd.DataFrame
-    """a row a token, see ``schema.TOKENS``"""
+    """a row a token, see ``record_schema.TOKENS``"""
     completions: pd.DataFrame
-    """a row a completion, see ``schema.COMPLETIONS``"""
+    """a row a completion, see ``record_schema.COMPLETIONS``"""
     metrics: pd.DataFrame
-    """a row a logged step, a column a metric (``gate/threshold``, ...); empty where no logger has written any"""
+    """a row a logged step, a column a metric (``gate/threshold``, ...); empty if no logger wrote any"""
 
 
 Runs = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
-"""A log folder; several; or several by name."""
+"""A log folder, several folders, or a mapping from name to folder."""
 
 
 def load(runs: Runs) -> Records:
     """Read the records and metrics of runs.
 
     Args:
-        runs: log folders, each the one that its run has printed; without names they are called as their folder is
+        runs: log folders, as printed by the runs; without names, a run has the name of its folder
 
     Raises:
-        UserError: there is no such folder, it holds no records, those are of another version, or two runs have one name
+        UserError: a folder does not exist or has no records of this version, or two runs have one name
     """
     parts = [_load_run(name, folder) for name, folder in _named(runs).items()]
     return Records(*(pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True)))
 
 
 def runs_below(folder: str | Path) -> list[Path]:
-    """The log folders with token records somewhere below a folder, the latest last.
+    """Find the log folders with token records below a folder, the latest last.
 
     Raises:
         UserError: there is none
@@ -73,12 +73,12 @@ def _load_run(name: str, folder: Path) -> Records:
 
 
 def _read(folder: Path, kind: str) -> pd.DataFrame:
-    """All files of one kind, checked to be of this version."""
+    """All files of one kind as one frame."""
     tables = [_read_file(path) for path in files_of(folder, kind)]
     if not tables:
         raise UserError(
-            f"{folder}: no token records ({kind}) in its {FOLDER}/. They are written at the end of every "
-            "token_records.every_n_rollout_batches-th collection of stage EGSPO."
+            f"{folder}: no token records ({kind}) in its {FOLDER}/. They are written in stage EGSPO, at the "
+            "interval token_records.every_n_rollout_batches."
         )
     return pa.concat_tables(tables, promote_options="default").to_pandas()
 
@@ -98,7 +98,7 @@ def _read_file(path: Path) -> pa.Table:
 
 
 def _load_metrics(folder: Path) -> pd.DataFrame:
-    """A row a step; of the CSV logger's file where there is one, else of TensorBoard's events."""
+    """A row a step, from the CSV logger's file if there is one, else from TensorBoard's events."""
     csv = folder / "metrics.csv"
     if csv.exists():
         return pd.read_csv(csv).groupby("step", as_index=False).first()
@@ -108,16 +108,3 @@ def _load_metrics(folder: Path) -> pd.DataFrame:
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(f"{STAGE_MARK}/")]
     columns = {tag: pd.Series({event.step: event.value for event in events.Scalars(tag)}) for tag in tags}
     return pd.DataFrame(columns).rename_axis("step").reset_index()
-
-
-def require_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
-    """Refuse a frame without rows or without the columns that a plot is of.
-
-    Raises:
-        UserError: naming them
-    """
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise UserError(f"{what} needs the columns {', '.join(missing)}. Give a frame that load() has read.")
-    if frame.empty:
-        raise UserError(f"{what}: the frame has no rows. Was it filtered by something that no row has?")

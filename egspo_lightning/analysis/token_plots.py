@@ -1,4 +1,7 @@
-"""Which tokens are uncertain, and what an update does to them. Each function draws on ``ax`` and returns the axes."""
+"""Plots of token entropy: by position, token and correctness, and before and after the optimizer steps.
+
+Each function draws on ``ax``, or a new figure, and returns the axes.
+"""
 
 from typing import Literal
 
@@ -20,27 +23,25 @@ from egspo_lightning.analysis.plot_axes import (
     by_run,
     entropy_edges,
     finish,
-    require_one_run,
+    require_frame,
 )
-from egspo_lightning.analysis.record_reading import require_columns
 from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.errors import UserError
 
 
 def entropy_by_position(tokens: pd.DataFrame, *, min_count: int = 20, ax: Axes | None = None) -> Axes:
-    """Mean entropy at each place of the completion, and between which values its middle half lies.
+    """Mean entropy at each position of the completion, with a band from the 25 % to the 75 % quantile.
 
-    Places that fewer than ``min_count`` tokens have are left out.
+    Positions with fewer than ``min_count`` tokens are left out.
     """
-    require_columns(tokens, ["run", "position", "entropy"], "entropy_by_position")
-    ax = axes_for(ax)
+    ax = axes_for(ax, "entropy_by_position", tokens, ["position", "entropy"])
     for run, rows, color in by_run(tokens):
         places = rows.groupby("position")["entropy"].describe()
         places = places[places["count"] >= min_count]
         ax.fill_between(places.index, places["25%"], places["75%"], color=color, alpha=0.2, linewidth=0)
         ax.plot(places["mean"], color=color, marker=".", label=f"{run}, mean")
     ax.set_ylim(bottom=0)
-    title = "Entropy by position; the band is the middle half"
+    title = "Entropy by position; band: 25 % to 75 % quantile"
     return finish(ax, x="position in the completion (tokens)", y=ENTROPY_LABEL, title=title, legend=True)
 
 
@@ -52,17 +53,16 @@ def entropy_by_token(
     min_count: int = 20,
     ax: Axes | None = None,
 ) -> Axes:
-    """Mean entropy of the positions at which a token was sampled, by its text, with 95 % intervals and counts.
+    """Mean entropy by sampled token, with 95 % intervals and counts.
 
-    The ``top`` tokens of highest mean or count, among those sampled at least ``min_count`` times, highest first.
+    Shows the ``top`` tokens of highest mean or count, highest first, among those sampled at least ``min_count`` times.
     """
-    require_columns(tokens, ["run", "completion_id", "token", "entropy"], "entropy_by_token")
-    require_one_run(tokens, "entropy_by_token")
+    require_frame("entropy_by_token", tokens, ["completion_id", "token", "entropy"], one_run=True)
     found = means(tokens, ["token"], "entropy")
     found = found[found["count"] >= min_count].nlargest(top, "mean" if order == "entropy" else "count")
     if found.empty:
         raise UserError(f"entropy_by_token: no token was sampled {min_count} times. Lower min_count.")
-    ax = axes_for(ax)
+    ax = axes_for(ax, "entropy_by_token", tokens, [])
     places = np.arange(len(found))
     ax.errorbar(found["mean"], places, xerr=found["half_width"], fmt="o", color=LOW, capsize=2)
     labels = zip(found.index, found["count"], strict=True)
@@ -79,11 +79,9 @@ def entropy_by_token(
 def entropy_by_correctness(
     tokens: pd.DataFrame, completions: pd.DataFrame, *, bins: int = 40, ax: Axes | None = None
 ) -> Axes:
-    """Histograms of token entropy in right and in wrong completions, with their means."""
-    require_columns(tokens, ["run", "completion_id", "entropy"], "entropy_by_correctness")
-    require_columns(completions, ["run", "completion_id", "is_correct"], "entropy_by_correctness")
-    require_one_run(tokens, "entropy_by_correctness")
-    ax = axes_for(ax)
+    """Histograms of token entropy in right and in wrong completions, with means."""
+    require_frame("entropy_by_correctness", completions, ["completion_id", "is_correct"])
+    ax = axes_for(ax, "entropy_by_correctness", tokens, ["completion_id", "entropy"], one_run=True)
     verdicts = completions[["run", "completion_id", "is_correct"]]
     joined = tokens.merge(verdicts, on=["run", "completion_id"], validate="many_to_one")
     edges = entropy_edges(joined["entropy"], bins)
@@ -101,10 +99,8 @@ def entropy_by_correctness(
 
 
 def entropy_before_after(tokens: pd.DataFrame, *, bins: int = 60, ax: Axes | None = None) -> Axes:
-    """Entropy at each token before and after the updates on its collection; on the diagonal nothing has changed."""
-    require_columns(tokens, ["run", "entropy", "entropy_after"], "entropy_before_after")
-    require_one_run(tokens, "entropy_before_after")
-    ax = axes_for(ax)
+    """Entropy of each token before and after the optimizer steps on its rollout batch; the diagonal is no change."""
+    ax = axes_for(ax, "entropy_before_after", tokens, ["entropy", "entropy_after"], one_run=True)
     edges = entropy_edges(tokens["entropy"], bins)
     before, after = (tokens[name].clip(0.0, edges[-1]) for name in ("entropy", "entropy_after"))
     counts, _, _ = np.histogram2d(before, after, (edges, edges))
@@ -113,18 +109,17 @@ def entropy_before_after(tokens: pd.DataFrame, *, bins: int = 60, ax: Axes | Non
     ax.figure.colorbar(mesh, ax=ax, label="tokens")
     ax.axline((0, 0), slope=1, color="black", linestyle="--", linewidth=1)
     ax.set_aspect("equal")
-    title = f"Entropy after the updates\n({ABOVE})"
+    title = f"Entropy after the optimizer steps\n({ABOVE})"
     return finish(ax, x="entropy before (nats)", y="entropy after (nats)", title=title)
 
 
 def ratio_by_entropy(tokens: pd.DataFrame, *, bins: int = 16, ax: Axes | None = None) -> Axes:
-    """Median ratio pi / pi_old after the update, by entropy, of tokens with positive and with negative advantage.
+    """Median ratio pi / pi_old after the optimizer steps, by entropy, for positive and for negative advantages.
 
-    Each point has as many tokens as the next; the bands hold the middle half; the vertical line is the mean threshold.
+    All points have the same number of tokens. The bands reach from the 25 % to the 75 % quantile. The vertical line is
+    the mean threshold.
     """
-    require_columns(tokens, ["run", "entropy", "ratio", "advantage", "threshold"], "ratio_by_entropy")
-    require_one_run(tokens, "ratio_by_entropy")
-    ax = axes_for(ax)
+    ax = axes_for(ax, "ratio_by_entropy", tokens, ["entropy", "ratio", "advantage", "threshold"], one_run=True)
     for sign, name, color in ((1, "A > 0", RIGHT), (-1, "A < 0", WRONG)):
         rows = tokens[np.sign(tokens["advantage"]) == sign]
         if rows.empty:
@@ -136,5 +131,5 @@ def ratio_by_entropy(tokens: pd.DataFrame, *, bins: int = 16, ax: Axes | None = 
     ax.axhline(1.0, color="black", linewidth=0.8)
     if np.isfinite(tokens["threshold"]).all():
         ax.axvline(tokens["threshold"].mean(), color=HIGH, linestyle="--", label="mean threshold")
-    title = "How far an update moves a token; bands are the middle half"
-    return finish(ax, x=ENTROPY_LABEL, y="ratio after the update", title=title, legend=True)
+    title = "Ratio after the optimizer steps; bands: 25 % to 75 % quantile"
+    return finish(ax, x=ENTROPY_LABEL, y="ratio pi / pi_old", title=title, legend=True)

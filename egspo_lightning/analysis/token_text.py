@@ -1,17 +1,17 @@
-"""Any text, made visible: what would act on a page or a terminal, or show as nothing, becomes a sign for itself."""
+"""Visible text: control characters and direction marks replaced by printable signs."""
 
 import unicodedata
 
 BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""They reorder the text after them, so that it reads as what it is not."""
+"""Direction marks: they reorder the text after them, so that it reads differently."""
 
 
 def visible(text: str, *, spaces: bool = False) -> str:
-    """The text with a sign for each control character (U+2400 to U+2421), direction mark and lone surrogate.
+    """Replace each control character (by U+2400 to U+2421), direction mark and lone surrogate by a printable sign.
 
     Args:
-        text: anything
-        spaces: whether spaces get a sign (U+2423) as well
+        text: any text
+        spaces: whether to replace spaces (by U+2423) as well
     """
     return "".join(_sign(c) for c in text).replace(" ", "\u2423" if spaces else " ")
 
