@@ -1,11 +1,11 @@
-"""Collections of rollouts, one after another: which problems, how many rounds of sampling, which experts' solutions.
+"""Rollout collector: draws the problems of a rollout batch, and samples and grades a group of completions for each.
 
-What a rank samples depends on the seed, the collection and the problem's place in it, so a collection holds the same
-completions on one rank or many.
+A group's completions depend on the seed, the number of the rollout batch and the problem's place in it. So a rollout
+batch holds the same completions on one rank or many.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,54 +14,76 @@ import torch
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rollout.engine import RolloutEngine, Sample
-from egspo_lightning.rollout.generation import Prompt, complete, grade
+from egspo_lightning.rollout.generation import Prompt, grade, sample_and_grade
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.types import Completion, ExpertSolution, Problem, Sampling
+
+
+class DrawnProblems(NamedTuple):
+    """This rank's problems of a rollout batch, by their place in it."""
+
+    number: int
+    """Number of the rollout batch."""
+    prompts: dict[int, Prompt]
+    solutions: dict[int, ExpertSolution]
+    """Expert solutions of the problems that have one."""
 
 
 class Group(NamedTuple):
     """The completions of one problem."""
 
     number: int
-    """The problem's place in the collection."""
+    """Place of the problem in the rollout batch."""
     prompt: Prompt
     completions: list[Completion]
     expert: Completion | None
+    """The expert's solution, graded like a completion."""
 
     @property
     def is_flat(self) -> bool:
-        """Whether all rewards are equal, so that nothing can be learned from comparing them."""
+        """Whether all rewards are equal, so that comparing them teaches nothing."""
         return len({completion.reward for completion in self.completions}) == 1
 
 
 class SampledGroups(NamedTuple):
-    """This rank's groups of a collection, and those that were sampled and put aside on the way."""
+    """This rank's graded groups of a rollout batch, in the order of their places."""
 
     groups: list[Group]
     discarded: list[Group]
+    """Flat groups that others have replaced."""
     seconds: float
-    """From the first prompt to the last grade."""
+    """Time to sample and grade."""
     seconds_grading: float
-    """Those of them in which only grades were waited for."""
+    """The part of this time with nothing left to sample, spent waiting for grades."""
     has_experts: bool = False
-    """Whether experts' solutions stand in the collection, on this rank or another."""
+    """Whether the rollout batch has expert solutions, on any rank."""
+
+    def replace(self, others: "SampledGroups") -> "SampledGroups":
+        """These groups with others in their places, and the time for both."""
+        new = {group.number: group for group in others.groups}
+        return self._replace(
+            groups=[new.get(group.number, group) for group in self.groups],
+            discarded=self.discarded + [group for group in self.groups if group.number in new],
+            seconds=self.seconds + others.seconds,
+            seconds_grading=self.seconds_grading + others.seconds_grading,
+        )
 
 
 @dataclass
 class Collector:
-    """Samples and grades collections.
+    """Draws problems, samples and grades completions; call its methods in the order in which they are defined.
 
     Args:
         engine: Samples completions.
-        reward: Scores them.
+        reward: Grades completions and gives their rewards.
         draw: Gives problems number ``start`` to ``start + count - 1`` of an endless order.
-        draw_experts: The same for demonstrations.
-        encode: A problem's prompt as ids.
-        num_problems: Problems a collection, over all ranks.
+        draw_experts: Gives demonstrations in the same way.
+        encode: Gives the token ids of a problem's prompt.
+        num_problems: Problems of a rollout batch, over all ranks.
         num_experts: Those of them that come from the demonstrations, with the expert's solution.
-        num_generations: Completions a problem.
+        num_generations: Completions of each problem.
         max_completion_length: In tokens, EOS included.
-        max_resampling: Rounds at most in which groups without spread are replaced by other problems'.
+        max_resampling: Most rounds that replace flat groups by groups of other problems.
         seed: Names the random streams.
     """
 
@@ -86,8 +108,9 @@ class Collector:
         require(self.max_resampling >= 0, "data.max_resampling", self.max_resampling, "at least 0")
         if self.max_resampling > 0 and self.num_generations < 2:
             raise UserError(
-                f"data.max_resampling = {self.max_resampling} replaces groups without spread, and with "
-                "data.num_generations = 1 no group has any. Set max_resampling to 0, or num_generations to 2 or more."
+                f"data.max_resampling = {self.max_resampling} replaces flat groups, whose rewards are all equal, "
+                "and with data.num_generations = 1 every group is flat. Set max_resampling to 0, or num_generations to 2 or "
+                "more."
             )
         if self.max_resampling > 0 and self.num_experts == self.num_problems:
             raise UserError(
@@ -96,32 +119,63 @@ class Collector:
             )
         self.reward.require_fit(self.max_completion_length)
 
-    def sample(self, policy: RolloutPolicy, number: int, rank: int, world_size: int) -> SampledGroups:
-        """Sample rollout batch ``number``; a rank takes every ``world_size``-th of its problems. Collective."""
-        started = time.perf_counter()
-        places = range(rank, self.num_problems, world_size)
+    def draw_problems(self, number: int, rank: int, world_size: int) -> DrawnProblems:
+        """Draw the problems of rollout batch ``number``; a rank takes every ``world_size``-th of them."""
         experts = self.draw_experts(number * self.num_experts, self.num_experts)
-        drawn = [*(e.problem for e in experts), *self._draw(self.num_problems - self.num_experts)]
-        prompts = {place: self._prompt(drawn[place], f"{number}/{place}") for place in places}
-        groups, waited = self._complete(policy, prompts)
-        discarded: list[Group] = []
-        for attempt in range(self.max_resampling):
-            flat = self._flat_places(policy, groups)
+        problems = [*(expert.problem for expert in experts), *self._draw(self.num_problems - self.num_experts)]
+        places = range(rank, self.num_problems, world_size)
+        prompts = {place: self._prompt(problems[place], f"{number}/{place}") for place in places}
+        return DrawnProblems(number, prompts, {place: experts[place] for place in places if place < self.num_experts})
+
+    def sample_and_grade(self, policy: RolloutPolicy, prompts: Mapping[int, Prompt]) -> SampledGroups:
+        """Sample and grade a group of completions for each prompt, given by place. Collective."""
+        started = time.perf_counter()
+        sampling, size = Sampling(self.max_completion_length, policy.temperature), self.num_generations
+        graded, waited = sample_and_grade(policy, self.engine, self.reward, list(prompts.values()), size, sampling)
+        groups = [
+            Group(place, prompt, graded[i * size : (i + 1) * size], None)
+            for i, (place, prompt) in enumerate(prompts.items())
+        ]
+        return SampledGroups(groups, [], time.perf_counter() - started, waited)
+
+    def replace_flat_groups(self, policy: RolloutPolicy, drawn: DrawnProblems, sampled: SampledGroups) -> SampledGroups:
+        """Replace flat groups without an expert by groups of other problems, round after round. Collective."""
+        for attempt in range(1, self.max_resampling + 1):
+            flat = self._flat_places(policy, sampled.groups)
             if not flat:
                 break
-            fresh = dict(zip(flat, self._draw(len(flat)), strict=True))
-            prompts = {p: self._prompt(fresh[p], f"{number}/{p}/{attempt + 1}") for p in flat if p in groups}
-            discarded += [groups[place] for place in prompts]
-            replaced, more = self._complete(policy, prompts)
-            groups, waited = groups | replaced, waited + more
-        sampled = time.perf_counter()
-        solved = {place: experts[place] for place in range(rank, self.num_experts, world_size)}
-        groups |= self._with_experts(policy, groups, solved)
-        ended = time.perf_counter()
-        groups_in_order = [groups[place] for place in places]
-        return SampledGroups(
-            groups_in_order, discarded, ended - started, waited + ended - sampled, self.num_experts > 0
+            problems = zip(flat, self._draw(len(flat)), strict=True)
+            prompts = {
+                place: self._prompt(problem, f"{drawn.number}/{place}/{attempt}")
+                for place, problem in problems
+                if place in drawn.prompts
+            }
+            sampled = sampled.replace(self.sample_and_grade(policy, prompts))
+        return sampled
+
+    def grade_expert_solutions(
+        self, policy: RolloutPolicy, drawn: DrawnProblems, sampled: SampledGroups
+    ) -> SampledGroups:
+        """Grade the expert solutions like completions, and add them to their groups."""
+        started = time.perf_counter()
+        samples = [Sample(s.token_ids, False, [0.0] * len(s.token_ids)) for s in drawn.solutions.values()]
+        prompts = [drawn.prompts[place] for place in drawn.solutions]
+        graded = grade(policy, self.reward, prompts, samples, self.max_completion_length)
+        experts = dict(zip(drawn.solutions, graded, strict=True))
+        seconds = time.perf_counter() - started
+        return sampled._replace(
+            groups=[group._replace(expert=experts.get(group.number)) for group in sampled.groups],
+            seconds=sampled.seconds + seconds,
+            seconds_grading=sampled.seconds_grading + seconds,
+            has_experts=self.num_experts > 0,
         )
+
+    def sample(self, policy: RolloutPolicy, number: int, rank: int, world_size: int) -> SampledGroups:
+        """Make the graded groups of rollout batch ``number``. Collective."""
+        drawn = self.draw_problems(number, rank, world_size)
+        sampled = self.sample_and_grade(policy, drawn.prompts)
+        sampled = self.replace_flat_groups(policy, drawn, sampled)
+        return self.grade_expert_solutions(policy, drawn, sampled)
 
     def _draw(self, count: int) -> Sequence[Problem]:
         self.num_drawn += count
@@ -130,30 +184,10 @@ class Collector:
     def _prompt(self, problem: Problem, stream: str) -> Prompt:
         return Prompt(problem, self.encode(problem), f"{self.seed}/{stream}")
 
-    def _complete(self, policy: RolloutPolicy, prompts: dict[int, Prompt]) -> tuple[dict[int, Group], float]:
-        """The groups by place, and the seconds in which grades were waited for."""
-        sampling = Sampling(self.max_completion_length, policy.temperature)
-        size = self.num_generations
-        flat, waited = complete(policy, self.engine, self.reward, list(prompts.values()), size, sampling)
-        groups = {
-            place: Group(place, prompt, flat[i * size : (i + 1) * size], None)
-            for i, (place, prompt) in enumerate(prompts.items())
-        }
-        return groups, waited
-
-    def _flat_places(self, policy: RolloutPolicy, groups: dict[int, Group]) -> list[int]:
-        """Places, on all ranks, whose group has no spread and no expert."""
+    def _flat_places(self, policy: RolloutPolicy, groups: list[Group]) -> list[int]:
+        """Places of flat groups without an expert, on all ranks."""
         flags = torch.zeros(self.num_problems)
-        for place, group in groups.items():
-            flags[place] = float(group.is_flat and place >= self.num_experts)
-        indices: list[int] = policy.sum_over_ranks(flags).nonzero().flatten().tolist()
-        return indices
-
-    def _with_experts(
-        self, policy: RolloutPolicy, groups: dict[int, Group], solutions: dict[int, ExpertSolution]
-    ) -> dict[int, Group]:
-        """The groups at the solutions' places, with these graded as any other."""
-        samples = [Sample(s.token_ids, False, [0.0] * len(s.token_ids)) for s in solutions.values()]
-        prompts = [groups[place].prompt for place in solutions]
-        experts = grade(policy, self.reward, prompts, samples, self.max_completion_length)
-        return {p: groups[p]._replace(expert=expert) for p, expert in zip(solutions, experts, strict=True)}
+        for group in groups:
+            flags[group.number] = float(group.is_flat and group.number >= self.num_experts)
+        places: list[int] = policy.sum_over_ranks(flags).nonzero().flatten().tolist()
+        return places

@@ -1,4 +1,4 @@
-"""Prompts to graded completions."""
+"""Generation: samples and grades completions of prompts."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from egspo_lightning.types import Completion, Problem, Sampling
 
 
 class Prompt(NamedTuple):
-    """A problem, as ids, with the name of its random stream."""
+    """An encoded problem with the name of its random stream."""
 
     problem: Problem
     token_ids: list[int]
@@ -21,13 +21,13 @@ class Prompt(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A sample without its statistics, which are 64 bytes a token."""
+    """A sample without its statistics, which take 64 bytes for each token."""
 
     token_ids: list[int]
     is_truncated: bool
 
 
-def complete(
+def sample_and_grade(
     policy: RolloutPolicy,
     engine: RolloutEngine,
     reward: Reward,
@@ -35,13 +35,15 @@ def complete(
     num_samples: int,
     sampling: Sampling,
 ) -> tuple[list[Completion], float]:
-    """Sample and grade ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+    """Sample and grade ``num_samples`` completions of each prompt, while sampling and grading overlap. Collective.
 
-    All ranks must call it equally often, some of them perhaps without prompts. Beside the completions stand the
-    seconds in which there was nothing left to sample and grades were waited for.
+    All ranks must call it equally often, with or without prompts.
+
+    Returns:
+        The completions, those of a prompt adjacent, and the seconds spent waiting for grades once sampling had ended.
 
     Raises:
-        UserError: the reward did not give one finite number a completion.
+        UserError: the reward did not give one finite number for each completion.
     """
     owners = [prompt for prompt in prompts for _ in range(num_samples)]
     composed = WeightedReward.of(reward)
@@ -58,9 +60,9 @@ def complete(
 def sample(
     policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
 ) -> list[Tokens]:
-    """The tokens of ``num_samples`` completions a prompt; those of one prompt stand next to one another.
+    """Sample the tokens of ``num_samples`` completions of each prompt; those of a prompt are adjacent. Collective.
 
-    All ranks must call it equally often, some of them perhaps without prompts.
+    All ranks must call it equally often, with or without prompts.
     """
     batches = _stream(policy, engine, prompts, num_samples, sampling)
     done = {number: Tokens(found.token_ids, found.is_truncated) for batch in batches for number, found in batch}
@@ -70,7 +72,7 @@ def sample(
 def _stream(
     policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
 ) -> Iterator[list[tuple[int, Sample]]]:
-    """Samples with the numbers of their requests, batch by batch, within the policy's sampling context."""
+    """Yield batches of (request number, sample) within the policy's sampling context."""
     requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
     with policy.sampling() as lm:
         if requests:
@@ -79,7 +81,7 @@ def _stream(
 
 
 def decode(policy: RolloutPolicy, samples: Sequence[Sample] | Sequence[Tokens]) -> list[str]:
-    """The texts of samples, without special tokens; think marks stay, which some tokenizers count among them."""
+    """Texts of samples without special tokens, except think marks, which some tokenizers declare special."""
     added = policy.tokenizer.added_tokens_decoder.items()
     dropped = {number for number, token in added if token.special and token.content not in THINK_MARKS}
     kept = [[token for token in s.token_ids if token not in dropped] for s in samples]
@@ -94,10 +96,10 @@ def grade(
     samples: Sequence[Sample],
     max_completion_length: int,
 ) -> list[Completion]:
-    """The samples, each of a prompt, with their texts, verdicts and rewards.
+    """Grade samples, one for each prompt: add texts, verdicts and rewards.
 
     Raises:
-        UserError: the reward did not give one finite number a completion.
+        UserError: the reward did not give one finite number for each completion.
     """
     if not samples:
         return []
@@ -130,9 +132,8 @@ def grade(
 
 
 def prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
-    """The prompts with their special tokens, of which a think mark may be one; each is decoded once."""
-    keys = [tuple(prompt.token_ids) for prompt in prompts]
-    distinct = list(dict.fromkeys(keys))
-    texts = policy.tokenizer.batch_decode([list(key) for key in distinct], skip_special_tokens=False)
-    by_key = dict(zip(distinct, texts, strict=True))
-    return [by_key[key] for key in keys]
+    """Texts of prompts with special tokens, since a think mark may be one; each distinct prompt is decoded once."""
+    distinct = {tuple(prompt.token_ids): prompt.token_ids for prompt in prompts}
+    texts = policy.tokenizer.batch_decode(list(distinct.values()), skip_special_tokens=False)
+    by_ids = dict(zip(distinct, texts, strict=True))
+    return [by_ids[tuple(prompt.token_ids)] for prompt in prompts]

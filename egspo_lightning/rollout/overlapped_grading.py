@@ -1,10 +1,11 @@
-"""Grading while sampling goes on: what is sampled is graded in a thread while the rest is decoded.
+"""Overlapped grading: a thread grades complete groups while the engine decodes the rest.
 
-Graders work in processes of their own and language models on a device, so neither waits for the other. Nothing in the
-thread talks to other ranks, so ranks stay in step however long grading takes them.
+The grader works in its own processes and the language model on a device, so neither waits for the other. The thread
+takes part in no collective, so ranks stay in step however long grading takes.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
@@ -13,23 +14,23 @@ from egspo_lightning.rollout.engine import Sample
 from egspo_lightning.types import Completion
 
 Grade = Callable[[Sequence[int], Sequence[Sample]], list[Completion]]
-"""Request numbers and their samples to completions, in their order."""
+"""Turns request numbers and their samples into completions, in the same order."""
 
 _CANCEL_EVERY_S = 0.1
 
 
 class OverlappedGrading:
-    """Takes samples in as they come, grades whole groups, and gives all completions in the order of the requests.
+    """Grades complete groups of the samples that it receives, and gives all completions in the order of the requests.
 
-    What comes last is graded in the caller's thread: there is nothing left to overlap it with. A context manager:
-    whatever ends it, nothing is graded any more when it has ended.
+    The last samples are graded in the caller's thread, since nothing is left to overlap with. As a context manager it
+    ends all grading on exit, also after an exception.
 
     Args:
-        grade: Grades; never called twice at a time.
-        num_requests: Samples to come.
-        group_size: Requests that are graded together: each ``group_size`` in a row.
-        cancel: Makes the call of ``grade`` that is under way raise, from another thread; called again and again
-            until it has, when an exception ends this. Without one the call is waited for.
+        grade: Grades samples; only one call runs at a time.
+        num_requests: Samples to receive.
+        group_size: Adjacent requests that are graded together.
+        cancel: Makes a running call of ``grade`` raise. Called from another thread after an exception, again and again
+            until the call has ended. Without it, the exit waits for the call.
     """
 
     def __init__(
@@ -38,11 +39,11 @@ class OverlappedGrading:
         self._grade, self._num_requests, self._group_size = grade, num_requests, group_size
         self._cancel = cancel
         self._samples: dict[int, Sample] = {}
-        self._waiting: list[int] = []  # the numbers of samples that are not handed to the grader yet
+        self._waiting: list[int] = []  # request numbers of samples not yet submitted
         self._futures: list[tuple[list[int], Future[list[Completion]]]] = []
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="grading")  # its thread starts with the first task
         self.seconds_waited = 0.0
-        """Time in which the caller had nothing to do but wait for grades."""
+        """Time that the caller spent waiting for grades."""
 
     def __enter__(self) -> "OverlappedGrading":
         return self
@@ -52,17 +53,17 @@ class OverlappedGrading:
     ) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
         if kind is not None and self._cancel is not None:
-            under_way = [future for _, future in self._futures if not future.done()]
-            while under_way:  # a call that has not come to its workers yet has nothing that could be cancelled
+            running = [future for _, future in self._futures if not future.done()]
+            while running:  # again and again: a call that has not reached its workers yet cannot be canceled
                 self._cancel()
-                under_way = list(wait(under_way, _CANCEL_EVERY_S).not_done)
+                running = list(wait(running, _CANCEL_EVERY_S).not_done)
         self._executor.shutdown(wait=True)
 
     def add(self, batch: Sequence[tuple[int, Sample]]) -> None:
-        """Take in samples with the numbers of their requests.
+        """Receive (request number, sample) pairs, and submit the groups that they complete.
 
         Raises:
-            Exception: what grading an earlier batch has raised; it is not waited for.
+            Exception: the error of an earlier batch whose grading has ended.
         """
         for _, future in self._futures:
             if future.done():
@@ -74,11 +75,11 @@ class OverlappedGrading:
             self._futures.append((whole, self._executor.submit(self._grade, whole, samples)))
 
     def finish(self) -> list[Completion]:
-        """All completions, in the order of the requests.
+        """Wait for all completions, in the order of the requests.
 
         Raises:
-            Exception: what grading has raised.
-            RuntimeError: a sample has not come.
+            Exception: the error of a batch.
+            RuntimeError: a sample is missing.
         """
         missing = self._num_requests - len(self._samples)
         if missing:
@@ -94,11 +95,9 @@ class OverlappedGrading:
         return [graded[number] for number in range(self._num_requests)]
 
     def _take_whole_groups(self) -> list[int]:
-        """The waiting numbers of groups whose samples are all there, in order; they wait no longer."""
-        counts: dict[int, int] = {}
-        for number in self._waiting:
-            counts[number // self._group_size] = counts.get(number // self._group_size, 0) + 1
-        whole = {group for group, count in counts.items() if count == self._group_size}
-        taken = sorted(number for number in self._waiting if number // self._group_size in whole)
-        self._waiting = [number for number in self._waiting if number // self._group_size not in whole]
+        """Take the numbers of complete groups, in order, out of those that wait."""
+        size = self._group_size
+        counts = Counter(number // size for number in self._waiting)
+        taken = sorted(number for number in self._waiting if counts[number // size] == size)
+        self._waiting = [number for number in self._waiting if counts[number // size] < size]
         return taken

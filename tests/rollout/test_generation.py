@@ -19,7 +19,7 @@ from egspo_lightning.rewards.functions import CorrectnessReward, Details
 from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.generation import Prompt, complete, decode, grade, sample
+from egspo_lightning.rollout.generation import Prompt, decode, grade, sample, sample_and_grade
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Problem, Sampling
 
@@ -84,7 +84,7 @@ def prompts(policy, *golds, text="1+1=?"):
 def test_sampling_in_batches_is_sampling_at_once(policy, reward, batch_size):
     """Against samples that are drawn one by one and graded together."""
     asked, sampling = prompts(policy, "2", "4", "6"), Sampling(LIMIT)
-    found, _ = complete(policy, TransformersEngine(batch_size), reward, asked, 4, sampling)
+    found, _ = sample_and_grade(policy, TransformersEngine(batch_size), reward, asked, 4, sampling)
     requests = [(prompt, f"{prompt.seed}/{i}") for prompt in asked for i in range(4)]
     alone = {"eos_ids": policy.eos_ids, "pad_id": policy.tokenizer.pad_token_id}
     with policy.sampling() as lm:
@@ -115,7 +115,7 @@ GOLDS = ["1+x", r"\sqrt{2}", "7"]
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
 def test_verdicts_rewards_and_counts_are_the_same_however_samples_come(policy, reward, batch_size):
     """With the real grader, algebra, and an answer that it must give up on or refute."""
-    found, _ = complete(
+    found, _ = sample_and_grade(
         policy, Scripted(policy, TEXTS, batch_size), reward, prompts(policy, *GOLDS), 2, Sampling(LIMIT)
     )
     assert [completion.text for completion in found] == TEXTS
@@ -129,7 +129,7 @@ def test_verdicts_rewards_and_counts_are_the_same_however_samples_come(policy, r
     for completion, (correct, form, length) in zip(found, terms, strict=True):
         assert completion.reward_terms == pytest.approx({"correctness": correct, "format": form, "length": length})
         assert completion.reward == pytest.approx(correct + 0.1 * form + 0.5 * length)
-    one, _ = complete(policy, Scripted(policy, TEXTS, 6), reward, prompts(policy, *GOLDS), 2, Sampling(LIMIT))
+    one, _ = sample_and_grade(policy, Scripted(policy, TEXTS, 6), reward, prompts(policy, *GOLDS), 2, Sampling(LIMIT))
     assert found == one
 
 
@@ -195,7 +195,7 @@ def test_a_reward_that_fails_ends_sampling_and_leaves_no_thread(policy, batch_si
 
     engine = Scripted(policy, ["x"] * 6, batch_size)
     with pytest.raises(RuntimeError, match=r"data\.reward: broken .* raised ZeroDivisionError: mine"):
-        complete(policy, engine, broken, prompts(policy, *GOLDS), 2, Sampling(LIMIT))
+        sample_and_grade(policy, engine, broken, prompts(policy, *GOLDS), 2, Sampling(LIMIT))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("grading")]
 
 
@@ -217,7 +217,7 @@ def test_a_fork_while_the_thread_grades_can_grade_itself(policy, reward):
 
     slow = [r"\boxed{\sum_{k=1}^{9999999} \frac{1}{k^k}}"] * 2 + TEXTS[:4]
     engine = Scripted(policy, slow, 2, before_each)
-    found, _ = complete(policy, engine, reward, prompts(policy, "7", *GOLDS[:2]), 2, Sampling(LIMIT))
+    found, _ = sample_and_grade(policy, engine, reward, prompts(policy, "7", *GOLDS[:2]), 2, Sampling(LIMIT))
     assert [completion.correct for completion in found] == [False, False, True, False, True, True]
     (pid,) = children
     limit = time.monotonic() + 60
@@ -234,7 +234,7 @@ from types import SimpleNamespace
 from contextlib import contextmanager
 from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.generation import Prompt, complete
+from egspo_lightning.rollout.generation import Prompt, sample_and_grade
 from egspo_lightning.types import Problem, Sampling
 
 class Policy:
@@ -262,7 +262,7 @@ class Engine:
 
 prompts = [Prompt(Problem(str(i), "q", "1+x"), [65], "s") for i in range(5)]
 try:
-    complete(Policy(), Engine(), reward, prompts, 1, Sampling(20))
+    sample_and_grade(Policy(), Engine(), reward, prompts, 1, Sampling(20))
 except KeyboardInterrupt:
     reward.close()
     print([t.name for t in threading.enumerate()], reward.grader.worker_pids(), flush=True)
