@@ -9,7 +9,7 @@ from egspo_lightning.models import packed_attention as packing
 from egspo_lightning.models import policy
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.ops import token_stats
+from egspo_lightning.ops import logit_tiles, token_stats
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.padding import row_lengths
@@ -70,8 +70,8 @@ def test_losses_do_not_depend_on_the_shrinking_of_the_decode_batch(tiny_run, mon
 
 def test_losses_do_not_depend_on_tiles(tiny_run, monkeypatch):
     usual, _ = losses_of(tiny_run)
-    monkeypatch.setattr(token_stats, "CPU_TILE", 300)
-    monkeypatch.setattr(token_stats, "TILE_TOKENS", 7)
+    monkeypatch.setattr(logit_tiles, "CPU_TILE", 300)
+    monkeypatch.setattr(logit_tiles, "TILE_TOKENS", 7)
     assert losses_of(tiny_run)[0] == pytest.approx(usual, rel=0, abs=1e-5)
 
 
@@ -103,8 +103,8 @@ def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypa
 @pytest.mark.parametrize("tiles", ["one", "many"])
 def test_losses_do_not_depend_on_entropies_that_nobody_asks_for(tiny_run, monkeypatch, tiles):
     if tiles == "many":
-        monkeypatch.setattr(token_stats, "CPU_TILE", 300)
-        monkeypatch.setattr(token_stats, "TILE_TOKENS", 7)
+        monkeypatch.setattr(logit_tiles, "CPU_TILE", 300)
+        monkeypatch.setattr(logit_tiles, "TILE_TOKENS", 7)
     asked = []
     measure = policy.token_stats
     monkeypatch.setattr(policy, "token_stats", lambda *a, **k: asked.append(k["with_entropies"]) or measure(*a, **k))
@@ -160,7 +160,7 @@ def test_losses_do_not_depend_on_passes_that_rollouts_and_experts_share(tiny_run
 
 def test_losses_do_not_depend_on_probabilities_kept_for_the_backward_pass(tiny_run, monkeypatch):
     kept, spy = losses_of(tiny_run)
-    monkeypatch.setattr(token_stats._Tiles, "is_single", False)
+    monkeypatch.setattr(logit_tiles.LogitTiles, "is_single", False)
     made_anew, other = losses_of(tiny_run)
     assert made_anew == pytest.approx(kept, rel=0, abs=1e-5)
     assert distance(spy.gradients[0], other.gradients[0]) < 1e-6
