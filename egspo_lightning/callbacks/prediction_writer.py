@@ -42,13 +42,7 @@ class PredictionWriter(Callback):
         self._opened = open_journal(PREDICT, module_of(pl_module), data_of(trainer), folder)
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         """Append a batch."""
         self._journal.append(outputs)

@@ -1,4 +1,18 @@
-"""What is logged of an update and of a collection. Every value is detached, and a part: parts add up over ranks."""
+"""Metrics of an optimizer step and of a rollout batch: names and formulas.
+
+Every value is detached. Values of micro-batches and ranks are parts that add up. Modules that name metrics, by family:
+
+- ``loss/*``: ``ops.objective``, ``module``
+- ``gate/*``: ``ops.diagnostics``
+- ``policy/*``: ``ops.diagnostics``, ``module``, ``training.advantage_and_gate``
+- ``value/*``: ``ops.diagnostics``
+- ``rollout/*``: ``rollout.scoring``, ``training.advantage_and_gate``, ``module``
+- ``time/*``: ``rollout.scoring``, ``training.advantage_and_gate``, ``training.rollout_phase``
+- ``update/*``, ``fault/*``: ``module``
+- ``eval/*``: ``evaluation.scores``; ``guard/*``: ``callbacks.guards``
+
+docs/guides/metrics.md explains each one.
+"""
 
 from collections.abc import Mapping
 from typing import Literal, get_args

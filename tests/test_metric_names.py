@@ -1,0 +1,36 @@
+"""The index of metric families names the modules in which metrics are named."""
+
+import ast
+import re
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "egspo_lightning"
+FAMILIES = ("loss", "policy", "value", "gate", "rollout", "update", "fault", "time")
+"""Families whose names are literals; ``eval/*``, ``guard/*`` and ``entropy/*`` are composed of several parts."""
+NAME = re.compile(rf"(?:{'|'.join(FAMILIES)})/[a-z_/]+(?:<[a-z]+>)?")
+
+
+def literals(path: Path) -> set[str]:
+    """Metric names in a module; ``rollout/reward/{name}`` is ``rollout/reward/<term>``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            found.add("".join(part.value if isinstance(part, ast.Constant) else "<term>" for part in node.values))
+    return {name for name in found if NAME.fullmatch(name) and not name.endswith("/")}
+
+
+def test_the_index_of_families_names_the_modules_that_name_them():
+    """``ops.diagnostics`` says where each family is named."""
+    text = ast.get_docstring(ast.parse((PACKAGE / "ops" / "diagnostics.py").read_text(encoding="utf-8"))) or ""
+    lines = [line for line in text.splitlines() if line.startswith("- ")]
+    index = {family: line for line in lines for family in re.findall(r"``([a-z]+)/\*``", line)}
+    for family in FAMILIES:
+        homes = {
+            ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+            for path in PACKAGE.rglob("*.py")
+            if path.relative_to(PACKAGE).parts[0] not in ("callbacks", "analysis")  # they read what is logged
+            and any(name.startswith(f"{family}/") for name in literals(path))
+        }
+        assert set(re.findall(r"``([a-z_.]+)``", index[family])) == homes, family
