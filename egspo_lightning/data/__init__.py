@@ -1,1 +1,1 @@
-"""Problems and demonstrations: where they come from, how they become tokens and batches."""
+"""Training data: demonstrations and problems, their sources, prompts, tokens and batches."""

@@ -1,4 +1,4 @@
-"""Expert demonstrations as token ids, in an order that is a pure function of the seed, shared by ranks."""
+"""Expert demonstrations as token ids, in a shuffled order that all ranks share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ class Encoded(NamedTuple):
 
 
 class ExpertShare(NamedTuple):
-    """A rank's demonstrations of an update."""
+    """One rank's share of the demonstrations of an optimizer step."""
 
     items: Sequence[Encoded]
     size: UpdateSize
-    """of the update, over all ranks"""
+    """The size of the optimizer step over all ranks."""
     pad_id: int
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each, prompt included."""
+        """Tokens of each demonstration, prompt included."""
         return [len(item.prompt_ids) + len(item.completion_ids) for item in self.items]
 
     def batch(self, places: Sequence[int]) -> ExpertBatch:
-        """A micro-batch of those at some places; of none, two tokens with nothing to train on: every rank steps."""
+        """A micro-batch of the items at ``places``; without places, two masked tokens, since every rank must step."""
         if not places:
             return ExpertBatch(torch.full((1, 2), self.pad_id), torch.zeros(1, 2, dtype=torch.bool), self.size)
         pairs = [(self.items[place].prompt_ids, self.items[place].completion_ids) for place in places]
@@ -47,7 +47,7 @@ class ExpertShare(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertPool:
-    """Encoded demonstrations, and how many were too long to be used."""
+    """Encoded demonstrations, and the number that were dropped because they are too long."""
 
     demonstrations: list[Encoded]
     num_dropped: int
@@ -66,10 +66,10 @@ class ExpertPool:
         max_completion_length: int,
         seed: int,
     ) -> "ExpertPool":
-        """Tokenize, leaving out and counting those that exceed a limit: a solution cut short teaches not to answer.
+        """Tokenize demonstrations, and drop those above a limit: a truncated solution has no answer.
 
         Raises:
-            UserError: none is short enough.
+            UserError: no demonstration is short enough.
         """
         encoded = [
             Encoded(*template.encode_demonstration(tokenizer, demonstration, tokenizer.eos_token_id), demonstration)
@@ -91,11 +91,11 @@ class ExpertPool:
         return cls(kept, len(encoded) - len(kept), max_completion_length, tokenizer.pad_token_id, seed)
 
     def draw(self, start: int, count: int) -> list[Encoded]:
-        """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once a pass."""
+        """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once per pass."""
         return [self.demonstrations[self._order[position]] for position in range(start, start + count)]
 
     def require_answers(self) -> None:
-        """Refuse now what could not be graded among rollouts later.
+        """Refuse demonstrations that could not be graded among rollouts.
 
         Raises:
             UserError: a demonstration does not end in an answer.
@@ -104,7 +104,7 @@ class ExpertPool:
             _as_problem(item.demonstration)
 
     def solutions(self, start: int, count: int) -> list[ExpertSolution]:
-        """The same of another order, as problems with their answers, to stand among rollouts."""
+        """Demonstrations of a second endless order, as problems with their answers, for use among rollouts."""
         chosen = [self.demonstrations[self._solution_order[position]] for position in range(start, start + count)]
         return [ExpertSolution(_as_problem(item.demonstration), item.completion_ids) for item in chosen]
 
@@ -117,10 +117,7 @@ class ExpertPool:
         return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert")
 
     def share(self, update: Sequence[Encoded], rank: int, world_size: int) -> ExpertShare:
-        """This rank's share of an update.
-
-        Every rank is given the same update, and takes every ``world_size``-th of its demonstrations.
-        """
+        """One rank's share of an optimizer step: every ``world_size``-th of the demonstrations in ``update``."""
         num_tokens = float(sum(len(item.completion_ids) for item in update))
         size = UpdateSize(
             num_tokens=num_tokens,
@@ -137,6 +134,6 @@ def _as_problem(demonstration: Demonstration) -> Problem:
     if answer is None:
         raise UserError(
             f"data.expert_fraction: demonstration {demonstration.id!r} has no answer in \\boxed{{}}, so it cannot "
-            "stand among rollouts. Drop it, or set expert_fraction to 0."
+            "be used among rollouts. Drop it, or set expert_fraction to 0."
         )
     return Problem(demonstration.id, demonstration.problem, answer)

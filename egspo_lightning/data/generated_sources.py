@@ -1,11 +1,11 @@
-"""Training data of the generated tasks: nothing to download."""
+"""Training data of the generated tasks, without downloads."""
 
 from dataclasses import dataclass, field
 
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.family import ProblemFamily, require_family
-from egspo_lightning.types import Demonstration, Problem
+from egspo_lightning.types import Count, Demonstration, Problem
 
 DEFAULT_TASK = ArithmeticTask()
 
@@ -15,15 +15,15 @@ class GeneratedDemonstrations(DemonstrationSource):
     """Worked solutions of different problems of the task's train split.
 
     Args:
-        num_demonstrations: How many; the first ones of a larger set are the smaller set.
-        seed: Which problems, and which of their solutions; independent of the seed of the run.
-        task: The family of problems; keep it equal to that of the problems and the benchmark.
+        num_demonstrations: Number of demonstrations; a smaller set is the beginning of a larger one.
+        seed: Seed of the choice of problems and solutions; independent of the seed of the run.
+        task: The family of problems; use the same as in the problems and the benchmark.
 
     Raises:
         UserError: on loading, the split has fewer different problems.
     """
 
-    num_demonstrations: int = 800
+    num_demonstrations: Count = 800
     seed: int = 0
     task: ProblemFamily = DEFAULT_TASK
 
@@ -41,7 +41,7 @@ class GeneratedProblems(ProblemSource):
     """An endless stream of draws, with replacement, from the task's train split.
 
     Args:
-        task: The family of problems; keep it equal to that of the demonstrations and the benchmark.
+        task: The family of problems; use the same as in the demonstrations and the benchmark.
     """
 
     task: ProblemFamily = DEFAULT_TASK
@@ -53,14 +53,14 @@ class GeneratedProblems(ProblemSource):
         require_family(self.task, "data.problems.init_args.task")
 
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
-        """Fix the stream; count the texts kept out of it. See ``ProblemSource.prepare``."""
+        """Fix the stream and count the excluded problems; see ``ProblemSource.prepare``."""
         self._stream = f"problems/{seed}"
         self._excluded = frozenset(text for text in excluded if self.task.contains(text, "train"))
-        self.task.problem(self._stream, "train", 0, self._excluded)  # tells now where nothing is left
+        self.task.problem(self._stream, "train", 0, self._excluded)  # raises now where no problem is left
         return len(self._excluded)
 
     def draw(self, start: int, count: int) -> list[Problem]:
-        """Problems of the stream, the next draw in place of an excluded one; see ``ProblemSource.draw``."""
+        """Problems of the stream; the next draw replaces an excluded one. See ``ProblemSource.draw``."""
         if self._stream is None:
             raise RuntimeError("GeneratedProblems.draw was called before prepare")
         positions = range(start, start + count)

@@ -1,7 +1,6 @@
-r"""From a problem to the token ids that the policy is given, the same in training and in sampling.
+r"""Prompt template: problems to token ids, the same in training and in sampling.
 
-Prompt and completion are tokenized apart, so that a demonstration is learned behind exactly the ids that
-sampling starts from.
+Prompt and completion are tokenized separately, so that a demonstration has exactly the prompt ids of sampling.
 """
 
 from __future__ import annotations
@@ -23,20 +22,19 @@ _SYSTEM = "{system}"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    r"""How a problem is put to the model: through the tokenizer's chat template, or as plain text.
+    r"""Turns a problem into a prompt, with the tokenizer's chat template or as plain text.
 
-    Nothing in a problem's text is interpreted, so braces are safe. Strings that spell a special token are an
-    exception: whether they become that token is up to the tokenizer (``split_special_tokens``).
+    Braces in a problem's text are safe. The tokenizer decides whether text that spells a special token becomes that
+    token (``split_special_tokens``).
 
     Args:
         system: The instruction: the system message of a chat, and "{system}" in plain text; may be empty.
-        plain: The text for models without a chat template. It has "{problem}" exactly once; "{system}" is put
-            where it stands, and a text without it leaves the instruction out. With an empty instruction, the
-            blank lines that the text then begins with are dropped.
+        plain: The text for models without a chat template. It has "{problem}" exactly once, and "{system}" where the
+            instruction belongs. With an empty instruction, blank lines at the beginning are dropped.
         use_chat_template: "auto" (where there is one), "always" (an error where there is none) or "never".
 
     Raises:
-        UserError: plain lacks "{problem}" or has it twice, or use_chat_template is none of the three.
+        UserError: plain lacks "{problem}" or has it twice.
     """
 
     system: str = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -49,11 +47,9 @@ class PromptTemplate:
                 f'plain must contain "{_PROBLEM}" exactly once, got {self.plain!r}. '
                 f'Put "{_PROBLEM}" where the question belongs.'
             )
-        if self.use_chat_template not in ("auto", "always", "never"):
-            raise UserError(f'use_chat_template must be "auto", "always" or "never", got {self.use_chat_template!r}.')
 
     def render(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> str:
-        """The prompt as text.
+        """Return the prompt as text.
 
         Raises:
             UserError: a chat template is asked for and there is none, or it refuses the messages.
@@ -65,10 +61,10 @@ class PromptTemplate:
         return (before if self.system else before.lstrip("\n")) + problem_text + after
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> list[int]:
-        """The prompt as token ids.
+        """Return the prompt as token ids.
 
-        A chat template writes its special tokens itself. Plain text gets a BOS where the tokenizer gives one
-        to any text, and never an EOS.
+        A chat template writes its special tokens itself. Plain text gets a BOS where the tokenizer adds one to any
+        text, and never an EOS.
 
         Raises:
             UserError: as ``render`` does.
@@ -83,7 +79,7 @@ class PromptTemplate:
     def encode_demonstration(
         self, tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, eos_id: int
     ) -> tuple[list[int], list[int]]:
-        """The ids of the prompt, and of the solution with ``eos_id`` behind it.
+        """Return the ids of the prompt, and of the solution followed by ``eos_id``.
 
         Raises:
             UserError: as ``render`` does.
@@ -108,6 +104,6 @@ class PromptTemplate:
         except TemplateError as error:
             raise UserError(
                 f"The tokenizer's chat template refuses the prompt: {error}. "
-                'If it knows no system message, set system to "", or use_chat_template to "never".'
+                'If it has no system message, set system to "", or use_chat_template to "never".'
             ) from error
         return str(rendered)

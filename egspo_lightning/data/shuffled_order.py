@@ -1,17 +1,17 @@
-"""The order that training data is drawn in: pass after pass, a pure function of the seed, so that resuming is exact."""
+"""Shuffled order of training data: a pure function of the seed, so that resuming is exact."""
 
 import random
 
 
 class EndlessOrder:
-    """Each of ``size`` items once a pass, every pass in a new order."""
+    """An endless order: each pass has each of ``size`` items once, in a new order."""
 
     def __init__(self, size: int, seed: str) -> None:
         self._size, self._seed = size, seed
         self._pass, self._order = -1, list[int]()
 
     def __getitem__(self, position: int) -> int:
-        """Which item stands at a position of the endless order."""
+        """The item at a position of the endless order."""
         pass_number, place = divmod(position, self._size)
         if pass_number != self._pass:
             self._pass, self._order = pass_number, list(range(self._size))

@@ -1,4 +1,4 @@
-"""The interface of training data, and the two ways that problems are put in order.
+"""Interfaces of training data sources, and finite problem sources in shuffled order.
 
 A source of your own is a subclass with ``load``::
 
@@ -16,7 +16,7 @@ from egspo_lightning.types import Demonstration, Problem
 
 
 class DemonstrationSource(ABC):
-    """Where expert solutions for supervised training come from."""
+    """A source of expert demonstrations for SFT."""
 
     @abstractmethod
     def load(self) -> list[Demonstration]:
@@ -28,12 +28,12 @@ class ProblemSource(ABC):
 
     @abstractmethod
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
-        """Fix the order, leave out the excluded problems, and return how many were left out.
+        """Fix the order, leave out the excluded problems, and return their number.
 
-        ``excluded`` holds problems that benchmarks ask, as ``normalize_problem`` gives them.
+        ``excluded`` holds the texts of benchmark problems, as ``normalize_problem`` returns them.
 
         Raises:
-            UserError: nothing is left.
+            UserError: no problem is left.
         """
 
     @abstractmethod
@@ -46,7 +46,7 @@ class ProblemSource(ABC):
 
 
 class FiniteProblems(ProblemSource):
-    """Problems read once and given pass after pass, each exactly once a pass, every pass in a new order."""
+    """Problems that are read once and repeated: each pass has every problem once, in a new order."""
 
     _problems: tuple[Problem, ...] = ()
     _order = EndlessOrder(0, "")
@@ -56,7 +56,7 @@ class FiniteProblems(ProblemSource):
         """All problems, in an order that never changes."""
 
     def load_questions(self) -> list[Problem]:
-        """The same to be answered by ``predict``, where ``Problem.answer`` may be empty."""
+        """All problems for ``predict``, where ``Problem.answer`` may be empty."""
         return self.load()
 
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
@@ -74,7 +74,7 @@ class FiniteProblems(ProblemSource):
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Those that are left, in the source's order."""
+        """The problems that are not excluded, in the source's order."""
         return self._problems
 
     def draw(self, start: int, count: int) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""From sources to what training draws from: nothing that a benchmark asks, nothing that is too long, all counted."""
+"""Preparation of training data: removes benchmark problems and long prompts, and counts them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,17 +15,17 @@ LongProblems = Literal["error", "drop"]
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Problems to token ids, refusing those that are too long."""
+    """Encodes problems as token ids and refuses prompts that are too long."""
 
     template: PromptTemplate
     tokenizer: Any
     max_length: int
 
     def encode(self, problem: Problem) -> list[int]:
-        """The prompt's ids.
+        """Return the token ids of the prompt.
 
         Raises:
-            UserError: there are more than ``max_length``.
+            UserError: the prompt has more than ``max_length`` tokens.
         """
         ids = self.template.encode(self.tokenizer, problem.problem)
         if len(ids) > self.max_length:
@@ -37,16 +37,16 @@ class PromptEncoder:
         return ids
 
     def is_too_long(self, problem: Problem) -> bool:
-        """Whether ``encode`` would refuse it."""
+        """Whether ``encode`` refuses the problem."""
         return len(self.template.encode(self.tokenizer, problem.problem)) > self.max_length
 
     def require_positions(
         self, completion_length: int, most: int | None, field: str = "data.max_completion_length"
     ) -> None:
-        """Refuse sequences that are longer than the model was made for; ``field`` names the completion's length.
+        """Refuse limits above the model's number of positions; ``field`` is the config key of the completion length.
 
         Raises:
-            UserError: prompt and completion may together have more than ``most`` tokens.
+            UserError: a prompt and a completion can have more than ``most`` tokens together.
         """
         if most is not None and self.max_length + completion_length > most:
             raise UserError(
@@ -63,10 +63,10 @@ def load_demonstrations(
     max_completion_length: int,
     seed: int,
 ) -> tuple[ExpertPool, int]:
-    """The demonstrations as ids, and the number that stood in a benchmark.
+    """Load and encode the demonstrations; also returns the number that were dropped as benchmark problems.
 
     Raises:
-        UserError: none is left.
+        UserError: no demonstration is left.
     """
     loaded = source.load()
     if not loaded:
@@ -88,12 +88,12 @@ def load_demonstrations(
 def prepare_problems(
     source: ProblemSource, encoder: PromptEncoder, excluded: frozenset[str], *, long_problems: LongProblems, seed: int
 ) -> tuple[int, int]:
-    """Fix the order of the problems; returns how many stood in a benchmark, and how many were too long.
+    """Fix the order of the problems; returns how many were dropped as benchmark problems, and as too long.
 
-    All problems of a finite source are looked at now: a long one that is met after days would end the run then.
+    All problems of a finite source are checked now, since a long one would otherwise end the run days later.
 
     Raises:
-        UserError: a problem is too long and ``long_problems`` is "error", or none is left.
+        UserError: a problem is too long and ``long_problems`` is "error", or no problem is left.
     """
     num_excluded = source.prepare(seed, excluded)
     if not isinstance(source, FiniteProblems):

@@ -1,1 +1,1 @@
-"""Benchmarks and the metrics that the field reports for them."""
+"""Benchmarks, their metrics, and sampling, grading and recording the answers."""

@@ -1,4 +1,4 @@
-"""Evaluation on the data side: benchmarks and a user's problems as batches, and their answers."""
+"""Evaluation: samples and grades the answers to benchmarks and to a user's own problems."""
 
 import hashlib
 import json
@@ -13,21 +13,20 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.evaluation.answer_sampling import AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark, require_different_ids
-from egspo_lightning.evaluation.problem_batches import problem_batches
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.rewards.format import with_opened_block
-from egspo_lightning.rewards.grading import Grade, MathGrader
+from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.engine import RolloutEngine
 from egspo_lightning.rollout.generation import Prompt, Tokens, decode, prompt_texts, sample
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.types import Problem, ProblemBatch, Sampling
 
 PREDICT = "predict"
-"""What a user's own problems go by, where benchmarks have their names."""
+"""Name of the user's own problems, in place of a benchmark's."""
 
 
 class Share(NamedTuple):
-    """Which part of the problems a rank answers, and how many at a time."""
+    """One rank's share of the problems, and its batch size."""
 
     rank: int
     world_size: int
@@ -36,15 +35,15 @@ class Share(NamedTuple):
 
 @dataclass
 class Answerer:
-    """Samples and grades answers; right or wrong, whatever reward training uses.
+    """Samples and grades answers. The verdict is right or wrong, whatever the reward in training.
 
     Args:
-        benchmarks: What can be measured.
-        engine: Samples.
-        grader: Says what is right.
-        predict_sampling: How a user's own problems are answered.
-        max_completion_length: Tokens of an answer at most, where neither a benchmark nor predict_sampling says.
-        seed: Names the random streams.
+        benchmarks: All benchmarks of the config.
+        engine: Samples the answers.
+        grader: Grades them.
+        predict_sampling: Sampling of the answers to a user's own problems.
+        max_completion_length: Longest answer in tokens, where neither a benchmark nor predict_sampling sets one.
+        seed: Seed of the random streams.
     """
 
     benchmarks: list[Benchmark]
@@ -58,10 +57,10 @@ class Answerer:
     _earlier: dict[str, Mapping[str, Sequence[Answer]]] = field(default_factory=dict, init=False, repr=False)
 
     def load(self, encoder: PromptEncoder) -> None:
-        """Read the benchmarks once; a prompt that is too long is refused before anything is trained.
+        """Read the benchmarks once, and check the lengths of their prompts before training starts.
 
         Raises:
-            UserError: two have the same name, one cannot be read, or a prompt is too long.
+            UserError: two benchmarks have the same name, one cannot be read, or a prompt is too long.
         """
         if self._problems:
             return
@@ -77,12 +76,12 @@ class Answerer:
         """Read a user's own problems, with or without answers.
 
         Raises:
-            UserError: the source never ends, is empty, cannot be read, or has two problems of the same id.
+            UserError: the source is endless or empty, cannot be read, or has two problems with the same id.
         """
         if not isinstance(source, FiniteProblems):
             raise UserError(
                 f"data.problems: {type(source).__name__} never ends, so predict cannot answer all of it. Use a "
-                "finite source, such as egspo_lightning.data.dataset_sources.DatasetProblems."
+                "finite source, such as DatasetProblems."
             )
         self.predict_sampling.require_different_samples("data.predict_sampling:")
         problems = source.load_questions()
@@ -93,25 +92,25 @@ class Answerer:
 
     @property
     def asked(self) -> frozenset[str]:
-        """The normalized texts of all that benchmarks ask."""
+        """The normalized texts of all benchmark problems, which training leaves out."""
         return frozenset(normalize_problem(p.problem) for b in self.benchmarks for p in self._problems[b.name])
 
     def problems(self, name: str) -> list[Problem]:
-        """What a benchmark asks, or what the user does."""
+        """The problems of a benchmark, or the user's own under the name ``PREDICT``."""
         return self._problems[name]
 
     def sampling(self, name: str) -> tuple[int, Sampling]:
-        """How many answers each of its problems gets, and how they are sampled."""
+        """The number of answers to each problem, and their sampling."""
         chosen = {benchmark.name: benchmark.sampling for benchmark in self.benchmarks}
         found = chosen.get(name, self.predict_sampling)
         return found.num_samples, found.within(self.max_completion_length)
 
     def batches(self, name: str, share: Share) -> list[ProblemBatch]:
-        """A rank's share of a benchmark, or of the user's own problems."""
+        """One rank's batches of a benchmark, or of the user's own problems."""
         return problem_batches(name, self._problems[name], *self.sampling(name), **share._asdict())
 
     def settings(self, name: str, encoder: PromptEncoder) -> dict[str, Any]:
-        """All that decides on the answers, besides the policy and its precision; prompts and references by digest."""
+        """All settings that determine the answers, apart from the policy; prompts and gold answers as a hash."""
         num_samples, sampling = self.sampling(name)
         asked = [(p.id, encoder.encode(p), p.answer) for p in self._problems[name]]
         return {
@@ -123,16 +122,16 @@ class Answerer:
             "top_p": sampling.top_p,
             "max_completion_length": sampling.max_completion_length,
             "seed": self.seed,
-            "engine": type(self.engine).__name__.removeprefix("LazyInstance_"),  # jsonargparse's name for a default
+            "engine": type(self.engine).__name__.removeprefix("LazyInstance_"),  # from jsonargparse, for a default
             **self.grader.settings(),
         }
 
     def remember(self, name: str, answers: Mapping[str, Sequence[Answer]]) -> None:
-        """Give these answers, by the ids of their problems, again instead of sampling them; none forgets them."""
+        """Return these answers, by problem id, instead of sampling new ones; an empty mapping removes them."""
         self._earlier[name] = answers
 
     def answer(self, policy: RolloutPolicy, encoder: PromptEncoder, batch: ProblemBatch) -> list[Answer]:
-        """Sample and grade the answers to a batch of problems, those that are remembered excepted. Collective."""
+        """Sample and grade the answers to a batch of problems; remembered answers are reused. Collective."""
         earlier = self._earlier.get(batch.benchmark, {})
         new = [problem for problem in batch.problems if problem.id not in earlier]
         prompts = [Prompt(p, encoder.encode(p), f"{self.seed}/{batch.benchmark}/{p.id}") for p in new]
@@ -148,7 +147,7 @@ class Answerer:
     def _grade(
         self, problems: Sequence[Problem], samples: Sequence[Tokens], texts: Sequence[str], prompts: Sequence[str]
     ) -> list[Answer]:
-        """The answers, with their texts; a box in reasoning that the prompt has opened is none."""
+        """Grade the samples. A box inside reasoning that the prompt has opened does not count as an answer."""
         n = len(samples) // len(problems)
         judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
         asked = [problem for problem in problems for _ in range(n)]
@@ -160,32 +159,42 @@ class Answerer:
         groups = self.grader.equivalence_classes([found[i : i + n] for i in range(0, len(found), n)])
         classes = [answer_class for group in groups for answer_class in group]
         return [
-            _answer(asked[i], i % n, texts[i], found[i], classes[i], grades.get(i), samples[i])
-            for i in range(len(samples))
+            Answer(
+                problem=asked[i],
+                sample=i % n,
+                text=texts[i],
+                extracted=found[i],
+                answer_class=classes[i],
+                correct=grades[i].correct if i in grades else None,
+                status=grades[i].status if i in grades else "no_reference",
+                length=len(sampled.token_ids),
+                is_truncated=sampled.is_truncated,
+            )
+            for i, sampled in enumerate(samples)
         ]
 
     def close(self) -> None:
-        """End the grader's processes."""
+        """Stop the grader's processes."""
         self.grader.close()
 
 
-def _answer(
-    problem: Problem,
-    number: int,
-    text: str,
-    extracted: str | None,
-    answer_class: int | None,
-    grade: Grade | None,
-    sampled: Tokens,
-) -> Answer:
-    return Answer(
-        problem=problem,
-        sample=number,
-        text=text,
-        extracted=extracted,
-        answer_class=answer_class,
-        correct=None if grade is None else grade.correct,
-        status="no_reference" if grade is None else grade.status,
-        length=len(sampled.token_ids),
-        is_truncated=sampled.is_truncated,
-    )
+def problem_batches(
+    name: str,
+    problems: Sequence[Problem],
+    num_samples: int,
+    sampling: Sampling,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+) -> list[ProblemBatch]:
+    """Split problems over ranks and batches: every ``world_size``-th problem, ``batch_size`` at a time.
+
+    All ranks get the same number of batches, since sampling is collective; the last one may be empty.
+    """
+    share = problems[rank::world_size]
+    num_batches = -(-len(problems) // (world_size * batch_size))
+    return [
+        ProblemBatch(name, list(share[i * batch_size : (i + 1) * batch_size]), num_samples, sampling)
+        for i in range(num_batches)
+    ]

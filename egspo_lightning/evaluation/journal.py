@@ -1,4 +1,4 @@
-"""Answers on disk, written as they come, so that an evaluation that was cut off goes on where it stopped."""
+"""Resumable evaluation: answers are written to disk as they are sampled."""
 
 import hashlib
 import json
@@ -8,35 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.answer_records import Answer, answer_of, row_of
+from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.types import Problem
 
 COMPLETIONS, SETTINGS, METRICS = "completions.jsonl", "settings.json", "metrics.json"
+_COLUMNS = ("sample", "completion", "extracted", "answer_class", "correct", "status", "length", "is_truncated")
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that stand for all settings: other settings, other digits."""
+    """Hash all settings into twelve hexadecimal digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a JSON file atomically."""
     _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 class Journal:
-    """The answers to one benchmark under one set of settings, in a folder of their own.
+    """The answers to one benchmark under one set of settings, in their own folder.
 
-    While it is answered each rank appends to ``completions-rank-R.jsonl``; at the end these files become one,
-    ``completions.jsonl``, in the benchmark's order: the same file whatever the ranks and interruptions were. A later
-    evaluation with the same settings, on any number of ranks that see the folder, takes the answers up.
+    Each rank appends to ``completions-rank-R.jsonl``. At the end these files are merged into ``completions.jsonl`` in
+    the benchmark's order, so the file does not depend on ranks or interruptions. A later evaluation with the same
+    settings reuses the answers, on any number of ranks that see the folder.
 
     Args:
-        folder: Where to; made when needed.
-        settings: All that decides on the answers; kept beside them, in settings.json.
-        problems: What the benchmark asks.
-        num_samples: Answers a problem; a problem with fewer counts as not answered.
-        rank: Who appends.
+        folder: The folder, made when needed.
+        settings: All settings that determine the answers; kept in settings.json.
+        problems: The benchmark's problems.
+        num_samples: Answers to each problem; a problem with fewer counts as not answered.
+        rank: This process's rank.
     """
 
     def __init__(
@@ -49,14 +50,14 @@ class Journal:
 
     @property
     def completions(self) -> Path:
-        """Where the answers are in the end."""
+        """The merged file of answers."""
         return self.folder / COMPLETIONS
 
     def claim(self) -> None:
-        """Make the folder this evaluation's.
+        """Create the folder, or check that its answers have the same settings.
 
         Raises:
-            UserError: it holds the answers of an evaluation with other settings.
+            UserError: the folder holds the answers of an evaluation with other settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS
@@ -68,13 +69,13 @@ class Journal:
         if differing:
             raise UserError(
                 f"{self.folder} holds answers under other settings: {', '.join(differing)}. Choose another folder, or "
-                "delete this one to begin anew."
+                "delete this one."
             )
 
     def read(self) -> dict[str, list[Answer]]:
-        """The answers of all ranks and earlier evaluations, by the id of their problem; complete problems alone.
+        """Read the answers of all ranks and earlier evaluations, by problem id; only problems with all samples.
 
-        A last line that was cut off is left out.
+        An incomplete last line, as an interrupted write leaves it, is ignored.
 
         Raises:
             UserError: another line is broken.
@@ -83,7 +84,7 @@ class Journal:
         for path in sorted(self.folder.glob("completions*.jsonl")):
             for row in _rows(path):
                 if (problem := self.problems.get(row["id"])) is not None:
-                    found.setdefault(problem.id, {})[row["sample"]] = answer_of(row, problem)
+                    found.setdefault(problem.id, {})[row["sample"]] = _answer(row, problem)
         complete = {
             identity: [found[identity][i] for i in range(self.num_samples)]
             for identity in self.problems
@@ -93,16 +94,16 @@ class Journal:
         return complete
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Write new answers, all at once and at once; those that ``read`` has given are there already."""
+        """Append new answers in one write, without those that ``read`` has returned."""
         new = [answer for answer in answers if answer.problem.id not in self._held]
         if not new:
             return
         with self._own.open("ab") as file:
-            _cut_torn_line(self._own)
+            _truncate_incomplete_line(self._own)
             file.write("".join(self._line(answer) for answer in new).encode())
 
     def merge(self) -> None:
-        """Make one file of those of all ranks; for one rank to call, when all have appended."""
+        """Merge the files of all ranks into one. One rank calls it after all ranks have appended."""
         parts = list(self.folder.glob("completions-rank-*.jsonl"))
         if parts:
             answers = self.read()
@@ -111,19 +112,29 @@ class Journal:
             part.unlink()
 
     def _line(self, answer: Answer) -> str:
-        return json.dumps(row_of(self.settings["benchmark"], answer), ensure_ascii=False) + "\n"
+        problem, fields = answer.problem, answer._asdict()
+        fields["completion"] = fields["text"]
+        row = {"benchmark": self.settings["benchmark"], "id": problem.id, "problem": problem.problem}
+        row |= {"answer": problem.answer or None} | {name: fields[name] for name in _COLUMNS}
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _answer(row: dict[str, Any], problem: Problem) -> Answer:
+    """The inverse of ``Journal._line``."""
+    fields = {name: row[name] for name in _COLUMNS}
+    return Answer(problem=problem, text=fields.pop("completion"), **fields)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last newline is torn, or empty
+    *lines, _ = path.read_bytes().split(b"\n")  # the text after the last newline is incomplete, or empty
     for number, line in enumerate(lines, start=1):
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: broken ({error}). Delete the line, and it is answered again.") from None
+            raise UserError(f"{path}:{number}: broken ({error}). Delete the line to sample the answer again.") from None
 
 
-def _cut_torn_line(path: Path) -> None:
+def _truncate_incomplete_line(path: Path) -> None:
     whole = path.read_bytes().rfind(b"\n") + 1
     if whole < path.stat().st_size:
         os.truncate(path, whole)

@@ -1,7 +1,7 @@
-"""The metrics that the field reports for math benchmarks, over n samples a problem.
+"""Metrics of math benchmarks over n samples per problem: avg@n, pass@k and maj@n.
 
-``avg@n`` is the mean accuracy, ``pass@k`` the chance that one of k samples is right, ``maj@n`` the accuracy of the
-most frequent answer. All are in [0, 1]. Nothing here knows of models or files.
+``avg@n`` is the mean accuracy, ``pass@k`` the probability that at least one of k samples is correct, and ``maj@n`` the
+accuracy of the most frequent answer. All are in [0, 1].
 """
 
 import math
@@ -12,7 +12,9 @@ from collections.abc import Hashable, Sequence
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased chance that one of k is right: ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374, eq. 1).
+    """Unbiased estimate of the probability that at least one of k samples is correct.
+
+    ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374, eq. 1)
 
     Raises:
         ValueError: not 1 <= k <= num_samples, or not 0 <= num_correct <= num_samples.
@@ -26,16 +28,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def reported_ks(num_samples: int) -> list[int]:
-    """The k of pass@k: the powers of two below n, and n."""
+    """Return the values of k to report: the powers of two below n, and n."""
     return [2**i for i in range((num_samples - 1).bit_length())] + [num_samples]
 
 
 def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
-    """Whether the most frequent answer is right; of a tie, and of verdicts that differ on it, the share that are right.
+    """Return 1 if the most frequent answer is correct, otherwise 0; for ties or mixed verdicts, the correct share.
 
     Args:
-        answers: one a sample, equal where they count as the same; None is no answer, which does not vote
-        correct: whether each is right
+        answers: one per sample; equal values are one answer, and None (no answer) does not vote
+        correct: the verdict on each sample
     """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
@@ -49,8 +51,8 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool]) -
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean: ``sqrt(sum((v - mean)^2) / (P (P - 1)))`` (arXiv 2411.00640, eq. 1).
 
-    With the mean of its n samples as the value of a problem, it is the error clustered by problem (section 2.2 there),
-    with P - 1 where that has P: samples of one problem are no independent questions.
+    The value of a problem is the mean of its n samples, so this is the error clustered by problem (section 2.2 there),
+    with P - 1 in place of P. Samples of one problem are not independent.
 
     Raises:
         ValueError: there are fewer than two values.
@@ -63,7 +65,7 @@ def standard_error(values: Sequence[float]) -> float:
 def bootstrap_interval(
     values: Sequence[float], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, resampling the values (problems, as a rule) with replacement.
+    """Percentile bootstrap interval of the mean; values (usually one per problem) are resampled with replacement.
 
     Raises:
         ValueError: there are no values, or not 0 < confidence < 1.

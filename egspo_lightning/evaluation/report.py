@@ -1,4 +1,4 @@
-"""What is told of an evaluation: as JSON, and as tables to read."""
+"""Evaluation reports: JSON values and tables for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ Metrics = dict[str, float]
 
 
 class Report(NamedTuple):
-    """The scores of a benchmark, whole and in parts."""
+    """The scores of a benchmark, in total, by subject and by level."""
 
     benchmark: str
     num_samples: int
@@ -23,7 +23,7 @@ class Report(NamedTuple):
 
 
 def report(benchmark: str, problems: Sequence[Problem], num_samples: int, table: Tensor) -> Report:
-    """The scores of a benchmark, from the counts of its problems."""
+    """Compute the scores of a benchmark from the counts of its problems (see ``scores.BenchmarkMetric``)."""
     return Report(
         benchmark,
         num_samples,
@@ -34,7 +34,7 @@ def report(benchmark: str, problems: Sequence[Problem], num_samples: int, table:
 
 
 def milestones_table(latest: Mapping[str, Metrics], milestones: Mapping[str, Mapping[str, Metrics]]) -> Table:
-    """Benchmark, problems, and avg@n at each milestone; a dash where it was not measured."""
+    """Table of benchmarks: number of problems, and avg@n at each milestone; a dash where it was not measured."""
     table = _table("Benchmarks", "benchmark", "problems", "metric", *milestones)
     for name, values in latest.items():
         metric = headline(values)
@@ -45,7 +45,7 @@ def milestones_table(latest: Mapping[str, Metrics], milestones: Mapping[str, Map
 
 
 def score_tables(reports: Sequence[Report]) -> list[Table]:
-    """All benchmarks in one table; then pass@k where there are several k; then those with subjects or levels."""
+    """Tables of all benchmarks, of pass@k where there are several samples, and of subjects and levels."""
     sizes = {found.num_samples for found in reports}
     is_mixed = len(sizes) != 1
     whole = _table("Benchmarks", "benchmark", *_heads(None if is_mixed else sizes.pop()))
@@ -63,12 +63,12 @@ def score_tables(reports: Sequence[Report]) -> list[Table]:
 
 
 def headline(metrics: Metrics) -> str:
-    """The metric that stands for a benchmark: avg@n."""
+    """The main metric of a benchmark: avg@n."""
     return next(name for name in metrics if name.startswith("avg@"))
 
 
 def _heads(num_samples: int | None) -> tuple[str, ...]:
-    """The columns of scores; None where the number of samples differs from row to row, which then tells it."""
+    """The columns of scores; with None, for rows of different numbers of samples, each row shows its number."""
     n = "" if num_samples is None else f"@{num_samples}"
     return "problems", *(() if n else ("n",)), f"avg{n}", f"pass{n}", f"maj{n}", "length", "truncated"
 
@@ -97,7 +97,7 @@ def _part_table(title: str, label: str, part: Mapping[str, Metrics], num_samples
 def _pass_table(reports: Sequence[Report]) -> Table:
     names = {name: None for found in reports for name in found.metrics if name.startswith("pass@")}
     columns = sorted(names, key=lambda name: int(name.removeprefix("pass@")))
-    table = _table("One right of k", "benchmark", *columns)
+    table = _table("At least one of k samples is correct", "benchmark", *columns)
     for found in reports:
         values = [found.metrics.get(name) for name in columns]
         table.add_row(found.benchmark, *("" if value is None else f"{value:.3f}" for value in values))
@@ -113,7 +113,7 @@ def _note(reports: Sequence[Report]) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """The first column holds names, which fold where a line is too short; the others numbers, which stay whole."""
+    """A table whose first column holds names, which may fold, and whose other columns hold numbers, which do not."""
     table = Table(title=title)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")

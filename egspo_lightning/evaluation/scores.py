@@ -1,4 +1,4 @@
-"""From answers to the metrics of a benchmark: one row of counts a problem, summed over batches and ranks."""
+"""Benchmark metrics from answers: one row of counts per problem, summed over batches and ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,15 +18,15 @@ from egspo_lightning.evaluation.metrics import (
 from egspo_lightning.types import Problem
 
 COLUMNS = ("num_seen", "num_correct", "majority", "num_tokens", "num_truncated", "num_timeouts", "num_crashes")
-"""Of a problem: how often it was answered (1, or 0 as yet), and counts over its n samples; majority is in [0, 1]."""
+"""Counts of one problem over its n samples; num_seen is 1 once it is answered, and majority is in [0, 1]."""
 
 
 class BenchmarkMetric(Metric):
-    """Accumulates the answers to a benchmark; ranks may have any share of its problems.
+    """Accumulates the answers to a benchmark; each rank may have any share of the problems.
 
     Args:
-        problems: All that the benchmark asks.
-        num_samples: n, answers a problem.
+        problems: All problems of the benchmark.
+        num_samples: n, the number of answers to each problem.
     """
 
     full_state_update = False
@@ -40,18 +40,18 @@ class BenchmarkMetric(Metric):
         self.add_state("table", torch.zeros(len(problems), len(COLUMNS), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, answers: Sequence[Answer]) -> None:
-        """Add answers, all n of a problem next to one another; a problem that comes again is counted once."""
+        """Add answers, all n of a problem adjacent. A problem that comes again is counted once."""
         for problem, group in by_problem(answers):
             assert len(group) == self.num_samples, f"{problem.id}: {len(group)} of {self.num_samples} answers"
             self.table[self._rows[problem.id]] = torch.tensor(_counts(group), dtype=torch.float64)
 
     def compute(self) -> Tensor:
-        """The table over all ranks, as ``summary`` and ``by_label`` take it."""
+        """The table over all ranks, for ``summary`` and ``by_label``."""
         return self.table
 
 
 def summary(table: Tensor, num_samples: int) -> dict[str, float]:
-    """Metric name to value, over the problems that were answered.
+    """Compute the metrics over the problems that were answered.
 
     avg@n with its standard error over problems, pass@k, maj@n, length_mean (tokens), truncated_fraction,
     grader_timeouts and grader_crashes (counts), num_problems.
@@ -74,7 +74,7 @@ def summary(table: Tensor, num_samples: int) -> dict[str, float]:
 
 
 def accuracies(table: Tensor, num_samples: int) -> list[float]:
-    """The share of right answers to each problem that was answered."""
+    """The share of correct answers to each problem that was answered."""
     return [correct / num_samples for seen, correct, *_ in table.tolist() if seen > 0]
 
 
@@ -84,11 +84,11 @@ def interval(table: Tensor, num_samples: int) -> tuple[float, float]:
 
 
 def by_label(table: Tensor, labels: Sequence[str], num_samples: int) -> dict[str, dict[str, float]]:
-    """The summary of each label's problems, in the order of the labels; empty where all have the same, or none.
+    """Compute ``summary`` for each label, in sorted order; empty where all problems have the same label.
 
     Args:
         table: (P, columns)
-        labels: the subject or the level of each problem; empty where it has none
+        labels: the subject or level of each problem; empty where it has none
         num_samples: n
     """
     names = sorted(set(labels) - {""})

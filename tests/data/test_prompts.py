@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentError, ArgumentParser
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -100,5 +101,7 @@ def test_a_plain_text_without_one_problem_is_refused(plain):
 
 
 def test_an_unknown_use_of_the_chat_template_is_refused():
-    with pytest.raises(UserError, match="use_chat_template must be"):
-        PromptTemplate(use_chat_template="sometimes")  # type: ignore[arg-type]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--prompt", type=PromptTemplate)
+    with pytest.raises(ArgumentError, match=r"(?s)use_chat_template.*auto.*always.*never.*sometimes"):
+        parser.parse_args(["--prompt.use_chat_template=sometimes"])

@@ -311,13 +311,16 @@ class TestConfig:
             (ProblemSource, "DatasetProblems", {"limit": 0}, "limit"),
             (ProblemSource, "DatasetProblems", {"answer_extractor": "last"}, "none.*boxed.*gsm8k.*olympiadbench.*last"),
             (DemonstrationSource, "DatasetDemonstrations", {"limit": 0}, "limit"),
+            (DemonstrationSource, "GeneratedDemonstrations", {"num_demonstrations": 0}, "num_demonstrations"),
+            (DemonstrationSource, "GeneratedDemonstrations", {"task": {"operators": "*"}}, "operators"),
             (DemonstrationSource, "DatasetDemonstrations", {"solution_format": "latex"}, "auto.*boxed.*plain.*latex"),
         ],
     )
     def test_what_does_not_exist_or_is_out_of_range_is_refused(self, kind, name, init_args, message):
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--source", type=kind)
-        value = {"class_path": f"egspo_lightning.data.dataset_sources.{name}", "init_args": {"path": "a"} | init_args}
+        module, required = ("dataset", {"path": "a"}) if name.startswith("Dataset") else ("generated", {})
+        value = {"class_path": f"egspo_lightning.data.{module}_sources.{name}", "init_args": required | init_args}
         with pytest.raises(ArgumentError, match=f"(?s){message}"):
             parser.parse_object({"source": value})
 

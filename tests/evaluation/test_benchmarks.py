@@ -75,6 +75,17 @@ def test_values_out_of_range_are_refused_by_the_parser(name, arguments, field, v
         parser.parse_object({"benchmark": given})
 
 
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("num_problems", 0, "num_problems.*0"), ("split", "dev", "train.*validation.*test.*dev"),
+])  # fmt: skip
+def test_a_generated_benchmark_has_problems_of_a_split(field, value, message):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--benchmark", type=Benchmark)
+    given = {"class_path": f"{MODULE}.GeneratedBenchmark", "init_args": {field: value}}
+    with pytest.raises(ArgumentError, match=f"(?s){message}"):
+        parser.parse_object({"benchmark": given})
+
+
 def test_several_samples_at_a_temperature():
     assert Two("two", num_samples=4, temperature=0.6).num_samples == 4
 

@@ -1,1 +1,1 @@
-"""Families of generated problems with worked solutions: no file, no network."""
+"""Generated tasks: problems with worked solutions, without files or network."""

@@ -1,8 +1,7 @@
-r"""Sums and differences, worked column by column.
+r"""Arithmetic task: sums and differences, worked column by column.
 
-A problem reads ``47+85=?`` and its solution works column by column from the right, each column with the carry
-of the one before: ``7+5=12 4+8+1=13 \boxed{132}``. A wrong step gives a wrong digit, so reward and reasoning
-go together.
+A problem reads ``47+85=?``. Its solution works column by column from the right, each with the carry of the column
+before: ``7+5=12 4+8+1=13 \boxed{132}``. A wrong step gives a wrong digit, so the reward depends on the reasoning.
 """
 
 import random
@@ -13,11 +12,11 @@ from itertools import accumulate
 from typing import ClassVar, Literal
 
 from egspo_lightning.data.tasks.family import ProblemFamily
-from egspo_lightning.errors import UserError, require
+from egspo_lightning.errors import require
 from egspo_lightning.types import Demonstration, Problem
 
 MOST = 1000
-"""Terms or digits: no model reads more of them, and Python prints no number of more than 4300 digits."""
+"""Upper limit for terms and digits: Python prints numbers of at most 4300 digits."""
 _EXPRESSION = re.compile(r"[0-9]+(?:[+-][0-9]+)+=\?")
 
 
@@ -25,7 +24,7 @@ _EXPRESSION = re.compile(r"[0-9]+(?:[+-][0-9]+)+=\?")
 class ArithmeticTask(ProblemFamily):
     """Chains of additions (and subtractions) whose running totals are never negative.
 
-    Problems with the same signed terms are in the same split, as ``47+85`` and ``85+47`` are.
+    Problems with the same signed terms, such as ``47+85`` and ``85+47``, are in the same split.
 
     Args:
         num_terms: Numbers in a problem, at least 2.
@@ -33,7 +32,7 @@ class ArithmeticTask(ProblemFamily):
         operators: "+" for sums alone, "+-" for a random choice at every place.
 
     Raises:
-        UserError: a number is out of range, or the operators are others.
+        UserError: a number is out of range.
     """
 
     name: ClassVar[str] = "arithmetic"
@@ -45,11 +44,9 @@ class ArithmeticTask(ProblemFamily):
     def __post_init__(self) -> None:
         require(2 <= self.num_terms <= MOST, "num_terms", self.num_terms, f"at least 2 and at most {MOST}")
         require(1 <= self.num_digits <= MOST, "num_digits", self.num_digits, f"at least 1 and at most {MOST}")
-        if self.operators not in ("+", "+-"):
-            raise UserError(f'operators must be "+" or "+-", got {self.operators!r}.')
 
     def draw(self, rng: random.Random) -> str:
-        """Numbers of the right length under random operators; the running total may be negative."""
+        """Draw numbers of the right length and operators; the running total may be negative."""
         numbers = self._numbers()
         terms = [rng.randrange(numbers.start, numbers.stop) for _ in range(self.num_terms)]
         if self.operators == "+":
@@ -72,9 +69,9 @@ class ArithmeticTask(ProblemFamily):
         return str(sum(_terms(text)))
 
     def solve(self, problem: Problem, seed: int | str = 0) -> Demonstration:
-        r"""The one worked solution, ending in ``\boxed{}``.
+        r"""The only worked solution, which ends in ``\boxed{}``.
 
-        A chain takes a line a term, and each line but the last ends in the running total:
+        A chain has one line per term, and each line but the last ends in the running total:
         ``7+5=12 4+8+1=13 47+85=132`` and then ``2+9=11 3+5+1=9 1+0=1 \boxed{191}``.
         """
         total, *terms = _terms(problem.problem)
@@ -115,7 +112,7 @@ def _addition(first: int, second: int) -> Iterator[str]:
 
 
 def _subtraction(first: int, second: int) -> Iterator[str]:
-    """Columns of ``first - second``, not negative; a borrowed ten is part of the column's first number."""
+    """Columns of ``first - second`` where first >= second; a borrowed ten is part of the column's first number."""
     borrow = 0
     for top, bottom in _columns(first, second):
         has_borrowed = top - bottom - borrow < 0

@@ -1,8 +1,8 @@
-r"""Expressions reduced one operation at a time, in one of many orders.
+r"""Expression task: expressions reduced one operation at a time, in one of many orders.
 
-A problem reads ``3*(5-1)-4-2=?`` and its solution is a chain of expressions of equal value, each with an operation
-less than the one before: ``3*4-4-2=12-4-2=12-6=\boxed{6}``. Which operation goes next is a free choice, so the tokens
-that tell it have entropy; its result is a computation that can be wrong, and spoils all that follows.
+A problem reads ``3*(5-1)-4-2=?``. Its solution is a chain of expressions of equal value, each with one operation less
+than the one before: ``3*4-4-2=12-4-2=12-6=\boxed{6}``. The choice of the next operation is free, so its tokens have
+high entropy. The result of an operation is determined, and an error in it makes all later steps wrong.
 """
 
 import random
@@ -15,7 +15,7 @@ from math import prod
 from typing import ClassVar, NamedTuple
 
 from egspo_lightning.data.tasks.family import ProblemFamily
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import require
 from egspo_lightning.types import Demonstration, Problem
 
 Factor = tuple[int, ...]
@@ -33,16 +33,16 @@ class Term(NamedTuple):
 
     @property
     def value(self) -> int:
-        """Its value."""
+        """The value of the term."""
         return self.sign * prod(map(sum, self.factors))
 
     @property
     def num_operators(self) -> int:
-        """Operations within it."""
+        """Number of operations within the term."""
         return sum(map(len, self.factors)) - 1
 
     def __str__(self) -> str:
-        """With its sign, "+" included."""
+        """The term with its sign, "+" included."""
         factors = (f"({f[0]}{f[1]:+d})" if len(f) == 2 else str(f[0]) for f in self.factors)
         return ("-" if self.sign < 0 else "+") + "*".join(factors)
 
@@ -52,14 +52,14 @@ Terms = tuple[Term, ...]
 
 @dataclass(frozen=True)
 class ExpressionTask(ProblemFamily):
-    """Signed sums of numbers, products, and products with a parenthesis: at least one of those in each.
+    """Signed sums of numbers, products, and products with a parenthesis, with at least one product each.
 
-    Problems that differ in the order of terms, factors or addends alone are in the same split.
+    Problems that only differ in the order of terms, factors or addends are in the same split.
 
     Args:
-        num_operators: Operations in a problem, and so steps of its solution; 1 to 8.
-        max_number: The numbers in a problem are 1 to this, at least 2.
-        max_value: No number on any way to the answer is further from 0; at least max_number.
+        num_operators: Operations in a problem, which is the number of steps of its solution; 1 to 8.
+        max_number: Largest number in a problem, at least 2; the smallest is 1.
+        max_value: Largest absolute value of any intermediate result; at least max_number.
 
     Raises:
         UserError: a value is out of range.
@@ -72,15 +72,13 @@ class ExpressionTask(ProblemFamily):
     max_value: int = 20
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_operators <= 8:
-            raise UserError(f"num_operators must be from 1 to 8, got {self.num_operators}.")
-        if self.max_number < 2:
-            raise UserError(f"max_number must be at least 2, got {self.max_number}.")
-        if self.max_value < self.max_number:
-            raise UserError(f"max_value must be at least max_number ({self.max_number}), got {self.max_value}.")
+        require(1 <= self.num_operators <= 8, "num_operators", self.num_operators, "from 1 to 8")
+        require(self.max_number >= 2, "max_number", self.max_number, "at least 2")
+        allowed = f"at least max_number ({self.max_number})"
+        require(self.max_value >= self.max_number, "max_value", self.max_value, allowed)
 
     def draw(self, rng: random.Random) -> str:
-        """An expression of the right shape; its numbers may become too large, or a parenthesis negative."""
+        """Draw an expression of the right shape; values may become too large, or a parenthesis negative."""
         shape = rng.choice(_shapes(self.num_operators))
         terms = (Term(1 if i == 0 else _sign(rng), self._factors(rng, size)) for i, size in enumerate(shape))
         return _text(tuple(terms)) + "=?"
@@ -98,7 +96,7 @@ class ExpressionTask(ProblemFamily):
         return str(sum(term.value for term in _terms(text.removesuffix("=?"))))
 
     def solve(self, problem: Problem, seed: int | str = 0) -> Demonstration:
-        r"""A chain of expressions that ends in ``\boxed{}``; each step is drawn evenly from ``rewrites``."""
+        r"""A chain of expressions that ends in ``\boxed{}``; each step is drawn uniformly from ``rewrites``."""
         rng = random.Random(f"{seed}/{problem.problem}")
         terms, chain = _terms(problem.problem.removesuffix("=?")), []
         while following := list(rewrites(terms)):
@@ -107,7 +105,7 @@ class ExpressionTask(ProblemFamily):
         return Demonstration(problem.id, problem.problem, "=".join([*chain[:-1], f"\\boxed{{{chain[-1]}}}"]))
 
     def _factors(self, rng: random.Random, num_operators: int) -> tuple[Factor, ...]:
-        """A number, a product of two, or a product of a number and a parenthesis, on either side."""
+        """A number, a product of two numbers, or a product of a number and a parenthesis in either order."""
         first, second, third = (rng.randint(1, self.max_number) for _ in range(3))
         if num_operators == 0:
             return ((first,),)
@@ -127,10 +125,10 @@ class ExpressionTask(ProblemFamily):
 
 
 def rewrites(terms: Terms) -> Iterator[Terms]:
-    """All that one operation makes of an expression: none where it is a number.
+    """Yield all results of one operation on an expression; a number has none.
 
-    A parenthesis becomes a number, a product of two numbers a number, or two neighboring numbers their sum; the
-    latter holds under minus signs also: ``9-8-6=9-14``.
+    An operation replaces a parenthesis, a product of two numbers, or two neighboring terms by their value. Signed
+    neighbors are summed with their signs: ``9-8-6=9-14``.
     """
     for i, (sign, factors) in enumerate(terms):
         before, after = terms[:i], terms[i + 1 :]
@@ -156,7 +154,7 @@ def _text(terms: Terms) -> str:
 
 
 def _terms(text: str) -> Terms:
-    """The terms of an expression; of other texts, something that ``_text`` does not turn back into them."""
+    """Parse an expression; for any other text, ``_text`` does not return the text from the result."""
     parsed = []
     for sign, factors in _TERM.findall(text):
         numbers = (tuple(map(int, re.findall(r"-?[0-9]+", factor))) for factor in factors.split("*"))
@@ -175,7 +173,7 @@ def _partial_sums(terms: Terms) -> Iterator[int]:
 
 @cache
 def _shapes(num_operators: int) -> tuple[tuple[int, ...], ...]:
-    """The operators within each term, where those within and between terms make ``num_operators``, in all orders."""
+    """All lists of operator counts within terms, so that operators within and between terms sum to num_operators."""
     return tuple(
         shape
         for length in range(1, num_operators + 1)

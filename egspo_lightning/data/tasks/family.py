@@ -1,6 +1,6 @@
-"""What all families of generated problems share: splits, endless streams and sets of different problems.
+"""Base class of generated tasks: splits, endless streams and sets of different problems.
 
-A family of your own is a frozen dataclass under ``ProblemFamily``, whose fields are its settings.
+A task of your own is a frozen dataclass that inherits from ``ProblemFamily``; its fields are the settings.
 """
 
 import random
@@ -19,10 +19,9 @@ _MAX_ATTEMPTS = 10_000
 
 
 class ProblemFamily(ABC):
-    """Problems generated from a seed, each of which belongs to one split for good, by a hash of its key.
+    """Problems generated from a seed. A hash of its key assigns each problem to one split, whatever the seed.
 
-    Splits are disjoint whatever the seed. Problems read ``EXPRESSION=?``, and all methods are pure functions of the
-    settings and their arguments.
+    Problems read ``EXPRESSION=?``. All methods are pure functions of the settings and their arguments.
     """
 
     name: ClassVar[str]
@@ -30,11 +29,11 @@ class ProblemFamily(ABC):
 
     @abstractmethod
     def draw(self, rng: random.Random) -> str:
-        """The text of a candidate; one that has no key is dropped, and the next one is drawn."""
+        """Draw the text of a candidate; a candidate without a key is dropped, and the next one is drawn."""
 
     @abstractmethod
     def key(self, text: str) -> str | None:
-        """What the split hangs on, the same for problems that only differ in writing; None outside of the family."""
+        """Key that decides the split: equal for problems that only differ in writing; None outside of the family."""
 
     @abstractmethod
     def answer(self, text: str) -> str:
@@ -45,16 +44,13 @@ class ProblemFamily(ABC):
         r"""A worked solution that ends in ``\boxed{}``; the seed chooses one where there are several."""
 
     def problem(self, seed: int | str, split: Split, index: int, excluded: frozenset[str] = frozenset()) -> Problem:
-        """Problem number ``index`` of an endless stream.
+        """Problem number ``index`` of an endless stream of draws with replacement.
 
-        Problems repeat, as draws with replacement do.
-        ``excluded`` holds problem texts that are never given; the next draw takes the place of such a one.
+        ``excluded`` holds problem texts to leave out; the next draw replaces an excluded problem.
 
         Raises:
-            UserError: the split does not exist, or has next to nothing that is not excluded.
+            UserError: all or nearly all problems of the split are excluded.
         """
-        if split not in SPLITS:
-            raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
         rng = random.Random(f"{seed}/{split}/{index}")
         for _ in range(_MAX_ATTEMPTS):
             text = self.draw(rng)
@@ -66,15 +62,13 @@ class ProblemFamily(ABC):
         )
 
     def distinct(self, seed: int | str, split: Split, count: int) -> list[Problem]:
-        """The first ``count`` problems of the stream with different texts; fewer are a prefix of more.
+        """The first ``count`` problems of the stream with different texts; a smaller set is a prefix of a larger one.
 
         Raises:
             UserError: the split has fewer different problems.
         """
-        if count < 1:
-            raise UserError(f"The number of problems must be at least 1, got {count}.")
         found: dict[str, Problem] = {}
-        num_draws = 20 * count + 1000  # enough to meet all problems of the split where all are asked for
+        num_draws = 20 * count + 1000  # enough to find all problems of the split where all are asked for
         for index in range(num_draws):
             problem = self.problem(seed, split, index)
             found.setdefault(problem.problem, problem)
@@ -95,13 +89,13 @@ class ProblemFamily(ABC):
 
 
 def require_family(task: object, field: str) -> None:
-    """Refuse what is no family of problems, such as null.
+    """Refuse a task that is not a family of problems, such as null, which the parser accepts.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a family.
     """
     if not isinstance(task, ProblemFamily):
         raise UserError(
-            f"{field} must be a family of problems, such as egspo_lightning.data.tasks.arithmetic.ArithmeticTask, got "
+            f"{field} must be a family of problems, such as ArithmeticTask, got "
             f"{'null' if task is None else task}. Leave it out for the default."
         )

@@ -110,10 +110,3 @@ def test_all_problems_excluded_is_refused_with_numbers():
     every = frozenset(f"2*{i}=?" for i in range(100))
     with pytest.raises(UserError, match=r"split 'test' in \d+ draws of Doubles\(\) with 100 excluded problems"):
         Doubles().problem(0, "test", 0, every)
-
-
-def test_an_unknown_split_and_an_empty_count_are_refused():
-    with pytest.raises(UserError, match="train, validation, test, got 'dev'"):
-        Doubles().problem(0, "dev", 0)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="at least 1, got 0"):
-        Doubles().distinct(0, "test", 0)
