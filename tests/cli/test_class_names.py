@@ -1,0 +1,241 @@
+"""Class names in configs and flags: the short name of every shipped part, the dotted path of the user's own."""
+
+import json
+
+import pytest
+import yaml
+
+from egspo_lightning.cli.main import EgspoCLI
+from egspo_lightning.cli.parser import PARTS, class_names
+
+QUICKSTART = "--config=configs/quickstart.yaml"
+JSONL = {"class_path": "DatasetProblems", "init_args": {"path": "problems.jsonl"}}
+
+
+class BuiltError(Exception):
+    """The parser is built; nothing is parsed."""
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """The parser of the command line."""
+    built = []
+
+    def stop(self, parser, args):
+        built.append(parser)
+        raise BuiltError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EgspoCLI, "parse_arguments", stop)
+        with pytest.raises(BuiltError):
+            EgspoCLI([])
+    return built[0]
+
+
+@pytest.fixture
+def parse(parser, repository, monkeypatch):
+    """Parses a fit of the quickstart, and gives the config as plain dictionaries."""
+    monkeypatch.chdir(repository)
+    return lambda *arguments: parser.parse_args(["fit", QUICKSTART, *arguments]).fit.as_dict()
+
+
+@pytest.fixture
+def overlay(tmp_path):
+    """A config file with the given content, as an argument."""
+
+    def write(content):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return f"--config={path}"
+
+    return write
+
+
+def resolves(spec, name):
+    """Whether a parsed part is the class of this name."""
+    return spec["class_path"] == f"egspo_lightning.{name}"
+
+
+ROUNDS = [
+    {
+        "model.gate": ("AbsoluteGate", {"nats": 0.3}),
+        "model.attenuation": ("ConstantAttenuation", {"value": 0.1}),
+        "model.advantage": ("GroupRelative", {"scale_by_std": False}),
+        "data.engine": ("TransformersEngine", {"max_batch_size": 4}),
+        "data.reward": ("CorrectnessReward", {"num_workers": 2}),
+        "data.demonstrations": ("DatasetDemonstrations", {"path": "rows.jsonl"}),
+        "data.problems": ("DatasetProblems", {"path": "rows.jsonl"}),
+        "trainer.strategy": ("FSDP2Strategy", {"cpu_offload": True}),
+    },
+    {
+        "model.gate": ("OpenGate", {}),
+        "model.attenuation": ("EntropyRatioAttenuation", {}),
+        "model.advantage": ("GAE", {"lam": 0.9}),
+        "data.engine": ("VLLMEngine", {"max_model_len": 128}),
+        "data.reward": ("FormatReward", {}),
+    },
+    {
+        "model.gate": ("QuantileGate", {"top_fraction": 0.5}),
+        "model.attenuation": ("ConfidenceAttenuation", {}),
+        "model.advantage": ("LeaveOneOut", {}),
+        "data.reward": ("SoftLengthPenalty", {"buffer": 4}),
+        "data.demonstrations": ("GeneratedDemonstrations", {"num_demonstrations": 3}),
+        "data.problems": ("GeneratedProblems", {}),
+        "data.problems.init_args.task": ("ExpressionTask", {}),
+    },
+    {
+        "model.advantage": ("ReinforcePlusPlus", {"gamma": 0.9}),
+        "data.reward": ("WeightedReward", {"terms": {"form": {"class_path": "egspo_lightning.FormatReward"}}}),
+        "data.problems": ("GeneratedProblems", {}),
+        "data.problems.init_args.task": ("ArithmeticTask", {"num_digits": 3}),
+    },
+]
+"""Each shipped part once, as few configs."""
+
+
+def at(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def flag(value):
+    return json.dumps(value) if isinstance(value, (dict, list)) else value
+
+
+def put(config, key, value):
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[last] = value
+
+
+def assert_holds(config, parts):
+    for key, (name, arguments) in parts.items():
+        assert resolves(at(config, key), name)
+        assert {argument: at(config, key)["init_args"][argument] for argument in arguments} == arguments
+
+
+@pytest.mark.parametrize("parts", ROUNDS)
+def test_short_names_in_a_file(parse, overlay, parts):
+    config = {}
+    for key, (name, arguments) in parts.items():
+        put(config, key, {"class_path": name, "init_args": dict(arguments)} if arguments or key in NEST else name)
+    assert_holds(parse(overlay(config)), parts)
+
+
+NEST = ("data.problems",)  # a later key sets an argument of it
+
+
+@pytest.mark.parametrize("parts", ROUNDS)
+def test_short_names_on_the_command_line(parse, parts):
+    flags = []
+    for key, (name, arguments) in parts.items():
+        values = {
+            argument: json.dumps(value) if isinstance(value, dict) else value for argument, value in arguments.items()
+        }
+        flags += [f"--{key}={name}", *(f"--{key}.{argument}={value}" for argument, value in values.items())]
+    assert_holds(parse(*flags), parts)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Gate", "Attenuation", "Advantage", "RolloutEngine", "Reward", "DemonstrationSource", "ProblemSource"]
+)
+def test_each_name_that_a_key_accepts_is_tested(kind):
+    tested = {name for parts in ROUNDS for name, _ in parts.values()}
+    assert set(class_names(PARTS[kind])) <= tested
+
+
+TERMS = {"right": {"class_path": "CorrectnessReward"}, "form": "FormatReward"}
+
+
+def test_short_names_of_nested_parts(parse, overlay):
+    """The terms of a reward, a list of benchmarks, and the tasks inside them."""
+    generated = {"class_path": "GeneratedBenchmark", "init_args": {"task": "ExpressionTask"}}
+    known = {"class_path": "KnownBenchmark", "init_args": {"name": "math500"}}
+    config = {
+        "data": {
+            "reward": {"class_path": "WeightedReward", "init_args": {"terms": TERMS, "weights": {"form": 0.1}}},
+            "benchmarks": [generated, known],
+            "problems": {"class_path": "GeneratedProblems", "init_args": {"task": "ExpressionTask"}},
+        },
+        "trainer": {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "loss/sft"}}]},
+    }
+    data = parse(overlay(config))["data"]
+    terms = data["reward"]["init_args"]["terms"]
+    assert resolves(data["reward"], "WeightedReward")
+    assert resolves(terms["right"], "CorrectnessReward")
+    assert resolves(terms["form"], "FormatReward")
+    assert [resolves(b, n) for b, n in zip(data["benchmarks"], ["GeneratedBenchmark", "KnownBenchmark"], strict=True)]
+    assert resolves(data["benchmarks"][0]["init_args"]["task"], "ExpressionTask")
+    assert resolves(data["problems"]["init_args"]["task"], "ExpressionTask")
+
+
+OWN_GATE = """
+from torch import Tensor
+from egspo_lightning import Entropies
+
+class Half:
+    def threshold(self, entropies: Entropies) -> Tensor:
+        return entropies.pooled.new_tensor(0.5)
+"""
+
+
+def test_a_dotted_path_names_a_class_of_the_package_or_of_the_user(parse, tmp_path, monkeypatch):
+    (tmp_path / "my_parts.py").write_text(OWN_GATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = parse("--model.gate=my_parts.Half", "--model.advantage=egspo_lightning.ops.estimators.GAE")["model"]
+    assert model["gate"]["class_path"] == "my_parts.Half"
+    assert model["advantage"]["class_path"] == "egspo_lightning.ops.estimators.GAE"
+    assert model["advantage"]["init_args"]["lam"] == 0.95
+
+
+def test_a_printed_config_is_read_again(parse, overlay, tmp_path, capsys):
+    reward = {"class_path": "WeightedReward", "init_args": {"terms": TERMS}}
+    arguments = [overlay({"data": {"reward": reward, "problems": JSONL}}), "--model.gate=AbsoluteGate"]
+    arguments += ["--model.gate.nats=0.3", "--model.objective.mu=ChordMu"]
+    with pytest.raises(SystemExit) as stop:
+        parse(*arguments, "--print_config")
+    assert stop.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    config, again = parse(*arguments), parse(f"--config={tmp_path / 'printed.yaml'}")
+    del config["config"], again["config"]
+    assert again == config
+
+
+GATES = "AbsoluteGate, OpenGate, QuantileGate"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model.gate", "QuantilGate", ["Did you mean QuantileGate?", GATES, "dotted path"]),
+        ("model.gate", "Entropic", [GATES]),
+        ("model.gate", "egspo_lightning.ops.gate.QuantilGate", ["Did you mean QuantileGate?", GATES]),
+        ("model.gate", "egspo_lightning.gates.AbsoluteGate", ["Did you mean AbsoluteGate?", GATES]),
+        ("model.advantage", "egspo_lightning.ops.gate.OpenGate", ["GAE, GroupRelative, LeaveOneOut"]),
+        ("model.objective.mu", "ChordMy", ["Did you mean ChordMu?"]),
+        ("data.engine", "VllmEngine", ["Did you mean VLLMEngine?", "TransformersEngine"]),
+        ("data.problems", {"class_path": "GeneratedProblem"}, ["Did you mean GeneratedProblems?", "DatasetProblems"]),
+        (
+            "data.problems",
+            {"class_path": "GeneratedProblems", "init_args": {"task": "ExpressionsTask"}},
+            ["Did you mean ExpressionTask?", "ArithmeticTask"],
+        ),
+        ("data.benchmarks", [{"class_path": "Known"}], ["KnownBenchmark", "GeneratedBenchmark"]),
+        (
+            "data.reward",
+            {"class_path": "WeightedReward", "init_args": {"terms": {"form": {"class_path": "FormatRewar"}}}},
+            ["Did you mean FormatReward?", "SoftLengthPenalty"],
+        ),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_names_that_exist(parser, monkeypatch, capsys, key, value, words):
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["fit", f"--{key}={flag(value)}"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+    assert message.count("Known here") == 1
