@@ -24,8 +24,6 @@ from egspo_lightning.rewards._wire import receive_frame, send_frame
 _GARBAGE = (20_000, 10, 10)
 """Objects that may await a collection, some megabytes; the default of 700 is met several times a parse."""
 
-_STACK_SLOTS = 2**16 + 1
-
 
 def main(control_fd: int) -> None:
     """Fork graders on request until the client is gone."""
@@ -47,12 +45,6 @@ def main(control_fd: int) -> None:
         os.close(descriptors[0])
         send_frame(control, {"pid": pid})
     _end_graders()
-
-
-# CPython takes memory for the frames of calls from the system 16 KiB at a time and gives it back when they return: a
-# recursion that goes to and fro over such an edge, as the parser's does, spends a tenth of its time on that. The space
-# for one large frame is 1 MiB, half of which is left for the calls of the function that it belongs to.
-main.__code__ = main.__code__.replace(co_stacksize=_STACK_SLOTS)
 
 
 def _end_graders() -> None:

@@ -1,100 +1,14 @@
-"""What the workers do, in this process: their shortcuts give what math-verify gives."""
+"""math-verify as the workers call it, in this process."""
 
-from functools import partial
 from typing import Any
 
 import pytest
-from antlr4 import PredictionMode
-from antlr4.atn.ParserATNSimulator import ParserATNSimulator
-from antlr4.dfa.DFA import DFA
-from antlr4.PredictionContext import PredictionContextCache
-from latex2sympy2_extended import latex2sympy2
-from latex2sympy2_extended.antlr_parser import PSParser
-from latex2sympy2_extended.latex2sympy2 import latex2sympy
 from sympy import I, Interval, Matrix, Rational, Symbol, Tuple, factorial, log, pi, sqrt
 
 from egspo_lightning.rewards import _verify
 from egspo_lightning.rewards._difference import are_different, attempt
-from egspo_lightning.rewards._samples import SAMPLES
 
 x = Symbol("x", real=True)
-
-
-def parse_fully(text: str) -> Any:
-    """By the parser's own rule, with its full prediction from the start."""
-    quick = PSParser.math
-    PSParser.math = quick.__wrapped__
-    try:
-        return latex2sympy(text, is_real=True)
-    finally:
-        PSParser.math = quick
-
-
-@pytest.mark.parametrize("text", [*SAMPLES, "-x^3", "7x^5+12x^2+3x+9", r"\frac{h^2}{m}", "3s^2", "1, 2; 3"])
-def test_two_stages_give_the_tree_of_the_full_parse(text: str) -> None:
-    assert latex2sympy(text, is_real=True) == parse_fully(text)
-
-
-@pytest.mark.parametrize("text", [r"1 = \zzz = x", "(((", r"\frac{1}{", "5 5 ! ? 5", r"2 \unknown 3"])
-def test_what_the_full_parse_refuses_is_refused(text: str) -> None:
-    with pytest.raises(Exception):  # noqa: B017, PT011 - all that the parser raises
-        parse_fully(text)
-    with pytest.raises(Exception):  # noqa: B017, PT011
-        latex2sympy(text, is_real=True)
-
-
-def learnt(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All states of a parser that begins anew, with their configurations in their order and the edges between them."""
-    tables = [DFA(state, i) for i, state in enumerate(PSParser.atn.decisionToState)]
-    monkeypatch.setattr(PSParser, "decisionsToDFA", tables)
-    monkeypatch.setattr(PSParser, "sharedContextCache", PredictionContextCache())
-    for text in texts:
-        attempt(lambda text=text: latex2sympy(text, is_real=True), None)
-    return [
-        (
-            (table.decision, state.stateNumber, state.prediction, state.isAcceptState, state.requiresFullContext),
-            [str(config) for config in state.configs],
-            [edge and edge.stateNumber for edge in state.edges or ()],
-        )
-        for table in tables
-        for state in sorted(table.states, key=lambda state: state.stateNumber)
-    ]
-
-
-def test_the_quick_closure_learns_what_that_of_antlr_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [*SAMPLES[:40:3], "3s^2", r"\frac{1}{", "1 = 2 ="]
-    quick = learnt(texts, monkeypatch)
-    original = ParserATNSimulator.closureCheckingStopState.__wrapped__
-    monkeypatch.setattr(ParserATNSimulator, "closureCheckingStopState", original)
-    assert len(quick) > 100
-    assert quick == learnt(texts, monkeypatch)
-
-
-@pytest.mark.parametrize("text", ["0", "7", "007", "0.50", ".5", "1,234", "12,5.0", "1" * 60, "000", "1.2.3", "²", ""])
-def test_a_number_that_is_read_once_is_what_it_is_read_twice(text: str) -> None:
-    parser = latex2sympy2._Latex2Sympy()
-    numbers = []
-    for read in (parser.parse_number, parser.parse_number, partial(type(parser).parse_number.__wrapped__, parser)):
-        number = attempt(partial(read, text), "raised")
-        numbers.append((type(number), number))
-    assert numbers[0] == numbers[1] == numbers[2]
-
-
-def test_the_quick_prediction_comes_first() -> None:
-    modes = []
-    quick, full = PSParser.math, PSParser.math.__wrapped__
-
-    def spy(parser: Any) -> Any:
-        modes.append(parser._interp.predictionMode)
-        return full(parser)
-
-    quick.__closure__[0].cell_contents, before = spy, quick.__closure__[0].cell_contents
-    try:
-        latex2sympy("(1,2)")
-        latex2sympy("3s^2")  # a case that only the full prediction parses
-    finally:
-        quick.__closure__[0].cell_contents = before
-    assert modes == [PredictionMode.SLL, PredictionMode.SLL, PredictionMode.LL]
 
 
 @pytest.mark.parametrize(
