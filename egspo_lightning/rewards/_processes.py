@@ -1,73 +1,58 @@
-"""The processes of a pool as its client holds them: the warm parent, and the workers that it forks.
+"""Process handles of the grader: the warm parent process, and the workers that it forks.
 
-They end with the client, however it ends; `Processes.close` ends them within a second, whatever they do.
+All of them end with the client, however it ends. `Processes.close` ends them within a second, whatever they do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from egspo_lightning.rewards._wire import receive_frame
+from typing import Any
 
 _START_S = 120.0
 _END_S = 0.3
-"""Within which the parent ends by itself when its client has gone; it does not while it imports sympy."""
-
-_KNOWN = 4096
-
-
-class Sent(NamedTuple):
-    """A request that a worker has."""
-
-    number: int
-    request: dict[str, Any]
-    time: float
-    """On the monotonic clock, which is that of all processes."""
+"""Time that the parent has to end by itself when its client is gone. It needs longer while it imports sympy."""
 
 
 @dataclass(eq=False)
 class Worker:
-    """The client's end of one forked worker, and the requests that it has, the first of them in work."""
+    """The client's end of one forked worker. A busy worker has one request."""
 
-    sock: socket.socket
+    connection: Connection
     pid: int
-    queue: deque[Sent] = field(default_factory=deque)
-    finished: float = 0.0
-    """When it was done with the one before, on its clock."""
-    is_open: bool = True
-    """Whether it takes requests."""
-    known: set[int] = field(default_factory=set)
-    """Hashes of the texts that it has parsed."""
+    number: int = -1
+    """Index of its request."""
+    started: float = 0.0
+    """When the request was sent, on the monotonic clock."""
 
-    def started(self) -> float:
-        """When it began with what it has in work."""
-        return max(self.finished, self.queue[0].time)
+    def send(self, request: Any) -> None:
+        """Send a request.
 
-    def unknown(self, texts: Iterable[str]) -> int:
-        """How much it would have to parse, in characters: what a parse takes grows with them."""
-        return sum(len(text) for text in texts if hash(text) not in self.known)
+        Raises:
+            OSError: the worker has ended, or it is stopped and reads nothing.
+        """
+        self.connection.send(request)
 
-    def learn(self, texts: Iterable[str]) -> None:
-        """Note what it has parsed, about as much as it keeps itself."""
-        if len(self.known) >= _KNOWN:
-            self.known.clear()
-        self.known.update(map(hash, texts))
+    def receive(self) -> Any:
+        """Return the reply, or None where the worker has ended without one."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None
 
     def kill(self) -> None:
-        """While the socket is open the pid is still its own."""
+        """Kill the process. Its pid cannot be another's while the connection is open."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
@@ -75,65 +60,67 @@ class Worker:
 class _Parent:
     """The warm parent process and the control socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline_s: float, memory_limit_mb: int) -> None:
+        self._timeout_s = deadline_s + 1.0
         self.control, theirs = socket.socketpair()
         self.control.settimeout(_START_S)
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        arguments = [str(theirs.fileno()), str(float(deadline_s)), str(int(memory_limit_mb))]
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "egspo_lightning.rewards._worker_main", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "egspo_lightning.rewards._worker_main", *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # sympy's order of things follows the hash seed: one verdict for one pair
+                # sympy orders terms by their hashes: the same seed gives the same verdict
                 env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
                 start_new_session=True,  # Ctrl-C in the terminal is for the client alone
             )
 
-    def fork(self, limits: dict[str, float]) -> Worker | None:
-        """A new worker; None where the parent is gone."""
+    def fork(self) -> Worker | None:
+        """Fork a new worker. Returns None where the parent has ended."""
         ours, theirs = socket.socketpair()
-        ours.settimeout(limits["deadline_s"] + 1.0)  # a worker that is stopped, not dead, reads nothing
-        with theirs:
+        # A worker that is stopped neither reads nor writes. It must not block the client.
+        timeout = struct.pack("ll", int(self._timeout_s), int(self._timeout_s % 1 * 1e6))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        with ours, theirs:
             try:
-                socket.send_fds(self.control, [json.dumps(limits).encode()], [theirs.fileno()])
-                reply = receive_frame(self.control)
+                socket.send_fds(self.control, [b"fork"], [theirs.fileno()])
+                pid = self.control.recv(32)
             except OSError:
-                reply = None
-            except BaseException:  # Ctrl-C: a reply that is still to come must not be taken for a later one
+                return None
+            except BaseException:  # Ctrl-C: a later request must not read this reply
                 self.control.close()
                 raise
-        if reply is None:
-            ours.close()
-            return None
-        return Worker(ours, reply["pid"])
+            return Worker(Connection(ours.detach()), int(pid)) if pid else None
 
     def end(self) -> int:
-        """End the parent and its workers; its exit code."""
+        """End the parent and its workers. Returns its exit code."""
         with contextlib.suppress(OSError):
-            self.control.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it, as closing does not
+            self.control.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for it; closing does not
         try:
             return self.process.wait(timeout=_END_S)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # of its session, so also the workers, even those stopped
+            os.killpg(self.process.pid, signal.SIGKILL)  # the group holds the workers, too, even stopped ones
             return self.process.wait()
         finally:
             self.control.close()
 
 
 class Processes:
-    """What a pool holds of the operating system; apart from the pool so that a finalizer can hold it."""
+    """All processes of one pool. Apart from the pool, so that a finalizer can hold it."""
 
-    def __init__(self, limits: dict[str, float]) -> None:
-        self._limits = limits
+    def __init__(self, deadline_s: float, memory_limit_mb: int) -> None:
+        self._limits = (deadline_s, memory_limit_mb)
         self.forget()
         _all.add(self)
 
     def forget(self) -> None:
-        """Begin without any, leaving those that there are to the process that this one was forked from."""
+        """Start without processes in a forked child: those that exist belong to the process that forked it."""
         for worker in getattr(self, "idle", ()):
-            worker.sock.close()
+            worker.connection.close()
         if (parent := getattr(self, "_parent", None)) is not None:
             parent.control.close()
             parent.process.returncode = 0
@@ -141,29 +128,27 @@ class Processes:
         self._num_closing = 0
         self._parent: _Parent | None = None
         self.idle: list[Worker] = []
-        self.busy: set[Worker] = set()
+        self.busy: list[Worker] = []
 
     def pids(self) -> list[int]:
-        """The parent, then the idle workers; empty before the first request."""
+        """Return the pids of the parent and then of the idle workers. Empty before the first request."""
         parent = self._parent
         return [] if parent is None else [parent.process.pid, *(worker.pid for worker in self.idle)]
 
     @contextlib.contextmanager
-    def use(self) -> Iterator[None]:
-        """One thread at a time; workers that an exception, such as Ctrl-C, has left with a request end.
+    def use(self) -> Iterator[list[Worker]]:
+        """Lend the list of busy workers to one thread at a time. An exception, such as Ctrl-C, kills these workers.
 
         Raises:
-            RuntimeError: they are being closed.
+            RuntimeError: another thread closes the processes.
         """
         with self._in_use:
             try:
                 self.require_open()
-                yield
+                yield self.busy
             finally:
-                for worker in self.busy:
-                    worker.kill()
-                    worker.sock.close()
-                self.busy.clear()
+                while self.busy:
+                    self.discard(self.busy[-1])
 
     def require_open(self) -> None:
         """Raise RuntimeError while `close` waits for its turn."""
@@ -171,25 +156,28 @@ class Processes:
             raise RuntimeError("the grader was closed, by another thread, before all was graded.")
 
     def take(self) -> Worker:
-        """An idle worker or a new one, which is then busy.
+        """Return an idle worker, or a new one, as busy.
 
         Raises:
-            RuntimeError: the parent does not start, its own message is on stderr; or they are being closed.
+            RuntimeError: the parent does not start (its own message is on stderr), or another thread closes it.
         """
         worker = self.idle.pop() if self.idle else self._fork()
-        self.busy.add(worker)
+        self.busy.append(worker)
         return worker
 
     def release(self, worker: Worker) -> None:
-        """Of a busy one: idle, or gone where it takes no requests any more."""
-        self.busy.discard(worker)
-        if worker.is_open:
-            self.idle.append(worker)
-        else:
-            worker.sock.close()
+        """Make a busy worker idle."""
+        self.busy.remove(worker)
+        self.idle.append(worker)
+
+    def discard(self, worker: Worker) -> None:
+        """Kill a busy worker."""
+        worker.kill()
+        worker.connection.close()
+        self.busy.remove(worker)
 
     def close(self) -> None:
-        """End all, at once, also those that another thread uses: it gets a RuntimeError."""
+        """End all processes at once. A thread that uses them gets a RuntimeError."""
         with self._parent_lock:
             self._num_closing += 1
         try:
@@ -198,7 +186,7 @@ class Processes:
             self._end_parent()
             with self._in_use:
                 for worker in self.idle:
-                    worker.sock.close()
+                    worker.connection.close()
                 self.idle.clear()
         finally:
             with self._parent_lock:
@@ -212,12 +200,12 @@ class Processes:
     def _start_parent(self) -> _Parent:
         with self._parent_lock:
             self.require_open()
-            self._parent = _Parent()
+            self._parent = _Parent(*self._limits)
             return self._parent
 
     def _fork(self) -> Worker:
         for _ in range(2):  # a parent that was killed is replaced once
-            worker = (self._parent or self._start_parent()).fork(self._limits)
+            worker = (self._parent or self._start_parent()).fork()
             if worker is not None:
                 return worker
             self.require_open()

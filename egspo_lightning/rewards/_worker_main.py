@@ -1,15 +1,14 @@
-"""The processes behind the grader: a warm parent that imports math-verify once, and the graders it forks.
+"""Main program of the grader's processes: a warm parent that imports math-verify once, and the workers it forks.
 
-Run as ``python -m egspo_lightning.rewards._worker_main FD``, where FD is a socket to the client. Each request
-carries the socket of a new grader and that grader's limits; the reply is the grader's pid. When the client
-has closed the socket or has died, the parent ends its graders and itself.
+Run as ``python -m egspo_lightning.rewards._worker_main FD DEADLINE_S MEMORY_LIMIT_MB``. FD is a socket to the client.
+Each message on it carries the socket of a new worker, and the reply is the worker's pid. When the client closes FD or
+dies, the parent ends its workers and itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import resource
@@ -17,53 +16,55 @@ import signal
 import socket
 import sys
 import time
+from multiprocessing.connection import Connection
 
 from egspo_lightning.rewards import _verify
-from egspo_lightning.rewards._wire import receive_frame, send_frame
 
 _GARBAGE = (20_000, 10, 10)
-"""Objects that may await a collection, some megabytes; the default of 700 is met several times a parse."""
+"""Thresholds of the garbage collector. A parse exceeds the default of 700 objects several times."""
 
 
-def main(control_fd: int) -> None:
-    """Fork graders on request until the client is gone."""
+def main(control_fd: int, deadline_s: float, memory_limit_mb: int) -> None:
+    """Fork workers on request until the client is gone."""
     control = socket.socket(fileno=control_fd)
-    logging.disable(logging.CRITICAL)  # math-verify warns that its own timeouts are off, as they must be here
+    logging.disable(logging.CRITICAL)  # math-verify warns that its own timeouts are off
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     _verify.warm_up()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GARBAGE)
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, 32, 1)
         if not message:
             break
         pid = os.fork()
         if pid == 0:
             control.close()
-            _grade_until_end(socket.socket(fileno=descriptors[0]), **json.loads(message))
+            _grade_until_end(Connection(descriptors[0]), deadline_s, memory_limit_mb)
         os.close(descriptors[0])
-        send_frame(control, {"pid": pid})
-    _end_graders()
+        control.sendall(str(pid).encode())
+    _end_workers()
 
 
-def _end_graders() -> None:
+def _end_workers() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)  # this process leads the group of its graders
-    with contextlib.suppress(ChildProcessError):  # with SIGCHLD ignored, raised when the last one has gone
+    os.killpg(0, signal.SIGTERM)  # this process leads the group of its workers
+    with contextlib.suppress(ChildProcessError):  # with SIGCHLD ignored, raised when the last one has ended
         os.wait()
 
 
-def _grade_until_end(client: socket.socket, deadline_s: float, memory_limit_mb: int) -> None:
+def _grade_until_end(client: Connection, deadline_s: float, memory_limit_mb: int) -> None:
     try:
         _limit(memory_limit_mb)
-        while (request := receive_frame(client)) is not None:
-            # The default action of SIGALRM ends the process also inside C code, where no handler would run.
+        while True:
+            request = client.recv()
+            started = time.monotonic()
+            # The default action of SIGALRM ends the process even inside C code, where no handler would run.
             signal.setitimer(signal.ITIMER_REAL, deadline_s)
             reply = _verify.grade(**request)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            send_frame(client, {**reply, "finished": time.monotonic()})
-    finally:  # also out of memory: an end without a reply is how the client learns of it
+            client.send({**reply, "seconds": time.monotonic() - started})
+    finally:  # also out of memory: the client takes an end without a reply for a crash
         os._exit(0)
 
 
@@ -79,4 +80,4 @@ def _limit(memory_limit_mb: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

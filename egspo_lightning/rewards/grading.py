@@ -1,13 +1,14 @@
-r"""Whether an answer is right: extraction, a fast path in this process, math-verify in killable workers.
+r"""Grader: extracts answers and compares them with gold answers, in this process or with math-verify in workers.
 
-Where public graders disagree, this one does as follows (each line has its cases in ``tests/rewards/test_policies.py``):
+Public graders disagree on the cases below; this grader decides them as the table says. Each line has its test cases
+in ``tests/rewards/test_policies.py``.
 
 ==================  =====================================================================================
 several boxes       the last counts; boxes with only commas, "and", "or" and spacing between are one answer, the list
 units               two units must be the same one, by name or abbreviation, never converted (12 cm is not 12 m, nor
-                    120 mm); a unit on one side alone is not looked at; ``\$5`` is 5 dollars; "units" says nothing
-percentages         the reference ``10\%`` is 10 and is 0.1; two percentages are compared as they are; a sign in the
-                    answer alone is not looked at (``10\%`` answers 10, not 0.1): to append one gains nothing
+                    120 mm); a unit on one side alone is ignored; ``\$5`` is 5 dollars; the word "units" is ignored
+percentages         the gold answer ``10\%`` is 10 and is 0.1; two percentages are compared as they are; a sign in the
+                    answer alone is ignored (``10\%`` answers 10, not 0.1), so appending one gains nothing
 degrees             ``90^\circ``, 90° and 90 degrees are 90, and no number of radians; ``\cos 60^\circ`` is 1/2
 bases               ``2516_8`` needs the same base, or another one and the same value (``5_{10}``), or no base and the
                     same digits
@@ -33,30 +34,29 @@ presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from egspo_lightning.errors import require
 from egspo_lightning.rewards import equivalence
 from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, after_reasoning, extract_boxed
 from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
 from egspo_lightning.rewards.workers import Outcome, WorkerPool
-
-EXTRACTIONS = ("boxed", "lenient")
+from egspo_lightning.types import Count, PositiveFloat
 
 _POLICIES = 3
-"""Counted up whenever a verdict may change, so that none is kept from before."""
+"""Version of the policies. Increase it whenever a verdict may change: stored verdicts of older versions are dropped."""
 
 
 class Grade(NamedTuple):
-    """The verdict on one answer, and how it came about."""
+    """The verdict on one answer."""
 
     correct: bool
     status: str
-    """graded, no_answer (none was found), timeout (past the deadline) or crashed (the worker died, or met its limit of
-    memory)"""
+    """graded, no_answer (none was found), timeout (past the deadline) or crashed (the worker died or reached its memory
+    limit)"""
     extracted: str | None
     """The answer that was found in the text."""
     seconds: float
@@ -64,43 +64,33 @@ class Grade(NamedTuple):
 
 
 class MathGrader:
-    r"""Grades answers against references such as ``72`` or ``\frac{1}{2}``; a context manager.
+    r"""Grades answers against gold answers such as ``72`` or ``\frac{1}{2}``; a context manager.
 
-    Worker processes are started by the first answer that needs algebra, never by plain numbers, and end with
-    `close` or with this process. Usable from any thread; a forked or pickled copy starts workers of its own.
+    The first answer that needs algebra starts the worker processes; plain numbers never do. They end with `close` or
+    with this process. Usable from any thread; a forked or pickled copy starts workers of its own.
 
     Args:
         num_workers: Worker processes that grade at the same time.
         deadline_s: Seconds after which an answer counts as wrong, with status timeout.
-        memory_limit_mb: Address space of a worker, in MiB; beyond it an answer counts as wrong.
+        memory_limit_mb: Address space of a worker, in MiB, at least 256; beyond it an answer counts as wrong.
         extraction: "boxed" reads the last balanced \boxed{} after the reasoning; "lenient" looks for an
             answer in free text as math-verify does.
 
     Raises:
-        UserError: an argument is out of its range.
+        UserError: memory_limit_mb is below 256.
     """
 
     def __init__(
         self,
         *,
-        num_workers: int = 1,
-        deadline_s: float = 10.0,
-        memory_limit_mb: int = 1024,
-        extraction: str = "boxed",
+        num_workers: Count = 1,
+        deadline_s: PositiveFloat = 10.0,
+        memory_limit_mb: Count = 1024,
+        extraction: Literal["boxed", "lenient"] = "boxed",
     ) -> None:
-        require(num_workers >= 1, "num_workers", num_workers, "at least 1")
-        require(deadline_s > 0, "deadline_s", deadline_s, "a positive number of seconds")
-        require(
-            memory_limit_mb >= 256,
-            "memory_limit_mb",
-            memory_limit_mb,
-            "at least 256: math-verify needs as much",
-        )
-        require(extraction in EXTRACTIONS, "extraction", repr(extraction), f"one of {', '.join(EXTRACTIONS)}")
-        self.extraction = extraction
-        self.deadline_s = deadline_s
-        self.memory_limit_mb = memory_limit_mb
-        self._pool = WorkerPool(num_workers, deadline_s, memory_limit_mb)
+        require(memory_limit_mb >= 256, "memory_limit_mb", memory_limit_mb, "at least 256, which math-verify needs")
+        self.extraction, self.deadline_s, self.memory_limit_mb = extraction, float(deadline_s), int(memory_limit_mb)
+        self._pool = WorkerPool(int(num_workers), self.deadline_s, self.memory_limit_mb)
 
     def __enter__(self) -> MathGrader:
         return self
@@ -111,32 +101,28 @@ class MathGrader:
         self.close()
 
     def grade(self, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
-        """Grade whole completions, in their order; text before the last ``</think>`` is not looked at.
+        """Grade whole completions, in their order; text before the last ``</think>`` is ignored.
 
         Raises:
-            ValueError: there are not as many references as completions.
+            ValueError: the numbers of completions and gold answers differ.
             RuntimeError: the workers cannot be started, or another thread has closed the grader.
         """
-        _require_pairs(completions, golds)
         if self.extraction == "boxed":
-            return self._grade(map(extract_boxed, completions), golds)
-        requests = [
-            _request(after_reasoning(text), gold, "lenient") for text, gold in zip(completions, golds, strict=True)
-        ]
+            return self._grade(extract_boxed, completions, golds)
+        requests = [_request(after_reasoning(text), gold, "lenient") for text, gold in _pairs(completions, golds)]
         return [_lenient_grade(outcome) for outcome in self._pool.run(requests)]
 
     def grade_answers(self, answers: Sequence[str], golds: Sequence[str]) -> list[Grade]:
-        r"""Grade bare answers, in their order; of one that holds a ``\boxed{}`` its content counts.
+        r"""Grade bare answers, in their order; where one holds a ``\boxed{}``, the content of the box counts.
 
         Raises:
-            ValueError: there are not as many references as answers.
+            ValueError: the numbers of answers and gold answers differ.
             RuntimeError: the workers cannot be started, or another thread has closed the grader.
         """
-        _require_pairs(answers, golds)
-        return self._grade(map(_bare, answers), golds)
+        return self._grade(_bare, answers, golds)
 
     def equivalence_classes(self, groups: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
-        """The class of each bare answer among the answers to its problem, to be voted over; None for no answer.
+        """Return the class of each bare answer among the answers to its problem, for votes; None for no answer.
 
         Each item of ``groups`` holds the answers to one problem. Classes are numbered in order of appearance, and
         an answer joins the first one whose first member it equals; see `equivalence.equivalence_classes`.
@@ -148,7 +134,7 @@ class MathGrader:
         return equivalence.equivalence_classes(bare, self._compare)
 
     def settings(self) -> dict[str, Any]:
-        """What its verdicts depend on, for whoever keeps them: also the version of math-verify and of our policies."""
+        """Return all that verdicts depend on, with the versions of math-verify and of the policies."""
         return {
             "extraction": self.extraction,
             "deadline_s": self.deadline_s,
@@ -157,28 +143,27 @@ class MathGrader:
         }
 
     def close(self) -> None:
-        """End the worker processes, within a second; may be called again, and grading after it starts new ones."""
+        """End the worker processes within a second; may be called again. Grading after it starts new ones."""
         self._pool.close()
 
     def worker_pids(self) -> list[int]:
-        """The live processes of this grader; empty until an answer needs algebra."""
+        """Return the pids of this grader's live processes; empty until an answer needs algebra."""
         return self._pool.pids()
 
     def _compare(self, answers: Sequence[str], golds: Sequence[str]) -> list[bool | None]:
-        grades = self._grade(answers, golds)
+        grades = self._grade(str, answers, golds)
         return [grade.correct if grade.status == "graded" else None for grade in grades]
 
-    def _grade(self, answers: Iterable[str | None], golds: Sequence[str]) -> list[Grade]:
-        graded: list[tuple[str | None, Grade | None]] = []
-
-        def requests() -> Iterator[dict[str, Any] | None]:  # made while the workers are at the ones before
-            for answer, gold in zip(answers, map(_bare_gold, golds), strict=True):
-                grade = _grade_fast(answer, gold)
-                graded.append((answer, grade))
-                yield _request(answer, gold, "boxed") if grade is None and answer is not None else None
-
-        outcomes = iter(self._pool.run(requests()))
-        return [_worker_grade(answer, next(outcomes)) if grade is None else grade for answer, grade in graded]
+    def _grade(self, extract: Callable[[str], str | None], texts: Sequence[str], golds: Sequence[str]) -> list[Grade]:
+        pairs = [(extract(text), extract_boxed(gold) or gold) for text, gold in _pairs(texts, golds)]
+        grades = [_grade_fast(answer, gold) for answer, gold in pairs]
+        undecided = [(answer, gold) for (answer, gold), grade in zip(pairs, grades, strict=True) if grade is None]
+        outcomes = self._pool.run([_request(*for_algebra(answer or "", gold), "boxed") for answer, gold in undecided])
+        graded = (
+            Grade(bool(outcome.reply and outcome.reply["correct"]), outcome.status, answer, outcome.seconds)
+            for (answer, _), outcome in zip(undecided, outcomes, strict=True)
+        )
+        return [grade or next(graded) for grade in grades]
 
 
 def _grade_fast(answer: str | None, gold: str) -> Grade | None:
@@ -186,11 +171,6 @@ def _grade_fast(answer: str | None, gold: str) -> Grade | None:
         return Grade(False, "no_answer", None, 0.0)
     correct = compare_fast(answer, gold)
     return None if correct is None else Grade(correct, "graded", answer, 0.0)
-
-
-def _worker_grade(answer: str | None, outcome: Outcome) -> Grade:
-    correct = outcome.reply is not None and outcome.reply["correct"]
-    return Grade(correct, outcome.status, answer, outcome.seconds)
 
 
 def _lenient_grade(outcome: Outcome) -> Grade:
@@ -208,16 +188,11 @@ def _bare(answer: str) -> str | None:
     return boxed if 0 < len(boxed) <= MAX_ANSWER_LENGTH else None
 
 
-def _bare_gold(gold: str) -> str:
-    return extract_boxed(gold) or gold
-
-
 def _request(answer: str, gold: str, extraction: str) -> dict[str, Any]:
-    if extraction == "boxed":
-        answer, gold = for_algebra(answer, gold)
     return {"answer": answer, "gold": gold, "extraction": extraction}
 
 
-def _require_pairs(answers: Sequence[str], golds: Sequence[str]) -> None:
-    if len(answers) != len(golds):
-        raise ValueError(f"as many references as answers are needed, got {len(golds)} for {len(answers)}")
+def _pairs(texts: Sequence[str], golds: Sequence[str]) -> zip[tuple[str, str]]:
+    if len(texts) != len(golds):
+        raise ValueError(f"as many gold answers as answers are needed, got {len(golds)} for {len(texts)}")
+    return zip(texts, golds, strict=True)

@@ -3,21 +3,18 @@ import gc
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from egspo_lightning.rewards import workers
-from egspo_lightning.rewards._wire import send_frame
+from egspo_lightning.rewards._processes import Worker
 from egspo_lightning.rewards.grading import MathGrader
-from egspo_lightning.rewards.workers import WorkerPool
 
 Gone = Callable[[list[int]], None]
 BOMB = r"9^{9^{9^{9}}}+x"
@@ -238,60 +235,14 @@ def test_what_stands_behind_a_bomb_in_a_batch_is_graded_all_the_same() -> None:
     assert all(grade.seconds >= 2.0 for grade in grades[::4])
 
 
-def test_workers_are_looked_after_while_requests_are_made(wait_until_gone: Gone) -> None:
-    simple = {"answer": "x+1", "gold": "1+x", "extraction": "boxed"}
-    pool = WorkerPool(1, 0.5, 1024)
-    assert [outcome.status for outcome in pool.run([None, simple, None])] == ["graded"]
-    worker = pool.pids()[1]
-    os.kill(worker, signal.SIGSTOP)
-    ended: list[bool] = []
-
-    def requests() -> Iterator[dict[str, str] | None]:
-        yield simple
-        limit = time.monotonic() + 10.0
-        while not ended and time.monotonic() < limit:  # plain numbers without end, say
-            yield None
-            with contextlib.suppress(AssertionError):
-                wait_until_gone([worker], 0.0)
-                ended.append(True)
-        yield simple
-
-    outcomes = pool.run(requests())
-    pool.close()
-    assert ended
-    assert [outcome.status for outcome in outcomes] == ["timeout", "graded"]
-
-
-def test_what_is_alike_goes_to_the_worker_that_has_parsed_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    golds = [f"x^2+{n // 8}x+1" for n in range(128)]  # 16, eight times each
-    for _ in range(10):  # a machine that lets one worker wait shows nothing
-        first, second = _golds_of_each_worker(golds, monkeypatch)
-        if min(len(first), len(second)) >= 32:
-            break
-    assert min(len(first), len(second)) >= 32
-    assert len(set(first)) + len(set(second)) <= 26  # dealt in turn or at random both have all 16
-
-
-def _golds_of_each_worker(golds: list[str], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    sent: dict[int, list[str]] = {}
-
-    def note(sock: socket.socket, request: dict[str, str]) -> None:
-        sent.setdefault(sock.fileno(), []).append(request["gold"])
-        send_frame(sock, request)
-
-    monkeypatch.setattr(workers, "send_frame", note)
-    with MathGrader(num_workers=2) as grader:
-        grades = grader.grade_answers([f"{gold}+{n}y" for n, gold in enumerate(golds, start=1)], golds)
-    assert {grade.status for grade in grades} == {"graded"}
-    return list(sent.values())
-
-
 def test_a_timeout_is_one_also_where_the_client_is_held_up_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
-    def send_and_be_held_up(sock: socket.socket, request: dict[str, str]) -> None:
-        send_frame(sock, request)
+    send = Worker.send
+
+    def send_and_be_held_up(worker: Worker, request: dict[str, str]) -> None:
+        send(worker, request)
         time.sleep(0.1)
 
-    monkeypatch.setattr(workers, "send_frame", send_and_be_held_up)
+    monkeypatch.setattr(Worker, "send", send_and_be_held_up)
     with MathGrader(deadline_s=0.5) as grader:
         grader.grade_answers(["x+1"], ["1+x"])
         assert grader.grade_answers([BOMB], ["5"])[0].status == "timeout"
