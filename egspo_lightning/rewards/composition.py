@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum whose terms are seen apart."""
+"""Weighted sum of rewards whose terms are logged separately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from egspo_lightning.rewards.grading import MathGrader
 
 
 class Scored(NamedTuple):
-    """The reward of one completion, and what it is made of."""
+    """The reward of one completion, with its terms."""
 
     reward: float
     terms: dict[str, float]
@@ -26,12 +26,13 @@ class WeightedReward(Reward):
         R = sum_k w_k R_k
 
     Args:
-        terms: The rewards by name, each given by its class_path.
-        weights: Their weights by name; 1 where none is given. A reward of weight 0 is logged and does not count.
-        grader: Says which answers are right, whatever the rewards are; null for that of the first term that has one.
+        terms: The rewards by name, each given by its class name or class_path.
+        weights: Their weights by name, 1 by default. A reward of weight 0 is only logged.
+        grader: Decides which answers are correct, whatever the rewards are; null for the grader of the first term
+            that has one.
 
     Raises:
-        UserError: there is no term, or a weight is not finite or that of no term.
+        UserError: there is no term, or a weight is not finite or names no term.
     """
 
     def __init__(
@@ -50,38 +51,38 @@ class WeightedReward(Reward):
 
     @classmethod
     def of(cls, reward: Reward) -> WeightedReward:
-        """A reward as the one term of a sum, named after itself; a sum as it is."""
+        """Wrap a reward as the only term of a sum, named after itself; a sum is returned as it is."""
         return reward if isinstance(reward, WeightedReward) else cls({_name(reward): reward})
 
     def __call__(
         self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()
     ) -> list[float]:
-        """The sums, in the order of the completions; see `score`."""
+        """Return the sums, in the order of the completions; see `score`."""
         return [scored.reward for scored in self.score(completions, golds, details)]
 
     def score(self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()) -> list[Scored]:
-        """The sums with their terms, in the order of the completions.
+        """Return the sums with their terms, in the order of the completions.
 
         Raises:
-            UserError: a term does not give one finite number a completion.
-            RuntimeError: a term has failed; its own error is the cause.
+            UserError: a term does not return one finite number for each completion.
+            RuntimeError: a term has raised; its own error is the cause.
         """
         columns = {name: _values(name, term, completions, golds, details) for name, term in self.terms.items()}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return [Scored(self._total(row), row) for row in rows]
 
     def require_fit(self, max_completion_length: int) -> None:
-        """Let the terms refuse a length limit that makes no sense of them.
+        """Let each term check the length limit.
 
         Raises:
-            UserError: one does.
+            UserError: a term does not fit it.
         """
         for term in self.terms.values():
             if hasattr(term, "require_fit"):
                 term.require_fit(max_completion_length)
 
     def close(self) -> None:
-        """End the processes of the grader and of the terms; scoring after it starts new ones."""
+        """End the processes of the grader and of the terms. Scoring after it starts new ones."""
         self.grader.close()
         for term in self.terms.values():
             if hasattr(term, "close"):
@@ -94,7 +95,7 @@ class WeightedReward(Reward):
 def _values(
     name: str, term: Any, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details]
 ) -> list[float]:
-    """What a term gives, as floats; whatever is wrong with it is told with its name."""
+    """Return the rewards of a term as floats. Errors name the term."""
     source = term if hasattr(term, "__qualname__") else type(term)
     where = f"data.reward: {name} ({source.__module__}.{source.__qualname__})"
     try:
@@ -114,7 +115,7 @@ def _values(
 
 
 def _finite(value: object, where: str) -> float:
-    """A number of whatever kind as a float: no text that spells one, and nothing that holds several."""
+    """Return a number of any type as a float. Texts and arrays with dimensions are refused."""
     try:
         number = float(value) if isinstance(value, SupportsFloat) and not getattr(value, "ndim", 0) else math.nan
     except (TypeError, ValueError, OverflowError):

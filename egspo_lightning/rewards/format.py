@@ -1,4 +1,4 @@
-"""A reward for the form that the grader and the reader of an answer rely on."""
+"""Format reward: one boxed answer behind a closed think block."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from egspo_lightning.rewards.functions import Details, Reward
 
 THINK_MARKS = _OPEN, _CLOSE = "<think>", "</think>"
 
-# A backslash takes the character after it along: \\boxed{ is a line break and a word.
+# A backslash escapes the character after it: \\boxed{ is a line break and a word.
 _BOX_OR_ESCAPE = re.compile(r"\\boxed\s*+\{|\\.", re.DOTALL)
 
 
 class FormatReward(Reward):
     r"""1 for exactly one ``\boxed{}`` with an answer, behind a closed think block if there is one; 0 otherwise.
 
-    The block is there if the prompt ends in ``<think>``, as chat templates of reasoning models do, or the completion
-    writes a think mark. Then it must be opened once, before anything else, and closed once. What it holds, if
-    anything, does not matter: boxes in it do not count. Text around the box is free.
+    A block exists if the prompt ends in ``<think>``, as in chat templates of reasoning models, or if the completion
+    holds a think mark. It must then be opened once, before anything else, and closed once. Its content is free, and
+    boxes in it do not count. Text around the box is free.
     """
 
     def __call__(
         self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()
     ) -> list[float]:
-        """Score completions, in their order; without ``details`` no prompt has opened a think block."""
+        """Score completions, in their order; without ``details`` the prompts count as empty."""
         prompts = [detail.prompt for detail in details] or [""] * len(completions)
         return [float(is_well_formed(text, prompt)) for text, prompt in zip(completions, prompts, strict=True)]
 
 
 def with_opened_block(text: str, prompt: str) -> str:
-    """A completion, behind the think mark that its prompt has opened for it, if it has."""
+    """Return a completion, preceded by the think mark in which its prompt ends, if it does."""
     return _OPEN + text if prompt.rstrip().endswith(_OPEN) else text
 
 
 def is_well_formed(text: str, prompt: str = "") -> bool:
-    """Whether a completion has one box, behind a closed think block if it or its prompt opens one."""
+    """Return whether a completion has one box, behind a closed think block if it or its prompt opens one."""
     text = with_opened_block(text, prompt)
     if _OPEN in text or _CLOSE in text:
         block, _, text = text.partition(_CLOSE)  # never closed: no text is left, and no box in it

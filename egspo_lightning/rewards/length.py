@@ -1,15 +1,16 @@
-"""A reward for stopping in time."""
+"""Length penalty for completions near the length limit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from egspo_lightning.errors import UserError, require
+from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.functions import Details, Reward
+from egspo_lightning.types import Count
 
 
 class SoftLengthPenalty(Reward):
-    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): what a completion near the limit costs.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13) near the length limit.
 
         R = -min(max((length - (limit - buffer)) / buffer, 0), 1)
 
@@ -17,20 +18,16 @@ class SoftLengthPenalty(Reward):
 
     Args:
         buffer: Tokens before the limit over which the penalty grows, at least 1.
-
-    Raises:
-        UserError: buffer is out of its range.
     """
 
-    def __init__(self, buffer: int) -> None:
-        require(buffer >= 1, "data.reward: SoftLengthPenalty.buffer", buffer, "at least 1 token")
+    def __init__(self, buffer: Count) -> None:
         self.buffer = buffer
 
     def require_fit(self, max_completion_length: int) -> None:
-        """Refuse a buffer that is longer than completions can be.
+        """Check that the buffer is no longer than completions can be.
 
         Raises:
-            UserError: it is.
+            UserError: it is longer.
         """
         if self.buffer > max_completion_length:
             raise UserError(
@@ -41,10 +38,10 @@ class SoftLengthPenalty(Reward):
     def __call__(
         self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()
     ) -> list[float]:
-        """Score completions, in their order, by their ``details`` alone.
+        """Score completions, in their order, from their ``details`` alone.
 
         Raises:
-            ValueError: there are not as many of them as completions.
+            ValueError: the numbers of completions and details differ.
         """
         return [-self._share(detail) for _, detail in zip(completions, details, strict=True)]
 

@@ -27,7 +27,7 @@ def test_algebra_and_close() -> None:
 
 
 def test_arguments_are_checked_when_built() -> None:
-    with pytest.raises(UserError, match="deadline_s"):
-        CorrectnessReward(deadline_s=-1.0)
+    with pytest.raises(UserError, match="memory_limit_mb must be at least 256"):
+        CorrectnessReward(memory_limit_mb=1)
     with pytest.raises(UserError, match=r"data\.reward\.incorrect must be a finite number, got inf"):
         CorrectnessReward(incorrect=float("inf"))

@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards import workers
+from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rewards.grading import Grade, MathGrader
 
 BOMB = r"9^{9^{9^{9}}}+x"
@@ -147,6 +148,11 @@ def test_arguments_out_of_range_are_refused_by_the_parser(
 ) -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(MathGrader, "grader")
+    parser.add_class_arguments(CorrectnessReward, "reward")
+    if argument != "extraction":
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--reward.{argument}={value}"])
+        assert f'"reward.{argument}"' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parser.parse_args([f"--grader.{argument}={value}"])
     assert f'"grader.{argument}"' in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import pytest
+from jsonargparse import ArgumentParser
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.functions import Details
@@ -27,9 +28,12 @@ def test_a_buffer_as_long_as_the_limit_punishes_from_the_first_token():
 
 
 @pytest.mark.parametrize("buffer", [0, -1])
-def test_a_buffer_of_no_token_is_refused(buffer):
-    with pytest.raises(UserError, match=rf"SoftLengthPenalty\.buffer must be at least 1 token, got {buffer}"):
-        SoftLengthPenalty(buffer)
+def test_a_buffer_of_no_token_is_refused_by_the_parser(buffer, capsys):
+    parser = ArgumentParser()
+    parser.add_class_arguments(SoftLengthPenalty, "penalty")
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--penalty.buffer={buffer}"])
+    assert f'"penalty.buffer": Not of type Count: {buffer} does not' in capsys.readouterr().err
 
 
 def test_a_buffer_longer_than_the_limit_is_refused():
