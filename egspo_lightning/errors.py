@@ -1,23 +1,23 @@
-"""The exceptions that speak to the user."""
+"""Exceptions with messages for the user, and helpers that raise and search them."""
 
 import signal
 
 
 class UserError(ValueError):
-    """A mistake in a config, a flag or a data file, told as: what came, what is allowed, what to do.
+    """A mistake in a config, a flag or a data file. The message has the field, its value, what is allowed, the remedy.
 
-    The command line prints its text and ends with exit code 2, without a traceback.
+    The command line prints the message without a traceback and exits with code 2.
     """
 
 
 class RunStopped(SystemExit):
-    """A run was ended from outside, and has saved.
+    """A signal ended the run, after it saved a checkpoint.
 
     Args:
-        number: The signal's.
-        checkpoint: What to resume from, if anything was saved.
-        is_first_rank: Whether this process has the exit code; others end with 0, for the first one would take another
-            code for a fault of theirs, and kill itself.
+        number: Signal number.
+        checkpoint: Checkpoint to resume from, if one was saved.
+        is_first_rank: Whether to exit with the signal's code. Other ranks exit with 0, because the first
+            rank would take another code for a failure and kill itself.
     """
 
     def __init__(self, number: int, checkpoint: str | None, *, is_first_rank: bool) -> None:
@@ -27,12 +27,12 @@ class RunStopped(SystemExit):
     def __str__(self) -> str:
         name = signal.Signals(self.number).name
         if self.checkpoint is None:
-            return f"ended by {name}; checkpoints are switched off, so nothing was saved."
+            return f"ended by {name}; checkpoints are off, so nothing was saved."
         return f"ended by {name}. Saved {self.checkpoint}: resume with the same command and --ckpt_path last."
 
 
 def cause_of(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
-    """The first of the given kinds that an error is, or was raised from, however deeply libraries have wrapped it."""
+    """The first exception of the given kinds in the chain of causes of ``error``, itself included; None if none."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, kinds):
         cause = cause.__cause__ or cause.__context__
@@ -40,7 +40,7 @@ def cause_of(error: BaseException, *kinds: type[BaseException]) -> BaseException
 
 
 def require(holds: bool, field: str, value: object, allowed: str) -> None:
-    """Refuse the value of a field.
+    """Refuse the value of a field unless ``holds``.
 
     Raises:
         UserError: ``holds`` is false.

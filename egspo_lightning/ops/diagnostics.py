@@ -30,13 +30,13 @@ Reduction = Literal["mean", "max"]
 
 
 class PhaseMetrics:
-    """Gathers the metrics of a phase, so that they are logged once and nothing waits for the device in between."""
+    """Accumulates the metrics of a phase on the device, so that logging synchronizes once per phase."""
 
     def __init__(self) -> None:
         self._gathered: dict[Reduction, dict[str, tuple[Tensor, int]]] = {}
 
     def add(self, metrics: Mapping[str, Tensor | float], reduction: Reduction = "mean") -> None:
-        """One more value of each."""
+        """Add one value of each metric."""
         gathered = self._gathered.setdefault(reduction, {})
         for name, value in metrics.items():
             tensor = torch.as_tensor(value, dtype=torch.float32).detach()
@@ -48,7 +48,7 @@ class PhaseMetrics:
                 gathered[name] = tensor, 1
 
     def take(self) -> dict[Reduction, Metrics]:
-        """Means and maxima by name; gathering starts anew."""
+        """Means and maxima by name; resets the accumulators."""
         taken: dict[Reduction, Metrics] = {
             reduction: {name: value if reduction == "max" else value / count for name, (value, count) in found.items()}
             for reduction, found in self._gathered.items()
@@ -57,14 +57,14 @@ class PhaseMetrics:
         return taken
 
     def state_dict(self) -> dict[str, dict[str, tuple[Tensor, int]]]:
-        """What has been gathered of a phase that is under way."""
+        """Accumulators of an unfinished phase."""
         return {
             reduction: {name: (value.cpu(), count) for name, (value, count) in found.items()}
             for reduction, found in self._gathered.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, tuple[Tensor, int]]]) -> None:
-        """Go on gathering."""
+        """Restore the accumulators."""
         for reduction in get_args(Reduction):
             self._gathered[reduction] = {
                 name: (value, count) for name, (value, count) in state.get(reduction, {}).items()
@@ -73,9 +73,9 @@ class PhaseMetrics:
 
 @torch.no_grad()
 def policy_metrics(logprobs: Tensor, rollout: RolloutBatch, clip_low: float, clip_high: float) -> Metrics:
-    """How far the policy is from the one that sampled, over the tokens that it sampled and that take part.
+    """Distance of the policy from the sampling policy, over the sampled tokens that take part in the step.
 
-    Tokens count as clipped by the range given, that of high-entropy tokens, whichever branch they take.
+    A token counts as clipped by the given range, that of high-entropy tokens, whichever branch it takes.
     """
     old, mask = rollout.old_logprobs, rollout.sampled_mask
     below, above = clipped_tokens(logprobs, old, rollout.advantages, clip_low=clip_low, clip_high=clip_high)
@@ -89,7 +89,7 @@ def policy_metrics(logprobs: Tensor, rollout: RolloutBatch, clip_low: float, cli
 
 @torch.no_grad()
 def value_metrics(values: Tensor, rollout: RolloutBatch, clip: float | None) -> Metrics:
-    """Share of values that moved by more than the clip, over the tokens of the update."""
+    """Share of values that moved by more than the clip, over the tokens of the optimizer step."""
     assert rollout.old_values is not None
     if clip is None:
         return {}
@@ -100,10 +100,10 @@ def value_metrics(values: Tensor, rollout: RolloutBatch, clip: float | None) -> 
 
 @torch.no_grad()
 def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
-    """Sums over the sampled tokens of a collection, to be added over ranks before they are divided.
+    """Sums over the sampled tokens of a rollout batch, to be added over ranks and then divided.
 
     Args:
-        rollout: this rank's collection
+        rollout: this rank's rollout batch
         weights: (B, T), g_t
     """
     mask = rollout.sampled_mask
@@ -131,7 +131,7 @@ def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
 
 
 def rollout_batch_metrics(sums: Metrics) -> Metrics:
-    """What the gate and the critic made of a collection, from its ``rollout_batch_sums`` over all ranks."""
+    """Metrics of gate and critic for a rollout batch, from its ``rollout_batch_sums`` over all ranks."""
     tokens, high = sums["tokens"].clamp(min=1), sums["high"]
     metrics = {
         "gate/high_fraction": high / tokens,

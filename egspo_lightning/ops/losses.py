@@ -1,4 +1,4 @@
-"""Per-token terms of the objective, unreduced: (B, T) in, (B, T) out. Reduction lives in ``masking.aggregate``."""
+"""Per-token losses, unreduced: (B, T) in, (B, T) out. ``ops.masking.aggregate`` reduces them."""
 
 from typing import Literal, get_args
 
@@ -10,7 +10,7 @@ from egspo_lightning.ops.masking import Values, as_floats, as_tensor
 KLEstimator = Literal["k1", "abs", "k2", "k3", "k3+"]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to this before exp, so that no ratio overflows."""
+"""Bound of log-ratios before exp, so that no ratio overflows."""
 MAX_K3 = 10.0
 
 
@@ -30,8 +30,8 @@ def ppo_clip(
 ) -> Tensor:
     """PPO's clipped surrogate as a loss: ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``.
 
-    Sources: PPO, arXiv 1707.06347, equation 7; separate bounds ("clip-higher"): DAPO, arXiv 2503.14476; where A < 0
-    the loss is further held below ``-dual_clip A``: arXiv 1912.09729, equation 5.
+    Sources: PPO, arXiv 1707.06347, equation 7. Separate bounds ("clip-higher"): DAPO, arXiv 2503.14476. Dual clip,
+    which bounds the loss by ``-dual_clip A`` where A < 0: arXiv 1912.09729, equation 5.
     """
     advantages = as_tensor(advantages)
     ratio = log_ratio(logprobs, old_logprobs).exp()
@@ -45,10 +45,9 @@ def ppo_clip(
 def clipped_tokens(
     logprobs: Values, old_logprobs: Values, advantages: Values, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """Which tokens have no gradient because their ratio left the trust region, as (below, above), both bool.
+    """Tokens without a gradient because their ratio left the trust region, as (below, above), both bool.
 
-    A token counts where the clipped term is the larger: below ``1 - clip_low`` with A < 0, above ``1 + clip_high``
-    with A > 0.
+    These are tokens below ``1 - clip_low`` with A < 0, and tokens above ``1 + clip_high`` with A > 0.
     """
     advantages = as_tensor(advantages)
     ratio = log_ratio(logprobs, old_logprobs).exp()
@@ -61,15 +60,15 @@ def nll(logprobs: Values) -> Tensor:
 
 
 def value_clip(values: Values, old_values: Values, returns: Values, *, clip: float | None) -> Tensor:
-    """Half the squared error of the critic, its step clipped as PPO clips the policy's.
+    """Half the squared error of the critic, with clipped steps as in PPO.
 
     ``0.5 max( (V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2 )`` (PPO2 of OpenAI baselines; as in verl). The
-    larger of the two has no gradient where V has already moved by ``clip`` towards R.
+    gradient is 0 where V has already moved by ``clip`` towards R.
 
     Args:
         values: (B, T), with gradient
-        old_values: (B, T), of the critic when the rollouts were collected
-        returns: (B, T), what the values should be
+        old_values: (B, T), of the critic at the time of sampling
+        returns: (B, T), the targets
         clip: largest step, in units of the return; None does not clip
     """
     values, old_values, returns = as_floats(values), as_floats(old_values), as_floats(returns)
@@ -83,13 +82,13 @@ def value_clip(values: Values, old_values: Values, returns: Values, *, clip: flo
 def off_policy(logprobs: Values, advantages: Values, *, shaping: float) -> Tensor:
     """LUFFY's surrogate for an expert's tokens, as a loss: ``-f(p) A`` with ``f(p) = p / (p + shaping)``.
 
-    The expert's own probabilities are taken as 1 and nothing is clipped; the shaping lets tokens that the policy thinks
-    unlikely learn fastest (arXiv 2504.14945, section 3.3).
+    The expert's own probabilities are taken as 1 and nothing is clipped. The shaping gives the largest gradient to
+    tokens that are unlikely under the policy (arXiv 2504.14945, section 3.3).
 
     Args:
         logprobs: (B, T), with gradient
         advantages: (B, T)
-        shaping: gamma there, above 0
+        shaping: the paper's gamma, above 0
     """
     probability = as_tensor(logprobs).exp()
     return -probability / (probability + shaping) * as_tensor(advantages)
@@ -99,8 +98,8 @@ def kl_penalty(logprobs: Values, ref_logprobs: Values, estimator: KLEstimator) -
     """Single-sample estimate of ``KL(pi || pi_ref)`` at each token, nats (http://joschu.net/blog/kl-approx.html).
 
     With ``d = log pi - log pi_ref``: k1 = d; abs = |d|; k2 = d^2 / 2; k3 = exp(-d) + d - 1, its exponent clamped to
-    +-20 and its value to +-10. As losses k1 and k3 have the wrong gradient (k1's is 0 in expectation); "k3+" has the
-    value of k3 and the gradient of k2, which is that of the KL where the policy is the one that sampled.
+    +-20 and its value to +-10. As losses k1 and k3 have the wrong gradient (k1's is 0 in expectation). "k3+" has the
+    value of k3 and the gradient of k2, which is the gradient of the KL where the policy is the sampling policy.
     """
     difference = as_tensor(logprobs) - as_tensor(ref_logprobs)
     if estimator == "k1":

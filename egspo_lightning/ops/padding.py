@@ -1,4 +1,4 @@
-"""Sequences of different lengths as rectangles, padded on the right, and back."""
+"""Right padding of sequences of different lengths, and the lengths of padded sequences."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pad_right(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(prompt, completion) pairs as ``input_ids`` and ``completion_mask``, (B, T)."""
+    """``input_ids`` and ``completion_mask``, (B, T), of (prompt, completion) pairs."""
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
     rows = ((*prompt, *completion) for prompt, completion in pairs)
     input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.long)

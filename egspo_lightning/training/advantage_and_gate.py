@@ -1,6 +1,6 @@
-"""How a scored collection becomes one to train on: each token is credited, then the gate is settled.
+"""Advantages and gate of a rollout batch: from scored rollouts to a batch that is ready for training.
 
-It is done once a collection, before its first update, over the tokens of all ranks.
+It runs once for each rollout batch, before its first optimizer step, over the tokens of all ranks.
 """
 
 import time
@@ -23,7 +23,7 @@ from egspo_lightning.types import RolloutBatch, ScoredRollouts, UpdateSize
 
 
 class Ranks(Protocol):
-    """The other processes that share a collection."""
+    """Collective operations over the ranks that share a rollout batch."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of equally shaped tensors over all ranks."""
@@ -36,15 +36,15 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class AdvantageAndGate:
-    """Advantage estimator, gate and controllers: whether they fit together, and their order.
+    """Advantage estimator, gate and adaptive coefficients, applied in order to each rollout batch.
 
     Args:
         objective: Hyperparameters of the loss.
         gate: Gives tau.
         attenuation: Gives phi.
         advantage: Gives A_t.
-        kl_reward: KL to the reference as a part of the reward, if any.
-        entropy_bonus: Answers to the entropy of each collection, if there is one.
+        kl_reward: KL penalty in the reward, if any.
+        entropy_bonus: Entropy bonus of the loss, if any; adapts to the entropy of each rollout batch.
     """
 
     objective: Objective
@@ -55,21 +55,21 @@ class AdvantageAndGate:
     entropy_bonus: EntropyBonus | None
 
     def require_sense(self) -> None:
-        """Refuse settings that have no effect or no sense with the others.
+        """Refuse settings that have no effect, or a wrong one, in combination.
 
         Raises:
-            UserError: there is one.
+            UserError: There is such a setting.
         """
         self._require_gate()
         self._require_spread()
 
     def _require_gate(self) -> None:
-        """Refuse settings of a low-entropy branch that no token takes, or that has no weight."""
+        """Refuse settings of a low-entropy branch that has no tokens or no weight."""
         asked = self.objective.low_branch_settings
         if isinstance(self.gate, OpenGate) and asked:
             raise UserError(
-                f"model.objective.{asked[0]} is a setting of the gate, and with model.gate OpenGate there is none. "
-                "Leave it out, or choose another gate."
+                f"model.objective.{asked[0]} has no effect with model.gate OpenGate, which switches the gate "
+                "off. Leave it out, or choose another gate."
             )
         no_weight = isinstance(self.attenuation, ConstantAttenuation) and self.attenuation.value == 0
         if no_weight and "low_branch" in asked:
@@ -79,17 +79,17 @@ class AdvantageAndGate:
             )
 
     def _require_spread(self) -> None:
-        """The KL in the reward gives every group a spread, which must not be scaled up to 1."""
+        """Refuse to scale up the small spread that a KL penalty gives to flat groups."""
         estimator = self.advantage
         if self.kl_reward is not None and isinstance(estimator, GroupRelative) and estimator.scale_by_std:
             raise UserError(
-                "model.kl_reward with model.advantage GroupRelative would turn the KL of groups whose rewards are "
-                "equal into advantages of full size. Set model.advantage.scale_by_std to false, choose another "
+                "model.kl_reward with model.advantage GroupRelative would scale the KL of groups with equal rewards to "
+                "advantages of standard deviation 1. Set model.advantage.scale_by_std to false, choose another "
                 "advantage, or put the KL into the loss by model.objective.beta."
             )
 
     def to_rollout_batch(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[RolloutBatch, Metrics]:
-        """This rank's part of a collection, ready for updates, and what there is to log of the whole."""
+        """This rank's rollout batch, ready for training, and metrics over all ranks. Collective."""
         penalty, metrics = self._penalize_kl(rollouts, ranks)
         rollout = self._credit(rollouts, penalty, ranks)
         started = time.perf_counter()
@@ -100,13 +100,13 @@ class AdvantageAndGate:
         totals = dict(zip(sums, summed, strict=True))
         metrics |= rollout_batch_metrics(totals) | self._sampler_metrics(rollout, ranks)
         if self.entropy_bonus is not None:
-            if totals["tokens"] > 0:  # a collection without tokens has no entropy to answer to
+            if totals["tokens"] > 0:  # no tokens, no entropy
                 self.entropy_bonus.update(metrics["policy/entropy"].item())
             metrics["policy/entropy_coefficient"] = torch.tensor(self.entropy_bonus.current)
         return rollout, metrics
 
     def _penalize_kl(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[Tensor | None, Metrics]:
-        """``coefficient KL_t`` (B, T); the coefficient then answers to the collection's mean KL."""
+        """``coefficient KL_t`` (B, T), and metrics; then adapts the coefficient to the mean KL."""
         control = self.kl_reward
         if control is None:
             return None, {}
@@ -119,7 +119,7 @@ class AdvantageAndGate:
         return used * kl, {"rollout/kl": torch.tensor(mean), "rollout/kl_coefficient": torch.tensor(used)}
 
     def _credit(self, rollouts: ScoredRollouts, penalty: Tensor | None, ranks: Ranks) -> RolloutBatch:
-        """Advantages and returns; the gate is still open."""
+        """The rollout batch with advantages and returns, its gate still open."""
         estimate = estimate_credit(rollouts, self.advantage, penalty=penalty, total=ranks.sum_over_ranks)
         self._require_estimate(estimate, rollouts, ranks)
         mask, scores = rollouts.completion_mask, rollouts.scores
@@ -145,9 +145,9 @@ class AdvantageAndGate:
         )
 
     def _sampler_metrics(self, rollout: RolloutBatch, ranks: Ranks) -> Metrics:
-        """How far the engine sampled from pi_old, over the tokens of all ranks; nothing where it is pi_old's own word.
+        """Ratios of pi_old to the engine's distribution over all ranks; none if the engine gave pi_old itself.
 
-        Ratios are by token or by sequence as the correction is, also where it is off.
+        Ratios are by token or by sequence, as ``sampler_correction.level`` says, even if its mode is off.
         """
         sampled, correction = rollout.sampled_logprobs, self.objective.sampler_correction
         if sampled is None:
@@ -165,7 +165,7 @@ class AdvantageAndGate:
         }
 
     def _require_estimate(self, estimate: Estimate, rollouts: ScoredRollouts, ranks: Ranks) -> None:
-        """Look at what an estimator, which may be the user's own, gives, on any rank."""
+        """Check the output of an estimator, which may be the user's own. Collective."""
         name, mask = f"model.advantage: {type(self.advantage).__name__}", rollouts.completion_mask
         tensors = [estimate.advantages, *([estimate.returns] if self.advantage.needs_values else [])]
         for tensor in tensors:
@@ -179,7 +179,7 @@ class AdvantageAndGate:
             raise UserError(f"{name} gave advantages or returns that are infinite or NaN.")
 
     def _settle_gate(self, rollout: RolloutBatch, ranks: Ranks) -> tuple[RolloutBatch, Tensor]:
-        """tau and, where asked for, the scale of the weights; with the weights g_t, (B, T)."""
+        """The rollout batch with tau and the scale of the weights, and the weights g_t, (B, T). Collective."""
         mask = rollout.sampled_mask
         pooled = ranks.gather_over_ranks(rollout.entropies[mask])
         tau = self.gate.threshold(Entropies(rollout.entropies, mask, pooled))
@@ -196,7 +196,7 @@ class AdvantageAndGate:
         return rollout, weights
 
     def _require_sound(self, tau: Tensor, weights: Tensor, ranks: Ranks) -> None:
-        """Look at what a gate and an attenuation, which may be the user's own, made of a collection on any rank."""
+        """Check the output of a gate and an attenuation, which may be the user's own. Collective."""
         is_sound = (weights >= 0) & weights.isfinite()
         unsound = torch.stack([tau.isnan().any(), ~is_sound.all()]).float()
         no_threshold, no_weight = ranks.sum_over_ranks(unsound).tolist()
@@ -205,21 +205,21 @@ class AdvantageAndGate:
         if no_weight:
             raise UserError(
                 f"model.attenuation: {type(self.attenuation).__name__} gave a weight below 0, infinite or NaN. phi "
-                "must be at least 0: a negative one would turn the update round."
+                "must be finite and at least 0: a negative one would reverse the sign of the update."
             )
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What its parts remember from one collection to the next."""
-        return {name: {"class": type(part).__name__, "state": part.state_dict()} for name, part in self._remembering()}
+        """State that its parts keep between rollout batches."""
+        return {name: {"class": type(part).__name__, "state": part.state_dict()} for name, part in self._stateful()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; a part of another class than the saved one starts anew."""
-        for name, part in self._remembering():
+        """Restore the state; a part of another class than the saved one starts fresh."""
+        for name, part in self._stateful():
             if state.get(name, {}).get("class") == type(part).__name__:
                 part.load_state_dict(state[name]["state"])
 
-    def _remembering(self) -> list[tuple[str, Any]]:
+    def _stateful(self) -> list[tuple[str, Any]]:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return [(name, part) for name, part in parts.items() if hasattr(part, "load_state_dict")]

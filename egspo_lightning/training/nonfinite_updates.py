@@ -1,7 +1,7 @@
-"""Updates whose loss or gradient is not finite: they are skipped on all ranks, counted, and kept to be looked at.
+"""Non-finite losses and gradients: all ranks skip the optimizer step, count it and keep its batch for replay.
 
-A NaN that reaches the optimizer is in every weight after one step, and in its moments for good. Skipping costs one
-update; the weights stay those of the update before, so what was wrong can be computed again (``egspo replay``).
+One NaN that reaches the optimizer spoils every weight and the moments. A skipped step leaves the weights as they were,
+so ``egspo replay`` can compute the bad micro-batch again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,45 +18,45 @@ from egspo_lightning.types import ExpertBatch, RolloutBatch, Stage, TrainingBatc
 
 
 class NonFiniteError(UserError):
-    """Too many updates in a row were not finite; the message names the batch and the file that replays it."""
+    """Too many consecutive non-finite steps; the message names the micro-batch and the file that replays it."""
 
 
 class Part(NamedTuple):
-    """A micro-batch of the update at hand."""
+    """A micro-batch of the present optimizer step."""
 
     number: int
-    """Within the phase."""
+    """Number of the micro-batch within the phase."""
     batch: TrainingBatch
     coefficients: Coefficients | None
-    """Weights of the loss's terms; None in stage SFT."""
+    """Weights of the loss terms; None in stage SFT."""
     loss: Tensor
 
 
 class FiniteUpdates:
-    """Watches the updates of a run.
+    """Detects and counts optimizer steps with a non-finite loss or gradient.
 
     Args:
-        most_in_a_row: after so many bad updates one after another the run should stop
+        most_in_a_row: number of consecutive bad steps after which the run should stop
     """
 
     def __init__(self, most_in_a_row: int) -> None:
         self.most_in_a_row = most_in_a_row
         self.num_bad = self.num_in_a_row = 0
         self.bad_part: Part | None = None
-        """A micro-batch of the latest bad update, on this rank."""
+        """A micro-batch of the latest bad step, on this rank."""
         self._parts: list[Part] = []
 
     def note(self, part: Part) -> None:
-        """A micro-batch was run forward."""
+        """Record a micro-batch after its forward pass."""
         self._parts.append(part)
 
     def judge(self, parameters: Iterable[nn.Parameter], total: Callable[[Tensor], Tensor], *, scaled: bool) -> bool:
-        """Whether the update must be skipped, on every rank alike. Collective; called once an update.
+        """Whether to skip the optimizer step, the same on every rank. Collective; called once per step.
 
         Args:
             parameters: those with gradients, over all micro-batches
             total: adds a tensor over all ranks
-            scaled: whether a loss scaler looks after infinite gradients itself, as in float16
+            scaled: whether a loss scaler (float16) handles infinite gradients itself
         """
         parts, self._parts = self._parts, []
         losses = torch.stack([part.loss.float() for part in parts])
@@ -73,30 +73,30 @@ class FiniteUpdates:
 
     @property
     def must_stop(self) -> bool:
-        """Whether too many were bad in a row."""
+        """Whether too many consecutive steps were bad."""
         return self.num_in_a_row >= self.most_in_a_row
 
     def state_dict(self) -> dict[str, Any]:
-        """How many there were."""
+        """The counts."""
         return {"num_bad": self.num_bad, "num_in_a_row": self.num_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the counts."""
         self.num_bad, self.num_in_a_row = state["num_bad"], state["num_in_a_row"]
 
 
 def _any_bad_gradient(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
     whole = (p.grad for p in parameters if p.grad is not None)
     own = (gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in whole)
-    gradients = [gradient for gradient in own if gradient.numel() > 0]  # of few rows, some ranks have none
+    gradients = [gradient for gradient in own if gradient.numel() > 0]  # some ranks hold no rows of a small tensor
     if not gradients:
         return like.new_tensor(False, dtype=torch.bool)
-    norms = torch.stack(torch._foreach_norm(gradients))  # NaN and infinity both come through
+    norms = torch.stack(torch._foreach_norm(gradients))  # a norm is non-finite if any element is
     return ~torch.isfinite(norms).all()
 
 
 def describe(part: Part) -> str:
-    """What a message says of a micro-batch."""
+    """Text about a micro-batch for error messages."""
     kind, rows = part.batch.stage, _rows(part.batch)
     return f"micro-batch {part.number} of the phase (stage {kind}, {rows} rows, loss {part.loss.item():.4g})"
 
@@ -105,24 +105,24 @@ def _rows(batch: TrainingBatch) -> int:
     return sum(part.input_ids.shape[0] for part in (batch.rollout, batch.expert) if part is not None)
 
 
-# To a checkpoint and back: plain dictionaries of tensors and numbers, which ``weights_only`` loads
+# Checkpoints: plain dictionaries of tensors and numbers, which ``weights_only`` can load
 
 
 def pack(part: Part) -> dict[str, Any]:
-    """A micro-batch as plain data."""
-    batch = part.batch
+    """A micro-batch as plain data for a checkpoint."""
+    batch, weights = part.batch, part.coefficients
     return {
         "number": part.number,
         "stage": str(batch.stage),
         "loss": float(part.loss),
-        "coefficients": None if part.coefficients is None else dict(part.coefficients._asdict()),
+        "coefficients": None if weights is None else {k: float(v) for k, v in weights._asdict().items()},
         "rollout": None if batch.rollout is None else to_plain(batch.rollout),
         "expert": None if batch.expert is None else to_plain(batch.expert),
     }
 
 
 def unpack(data: dict[str, Any]) -> Part:
-    """The micro-batch again."""
+    """The micro-batch from ``pack``'s data."""
     rollout, expert, weights = data["rollout"], data["expert"], data["coefficients"]
     return Part(
         number=data["number"],
@@ -137,11 +137,11 @@ def unpack(data: dict[str, Any]) -> Part:
 
 
 def bad_tokens(mask: Tensor, named: Sequence[tuple[str, Tensor | None]]) -> list[tuple[int, int, str, float]]:
-    """(row, position, what, value) of everything on the masked tokens that is not finite.
+    """(row, position, name, value) of every non-finite value on the masked tokens.
 
     Args:
         mask: (B, T) bool
-        named: what there is of each token, (B, T), by name; None is skipped
+        named: names and per-token values, (B, T); None is skipped
     """
     return [
         (row, position, name, values[row, position].item())
