@@ -109,8 +109,8 @@ class Collector:
         if self.max_resampling > 0 and self.num_generations < 2:
             raise UserError(
                 f"data.max_resampling = {self.max_resampling} replaces flat groups, whose rewards are all equal, "
-                "and with data.num_generations = 1 every group is flat. Set max_resampling to 0, or num_generations to 2 or "
-                "more."
+                "and with data.num_generations = 1 every group is flat. "
+                "Set max_resampling to 0, or num_generations to 2 or more."
             )
         if self.max_resampling > 0 and self.num_experts == self.num_problems:
             raise UserError(

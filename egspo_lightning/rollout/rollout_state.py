@@ -1,65 +1,42 @@
-"""A collection as plain values and tensors, which a checkpoint holds and ``torch.load(weights_only=True)`` reads."""
+"""Checkpoint state of rollouts: plain values and tensors, which ``torch.load(weights_only=True)`` reads."""
 
 from typing import Any
 
 from egspo_lightning.checkpointing.serialization import from_plain, to_plain
 from egspo_lightning.rollout.scoring import CollectedRollouts, ScoredGroups
-from egspo_lightning.types import Completion, Measurements, Problem, RolloutBatch, ScoredRollouts
+from egspo_lightning.types import Completion, Problem, RolloutBatch, ScoredRollouts
 
 
-def pack(rollouts: CollectedRollouts) -> dict[str, Any]:
-    """All that updates and callbacks still ask of a rollout batch.
+def pack(rollouts: CollectedRollouts | ScoredGroups) -> dict[str, Any]:
+    """Turn a rollout batch into plain values and tensors on the CPU, for a checkpoint.
 
-    What the engine told of each token is left out: it stands in the rollout, and as lists it takes 64 bytes a token.
+    The engine's statistics of each token are left out: the tensors hold them, and as lists they take 64 bytes a token.
     """
-    return {
+    plain = {
         "completions": [_pack_completion(completion) for completion in rollouts.completions],
-        "rollout": to_plain(rollouts.batch),
-        "measurements": _pack_measurements(rollouts.measurements),
-        "numbers": list(rollouts.numbers),
-        "expert_groups": list(rollouts.expert_groups),
+        "measurements": {name: list(pair) for name, pair in rollouts.measurements.items()},
+    }
+    return {
+        name: to_plain(value) if isinstance(value, RolloutBatch | ScoredRollouts) else value
+        for name, value in (rollouts._asdict() | plain).items()
     }
 
 
 def unpack(state: dict[str, Any], device: Any) -> CollectedRollouts:
-    """The rollouts, its tensors on a device."""
-    return CollectedRollouts(
-        completions=[_unpack_completion(completion) for completion in state["completions"]],
-        batch=from_plain(RolloutBatch, state["rollout"], device),
-        measurements=_unpack_measurements(state["measurements"]),
-        numbers=state["numbers"],
-        expert_groups=state["expert_groups"],
-    )
-
-
-def pack_scored(prepared: ScoredGroups) -> dict[str, Any]:
-    """The same of a collection that has yet to be admitted; what scores say of its tokens is kept, as in ``pack``."""
-    return {
-        "completions": [_pack_completion(completion) for completion in prepared.completions],
-        "rollouts": to_plain(prepared.rollouts),
-        "measurements": _pack_measurements(prepared.measurements),
-        "numbers": list(prepared.numbers),
-        "num_drawn": prepared.num_drawn,
-    }
+    """Restore a rollout batch, its tensors on a device."""
+    return CollectedRollouts(**_unpack_lists(state) | {"batch": from_plain(RolloutBatch, state["batch"], device)})
 
 
 def unpack_scored(state: dict[str, Any], device: Any) -> ScoredGroups:
-    """The rollouts, its tensors on a device."""
-    return ScoredGroups(
-        completions=[_unpack_completion(completion) for completion in state["completions"]],
-        rollouts=from_plain(ScoredRollouts, state["rollouts"], device),
-        measurements=_unpack_measurements(state["measurements"]),
-        numbers=state["numbers"],
-        num_drawn=state["num_drawn"],
-    )
+    """Restore scored groups, their tensors on a device."""
+    return ScoredGroups(**_unpack_lists(state) | {"rollouts": from_plain(ScoredRollouts, state["rollouts"], device)})
 
 
-def _pack_measurements(measurements: Measurements) -> dict[str, list[float]]:
-    return {name: list(pair) for name, pair in measurements.items()}
-
-
-def _unpack_measurements(packed: dict[str, list[float]]) -> Measurements:
-    return {name: (total, count) for name, (total, count) in packed.items()}
+def _unpack_lists(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {
+        "completions": [_unpack_completion(completion) for completion in state["completions"]],
+        "measurements": {name: tuple(pair) for name, pair in state["measurements"].items()},
+    }
 
 
 def _pack_completion(completion: Completion) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from egspo_lightning.rollout.policy_protocol import FrozenPolicy, RolloutPolicy
-from egspo_lightning.rollout.rollout_state import pack_scored, unpack_scored
+from egspo_lightning.rollout.rollout_state import pack, unpack_scored
 from egspo_lightning.rollout.scoring import ScoredGroups
 
 Prepare = Callable[[RolloutPolicy], ScoredGroups]
@@ -44,7 +44,7 @@ class SamplingAhead:
 
         def make() -> dict[str, Any]:
             with policy.apart():
-                return pack_scored(prepare(policy))
+                return pack(prepare(policy))
 
         self._policy, self._making = policy, Future()
         # a daemon: a reward that hangs does not keep the process of a run that has ended

@@ -1,6 +1,7 @@
-"""Sampled groups to scored rollouts, and what there is to measure of them."""
+"""Scoring: log-probabilities, entropies and values of sampled groups, and the metrics of a rollout batch."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,27 +15,27 @@ from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.types import Completion, Measurements, RolloutBatch, ScoredRollouts, Scores
 
 MAX_SAMPLER_GAP = 0.1
-"""Mean distance of the engine's log-probabilities from the scorer's, nats a token, that is not a matter of rounding."""
+"""Largest mean distance between the log-probabilities of engine and scorer that rounding explains, nats a token."""
 
 TOKENS_PER_SCORING_BATCH = 16_384
-"""Tokens scored in one forward pass, padding included."""
+"""Token budget of a forward pass that scores, padding included."""
 
 
 class CollectedRollouts(NamedTuple):
-    """One rollout collection of one rank, as updates use it."""
+    """One rank's rollout batch, ready for optimizer steps."""
 
     completions: list[Completion]
-    """In the order of the rollout's rows: G of each problem, then the experts' solutions."""
+    """In the order of the rows: G for each problem, then the expert solutions."""
     batch: RolloutBatch
     measurements: Measurements
     numbers: list[int]
-    """The places of this rank's problems in the whole collection, in the order of their groups."""
+    """Places of this rank's problems in the rollout batch, in the order of their groups."""
     expert_groups: list[int]
-    """For each row of an expert, which of this rank's problems it solves."""
+    """For each expert row, the number of its group on this rank."""
 
 
 class ScoredGroups(NamedTuple):
-    """A collection of one rank that is sampled, graded and scored, and has yet to be admitted to training."""
+    """One rank's rollout batch, sampled, graded and scored, before advantages and gate."""
 
     completions: list[Completion]
     """In the order of the rollouts' rows."""
@@ -69,8 +70,8 @@ def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tup
     pairs = [(prompt.token_ids, row.token_ids) for prompt, row in zip(prompts, rows, strict=True)]
     input_ids, mask = pad_right(pairs, policy.tokenizer.pad_token_id)
     with policy.scoring() as lm:
-        told = None if sampled.has_experts else _sampled_scores(policy, rows, mask, next(lm.parameters()).device)
-        scores = _score(policy, input_ids, mask) if told is None else told
+        known = None if sampled.has_experts else _sampled_scores(policy, rows, mask, next(lm.parameters()).device)
+        scores = known or _score(policy, input_ids, mask)
     device = scores.logprobs.device
     experts = [i for i, group in enumerate(sampled.groups) if group.expert is not None]
     rollouts = ScoredRollouts(
@@ -85,7 +86,7 @@ def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tup
         policy_version=policy.policy_version,
     )
     gap = {}
-    if told is None:
+    if known is None:
         rollouts = rollouts._replace(sampled_logprobs=_sampled_logprobs(rows, rollouts))
         gap["rollout/sampler_gap"] = _sampler_gap(rollouts)
     seconds = {"time/score": (time.perf_counter() - started, 1.0)}
@@ -93,13 +94,13 @@ def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tup
 
 
 def completions_by_row(groups: Sequence[Group]) -> list[Completion]:
-    """The completions in the order of the rows: those of the policy, then those of experts."""
+    """Completions in the order of the rows: the policy's, then the experts'."""
     experts = [group.expert for group in groups if group.expert is not None]
     return [completion for group in groups for completion in group.completions] + experts
 
 
 def _sampled_logprobs(rows: Sequence[Completion], rollouts: ScoredRollouts) -> Tensor:
-    """What the engine told, (B, T); NaN where that is no number, and on experts' rows, which it did not sample."""
+    """Log-probabilities from the engine, (B, T); NaN where they are not finite, and on expert rows."""
     mask = rollouts.completion_mask
     values = _spread((row.logprobs for row in rows), mask.cpu()).to(mask.device)
     values[rollouts.num_sampled :] = torch.nan
@@ -107,13 +108,16 @@ def _sampled_logprobs(rows: Sequence[Completion], rollouts: ScoredRollouts) -> T
 
 
 def _sampler_gap(rollouts: ScoredRollouts) -> tuple[float, float]:
-    """Distance between the engine's and the scorer's log-probabilities, as (sum, tokens), where the engine told any.
+    """Distance between the log-probabilities of engine and scorer, as (sum, tokens).
 
-    It is judged whatever correction is asked for: one that makes up for stale weights is noise.
+    The limit holds with every sampler correction: a correction for stale weights would be noise.
+
+    Raises:
+        RuntimeError: the mean distance exceeds ``MAX_SAMPLER_GAP``.
     """
     assert rollouts.sampled_logprobs is not None
-    told = rollouts.completion_mask & ~rollouts.sampled_logprobs.isnan()
-    gap = (rollouts.sampled_logprobs - rollouts.scores.logprobs)[told].abs()
+    is_known = rollouts.completion_mask & ~rollouts.sampled_logprobs.isnan()
+    gap = (rollouts.sampled_logprobs - rollouts.scores.logprobs)[is_known].abs()
     if gap.numel() and not gap.mean() <= MAX_SAMPLER_GAP:
         raise RuntimeError(
             f"The engine's log-probabilities are {gap.mean():.3f} nats a token from the scorer's, where at most "
@@ -124,13 +128,14 @@ def _sampler_gap(rollouts: ScoredRollouts) -> tuple[float, float]:
 
 
 def measure(sampled: SampledGroups) -> Measurements:
-    """What the rollouts were like, as (sum, count) by metric name.
+    """Metrics of sampled groups, as (sum, count) by name.
 
-    Groups that were put aside count as well, or the policy would look better than it is; ``rollout/flat_groups``
-    alone speaks of those that were kept.
+    They include discarded groups, or the policy would look better than it is. Only ``rollout/flat_groups`` leaves them
+    out.
     """
     groups = [*sampled.groups, *sampled.discarded]
     completions = [completion for group in groups for completion in group.completions]
+    statuses = Counter(completion.status for completion in completions)
     rewards = torch.tensor([float(completion.reward) for completion in completions]).view(len(groups), -1)
     std = rewards.std(-1).sum().item() if rewards.shape[1] > 1 else 0.0
     num_tokens = sum(len(completion.token_ids) for completion in completions)
@@ -144,8 +149,8 @@ def measure(sampled: SampledGroups) -> Measurements:
         "rollout/resampled_groups": (len(sampled.discarded), 0),
         "rollout/length_mean": (num_tokens, count),
         "rollout/truncated_fraction": (sum(completion.is_truncated for completion in completions), count),
-        "rollout/grader_timeouts": (sum(completion.status == "timeout" for completion in completions), 0),
-        "rollout/grader_crashes": (sum(completion.status == "crashed" for completion in completions), 0),
+        "rollout/grader_timeouts": (statuses["timeout"], 0),
+        "rollout/grader_crashes": (statuses["crashed"], 0),
         "rollout/tokens_per_second": (num_tokens, sampled.seconds),
         "time/sample": (sampled.seconds - sampled.seconds_grading, 1),
         "time/grade": (sampled.seconds_grading, 1),
@@ -158,9 +163,9 @@ def measure(sampled: SampledGroups) -> Measurements:
 def _sampled_scores(
     policy: RolloutPolicy, rows: Sequence[Completion], mask: Tensor, device: torch.device
 ) -> Scores | None:
-    """What the engine told of each token, (B, T); None where it has to be scored.
+    """Scores from the engine's statistics, (B, T); None where the networks must score.
 
-    All ranks decide alike, since what they measure is added up.
+    The decision must be the same on all ranks, because they add up their metrics.
     """
     entropies = [row.entropies for row in rows if row.entropies is not None]
     if not policy.takes_sampled_statistics or len(entropies) < len(rows):
@@ -170,13 +175,13 @@ def _sampled_scores(
 
 
 def _spread(values: Iterable[list[float]], mask: Tensor) -> Tensor:
-    """The values of the rows' tokens, one after another, to where a mask on the CPU is true, (B, T) float32."""
+    """Put the values of all rows, in order, where a mask on the CPU is true, (B, T) float32."""
     flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
     return torch.zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:
-    """Score in batches of like length, bounded in tokens."""
+    """Score in batches of rows of similar length, within the token budget."""
     lengths = row_lengths(mask)
     order = lengths.argsort()
     parts: list[tuple[Tensor, Scores]] = []
@@ -184,16 +189,9 @@ def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:
         rows = order[places]
         width = max(int(lengths[rows[-1]]), 2)
         parts.append((rows, policy.score(input_ids[rows, :width], mask[rows, :width])))
-    whole = {
-        name: _scatter([(rows, getattr(scores, name)) for rows, scores in parts], mask.shape)
-        for name, value in parts[0][1]._asdict().items()
-        if value is not None
-    }
+    whole = {name: value.new_zeros(mask.shape) for name, value in parts[0][1]._asdict().items() if value is not None}
+    for rows, scores in parts:
+        for name, values in whole.items():
+            part = getattr(scores, name)
+            values[rows.to(part.device), : part.shape[1]] = part
     return Scores(**whole)
-
-
-def _scatter(parts: list[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
-    whole = parts[0][1].new_zeros(shape)
-    for rows, values in parts:
-        whole[rows.to(values.device), : values.shape[1]] = values
-    return whole
