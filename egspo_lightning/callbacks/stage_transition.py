@@ -136,28 +136,13 @@ class StageTransition(Callback):
             module.restart_optimizer(self.learning_rate)
 
     def _reason_to_end_sft(self, trainer: Trainer) -> str | None:
-        if self.monitor is not None and self._is_fresh(trainer):
-            reason = self._judge(self._monitored(trainer))
-            if reason is not None:
-                return reason
-        if self.after_epochs is not None and self.num_epochs >= self.after_epochs:
-            return f"{self.num_epochs} epochs done"
-        return None
-
-    def _is_fresh(self, trainer: Trainer) -> bool:
-        """Whether the monitored value is from this epoch; benchmarks may be measured less often."""
-        assert self.monitor is not None
-        benchmark = _benchmark(trainer)
-        return not self.monitor.startswith("eval/") or benchmark is None or benchmark.latest_step == trainer.global_step
-
-    def _monitored(self, trainer: Trainer) -> float:
-        assert self.monitor is not None
-        if self.monitor not in trainer.callback_metrics:
-            raise UserError(
-                f"stage_transition.monitor: no metric {self.monitor!r} was logged. Logged so far: "
-                f"{', '.join(sorted(trainer.callback_metrics))}."
-            )
-        return float(trainer.callback_metrics[self.monitor])
+        """Why SFT should end now; None where it goes on. The monitored metric comes before the number of epochs."""
+        reason = None
+        if self.monitor is not None and _is_fresh(self.monitor, trainer):
+            reason = self._judge(_logged_value(self.monitor, trainer))
+        if reason is None and self.after_epochs is not None and self.num_epochs >= self.after_epochs:
+            reason = f"{self.num_epochs} epochs done"
+        return reason
 
     def _judge(self, value: float) -> str | None:
         sign = 1 if self.mode == "max" else -1
@@ -178,6 +163,21 @@ class StageTransition(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting from there."""
         vars(self).update(state_dict)
+
+
+def _is_fresh(monitor: str, trainer: Trainer) -> bool:
+    """Whether the monitored value is from this epoch; benchmarks may be measured less often."""
+    benchmark = _benchmark(trainer)
+    return not monitor.startswith("eval/") or benchmark is None or benchmark.latest_step == trainer.global_step
+
+
+def _logged_value(monitor: str, trainer: Trainer) -> float:
+    if monitor not in trainer.callback_metrics:
+        raise UserError(
+            f"stage_transition.monitor: no metric {monitor!r} was logged. Logged so far: "
+            f"{', '.join(sorted(trainer.callback_metrics))}."
+        )
+    return float(trainer.callback_metrics[monitor])
 
 
 def _benchmark(trainer: Trainer) -> MeasuresBenchmarks | None:

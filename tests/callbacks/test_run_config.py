@@ -1,0 +1,38 @@
+"""A config in a checkpoint is plain data, and a resumed run lists what it changes."""
+
+import io
+
+import torch
+from jsonargparse import ArgumentParser
+
+from egspo_lightning.callbacks import Guards, StageTransition
+from egspo_lightning.callbacks.run_config import differences, plain
+from egspo_lightning.types import Stage
+
+
+def test_values_of_restricted_types_become_plain_numbers():
+    """A checkpoint that holds a subclass of int or float would not load with ``weights_only``."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(StageTransition, "transition")
+    parser.add_class_arguments(Guards, "guards")
+    given = ["--transition.after_epochs=3", "--transition.learning_rate=0.5", "--guards.max_kl=0.25"]
+    values = plain(parser.parse_args(given).as_dict())
+    expected = {"after_epochs": 3, "learning_rate": 0.5, "enabled": True, "mode": "min", "target": None}
+    found = {name: values["transition"][name] for name in expected}
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+    assert type(values["guards"]["max_kl"]) is float
+    file = io.BytesIO()
+    torch.save(values, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == values
+
+
+def test_what_is_no_number_becomes_text():
+    assert plain({1: (Stage.SFT, torch.float32, [None])}) == {"1": ["sft", "torch.float32", [None]]}
+
+
+def test_differences_are_listed_field_by_field_and_places_are_left_out():
+    before = {"data": {"num_problems": 16, "gone": 1}, "terms": [{"x": 1}, {"x": 2}], "ckpt_path": None}
+    now = {"data": {"num_problems": 8}, "terms": [{"x": 1}, {"x": 3}], "ckpt_path": "last", "config": ["a"]}
+    assert differences(before, now) == ["data.gone: 1 -> 'absent'", "data.num_problems: 16 -> 8", "terms.1.x: 2 -> 3"]
