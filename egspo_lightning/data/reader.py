@@ -44,8 +44,12 @@ def read_rows(
     suffix, is_file = Path(path).suffix, Path(path).is_file()
     is_lines = suffix in (".jsonl", ".csv") or (is_file and suffix not in _BUILDERS)
     if is_lines and not Path(path).is_dir() and "://" not in path:
-        read_lines = _csv_rows if suffix == ".csv" else _json_lines
-        rows = chain.from_iterable(read_lines(Path(file)) for file in sorted(glob(path)) or [path])
+        files = sorted(glob(path)) or [path] * is_file  # a name with brackets matches no pattern
+        if not files:
+            raise UserError(
+                f"{path}: no such file. Give the path of a file or folder, or a data set's name on the Hub."
+            )
+        rows = chain.from_iterable(map(_csv_rows if suffix == ".csv" else _json_lines, map(Path, files)))
     else:
         rows = _dataset_rows(path, config, split, columns)
     for where, row in rows:
@@ -57,7 +61,6 @@ def read_rows(
 
 def _json_lines(path: Path) -> Iterator[Row]:
     """One row for each line that is not empty; the first line is number 1."""
-    _require_file(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1 and line.startswith(GZIP):
@@ -82,7 +85,6 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     """One row for each record; the first line names the fields, and all values are texts."""
-    _require_file(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="values without a field")
         try:
@@ -90,11 +92,6 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 yield f"{path}:{reader.line_num}", row
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV in UTF-8 ({error}).") from None
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Give the path of a file, a folder, or a data set's name on the Hub.")
 
 
 def _dataset_rows(path: str, config: str | None, split: str, columns: Collection[str]) -> Iterator[Row]:

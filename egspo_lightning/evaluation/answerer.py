@@ -103,11 +103,11 @@ class Answerer:
         """The number of answers to each problem, and their sampling."""
         chosen = {benchmark.name: benchmark.sampling for benchmark in self.benchmarks}
         found = chosen.get(name, self.predict_sampling)
-        return found.num_samples, found.within(self.max_completion_length)
+        return int(found.num_samples), found.within(self.max_completion_length)
 
     def batches(self, name: str, share: Share) -> list[ProblemBatch]:
         """One rank's batches of a benchmark, or of the user's own problems."""
-        return problem_batches(name, self._problems[name], *self.sampling(name), **share._asdict())
+        return problem_batches(name, self._problems[name], *self.sampling(name), share)
 
     def settings(self, name: str, encoder: PromptEncoder) -> dict[str, Any]:
         """All settings that determine the answers, apart from the policy; prompts and gold answers as a hash."""
@@ -179,22 +179,12 @@ class Answerer:
 
 
 def problem_batches(
-    name: str,
-    problems: Sequence[Problem],
-    num_samples: int,
-    sampling: Sampling,
-    *,
-    rank: int,
-    world_size: int,
-    batch_size: int,
+    name: str, problems: Sequence[Problem], num_samples: int, sampling: Sampling, share: Share
 ) -> list[ProblemBatch]:
-    """Split problems over ranks and batches: every ``world_size``-th problem, ``batch_size`` at a time.
+    """Split one rank's problems into batches: every ``world_size``-th problem, ``batch_size`` at a time.
 
     All ranks get the same number of batches, since sampling is collective; the last one may be empty.
     """
-    share = problems[rank::world_size]
-    num_batches = -(-len(problems) // (world_size * batch_size))
-    return [
-        ProblemBatch(name, list(share[i * batch_size : (i + 1) * batch_size]), num_samples, sampling)
-        for i in range(num_batches)
-    ]
+    own, size = problems[share.rank :: share.world_size], share.batch_size
+    num_batches = -(-len(problems) // (share.world_size * size))
+    return [ProblemBatch(name, list(own[i * size : (i + 1) * size]), num_samples, sampling) for i in range(num_batches)]

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.training_data import PromptEncoder
 from egspo_lightning.evaluation.answer_sampling import AnswerSampling
-from egspo_lightning.evaluation.answerer import Answerer, problem_batches
+from egspo_lightning.evaluation.answerer import Answerer, Share, problem_batches
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.engine import Sample
 from egspo_lightning.types import Problem, ProblemBatch, Sampling
@@ -86,7 +86,7 @@ def problems(count: int) -> list[Problem]:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 12, 13])
 def test_ranks_share_all_problems_in_equally_many_batches(world_size, batch_size, count):
     ranks = [
-        problem_batches("b", problems(count), 3, SAMPLING, rank=rank, world_size=world_size, batch_size=batch_size)
+        problem_batches("b", problems(count), 3, SAMPLING, Share(rank, world_size, batch_size))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -101,8 +101,6 @@ def test_ranks_share_all_problems_in_equally_many_batches(world_size, batch_size
 
 
 def test_batches_by_hand():
-    first, second = (
-        problem_batches("b", problems(5), 1, SAMPLING, rank=rank, world_size=2, batch_size=2) for rank in range(2)
-    )
+    first, second = (problem_batches("b", problems(5), 1, SAMPLING, Share(rank, 2, 2)) for rank in range(2))
     assert [[p.id for p in batch.problems] for batch in first] == [["0", "2"], ["4"]]
     assert [[p.id for p in batch.problems] for batch in second] == [["1", "3"], []]
