@@ -54,7 +54,7 @@ class CorrectnessReward(Reward):
         incorrect: Reward of a wrong answer, a missing answer, and a timeout or crash of the grader.
         num_workers: Grader processes that work at the same time; plain numbers need none.
         deadline_s: Seconds after which an answer counts as incorrect.
-        memory_limit_mb: Address space of a grader process, in MiB, at least 256; an answer that needs more is incorrect.
+        memory_limit_mb: Address space of a grader process, in MiB, at least 256; answers that need more are incorrect.
 
     Raises:
         UserError: a reward is not finite, or memory_limit_mb is below 256.
