@@ -1,1 +1,1 @@
-"""From text to reward, without torch: answer extraction, grading, and the killable workers that grade."""
+"""Rewards, without torch: answer extraction, grading in worker processes that can be killed, reward functions."""

@@ -1,6 +1,6 @@
-"""Answers that certainly differ, found by numbers: most wrong answers, without any algebra.
+"""Numerical comparison of parsed answers: finds most answers that differ, without algebra.
 
-Proving two expressions equal takes ``simplify``; showing that they are not takes their values at one point.
+Only ``simplify`` proves two expressions equal; their values at one point show that they differ.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from sympy import (
 
 _DIGITS = 15
 _EXACT = 1e-9
-"""Relative: expressions without a decimal point that differ by more are not equal, however small they are."""
+"""Relative tolerance of expressions without a decimal point."""
 
 _DECIMAL = (2e-6, 1e-4)
-"""Absolute, relative: a decimal that differs by more from a value is no rounding of it to six decimals."""
+"""Absolute and relative tolerance of a decimal that may be rounded to six decimals."""
 
 _NOISE = 1000
-"""How many times the size that ``evalf`` gives for a value without a significant digit that value may have."""
+"""A value without a significant digit may be this many times the size that ``evalf`` returns."""
 
 
 def are_different(gold: Any, answer: Any) -> bool:
-    """True where two parsed answers cannot be equal; False where that is still open."""
+    """Return True where two parsed answers cannot be equal, False where they may be."""
     if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
         return gold.shape != answer.shape or _any_different(gold.flat(), answer.flat())
     if isinstance(gold, Tuple) and isinstance(answer, Tuple):
@@ -51,7 +51,7 @@ def are_different(gold: Any, answer: Any) -> bool:
 
 
 def are_same_decimals(gold: Any, answer: Any) -> bool:
-    """True where two parsed answers are equal with their decimals read exactly: 0.1 + 0.2 - 0.3 is 0."""
+    """Return True where two parsed answers are equal with exact decimals: 0.1 + 0.2 - 0.3 is 0."""
 
     def compare() -> bool:
         return bool(gold.atoms(Float) | answer.atoms(Float)) and bool(_exact(gold) == _exact(answer))
@@ -77,7 +77,7 @@ def _elements(value: Any) -> Sequence[Any] | None:
 
 
 def _is_infinite(value: Any) -> bool:
-    """Whether it is an interval of some length, or a union with one."""
+    """Return whether a value is an interval with a length above 0, or a union that holds one."""
     if isinstance(value, Union):
         return any(_is_infinite(part) for part in value.args)
     return isinstance(value, Interval) and value.start != value.end
@@ -92,7 +92,7 @@ def _lacks_one(elements: Sequence[Any], others: Sequence[Any]) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    # A percentage, which math-verify keeps as an unevaluated factor, has two values.
+    # math-verify keeps a percentage as an unevaluated factor: it has two values.
     return isinstance(value, Expr) and not value.has(UnevaluatedExpr)
 
 
@@ -109,9 +109,9 @@ def _have_different_values(gold: Expr, answer: Expr) -> bool:
 
 
 def _without_noise(value: Any) -> tuple[Any, Any]:
-    """A value whose parts without a significant digit are 0, and how far from that they may lie.
+    """Replace parts without a significant digit by 0. Returns the value and a bound of what was replaced.
 
-    ``evalf`` gives -0.e-122 for what vanishes identically, (x+1)^2-x^2-2x-1: a bound and not a value.
+    ``evalf`` returns -0.e-122, a bound, for expressions that are 0 everywhere, such as (x+1)^2-x^2-2x-1.
     """
     noise = [part for part in value.atoms(Float) if part._prec == 1]
     return value.xreplace(dict.fromkeys(noise, Integer(0))), _NOISE * sum(abs(Float(part, _DIGITS)) for part in noise)
@@ -119,7 +119,7 @@ def _without_noise(value: Any) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=4096)
 def _value(expression: Expr) -> Any:
-    """The value at a fixed point, to 15 digits; None where it has none."""
+    """Evaluate at a fixed point, to 15 digits. Returns None where there is no finite value."""
 
     def evaluate() -> Any:
         point = {symbol: _coordinate(symbol) for symbol in expression.free_symbols if isinstance(symbol, Symbol)}
@@ -130,10 +130,10 @@ def _value(expression: Expr) -> Any:
 
 
 def attempt(work: Callable[[], Any], otherwise: Any) -> Any:
-    """What the work gives, or something else where it raises.
+    """Return the result of ``work``, or ``otherwise`` where it raises.
 
     Raises:
-        MemoryError: that it has run out of memory says nothing about an answer.
+        MemoryError: the work ran out of memory, which says nothing about an answer.
     """
     try:
         return work()
@@ -144,6 +144,6 @@ def attempt(work: Callable[[], Any], otherwise: Any) -> Any:
 
 
 def _coordinate(symbol: Symbol) -> Rational:
-    """Between 1 and 2, irregular, and the same for a symbol wherever it stands."""
+    """Return an irregular number between 1 and 2 that depends on the symbol's name alone."""
     code = sum((position + 7) * ord(letter) for position, letter in enumerate(symbol.name))
     return Rational(100_003 + (code * 7919) % 99_991, 100_003)

@@ -1,7 +1,7 @@
-"""math-verify as the workers call it. Imported in their processes alone: it loads sympy.
+"""Calls of math-verify. Only worker processes import this module: it loads sympy.
 
-No sympy object is ever printed here: ``str`` of a parsed answer can take for ever. What a parse or a comparison
-raises means that there is nothing to compare, except that memory has run out, which is not a verdict.
+Never print a sympy object here: ``str`` of a parsed answer can run forever. An exception in a parse or a comparison
+means that there is nothing to compare. MemoryError is the exception: it gives no verdict.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
-from latex2sympy2_extended.math_normalization import (
-    NormalizationConfig,
-    normalize_latex,
-)
+from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.parser import parse_latex_cached
 
@@ -21,7 +18,7 @@ from egspo_lightning.rewards._difference import are_different, are_same_decimals
 
 _MATH_MARKS = ("$", r"\boxed", r"\(", r"\[")
 _EXTRACTION = (LatexExtractionConfig(), ExprExtractionConfig())
-# Units are compared before (rewards.units): math-verify drops them unseen, and with them the variable of 3t.
+# rewards.units compares units earlier: math-verify drops them, and the variable of 3t with them.
 _SPELLING = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 _CACHED = 4096
 _WARM_UP = (
@@ -37,12 +34,12 @@ _WARM_UP = (
 
 
 def grade(answer: str, gold: str, extraction: str) -> dict[str, Any]:
-    """The verdict on one answer: ``correct``, and ``extracted``, its text or None where there is no answer.
+    """Grade one answer. Returns ``correct`` and ``extracted``, the answer's text or None where there is no answer.
 
-    With extraction "boxed" the answer is bare; with "lenient" it is looked for in free text.
+    With extraction "boxed" the answer is bare; with "lenient" math-verify looks for it in free text.
 
     Raises:
-        MemoryError: the limit of this process was met; there is no verdict.
+        MemoryError: this process has reached its memory limit; there is no verdict.
     """
     if extraction == "boxed":
         return {"correct": _equal(_parse_bare(gold), _parse_bare(answer)), "extracted": answer}
@@ -52,7 +49,7 @@ def grade(answer: str, gold: str, extraction: str) -> dict[str, Any]:
 
 
 def warm_up() -> None:
-    """Compile the patterns, and fill the tables of the parser and of sympy, which forked processes then share."""
+    """Compile the patterns and fill the tables of the parser and of sympy. Forked workers share them."""
     for answer in _WARM_UP:
         grade(answer, answer, "boxed")
         grade(f"The answer is ${answer}$.", answer, "lenient")

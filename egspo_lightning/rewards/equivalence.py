@@ -1,4 +1,4 @@
-"""Which of several answers to one problem are the same answer: what votes are counted over."""
+"""Equivalence classes of the answers to one problem, over which votes are counted."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from egspo_lightning.rewards.fast_path import compare_fast
 from egspo_lightning.rewards.normalize import normalize
 
 Compare = Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]]
-"""Whether each of the first equals its counterpart in the second; None where that could not be found out."""
+"""Returns whether each answer equals its counterpart; None where the comparison failed."""
 
 _PROBE = "1"
 
 
 def equivalence_classes(groups: Sequence[Sequence[str | None]], compare: Compare) -> list[list[int | None]]:
-    """The class of each answer, numbered in order of appearance within its group; None for no answer.
+    """Return the class of each answer, numbered in order of appearance within its group; None for no answer.
 
-    An answer joins the first class whose first member it equals, as an answer equals a reference. That is not
-    transitive (12 cm and 12 m both equal 12, not each other), so it is the order of appearance that settles where
-    such an answer belongs. ``compare`` is asked for all groups at once, and only where spelling and plain numbers
-    decide nothing. An answer that it cannot compare with 1 is a class of its own: a group with an answer that hangs
-    waits for it once, not once a pair.
+    An answer joins the first class whose first member it equals, with that member as the gold answer. Equality is
+    not transitive (12 cm and 12 m both equal 12, not each other), so the order of appearance decides. One call of
+    ``compare`` serves all groups, and only pairs that spelling and plain numbers leave open. An answer that cannot be
+    compared with 1 forms its own class: a group with an answer that hangs waits for it once, not once a pair.
     """
     spellings = [[None if answer is None else normalize(answer) for answer in group] for group in groups]
     waiting = [_by_spelling(group, row) for group, row in zip(groups, spellings, strict=True)]
@@ -51,7 +50,7 @@ class _Pair(NamedTuple):
 
 
 class _Comparison:
-    """``compare`` behind the fast path, and never with an answer that has once been found to break it."""
+    """Calls ``compare`` where the fast path is undecided, and never again with an answer that broke it."""
 
     def __init__(self, compare: Compare) -> None:
         self._compare = compare
@@ -77,7 +76,7 @@ class _Comparison:
 
 
 def _by_spelling(answers: Sequence[str | None], spellings: Sequence[str | None]) -> dict[str, str]:
-    """The first answer of each spelling, in order of appearance."""
+    """Return the first answer of each spelling, in order of appearance."""
     first: dict[str, str] = {}
     for answer, spelling in zip(answers, spellings, strict=True):
         if answer is not None and spelling is not None:

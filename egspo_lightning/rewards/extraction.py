@@ -1,4 +1,4 @@
-r"""Where the answer of a completion stands: the last balanced ``\boxed{...}`` after the reasoning."""
+r"""Answer extraction: the last balanced ``\boxed{...}`` after the reasoning."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from typing import NamedTuple
 
 MAX_ANSWER_LENGTH = 512
-"""Characters; a longer box is no answer, so that the grader is never handed a page of LaTeX."""
+"""Characters. A longer box is no answer, so that the grader never gets a page of LaTeX."""
 
-# A backslash takes the character after it along, so that \{ and \} do not count as braces.
+# A backslash escapes the character after it: \{ and \} do not count as braces.
 _TOKEN = re.compile(r"\\(?P<box>boxed|fbox|framebox)(?:\s*+\[[^\[\]{}]{0,20}\]){0,2}\s*+\{|\\.|[{}]", re.DOTALL)
-# What may stand between the boxes of one answer.
+# Text that may separate the boxes of one answer.
 _SEPARATORS = re.compile(r"(?:[\s,;$&~]|\\[,;:!()\[\] ]|\\q?quad|and|or|\\text\{\s*,?\s*(?:and|or)\s*\})*")
 _JOINT = ", "  # with its space: 12,150 would be one number
 _FRAMES = frozenset({"boxed", "fbox", "framebox"})
@@ -26,24 +26,23 @@ class _Box(NamedTuple):
 
 
 def after_reasoning(text: str) -> str:
-    """The text after the last ``</think>``; reasoning that is opened and never closed is left out too."""
+    """Return the text after the last ``</think>``, without reasoning that is opened and never closed."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last balanced ``\boxed{...}`` after the reasoning, stripped, in linear time.
+    r"""Return the content of the last balanced ``\boxed{...}`` after the reasoning, stripped, in linear time.
 
-    The last box is the balanced one that opens last: of nested boxes the innermost, and a box that is never
-    closed (a truncated completion) does not hide an earlier one. Boxes before it with nothing between but commas,
-    "and", "or" and spacing belong to the same answer, ``\boxed{3}, \boxed{4}`` to ``3, 4``: several guesses side by
-    side are no way to a right one. None where there is no such box, or where the answer is blank or longer than
-    `MAX_ANSWER_LENGTH`.
+    The last box is the balanced one that opens last: the innermost of nested boxes. A box that is never closed (in a
+    truncated completion) does not hide an earlier one. Boxes separated only by commas, "and", "or" and spacing are
+    one answer: ``\boxed{3}, \boxed{4}`` is ``3, 4``, so that several guesses gain nothing. Returns None where there
+    is no box, or where the answer is blank or longer than `MAX_ANSWER_LENGTH`.
     """
     return _extract(text, frozenset({"boxed"}))
 
 
 def extract_framed(text: str) -> str | None:
-    r"""As `extract_boxed`, where ``\fbox{...}`` and ``\framebox{...}`` count as well."""
+    r"""Extract as `extract_boxed`; ``\fbox{...}`` and ``\framebox{...}`` count as well."""
     return _extract(text, _FRAMES)
 
 
@@ -67,7 +66,7 @@ def _extract(text: str, commands: frozenset[str]) -> str | None:
 
 
 def _balanced_boxes(text: str, commands: frozenset[str]) -> list[_Box]:
-    """In the order in which they open."""
+    """Return the balanced boxes in the order in which they open."""
     open_braces: list[tuple[int, int] | None] = []  # of a box: where its command and its content start
     boxes: list[_Box] = []
     for token in _TOKEN.finditer(text):

@@ -1,7 +1,7 @@
-r"""Verdicts on answers that need no algebra, and never a guess.
+r"""Fast path of the grader: verdicts on answers that need no algebra.
 
-Most answers of a math benchmark are plain numbers or are spelt as the reference is. Those are decided here,
-in the calling process. Everything else is None: ask math-verify.
+Most answers of a math benchmark are plain numbers or are spelled like the gold answer. The calling process decides
+these. The verdict on all others is None, and math-verify decides.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _THOUSANDS = re.compile(r"(?<!\d)\d{1,3},\d{3}(?!\d)|\{,\}")
 _TORN = re.compile(r"-?[\d.]+(?:\s+[\d.]+)+")
 _MAX_PARTS = 32
 _MAX_LENGTH = 4096
-"""Characters; what is longer is math-verify's, in a process that has a deadline."""
+"""Characters. math-verify grades longer answers, in a process with a deadline."""
 
 
 def compare_fast(answer: str, gold: str) -> Verdict:
-    r"""Whether an answer equals the reference, where that needs no algebra; None where it does.
+    r"""Return whether an answer equals the gold answer; None where that needs algebra.
 
-    The policies are those of ``rewards.grading``.
+    The table in ``rewards.grading`` states the policies.
     """
     if answer == gold and answer.strip():
         return True
@@ -61,9 +61,9 @@ def compare_fast(answer: str, gold: str) -> Verdict:
 
 
 def for_algebra(answer: str, gold: str) -> tuple[str, str]:
-    """LaTeX for math-verify of what `compare_fast` leaves open.
+    """Return LaTeX for math-verify, of a pair on which `compare_fast` has no verdict.
 
-    Without unit, without ``x =`` on both or one, and without a sign of percentage that only the answer has.
+    Removes units, ``x =`` on one side or both, and a percent sign that only the answer has.
     """
     left, right = _values(*(quantity.value for quantity in _quantities(answer, gold)))
     if not PERCENT.search(right):
@@ -73,7 +73,7 @@ def for_algebra(answer: str, gold: str) -> tuple[str, str]:
 
 
 def _as_tuples(answer: str, gold: str) -> tuple[str, str]:
-    """With brackets around a list against a tuple: its order counts."""
+    """Put brackets around a list that is compared with a tuple, because its order counts."""
     lists = _split_list(normalize(answer)), _split_list(normalize(gold))
     if None in lists or {kind for kind, _ in filter(None, lists)} != _TUPLE_AND_LIST:
         return answer, gold
@@ -95,7 +95,7 @@ def _is_measured(quantity: Quantity) -> bool:
 
 
 def _spell_out(text: str) -> str:
-    """What math-verify would misread: plain numbers, degrees in a function of an angle, signs within a term."""
+    """Rewrite what math-verify would misread: plain numbers, degrees in an angle's function, signs in a term."""
     number = parse_number(normalize(text))
     if number is not None:
         return text if number.is_decimal or number.is_percent else as_latex(number)
@@ -109,26 +109,20 @@ def _spell_out(text: str) -> str:
 
 
 def _compare_values(answer: str, gold: str) -> Verdict:
-    """Of normalized texts without units."""
+    """Compare normalized texts without units."""
     if not answer or not gold:
         return None
+    if answer == gold:
+        return True
     comparisons: Sequence[Callable[[str, str], Verdict]] = (
-        _compare_spelling,
         _compare_plain_numbers,
         _compare_equations,
         _compare_based,
         _compare_words,
         _compare_lists,
     )
-    for compare in comparisons:
-        verdict = compare(answer, gold)
-        if verdict is not None:
-            return verdict
-    return None
-
-
-def _compare_spelling(answer: str, gold: str) -> Verdict:
-    return True if answer == gold else None
+    verdicts = (compare(answer, gold) for compare in comparisons)
+    return next((verdict for verdict in verdicts if verdict is not None), None)
 
 
 def _compare_plain_numbers(answer: str, gold: str) -> Verdict:
@@ -140,7 +134,7 @@ def _compare_plain_numbers(answer: str, gold: str) -> Verdict:
 
 
 def _values(answer: str, gold: str) -> tuple[str, str]:
-    """What is assigned, where one of the two is an assignment or both are to the same name."""
+    """Return the assigned values, where one side is an assignment or both assign to the same name."""
     named = _named_values(answer), _named_values(gold)
     if (named[0] is None) != (named[1] is None):
         return named[0] or answer, named[1] or gold
@@ -151,7 +145,7 @@ def _values(answer: str, gold: str) -> tuple[str, str]:
 
 
 def _named_values(text: str) -> str | None:
-    """The tuple, in the order of the names, of ``y=3, x=4``; None for all else, also for ``x_1=3, x_2=4``: a list."""
+    """Return ``(4, 3)`` for ``y=3, x=4``, in the order of the names; None for all else, also for ``x_1=3, x_2=4``."""
     parts = [_ASSIGNMENT.fullmatch(part.strip(" $")) for part in _BETWEEN.split(text)] if "=" in text else []
     values = {normalize(part[1]).partition("_")[0].lstrip("\\"): part[2].strip() for part in parts if part}
     if not 2 <= len(values) == len(parts):
@@ -160,7 +154,7 @@ def _named_values(text: str) -> str | None:
 
 
 def _compare_equations(answer: str, gold: str) -> Verdict:
-    """``5=6`` is wrong whatever the reference."""
+    """Refuse ``5=6``, whatever the gold answer is."""
     sides = [parse_number(side) for side in answer.split("=")]
     exact = [side.value for side in sides if side is not None and not side.is_decimal and not side.is_percent]
     return False if len(exact) == len(sides) and len(set(exact)) > 1 else None
@@ -172,7 +166,7 @@ def _compare_based(answer: str, gold: str) -> Verdict:
         return left == right
     if left is None and right is None:
         return None
-    # Without its base a number is that of the problem, not of the answer, unless it is written with the same digits.
+    # A number without its base answers only one with the same digits.
     plain, based = (answer, gold) if left is None else (gold, answer)
     return plain == based.partition("_")[0] if parse_number(plain) is not None else None
 
@@ -188,7 +182,7 @@ def _compare_words(answer: str, gold: str) -> Verdict:
 
 
 def _compare_choices(answer: str, gold: str) -> Verdict:
-    """Letters of a multiple choice, alone or, in brackets or with a colon, before the text of the choice."""
+    """Compare letters of a multiple choice, alone or before the text of the choice."""
     answer, gold = _plain_text(answer), _plain_text(gold)
     left, right = _LETTER.fullmatch(answer), _LETTER.fullmatch(gold)
     if left and right:
@@ -230,7 +224,7 @@ def _in_order(answers: Sequence[str], golds: Sequence[str]) -> Verdict:
 
 
 def _in_any_order(answers: Sequence[str], golds: Sequence[str]) -> Verdict:
-    """Of sets: what is listed twice counts once."""
+    """Compare as sets: repeated elements count once."""
     rows = [[_compare_values(answer, gold) for gold in golds] for answer in answers]
     lines = [*rows, *(list(column) for column in zip(*rows, strict=True))]
     if any(set(line) == {False} for line in lines):
@@ -239,7 +233,7 @@ def _in_any_order(answers: Sequence[str], golds: Sequence[str]) -> Verdict:
 
 
 def _split_list(text: str) -> tuple[str, list[str]] | None:
-    """The brackets and parts of a list of several; None for what is none, is nested or may be one grouped number."""
+    """Return a list's brackets and parts; None where there is one part, or nesting, or perhaps grouped digits."""
     opening, closing = next(((a, b) for a, b in _BRACKETS if text.startswith(a) and text.endswith(b)), ("", ""))
     inner = text[len(opening) : len(text) - len(closing)]
     if _NO_PLAIN_LIST.search(inner) or _THOUSANDS.search(inner):

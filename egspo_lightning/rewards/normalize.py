@@ -1,6 +1,6 @@
-r"""One spelling for answers that differ in presentation alone: what typesetting adds and Unicode varies.
+r"""Normalization of answers: removes typesetting and Unicode variants.
 
-`to_latex` is what math-verify reads; `normalize` goes on to a spelling that is only ever compared.
+math-verify reads the result of `to_latex`. The result of `normalize` is only compared with others.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _ROOT_OF_ONE = re.compile(r"\\sqrt\s*([A-Za-z0-9])(?![A-Za-z0-9])")
 _LATEX_SPACE = re.compile(r"\\(?:[;: ]|$)|~|\\q?quad(?![A-Za-z])")
 _EMPTY_SET = re.compile(r"\\varnothing(?![A-Za-z])")
 _RELATIONS = re.compile(r"\\(le|ge|ne)q(?![A-Za-z])")
-# Spaces matter in "3 1/2", in "\pi r" and after a comma that could separate thousands; elsewhere they do not.
+# Spaces have a meaning in "3 1/2", in "\pi r" and after a comma that could separate thousands.
 _IDLE_SPACE = re.compile(r"(?<![\w.,])\s+|\s+(?![\w.,])|(?<=,)\s+(?!\d{3}(?!\d))")
 
 
 def normalize(text: str) -> str:
-    r"""One spelling for answers that differ in presentation: outer ``$``, sizing, spaces, final full stop.
+    r"""Return one spelling for answers that differ in outer ``$``, sizing, spaces or a final full stop.
 
-    Only what cannot change the meaning is touched: ``(1,234)`` keeps its comma, ``3 1/2`` its space.
+    Nothing that may carry meaning changes: ``(1,234)`` keeps its comma, ``3 1/2`` its space.
     """
     text = _SIZING.sub("", to_latex(text))
     text = _FRACTION_STYLE.sub(r"\\frac", text)
@@ -52,7 +52,7 @@ def normalize(text: str) -> str:
 
 
 def to_latex(text: str) -> str:
-    """LaTeX for Unicode; without an outer ``$``, fonts, an ordinal's ``th`` and a final full stop."""
+    """Replace Unicode by LaTeX, and remove an outer ``$``, fonts, an ordinal's ``th`` and a final full stop."""
     text = _RADICAL.sub(r"\\sqrt{\1\2}", text).translate(_UNICODE)
     text = _STYLE.sub("", _ORDINAL.sub("", text)).strip()
     text = _SUBSCRIPT_COMMAND.sub(r"_{\1}", _SUBSCRIPT_FONT.sub(r"_{\1}", text))

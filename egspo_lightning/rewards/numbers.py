@@ -1,4 +1,4 @@
-r"""The plain numbers among answers, read exactly: what most answers are, and what needs no algebra."""
+r"""Exact parsing and comparison of plain numbers, which need no algebra."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _BASED = re.compile(r"([0-9][0-9A-Fa-f]{0,63})_(?:\{(\d{1,2})\}|(\d))")
 
 
 class Number(NamedTuple):
-    """An exact value, and how it was written."""
+    """An exact value, with its notation."""
 
     value: Fraction
     is_decimal: bool
-    """With a decimal point, so that it may be a rounded one."""
+    """Whether it has a decimal point, so that it may be rounded."""
     is_percent: bool = False
-    """The value is that before the sign: 10 for ``10\\%``."""
+    """Whether a percent sign follows; the value is the number before it, 10 for ``10\\%``."""
 
 
 def parse_number(normalized: str) -> Number | None:
-    r"""The value of ``72``, ``1,234.5``, ``0.\overline{3}``, ``3\frac{1}{2}``, ``10\%``, ``90^\circ``, as normalized.
+    r"""Parse ``72``, ``1,234.5``, ``0.\overline{3}``, ``3\frac{1}{2}``, ``10\%`` or ``90^\circ``, after `normalize`.
 
-    Thousands separators are read where they group every three digits. None for everything else, a zero
-    denominator and anything over 300 characters: integers are never built from hostile digits.
+    Thousands separators must group every three digits. Returns None for all else, a zero denominator and texts of
+    more than 300 characters, so that hostile digits never become integers.
     """
     if len(normalized) > _MAX_DIGITS:
         return None
@@ -54,10 +54,10 @@ def parse_number(normalized: str) -> Number | None:
 
 
 def compare_numbers(answer: Number, gold: Number) -> bool | None:
-    """Whether two numbers are equal; None for a decimal that may be a rounding of a fraction.
+    """Return whether two numbers are equal; None for a decimal that may be a rounded fraction.
 
-    A percentage as the reference stands for its number and for a hundredth of it. A sign in the answer alone is not
-    looked at: with two readings there, an answer would never lose by a sign and sometimes win.
+    A percentage as the gold answer means its number and a hundredth of it. A sign in the answer alone is ignored:
+    with two readings, an answer could only gain from a sign.
     """
     has_two_readings = gold.is_percent and not answer.is_percent
     golds = [gold.value, gold.value / 100] if has_two_readings else [gold.value]
@@ -68,14 +68,14 @@ def compare_numbers(answer: Number, gold: Number) -> bool | None:
 
 
 def as_latex(number: Number) -> str:
-    """A spelling that math-verify cannot misread."""
+    """Return a spelling that math-verify cannot misread."""
     top, bottom = number.value.as_integer_ratio()
     sign = "-" if top < 0 else ""
     return f"{top}" if bottom == 1 else rf"{sign}\frac{{{abs(top)}}}{{{bottom}}}"
 
 
 def value_in_base(text: str) -> int | None:
-    """The value of a number that names its base, ``101_2``; None for all else."""
+    """Return the value of a number that names its base, such as ``101_2``; None for all else."""
     match = _BASED.fullmatch(text)
     base = int(match[2] or match[3]) if match else 0
     if match is None or not 2 <= base <= 16:
@@ -102,7 +102,7 @@ def _without_suffix(text: str, suffix: re.Pattern[str]) -> tuple[str, bool]:
 
 
 def _without_parentheses(text: str) -> str:
-    """``(211)`` is 211, as AMC's solutions write it; with a comma it may be a pair."""
+    """Remove parentheses around one number: AMC's solutions write ``(211)``. With a comma it may be a pair."""
     is_single = text.startswith("(") and text.endswith(")") and not re.search("[(),]", text[1:-1])
     return text[1:-1].strip() if is_single else text
 

@@ -1,11 +1,11 @@
-r"""The unit behind a number: ``12 cm``, ``12\text{ cm}^2``, ``\$18.90``."""
+r"""Units of quantities such as ``12 cm``, ``12\text{ cm}^2`` and ``\$18.90``."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-# Longer names first stand for the shorter: a unit is compared by what it is, never converted (12 cm is not 120 mm).
+# Canonical name to synonyms. Units are compared by name and never converted: 12 cm is not 120 mm.
 _NAMES = {
     "mm": "millimeter millimetre",
     "cm": "centimeter centimetre",
@@ -53,7 +53,7 @@ _SYMBOLS = {r"\$": "dollar", "$": "dollar", "€": "euro", "£": "pound sterling
 
 _POWER = r"(?:\^\s*(?:(\d)|\{\s*(\d)\s*\}))?"
 _TYPESET = re.compile(rf"\\(?:text|mathrm|mbox|textrm|operatorname|rm)\s*\{{([^{{}}\\$]*)\}}\s*{_POWER}$")
-# Bare letters are a unit where they are one of these words: anything else may be a variable.
+# Bare letters are a unit only where they are one of these words; others may be variables.
 _WORDS = "|".join(sorted((word for word in _CANONICAL if len(word) > 1), key=len, reverse=True))
 _BARE = re.compile(
     rf"(?<![A-Za-z\\{{])((?:(?:square|sq|cubic)\s*)?(?:{_WORDS})(?:\s*per\s*(?:{_WORDS}))?)\s*{_POWER}$", re.IGNORECASE
@@ -64,17 +64,17 @@ _WORD = re.compile(r"[A-Za-z/.\s]*")
 
 
 class Quantity(NamedTuple):
-    """A value without its unit, and the unit's name, or None where there is none."""
+    """A value without its unit, and the unit's name or None."""
 
     value: str
     unit: str | None
 
 
 def split_unit(text: str) -> Quantity:
-    r"""The quantity that a text is; the text itself where no unit stands at its end, or ``\$`` before it.
+    r"""Split a text into value and unit. Without a unit at its end, or ``\$`` before it, the text is the value.
 
     A unit follows a digit or a closing bracket, in ``\text{}``, ``\mathrm{}`` or ``\mbox{}`` or as one of the usual
-    words. "units" and degrees say nothing and are dropped.
+    words. "units" and degrees are dropped.
     """
     for symbol, name in _SYMBOLS.items():
         if text.startswith(symbol) and re.match(r"\s*[\d.\\]", text[len(symbol) :]):
@@ -88,7 +88,7 @@ def split_unit(text: str) -> Quantity:
 
 
 def split_letter(text: str) -> Quantity:
-    """The quantity of a number with a space and a letter behind it, ``5 m``, which alone may be a product."""
+    """Split a number, a space and a letter, such as ``5 m``, which may be a product as well."""
     match = _LETTER.fullmatch(text)
     return Quantity(match[1], match[2]) if match else Quantity(text, None)
 
