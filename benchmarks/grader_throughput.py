@@ -1,6 +1,6 @@
-"""Grades a second with one and with two workers, over the solutions of data sets; see README.md, "Grader throughput".
+"""Grader throughput: grades per second with one and with two workers; see README.md, "Grader throughput".
 
-Each repetition starts every side anew, in turn, so that no side profits from what it has parsed before.
+Each repetition starts new workers for every side, in turn, so that no side profits from earlier parses.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "antlr4-python3-run
 
 
 class Pair(NamedTuple):
-    """What is graded, and the reference."""
+    """A completion and the gold answer."""
 
     completion: str
     gold: str
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One pass over the pairs; seconds of CPU are those of this process and of the workers, where /proc has them."""
+    """One pass over the pairs. CPU seconds sum this process and the workers; None without /proc."""
 
     wall_s: float
     cpu_s: float | None
@@ -44,7 +44,7 @@ class Measurement:
 
 
 def completions(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
-    """Each solution against its own answer and against that of the row after it."""
+    """Pair each solution with its own answer and with the answer of the next row."""
     texts = [boxed_solution(row["solution"], row["answer"], "auto", where) for where, row in rows]
     golds = [row["answer"] for _, row in rows]
     pairs = zip(texts, golds, golds[1:] + golds[:1], strict=True)
@@ -52,7 +52,7 @@ def completions(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
 
 
 def undecided(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
-    """Answers that only math-verify can compare: with another row's, and with themselves over one."""
+    """Pair answers that only math-verify can compare: with another row's, and with themselves over 1."""
     golds = [gold for _, row in rows if not row["answer"].isdigit() and (gold := row["answer"])]
     others = [Pair(answer, gold) for answer, gold in itertools.pairwise(golds)]
     rewritten = [Pair(rf"\frac{{{gold}}}{{1}}", gold) for gold in golds if not set(gold) & set(",=<>$%") - {""}]
@@ -64,7 +64,7 @@ def undecided(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
 def measure(
     pairs: Sequence[Pair], num_workers: int, *, first_core: int = 0, ready: Callable[[], object] = lambda: None
 ) -> Measurement:
-    """One pass of a new grader, on as many cores as it has workers where the system lets us choose them."""
+    """Time one pass of a new grader, on as many cores as workers where the system lets a process choose cores."""
     with _on_cores(first_core, num_workers), MathGrader(num_workers=num_workers) as grader:
         grader.grade([r"\boxed{x+1}"] * 2 * num_workers, ["1+x"] * 2 * num_workers)  # starts the workers
         texts, golds = [pair.completion for pair in pairs], [pair.gold for pair in pairs]
@@ -78,7 +78,7 @@ def measure(
 
 
 def measure_apart(pairs: Sequence[Pair], num_cores: int) -> Measurement:
-    """As many graders as cores, each with a core, one worker and all the pairs to itself: what the machine allows."""
+    """Time one grader on each core, with one worker and all pairs each: the most that the machine allows."""
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(num_cores), context.SimpleQueue()
 
@@ -97,7 +97,7 @@ def measure_apart(pairs: Sequence[Pair], num_cores: int) -> Measurement:
 
 
 def run(sides: Mapping[str, Callable[[], Measurement]], repetitions: int) -> dict[str, list[Measurement]]:
-    """All sides in turn, again and again."""
+    """Measure all sides in turn, ``repetitions`` times."""
     results: dict[str, list[Measurement]] = {name: [] for name in sides}
     for _ in range(repetitions):
         for name, side in sides.items():

@@ -1,4 +1,4 @@
-"""A reward that a policy with random weights sometimes earns: groups have a spread, so that updates have work."""
+"""Reward for speed measurements: a policy with random weights earns it sometimes, so few groups are flat."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ class EvenCharacters:
     """Share of characters with an even code."""
 
     def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[float]:
-        """One a completion."""
+        """Return one share for each completion."""
         return [_share(text) for text in completions]
 
 

@@ -1,4 +1,4 @@
-"""A grader whose process is killed in the midst of an evaluation."""
+"""Grader that kills its process during an evaluation."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from egspo_lightning.rewards.grading import MathGrader
 
 
 class DyingGrader(MathGrader):
-    """Kills its process, as the system does when memory runs out, before it has looked at the last of some batches."""
+    """Kills its process, as the system does when memory runs out, before it grades batch number ``num_batches``."""
 
     def __init__(self, num_batches: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A reward that takes its time."""
+"""Reward that sleeps for minutes."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Sleeping:
-    """Sleeps for minutes; FOLDER/asleep says that it does. Where it is told so, only over what is sampled ahead."""
+    """Creates FOLDER/asleep and sleeps; with ``only_ahead`` only for rollout batches that are sampled ahead."""
 
     def __init__(self, folder: str, only_ahead: bool = False) -> None:
         self.folder, self.only_ahead = Path(folder), only_ahead
