@@ -1,10 +1,10 @@
-"""The records that flow through the project, and the legend of their shapes.
+"""Shared records, the legend of their tensor shapes, and restricted number types for configs.
 
-Shapes: B sequences, T tokens, V vocabulary entries, G rollouts a prompt, D hidden size.
+Shapes: B sequences, T tokens, V vocabulary entries, G rollouts per prompt, D hidden size.
 
 A sequence is ``prompt + completion``, padded on the right. All (B, T) tensors are aligned to ``input_ids``: entry
-``[b, t]`` speaks of the token at position t (its log-probability is predicted from position t - 1, its value is that
-of the state before it). ``completion_mask`` is true on the completion and its EOS, and nowhere else.
+``[b, t]`` belongs to the token at position t. Position t - 1 predicts its log-probability; its value is the value of
+the state before it. ``completion_mask`` is true on the completion and its EOS, and nowhere else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ else:
     from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type  # noqa: F401
 
     Count = restricted_number_type("Count", int, [(">=", 1), ("<=", 10**8)])
-    """What is counted in memory: the upper limit is far above what fits and below what hangs before it fails."""
+    """Upper limit for any count: more would exhaust memory, or hang before it fails."""
     PositiveFloat = restricted_number_type("FinitePositiveFloat", float, [(">", 0), ("<", float("inf"))])
     NonNegativeFloat = restricted_number_type("FiniteNonNegativeFloat", float, [(">=", 0), ("<", float("inf"))])
     PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])
@@ -43,8 +43,8 @@ else:
     """A share in [0, 1)."""
     AboveOne = restricted_number_type("AboveOne", float, [(">", 1)])
     AtLeastOne = restricted_number_type("AtLeastOne", float, [(">=", 1), ("<", float("inf"))])
-"""Ranges of config values, which the command line's parser enforces; a parsed value is an instance of a subclass of int
-or float, so convert it with int() or float() before it goes into a checkpoint, which holds plain values alone."""
+"""The command line's parser enforces these ranges. A parsed value is an instance of a subclass of int or float; convert
+it with int() or float() before it goes into a checkpoint, which holds plain values alone."""
 
 
 Measurements = Mapping[str, tuple[float, float]]
@@ -52,7 +52,7 @@ Measurements = Mapping[str, tuple[float, float]]
 
 
 class Stage(StrEnum):
-    """What the next Lightning epoch trains."""
+    """Training stage of a Lightning epoch."""
 
     SFT = "sft"
     EGSPO = "egspo"
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
     id: str
     problem: str
     answer: str
-    """Empty where it is not known: such a problem can be answered, not graded or trained on."""
+    """Empty if unknown: the problem can then be answered, but not graded or trained on."""
     subject: str = ""
     level: str = ""
 
@@ -78,22 +78,22 @@ class Demonstration(NamedTuple):
 
 
 class ExpertSolution(NamedTuple):
-    """A demonstration as a problem with the tokens of its solution."""
+    """Problem of a demonstration, with the tokens of its solution."""
 
     problem: Problem
     token_ids: list[int]
-    """With the EOS."""
+    """Solution tokens, with the EOS."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample completions.
+    """Sampling settings of completions.
 
     Args:
         max_completion_length: Length limit in tokens, EOS included.
         temperature: Logits are divided by it; 0 is greedy.
-        top_p: Keep the fewest tokens whose probabilities reach it. For evaluation only: training needs the
-            log-probabilities of the distribution that was sampled.
+        top_p: Nucleus sampling: keep the fewest tokens whose probabilities add up to it. For evaluation only, since
+            training needs log-probabilities of the sampled distribution.
     """
 
     max_completion_length: int
@@ -107,7 +107,7 @@ class Sampling:
 
 
 class ProblemBatch(NamedTuple):
-    """Problems to answer in evaluation, and how."""
+    """Problems of a benchmark, with sampling settings for their answers."""
 
     benchmark: str
     problems: list[Problem]
@@ -116,13 +116,13 @@ class ProblemBatch(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One sampled answer to a problem, with its verdict."""
+    """One sampled completion with its grade."""
 
     problem: Problem
     token_ids: list[int]
-    """The sampled tokens, with the EOS where one was sampled."""
+    """Sampled tokens, with the EOS if one was sampled."""
     logprobs: list[float]
-    """Their log-probabilities as the engine saw them, nats."""
+    """Log-probabilities that the engine reported, nats."""
     text: str
     """The decoded tokens, without special tokens."""
     is_truncated: bool
@@ -130,28 +130,28 @@ class Completion(NamedTuple):
     reward: float
     correct: bool
     extracted: str | None
-    """The answer that was found in the text."""
+    """The answer found in the text."""
     status: str
-    """How the grader got to its verdict: graded, no_answer, timeout or crashed."""
+    """Status of the grader: graded, no_answer, timeout or crashed."""
     reward_terms: Mapping[str, float] = {}
-    """What the reward is a weighted sum of, by name, before weights."""
+    """Terms of a weighted reward, by name, before weights."""
     entropies: list[float] | None = None
-    """Entropies of the distributions that the tokens were sampled from, nats; None where the engine told none."""
+    """Entropies of the distributions that the tokens were sampled from, nats; None if the engine reported none."""
 
 
 class UpdateSize(NamedTuple):
-    """The size of one optimizer step, over all its micro-batches and ranks: what its losses are divided by."""
+    """Size of one optimizer step over all its micro-batches and ranks: the normalizers of its losses."""
 
     num_tokens: float
     """completion tokens"""
     num_sequences: float
-    """sequences that have a completion token"""
+    """sequences with at least one completion token"""
     max_length: float
     """the length limit of a completion, in tokens"""
     num_active_tokens: float
-    """completion tokens of the sequences that take part: rollouts of advantage 0 may be left out"""
+    """completion tokens of sequences that take part; rollouts of advantage 0 may be left out"""
     num_sampled_tokens: float
-    """those of them that the policy sampled itself"""
+    """active tokens that the policy itself sampled"""
 
 
 class ExpertBatch(NamedTuple):
@@ -165,29 +165,29 @@ class ExpertBatch(NamedTuple):
 
 
 class NetworkOutputs(NamedTuple):
-    """What the networks in training say of the completion tokens, with gradient; all (B, T), 0 elsewhere."""
+    """Outputs of policy and critic in training, with gradient; all (B, T), 0 outside the completions."""
 
     logprobs: Tensor
     """nats"""
     entropies: Tensor
     """nats"""
     values: Tensor | None = None
-    """of the critic, where there is one; in units of the return"""
+    """of the critic, if there is one; in units of the return"""
 
 
 class Scores(NamedTuple):
-    """What the networks say of given sequences, without gradient; all (B, T) float32."""
+    """Outputs of policy, reference policy and critic for given sequences, without gradient; all (B, T) float32."""
 
     logprobs: Tensor
     entropies: Tensor
     ref_logprobs: Tensor | None = None
-    """of the reference policy, where there is one"""
+    """of the reference policy, if there is one"""
     values: Tensor | None = None
-    """of the critic, where there is one"""
+    """of the critic, if there is one"""
 
 
 class ScoredRollouts(NamedTuple):
-    """The completions of one rank's collection, graded and scored: first G of each problem, then those of experts."""
+    """Graded and scored completions of one rank's rollout batch: first G of each problem, then expert solutions."""
 
     input_ids: Tensor
     """(B, T) int64"""
@@ -201,13 +201,13 @@ class ScoredRollouts(NamedTuple):
     group_size: int
     """G"""
     expert_groups: Tensor
-    """(E,) int64: the last E rows are experts' solutions, each beside the group of this number"""
+    """(E,) int64: number of the group that each of the last E rows, expert solutions, belongs to"""
     max_length: int
     """the length limit of a completion, in tokens"""
     policy_version: int
-    """the optimizer steps that the sampling policy had taken"""
+    """optimizer steps that the sampling policy had taken"""
     sampled_logprobs: Tensor | None = None
-    """(B, T) float32, nats: as the engine told them, NaN where it did not; None where they are the scores' own"""
+    """(B, T) float32, nats: as the engine reported them, NaN where it did not; None if equal to the scores"""
 
     @property
     def num_sampled(self) -> int:
@@ -216,37 +216,37 @@ class ScoredRollouts(NamedTuple):
 
 
 class RolloutBatch(NamedTuple):
-    """Rollouts with all that an update needs of them; a whole collection of one rank, or a micro-batch of it."""
+    """Rollouts ready for training: the whole rollout batch of one rank, or a micro-batch of it."""
 
     input_ids: Tensor
     """(B, T) int64"""
     completion_mask: Tensor
     """(B, T) bool"""
     old_logprobs: Tensor
-    """(B, T) float32: log-probability, in nats, under the policy that sampled, at the sampling temperature"""
+    """(B, T) float32: log-probability, in nats, under the sampling policy, at the sampling temperature"""
     entropies: Tensor
     """(B, T) float32: entropy, in nats, of the distribution that each token was sampled from"""
     ref_logprobs: Tensor | None
-    """(B, T) float32 under the reference policy; None where the loss has no KL to it"""
+    """(B, T) float32 under the reference policy; None if the loss has no KL term"""
     old_values: Tensor | None
     """(B, T) float32 of the critic at the time of sampling; None without one"""
     advantages: Tensor
     """(B, T) float32"""
     returns: Tensor | None
-    """(B, T) float32: what the critic is to learn; None without one"""
+    """(B, T) float32: targets of the critic; None without one"""
     rewards: Tensor
     """(B,) float32"""
     is_expert: Tensor
-    """(B,) bool: an expert's solution, which the policy did not sample"""
+    """(B,) bool: an expert solution, which the policy did not sample"""
     threshold: Tensor
-    """(B, 1) float32, nats: entropy from which a token counts as high"""
+    """(B, 1) float32, nats: tau, the entropy from which a token counts as high"""
     weight_scale: Tensor
-    """(B, 1) float32: what the gate's weights are multiplied by, the same everywhere"""
+    """(B, 1) float32: factor of the gate's weights, the same in every row"""
     policy_version: int
-    """the optimizer steps that the sampling policy had taken"""
+    """optimizer steps that the sampling policy had taken"""
     update_size: UpdateSize
     sampled_logprobs: Tensor | None = None
-    """(B, T) float32, nats: as the engine told them, NaN where it did not; None where they are the old ones"""
+    """(B, T) float32, nats: as the engine reported them, NaN where it did not; None if equal to old_logprobs"""
 
     @property
     def sampled_mask(self) -> Tensor:
@@ -255,7 +255,7 @@ class RolloutBatch(NamedTuple):
 
 
 class TrainingBatch(NamedTuple):
-    """What ``training_step`` is given: expert data in stage SFT, rollouts and (where mu > 0) expert data in EGSPO."""
+    """Batch of ``training_step``: expert data in stage SFT; rollouts and, if mu > 0, expert data in stage EGSPO."""
 
     stage: Stage
     rollout: RolloutBatch | None
