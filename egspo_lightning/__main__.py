@@ -1,9 +1,9 @@
-"""``python -m egspo_lightning {fit,validate,test,predict,plan}``."""
+"""Entry point: ``python -m egspo_lightning {fit,validate,test,predict,plan,replay}``, or ``egspo`` for short."""
 
 
 def main() -> None:
     """Entry point of ``egspo`` and ``python -m egspo_lightning``."""
-    from egspo_lightning.cli.main import main as run  # torch is imported here, not by whoever imports this file
+    from egspo_lightning.cli.main import main as run  # imports torch, which importing this file must not
     from egspo_lightning.cli.process_exit import leave
     from egspo_lightning.errors import RunStopped
 

@@ -1,23 +1,51 @@
-"""Looks at config files before the parser does, which names neither a broken file nor a key that is there twice."""
+"""Config files on the command line: those shipped with the package, and checks that name a broken file and its line."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import egspo_lightning
 from egspo_lightning.errors import UserError
 
 CONFIG_FLAGS = ("--config", "-c")
+_PACKAGE = Path(egspo_lightning.__file__).parent
+SHIPPED = next((root for root in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if root.is_dir()), None)
+"""The folder configs: package data of an installed wheel, or the one of the checkout."""
+
+
+def use_shipped_configs(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with ``shipped_path`` applied to each ``--config``."""
+    replaced = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        flag, equals, value = argument.partition("=")
+        if before in CONFIG_FLAGS:
+            replaced.append(shipped_path(argument))
+        else:
+            replaced.append(f"{flag}={shipped_path(value)}" if equals and flag in CONFIG_FLAGS else argument)
+    return replaced
+
+
+def shipped_path(path: str) -> str:
+    """A path that exists is kept; otherwise ``configs/NAME`` and ``NAME`` mean the file or folder of the package.
+
+    A path that the package does not have either is returned unchanged.
+    """
+    if SHIPPED is None or os.path.exists(path) or os.path.isabs(path) or len(path) > 255:
+        return path
+    found = SHIPPED / path.removeprefix("configs/")
+    return str(found) if path and os.path.exists(found) else path
 
 
 def require_readable(arguments: Sequence[str]) -> None:
-    """Refuse config files that are no YAML mapping, or give a key twice: the parser would silently take the latter.
+    """Refuse config files that are not YAML mappings, or that give a key twice: the parser would keep the last one.
 
-    What is no file is left to the parser, which takes YAML in place of a path and names what it does not find.
+    The parser handles values that are not files: it accepts inline YAML, and names a file that does not exist.
 
     Raises:
-        UserError: naming the file and, where there is one, the line.
+        UserError: a file is refused; the message names it and the line.
     """
     for path in config_paths(arguments):
         if not path.is_file():
@@ -29,7 +57,7 @@ def require_readable(arguments: Sequence[str]) -> None:
 
 
 def config_paths(arguments: Sequence[str]) -> Iterator[Path]:
-    """The values of ``--config VALUE``, ``--config=VALUE`` and ``-c VALUE``."""
+    """Values of ``--config VALUE``, ``--config=VALUE`` and ``-c VALUE``."""
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if flag in CONFIG_FLAGS and len(value) < 4096:
             yield Path(value)
@@ -38,7 +66,7 @@ def config_paths(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping in which a key stands twice."""
+    """YAML loader that refuses duplicate keys."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:

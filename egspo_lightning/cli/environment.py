@@ -1,4 +1,4 @@
-"""Checks of what a run is started in: its environment variables, and the folder that it writes to."""
+"""Environment checks before a run: variables of the process group, and the folder for logs."""
 
 import os
 import tempfile
@@ -20,11 +20,11 @@ COUNTS = {
     "SLURM_PROCID": None,
     "SLURM_LOCALID": None,
 }
-"""Variables by which ranks find each other, and the largest value that each may have."""
+"""Variables of the process group, and the largest allowed value of each."""
 
 
 def require_ranks(environment: Mapping[str, str]) -> None:
-    """Refuse variables that are no whole numbers: the libraries would fail on them after the ranks are started.
+    """Refuse variables that are not whole numbers, on which the libraries would fail after the ranks have started.
 
     Raises:
         UserError: naming the variable.
@@ -42,7 +42,7 @@ def require_ranks(environment: Mapping[str, str]) -> None:
 
 
 def require_writable(folder: str | Path, field: str) -> None:
-    """Make the folder, and write into it what is gone at once: better now than at the first checkpoint.
+    """Make the folder and write a temporary file into it, so that a failure comes before the first checkpoint.
 
     Raises:
         UserError: naming field, folder and reason.

@@ -1,9 +1,8 @@
-"""How a run ends that does not end well: what is said, and with which exit code.
+"""Exit codes and error messages of failed runs.
 
-A mistake of the user is told in one message with exit code 2, a fault of the machine (a full disk, a missing package)
-with exit code 1. Any other exception is a mistake of ours: its traceback is kept, since whoever runs jobs for days has
-the log alone to learn from, and a file beside it may not be writable; the last line says so. Nothing is swallowed:
-``--debug`` shows the traceback of every one.
+A user's mistake is reported in one message with exit code 2, a fault of the machine (a full disk, a missing package)
+with exit code 1. Any other exception is a bug of this package: its traceback is printed, since the log may be all that
+is left of a long job. ``--debug`` shows the traceback of every exception.
 """
 
 import errno
@@ -37,11 +36,11 @@ FAULTS = {
     errno.EMFILE: "Raise the limit on open files (ulimit -n)",
     errno.ENOMEM: "Lower the batch sizes, or give the job more memory",
 }
-"""What helps against faults of the machine."""
+"""Suggested fixes by errno."""
 
 
 class Ending(NamedTuple):
-    """What is said of an exception, and the exit code."""
+    """Message and exit code of an exception."""
 
     text: str
     code: int
@@ -49,12 +48,12 @@ class Ending(NamedTuple):
 
 
 def take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without ``--debug``, which may stand anywhere, and whether it was there."""
+    """Remove ``--debug``, which may stand anywhere; returns the other arguments, and whether it was there."""
     return [argument for argument in arguments if argument != DEBUG], DEBUG in arguments
 
 
 def end(error: BaseException, *, debug: bool) -> int:
-    """Say how the run ended; returns the exit code."""
+    """Print how the run ended; returns the exit code."""
     ending = judge(error)
     if debug or not ending.is_foreseen:
         traceback.print_exception(error)
@@ -63,7 +62,7 @@ def end(error: BaseException, *, debug: bool) -> int:
 
 
 def judge(error: BaseException) -> Ending:
-    """What an exception is: a signal, a mistake of the user, a fault of the machine, or a bug."""
+    """Classify an exception: a signal, a mistake of the user, a fault of the machine, or a bug."""
     if isinstance(error, SIGTERMException):  # Lightning's own exit code would be 0
         return Ending("ended by SIGTERM. Resume with --ckpt_path last.", 128 + signal.SIGTERM)
     if isinstance(error, CheckpointException):
@@ -94,6 +93,6 @@ def _sharded(error: CheckpointException) -> str:
 
 
 def _raised_in(error: BaseException, package: str) -> bool:
-    """Whether the package itself found the mistake, rather than something that it called."""
+    """Whether the package itself raised the error, rather than code that it called."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and f"{frames[-1][0].f_globals.get('__name__')}.".startswith(f"{package}.")

@@ -1,56 +1,50 @@
-"""``python -m egspo_lightning plan``: a run's memory by part, before it is run."""
+"""Memory plan of a run: ``egspo plan --config FILE``."""
 
 from dataclasses import replace
 from typing import Any
-
-from lightning.pytorch import LightningDataModule, LightningModule
 
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
 from egspo_lightning.training.memory_plan import Memory, Workload, plan
-from egspo_lightning.training.trainer import RunTrainer
 from egspo_lightning.types import Stage
 
 GIB = 2**30
 
 
-class PlanningTrainer(RunTrainer):
-    """The Trainer of runs, with one more thing to do with a module and its data."""
+def plan_run(
+    model: EGSPOModule,
+    data: HybridDataModule,
+    flags: Any,
+    num_devices: int | None = None,
+    device_gib: float = 80.0,
+    ckpt_path: str | None = None,
+    weights_only: bool | None = None,
+) -> str:
+    """Estimate the memory that a run needs on each device, and whether it fits, from shapes alone.
 
-    def plan(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule,
-        flags: Any,
-        num_devices: int | None = None,
-        device_gib: float = 80.0,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-    ) -> str:
-        """Say how much memory the run needs on each device, and whether it fits, from shapes alone.
+    Args:
+        model: The module that fit would train.
+        data: The data that fit would train it on.
+        flags: The Trainer's flags.
+        num_devices: Number of devices; by default the number in the Trainer's flags.
+        device_gib: Memory of each device, GiB.
+        ckpt_path: Accepted because configs of fit may hold it; nothing is loaded.
+        weights_only: Accepted for the same reason.
 
-        Args:
-            model: what fit would train
-            datamodule: what fit would train it on
-            flags: those of the Trainer that fit would have
-            num_devices: number of devices; by default those of the Trainer's flags
-            device_gib: memory of each, GiB
-            ckpt_path: taken from fit's configs; nothing is loaded
-            weights_only: the same
-        """
-        assert isinstance(model, EGSPOModule)
-        assert isinstance(datamodule, HybridDataModule)
-        require(device_gib > 0, "plan.device_gib", device_gib, "above 0")
-        devices = num_devices if num_devices is not None else _devices(flags)
-        require(devices >= 1, "plan.num_devices", devices, "at least 1")
-        work = workload(model, datamodule, flags, devices)
-        return report(work, plan(work, devices), devices, device_gib)
+    Raises:
+        UserError: there is no device, no memory, or the flags do not name a number of devices.
+    """
+    require(device_gib > 0, "plan.device_gib", device_gib, "above 0")
+    devices = num_devices if num_devices is not None else _devices(flags)
+    require(devices >= 1, "plan.num_devices", devices, "at least 1")
+    work = workload(model, data, flags, devices)
+    return report(work, plan(work, devices), devices, device_gib)
 
 
 def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices: int) -> Workload:
-    """What a device has to do in a run with these flags."""
+    """Workload of one device in a run with these flags."""
     precision = str(flags.precision or "32-true")
     is_bfloat16 = precision == "bf16-mixed"
     parts, max_tokens = int(flags.accumulate_grad_batches), data.max_tokens_per_micro_batch
@@ -86,7 +80,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
 
 
 def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) -> str:
-    """The plan as a table, and the verdict."""
+    """The plan as a table, and whether it fits."""
     parts = [(name, size) for name, size in memory._asdict().items() if size and name not in ("update", "host")]
     width = max(len(name) for name, _ in parts)
     rows = [f"  {name.replace('_', ' '):<{width}}  {size / GIB:10.3f}" for name, size in parts]

@@ -1,4 +1,4 @@
-"""How ranks end: when one fails, those of its machine with it, which in a collective would wait for half an hour."""
+"""Process exit of ranks: a failing rank ends the others on its machine, which may wait in a collective."""
 
 import atexit
 import os
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 SECONDS_TO_END = 10.0
-"""From SIGTERM, which a rank in a collective does not hear, to SIGKILL."""
+"""Time from SIGTERM, which a rank inside a collective does not handle, to SIGKILL."""
 
 
 def end_other_ranks(trainer: Any) -> None:
-    """End those that this process has started; ranks started by torchrun or SLURM are ended by these."""
+    """End the ranks that this process started; torchrun and SLURM end the ranks that they started."""
     started: Sequence[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", ())
     alive = [process for process in started if process.poll() is None]
     for process in alive:
@@ -32,10 +32,10 @@ def end_other_ranks(trainer: Any) -> None:
 
 
 def leave(code: int) -> None:
-    """End a rank whose run has ended as it should, without taking the interpreter down; any other process goes on.
+    """Exit the process of a rank after a successful run, without finalizing the interpreter; otherwise do nothing.
 
-    Threads of torch's backends may still hold objects of Python by then, and would abort the process: the run would
-    seem to have crashed, and torchrun would end the other ranks.
+    Threads of torch's backends may still hold Python objects, and would abort the process during finalization. The run
+    would seem to have crashed, and torchrun would end the other ranks.
 
     Args:
         code: The exit code.
@@ -43,7 +43,7 @@ def leave(code: int) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     torch.distributed.destroy_process_group()
-    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does, first of all
+    threading._shutdown()  # type: ignore[attr-defined]  # the interpreter's own first step at exit
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,50 +1,39 @@
-"""``egspo replay FILE``: computes again the update that stopped a run, and says what in it is not finite."""
+"""Replay of the non-finite micro-batch that stopped a run: ``egspo replay FILE``."""
 
-from argparse import ArgumentParser
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from egspo_lightning.callbacks.run_config import KEY
 from egspo_lightning.checkpointing.load import open_checkpoint
+from egspo_lightning.cli.parser import Parser
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.training.nonfinite_updates import Part, bad_tokens, unpack
 from egspo_lightning.types import NetworkOutputs
 
 NUM_SHOWN = 20
-"""Tokens or weights that are listed by name."""
-COMMAND = "replay"
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The command; ``arguments`` are those after its name."""
-    parser = ArgumentParser(prog=f"egspo {COMMAND}", description=__doc__)
-    parser.add_argument("file", type=Path, help="the nonfinite.ckpt that the run has written")
-    for line in replay(parser.parse_args(arguments).file):
-        print(line)
+"""Number of tokens or weights that the report lists by name."""
 
 
 def replay(path: Path) -> list[str]:
-    """Lines that say what the loss is, and which weights, tokens and gradients are not finite.
+    """Report of the loss, and of the weights, tokens and gradients that are not finite, as lines.
 
     Raises:
-        UserError: the file keeps no such update, or its shards are not in it.
+        UserError: the file holds no non-finite micro-batch, or its weights are sharded.
     """
     checkpoint = open_checkpoint(path)
     kept, config = checkpoint["egspo"].get("bad_part"), checkpoint.get(KEY)
     if kept is None or config is None:
         raise UserError(
-            f"{COMMAND}: {path} keeps no update that was not finite. Give the nonfinite.ckpt that such a run "
+            f"replay: {path} holds no micro-batch that was not finite. Give the nonfinite.ckpt that a stopped run "
             "has written."
         )
     if not checkpoint.get("state_dict"):
         raise UserError(
-            f"{COMMAND}: the weights of {path} are in shards. Run it with a strategy that keeps them whole."
+            f"replay: the weights of {path} are sharded. Repeat the run with a strategy that keeps them whole."
         )
     module, part = _module(config["model"]), unpack(kept)
     module.configure_model()
@@ -56,8 +45,8 @@ def replay(path: Path) -> list[str]:
 
 
 def _module(config: dict[str, Any]) -> EGSPOModule:
-    """The module of the run, from its config alone: no trainer, no data."""
-    parser = LightningArgumentParser()
+    """Build the module of the run from its config, without trainer and data."""
+    parser = Parser()
     parser.add_lightning_class_args(EGSPOModule, "model")
     module = parser.instantiate_classes(parser.parse_object({"model": config})).model
     assert isinstance(module, EGSPOModule)
@@ -95,6 +84,6 @@ def _told(part: Part, module: EGSPOModule, row: int, position: int, name: str, v
 
 
 def _some(what: str, found: list[str]) -> list[str]:
-    """The first of what was found, and how many there are."""
+    """Their number, and the first of them."""
     lines = [f"{what} that are not finite: {len(found)}", *(f"  {line}" for line in found[:NUM_SHOWN])]
     return lines if len(found) <= NUM_SHOWN else [*lines, f"  and {len(found) - NUM_SHOWN} more"]

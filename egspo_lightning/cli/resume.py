@@ -1,6 +1,6 @@
-"""``--ckpt_path last``: the last checkpoint of the latest run, and the log folder of that run.
+"""Resume of the latest run: ``--ckpt_path last`` finds its last checkpoint and its log folder.
 
-With Lightning alone, "last" is looked for in the new run's own folder, where there is none yet.
+Lightning alone looks for "last" in the new run's own folder, which holds no checkpoint yet.
 """
 
 import re
@@ -10,8 +10,33 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from egspo_lightning.callbacks.phase_checkpoint import recover
+from egspo_lightning.checkpointing.load import open_checkpoint
+from egspo_lightning.errors import UserError
+
+
+def resume_path(trainer: Trainer, *, starts_anew: bool) -> str | None:
+    """Path of the last checkpoint of the latest run, whose log folder a resumed fit continues.
+
+    Args:
+        trainer: The trainer of the new run.
+        starts_anew: Whether a missing checkpoint starts a new run, as in fit: one command then starts and resumes.
+
+    Raises:
+        UserError: there is no checkpoint, and the run needs one.
+    """
+    path, looked_in = last_checkpoint(trainer), places(trainer)
+    if path is not None:
+        step = open_checkpoint(Path(path))["global_step"]
+        if starts_anew:
+            go_on_logging(trainer, path, step)
+    elif not starts_anew:
+        raise UserError(f"ckpt_path: last: there is no checkpoint in {looked_in}. Give the path of one.")
+    else:
+        rank_zero_warn(f"ckpt_path: last: no checkpoint in {looked_in}; the run starts anew.")
+    return path
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:
