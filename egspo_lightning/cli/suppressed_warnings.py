@@ -17,9 +17,7 @@ def silence_noise() -> None:
         ".*does not have many workers",  # loaders are lazy and in memory
     ):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger(
-        "bitsandbytes.backends.cpu.ops"
-    ).addFilter(  # about 4-bit weights, which this package does not use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(  # 4-bit weights, which are not used here
         lambda record: "gemm_4bit_forward" not in record.getMessage()
     )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -176,7 +176,7 @@ def test_a_file_without_such_an_update_is_told(tiny_run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["replay", str(tmp_path / "good.ckpt")])
     assert stop.value.code == 2
-    assert "keeps no update that was not finite" in capsys.readouterr().err
+    assert "holds no micro-batch that was not finite" in capsys.readouterr().err
 
 
 @pytest.mark.slow
