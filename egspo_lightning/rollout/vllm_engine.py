@@ -1,17 +1,16 @@
-"""Sampling with vLLM in the trainer's own process, from the trainer's weights.
+"""vLLM engine: samples with vLLM in the trainer's process, from the trainer's weights.
 
-Each call of ``stream`` copies the policy's weights into vLLM and forgets cached prefixes before it samples, whatever
-has moved the policy: an optimizer step, a checkpoint, a new stage, adapters, another object. There is no counter that
-could miss one; a copy takes milliseconds where sampling takes seconds. Adapters are merged on the way.
+Each call of ``stream`` first copies the policy's weights into vLLM and resets its prefix cache. So every change of the
+policy counts: an optimizer step, a checkpoint, a new stage, adapters, another object. A copy takes milliseconds where
+sampling takes seconds. Adapters are merged into the copied weights.
 
-Run with vLLM 0.32 on one CPU process, in float32. Not run: CUDA, and therefore ``enable_sleep``, bfloat16, and
+Tested with vLLM 0.32 in one CPU process, in float32. Not tested: CUDA, and therefore ``enable_sleep``, bfloat16 and
 ``gpu_memory_utilization``.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from math import inf
 from typing import Any, Literal
 
 import torch
@@ -21,51 +20,45 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.models import lora
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
-from egspo_lightning.types import Sampling
+from egspo_lightning.types import Count, PositiveFloat, PositiveShare, Sampling
 
 LEAST_TEMPERATURE = 0.01
-"""vLLM raises lower ones to it, and takes those below 1e-5 for greedy."""
+"""vLLM raises lower temperatures to this one, and samples greedily below 1e-5."""
 
 
 class VLLMEngine(RolloutEngine):
     """Samples with vLLM; needs ``pip install "egspo-lightning[vllm]"`` and one process.
 
-    A sample depends on its seed and prompt alone, up to rounding, which differs with what is sampled beside it. Of
-    entropies it tells nothing, so rollouts are scored by the policy, and ``rollout/sampler_gap`` says how far the two
-    are apart.
+    A sample depends on its seed and prompt alone, up to rounding, which varies with the batch. vLLM reports no
+    entropies, so the policy scores the rollouts; ``rollout/sampler_gap`` logs the distance between the two.
 
     Args:
-        gpu_memory_utilization: Share of a GPU's memory that weights and cache of vLLM may take, in (0, 1]; training
-            takes the rest.
-        kv_cache_gib: Memory for the cache instead, in GiB; on a CPU 1 by default.
-        max_model_len: Longest prompt with its completion, in tokens; by default the most that the model was made for,
-            which a small cache may not hold.
-        max_num_seqs: Completions decoded at a time.
-        dtype: Type of vLLM's weights; by default what training computes in.
-        enable_sleep: On a GPU, give the memory back between calls.
-        enforce_eager: On a GPU, do without CUDA graphs: slower, and less memory.
+        gpu_memory_utilization: Share of a GPU's memory for vLLM's weights and cache, in (0, 1]; training takes the
+            rest.
+        kv_cache_gib: Memory for the cache in GiB, instead of that share; 1 by default on a CPU.
+        max_model_len: Longest prompt with its completion, in tokens. By default the model's limit, which a small
+            cache may not hold.
+        max_num_seqs: Most completions decoded at a time.
+        dtype: Type of vLLM's weights; by default the type in which training computes.
+        enable_sleep: On a GPU, free vLLM's memory between calls.
+        enforce_eager: On a GPU, run without CUDA graphs: slower, with less memory.
         tensor_parallel_size: GPUs that share a model; more than 1 is not supported yet.
     """
 
     def __init__(
         self,
-        gpu_memory_utilization: float = 0.3,
-        kv_cache_gib: float | None = None,
-        max_model_len: int | None = None,
-        max_num_seqs: int = 256,
+        gpu_memory_utilization: PositiveShare = 0.3,
+        kv_cache_gib: PositiveFloat | None = None,
+        max_model_len: Count | None = None,
+        max_num_seqs: Count = 256,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         enable_sleep: bool = True,
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
     ) -> None:
-        share, room = gpu_memory_utilization, kv_cache_gib
-        require(0 < share <= 1, "VLLMEngine.gpu_memory_utilization", share, "in (0, 1]")
-        require(room is None or 0 < room < inf, "VLLMEngine.kv_cache_gib", room, "above 0, or null")
-        require(max_model_len is None or max_model_len >= 2, "VLLMEngine.max_model_len", max_model_len, "at least 2")
-        require(max_num_seqs >= 1, "VLLMEngine.max_num_seqs", max_num_seqs, "at least 1")
         allowed = (
-            "1: each rank samples its own problems with a whole model. For a model that does not fit on a GPU beside "
-            "its training, use --trainer.strategy fsdp2 with the default engine"
+            "1: each rank samples its own problems with a whole model. If the model and its training do not fit on "
+            "one GPU, use --trainer.strategy fsdp2 with the default engine"
         )
         require(tensor_parallel_size == 1, "VLLMEngine.tensor_parallel_size", tensor_parallel_size, allowed)
         if find_spec("vllm") is None:
@@ -73,18 +66,21 @@ class VLLMEngine(RolloutEngine):
                 "data.engine VLLMEngine needs vLLM, which is not installed: "
                 'pip install "egspo-lightning[vllm]" on a machine with a GPU, or leave data.engine out.'
             )
-        self.gpu_memory_utilization, self.kv_cache_gib = gpu_memory_utilization, kv_cache_gib
-        self.max_model_len, self.max_num_seqs, self.dtype = max_model_len, max_num_seqs, dtype
+        # int() and float(): vLLM gets plain numbers rather than the parser's subclasses
+        self.gpu_memory_utilization, self.max_num_seqs = float(gpu_memory_utilization), int(max_num_seqs)
+        self.kv_cache_gib = None if kv_cache_gib is None else float(kv_cache_gib)
+        self.max_model_len = None if max_model_len is None else int(max_model_len)
+        self.dtype = dtype
         self.enable_sleep, self.enforce_eager = enable_sleep, enforce_eager
         self.running: Running | None = None
-        """vLLM, once it has started."""
+        """The vLLM instance, once it has started."""
         self._config = ""
         self._num_requests = 0
 
     def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
     ) -> Iterator[list[tuple[int, Sample]]]:
-        """See ``RolloutEngine``; where ``top_p`` is below 1, log-probabilities are those of what it leaves.
+        """See ``RolloutEngine``; with ``top_p`` below 1, log-probabilities are renormalized over the nucleus.
 
         Raises:
             UserError: a request is too long, the temperature too low, or vLLM cannot run the model.
@@ -108,15 +104,15 @@ class VLLMEngine(RolloutEngine):
             if numbers:
                 vllm.engine.abort_request(list(numbers))
             if self._sleeps(device):
-                vllm.llm.sleep(level=2)  # weights are discarded: they come anew with the next call
+                vllm.llm.sleep(level=2)  # discards the weights, which the next call copies again
 
     def close(self) -> None:
-        """End vLLM and free its memory; it starts again when it is asked for samples."""
+        """Shut vLLM down and free its memory; the next call of ``stream`` starts it again."""
         if self.running is not None and self.running.close():
             self.running = None
 
     def _started(self, lm: Any, device: torch.device) -> Running:
-        """vLLM, started at the first call."""
+        """The vLLM instance, which the first call starts."""
         config = lm.config.to_json_string(use_diff=False)
         if self.running is None:
             settings = {
@@ -124,7 +120,7 @@ class VLLMEngine(RolloutEngine):
                 "max_num_seqs": self.max_num_seqs,
                 "gpu_memory_utilization": self.gpu_memory_utilization,
                 "kv_cache_memory_bytes": None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30),
-                "dtype": self.dtype or str(_computed_in(lm, device)).removeprefix("torch."),
+                "dtype": self.dtype or str(_compute_dtype(lm, device)).removeprefix("torch."),
                 "enable_sleep_mode": self._sleeps(device),
                 "enforce_eager": self.enforce_eager,
             }
@@ -141,14 +137,14 @@ class VLLMEngine(RolloutEngine):
         return self.enable_sleep and device.type == "cuda"
 
     def _require_room(self, vllm: Running, requests: Sequence[Request], sampling: Sampling) -> None:
-        """vLLM would cut completions off that do not fit."""
+        """Refuse requests that do not fit: vLLM would cut off their completions."""
         limit = vllm.engine.model_config.max_model_len
         needed = max(len(request.prompt_ids) for request in requests) + sampling.max_completion_length
         allowed = f"at least {needed}, the longest prompt with max_completion_length = {sampling.max_completion_length}"
         require(needed <= limit, "VLLMEngine.max_model_len", limit, allowed)
 
     def _renew(self, vllm: Running, lm: Any) -> None:
-        """Sample from the policy as it is now."""
+        """Copy the policy's current weights into vLLM, and reset its prefix cache."""
         asleep = self._sleeps(next(lm.parameters()).device)
         if asleep:
             vllm.llm.wake_up(tags=["weights"])
@@ -159,10 +155,10 @@ class VLLMEngine(RolloutEngine):
 
     @torch.no_grad()
     def copy_weights(self, vllm: Running, lm: Any) -> None:
-        """Give vLLM all weights of the policy.
+        """Copy all weights of the policy into vLLM.
 
         Raises:
-            UserError: some of vLLM's have none there.
+            UserError: the policy has no values for some of vLLM's weights.
         """
         weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in lm.named_parameters()}
         taken = vllm.model.load_weights(lora.merged(lm, weights).items())
@@ -174,14 +170,14 @@ class VLLMEngine(RolloutEngine):
             )
 
     def _forget_prefixes(self, vllm: Running) -> None:
-        """Keys and values that were cached are those of other weights."""
+        """Drop cached keys and values, which belong to other weights."""
         if not vllm.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache, and would sample from stale keys and values.")
 
     def _add(
         self, vllm: Running, requests: Sequence[Request], sampling: Sampling, eos_ids: Sequence[int]
     ) -> dict[str, int]:
-        """Queue the requests; their numbers by vLLM's names for them."""
+        """Queue the requests; returns their numbers by vLLM's request id."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -195,7 +191,7 @@ class VLLMEngine(RolloutEngine):
                 seed=stable_seed(request.seed),
                 max_tokens=sampling.max_completion_length,
                 stop_token_ids=list(eos_ids),
-                ignore_eos=True,  # that of the model's config, which may be another
+                ignore_eos=True,  # the EOS of the model's config may be another one
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -207,12 +203,12 @@ class VLLMEngine(RolloutEngine):
 
 
 def stable_seed(name: str) -> int:
-    """A random stream's name as a number of 63 bits, the same in every process."""
+    """Hash a random stream's name to a number of 63 bits, the same in every process."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-def _computed_in(lm: Any, device: torch.device) -> torch.dtype:
-    """The type that the policy's products are computed in."""
+def _compute_dtype(lm: Any, device: torch.device) -> torch.dtype:
+    """The dtype in which the policy computes."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     dtype: torch.dtype = next(lm.parameters()).dtype
@@ -221,5 +217,5 @@ def _computed_in(lm: Any, device: torch.device) -> torch.dtype:
 
 def _sample(output: Any, eos_ids: Sequence[int]) -> Sample:
     tokens = list(output.token_ids)
-    logprobs = [told[token].logprob for token, told in zip(tokens, output.logprobs, strict=True)]
+    logprobs = [by_token[token].logprob for token, by_token in zip(tokens, output.logprobs, strict=True)]
     return Sample(tokens, tokens[-1] not in eos_ids, logprobs)

@@ -1,4 +1,4 @@
-"""Starting and ending vLLM within this process, without what it does to the rest of the process."""
+"""vLLM in this process: starts it and shuts it down, without side effects on the rest of the process."""
 
 import copy
 import os
@@ -16,44 +16,44 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-"""Set before vLLM is imported, where the user has not."""
+"""Environment variables set before vLLM is imported, unless the user has set them."""
 
 CPU_CACHE_GIB = 1
 
 
 class Running(NamedTuple):
-    """vLLM in this process."""
+    """A running vLLM instance."""
 
     llm: Any
     """A ``vllm.LLM``."""
     owns_group: bool
-    """Whether it made torch's process group."""
+    """Whether it created torch's process group."""
 
     @property
     def engine(self) -> Any:
-        """What takes requests and steps."""
+        """The engine core, which takes requests and makes steps."""
         return self.llm.llm_engine
 
     @property
     def model(self) -> Any:
-        """The module whose weights it samples from."""
+        """The module with vLLM's weights."""
         return self.engine.model_executor.driver_worker.model_runner.model
 
     def close(self) -> bool:
-        """End it, and say whether that was possible: it would end a process group of the trainer's as well."""
+        """Shut vLLM down, unless that would also end the trainer's process group; returns whether it did."""
         if self.owns_group:
             self.engine.engine_core.shutdown()
         return self.owns_group
 
 
 def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Running:
-    """vLLM with a causal language model's architecture, and weights that are still to come.
+    """Start vLLM for the architecture of a causal language model, with placeholder weights.
 
-    Python's, NumPy's and torch's random generators, which vLLM seeds, are left as they were.
+    vLLM seeds the random generators of Python, NumPy and torch; their states are restored.
 
     Args:
         lm: the model
-        device: where it is
+        device: device of the model
         settings: further arguments of ``vllm.LLM``
 
     Raises:
@@ -80,8 +80,8 @@ def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Ru
             llm = LLM(
                 model=folder,
                 load_format="dummy",
-                skip_tokenizer_init=True,  # it is given ids, and gives ids
-                generation_config="vllm",  # no filter or penalty that the folder might ask for
+                skip_tokenizer_init=True,  # requests and samples are token ids
+                generation_config="vllm",  # no filter or penalty from the folder's generation config
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 **(_for_cpu(settings) if device.type == "cpu" else settings),
             )
@@ -92,9 +92,9 @@ def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Ru
 
 
 def _for_cpu(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Compile nothing, take little memory, and keep weights where they are.
+    """Settings for a CPU: no compilation, a small cache, and unpacked weights.
 
-    vLLM would pack them for oneDNN, and what is copied afterwards would not reach the packed ones.
+    vLLM would pack weights for oneDNN, and weights copied later would not reach the packed ones.
     """
     from vllm import _custom_ops
 
@@ -105,8 +105,8 @@ def _for_cpu(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave random generators, and ``torch.set_num_threads``, which vLLM's CPU worker replaces, as they were."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where its weights can be reached
+    """Restore random generators, and ``torch.set_num_threads``, which vLLM's CPU worker replaces."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that its weights can be set
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     state, set_num_threads = random_state(), torch.set_num_threads
@@ -119,7 +119,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def apart(device: torch.device) -> Iterator[None]:
-    """Step without the trainer's autocast and without drawing from its generators, as vLLM does beside its own."""
+    """Run vLLM without the trainer's autocast, and without drawing from the trainer's random generators."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):
         yield

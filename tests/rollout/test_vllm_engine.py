@@ -1,7 +1,8 @@
-"""What the vLLM engine refuses, and says where vLLM is absent; vLLM itself runs in tests/vllm."""
+"""Settings that the vLLM engine refuses, and its message where vLLM is absent; tests/vllm runs vLLM itself."""
 
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
 from egspo_lightning.cli.main import run
 from egspo_lightning.errors import UserError
@@ -25,14 +26,30 @@ def test_without_vllm_it_is_said_what_to_install(monkeypatch, repository):
         ("gpu_memory_utilization", 0.0),
         ("gpu_memory_utilization", 1.1),
         ("kv_cache_gib", 0.0),
-        ("max_model_len", 1),
+        ("kv_cache_gib", "inf"),
+        ("max_model_len", 0),
         ("max_num_seqs", 0),
-        ("tensor_parallel_size", 2),
     ],
 )
-def test_what_it_cannot_do_is_refused(field, value):
-    with pytest.raises(UserError, match=rf"VLLMEngine.{field} must be .*, got {value}"):
-        VLLMEngine(**{field: value})
+def test_values_out_of_range_are_refused(field, value):
+    with pytest.raises(ArgumentError, match=rf"{field}(.|\n)* {value}"):
+        engine_parser().parse_args([f"--engine.{field}={value}"])
+
+
+def test_values_within_the_range_are_accepted():
+    arguments = ["--engine.gpu_memory_utilization=1.0", "--engine.kv_cache_gib=0.5", "--engine.max_model_len=2"]
+    assert engine_parser().parse_args(arguments).engine.max_num_seqs == 256
+
+
+def engine_parser():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(VLLMEngine, "engine")
+    return parser
+
+
+def test_one_model_on_several_gpus_is_refused():
+    with pytest.raises(UserError, match=r"VLLMEngine.tensor_parallel_size must be 1: .*, got 2"):
+        VLLMEngine(tensor_parallel_size=2)
 
 
 def test_several_processes_are_refused(monkeypatch):
