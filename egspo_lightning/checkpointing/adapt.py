@@ -1,4 +1,4 @@
-"""Fits what a checkpoint holds to the networks of a run: with or without reference, value head and critic."""
+"""Adapts a checkpoint's weights and optimizer to a run with or without reference policy, value head and critic."""
 
 from collections.abc import Collection
 from typing import Any
@@ -12,17 +12,17 @@ from egspo_lightning.models.lora import is_adapter, is_reference, trained_name
 def adapt_weights(
     weights: dict[str, Any], own: dict[str, Tensor], *, is_exact: bool, left_out: Collection[str] = ()
 ) -> None:
-    """Add to a module's state dict, in place, what it lacks, and drop what the run does not have.
+    """Add missing weights to a checkpoint's state dict, and drop those that the run does not have; in place.
 
     Args:
-        weights: of the checkpoint: ``policy.*``, perhaps ``reference.*`` and ``critic.*``; empty where it is sharded
-        own: of the run, as it was built
+        weights: the checkpoint's: ``policy.*``, perhaps ``reference.*`` and ``critic.*``; empty if it is sharded
+        own: the run's initial weights
         is_exact: whether the checkpoint was made up to the end of SFT. The policy in it is then the reference, and a
             critic has learned nothing yet.
-        left_out: what checkpoints of this run do not hold: the frozen weights under adapters
+        left_out: weights that checkpoints of this run omit: the frozen ones under adapters
 
     Raises:
-        UserError: the run needs a network that the checkpoint cannot give.
+        UserError: the run needs a network that the checkpoint does not hold.
     """
     if not weights:
         return
@@ -37,14 +37,14 @@ def adapt_weights(
         remedy = "set beta to 0 and leave kl_reward out" if needs_reference else "leave it out"
         raise UserError(
             f"model.{field}, but the checkpoint holds no {'reference policy' if needs_reference else 'critic'}, and "
-            f"its own policy has left SFT. Start from sft.ckpt, or {remedy}."
+            f"its policy was trained beyond SFT. Start from sft.ckpt, or {remedy}."
         )
     for name in missing:
         weights[name] = weights.get(_learned_from(name), own[name]).clone()
 
 
 def _learned_from(name: str) -> str:
-    """What a weight of the reference was copied from; a critic's weights are its own."""
+    """Name of the weight that a reference weight is a copy of; a critic's weights are no copies."""
     return trained_name(name) if is_reference(name) else name.replace("reference.", "policy.", 1)
 
 
@@ -57,17 +57,17 @@ def _require_same_adapters(weights: dict[str, Any], own: dict[str, Tensor]) -> N
     ours = {name: shape for name, shape in ours.items() if not name.startswith("critic.")}
     if theirs != ours:
         raise UserError(
-            f"model.policy.lora: the checkpoint has {len(theirs)} weights of adapters, this run {len(ours)}, and their "
+            f"model.policy.lora: the checkpoint has {len(theirs)} adapter weights, this run {len(ours)}, and their "
             "names and shapes differ. Take the checkpoint's own model.policy.lora, or start from its exported model."
         )
 
 
 def number_parameters(states: list[dict[str, Any]], numbers: dict[str, int]) -> None:
-    """Let optimizers' states that were written by FSDP2, by the names of parameters, go by their numbers; in place.
+    """Rename parameters in the optimizer states that FSDP2 writes, from names to numbers; in place.
 
     Args:
-        states: of the checkpoint, one optimizer; those that go by numbers stay as they are
-        numbers: of this run's trained parameters; one that the run does not have gets a number behind them
+        states: the checkpoint's, one optimizer; states that use numbers stay as they are
+        numbers: number by name of this run's trained parameters; other parameters get the numbers after these
     """
     for state in states:
         names = [name for group in state["param_groups"] for name in group["params"] if isinstance(name, str)]
@@ -78,15 +78,15 @@ def number_parameters(states: list[dict[str, Any]], numbers: dict[str, int]) -> 
 
 
 def adapt_optimizer(states: list[dict[str, Any]], fresh: dict[str, Any], *, is_entry: bool) -> None:
-    """Where a checkpoint's optimizer has other parameters, put a fresh state in its place.
+    """Replace the state of an optimizer with other parameters by a fresh one, at the end of SFT; in place.
 
     Args:
-        states: of the checkpoint, one optimizer
-        fresh: state of the run's optimizer, as it was built
-        is_entry: whether the checkpoint was made at the end of SFT, when the optimizer starts anew in any case
+        states: the checkpoint's, one optimizer
+        fresh: initial state of the run's optimizer
+        is_entry: whether the checkpoint was made at the end of SFT, when the optimizer restarts anyway
 
     Raises:
-        UserError: it was not.
+        UserError: the parameters differ in a checkpoint from any other time.
     """
     if not states or _group_sizes(states[0]) == _group_sizes(fresh):
         return

@@ -1,4 +1,4 @@
-"""Opens checkpoints as data: nothing in them is run, and what is none is told apart from what was cut off."""
+"""Loads checkpoints as plain data without running code, and explains damaged and foreign files."""
 
 import pickle
 import zipfile
@@ -10,23 +10,24 @@ import torch
 from egspo_lightning.errors import UserError
 
 SHARDED_PARTS = ("meta.pt", ".metadata")
-"""What a sharded checkpoint's folder holds besides the shards."""
+"""Files in the folder of a sharded checkpoint besides the shards."""
 WRITER = "pytorch-lightning_version"
+"""Key that Lightning writes into every checkpoint."""
 
 
 def open_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds; its tensors are read from the file when they are used. A sharded one's are not in it.
+    """Load a checkpoint; a file's tensors are read when they are used, a sharded checkpoint's are left out.
 
     Raises:
-        UserError: it is no checkpoint of this program, was cut off while it was written, or would have to run code.
+        UserError: it is no checkpoint of this program, is incomplete, or would have to run code.
     """
     if not path.exists():
         raise UserError(f"ckpt_path: no such file or folder: {path}.")
     if path.is_dir():
         if missing := [name for name in SHARDED_PARTS if not (path / name).is_file()]:
             raise UserError(
-                f"ckpt_path: {path} is a folder without {' and '.join(missing)}, so no sharded checkpoint. Give the "
-                "folder that the run wrote, or a .ckpt file."
+                f"ckpt_path: {path} is a folder without {' and '.join(missing)}, so it is no sharded checkpoint. "
+                "Give the folder that the run wrote, or a .ckpt file."
             )
         return _require_ours(_load(path / SHARDED_PARTS[0]), path)
     return _require_ours(_load(path), path)
@@ -46,7 +47,7 @@ def _load(path: Path) -> Any:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "it is no plain data")
         raise UserError(
             f"ckpt_path: {path} would have to run code to be loaded ({reason.strip().split('. ')[0]}), and is not "
-            "loaded. Checkpoints of this program hold plain data alone."
+            "loaded. Checkpoints of this program hold only plain data."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,7 +1,7 @@
-"""The state of the global random generators of a process, in a form that a checkpoint can hold.
+"""Random states: the global generators of Python, NumPy and torch, as checkpoints can hold them.
 
-The project's own streams are named by seed, collection and problem, and need no state. A user's reward or gate may use
-the global ones.
+The project's own random streams are derived from seed, rollout batch and problem, and need no state. A user's reward or
+gate may use the global generators.
 """
 
 import random
@@ -14,7 +14,7 @@ import torch
 def random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, as ``torch.load(weights_only=True)`` reads them."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  the global one
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  the global generator
     return {
         "python": {"version": version, "numbers": torch.tensor(numbers, dtype=torch.int64), "gauss": gauss},
         "numpy": {
@@ -30,7 +30,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Go on with the same numbers; states of devices that are not here are left out."""
+    """Restore the generators; CUDA states are skipped if the number of devices differs."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)

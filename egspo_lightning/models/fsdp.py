@@ -1,4 +1,4 @@
-"""FSDP2: how a policy is cut into shards, and how it is made whole for sampling."""
+"""FSDP2 sharding: shards networks over ranks, and gathers their weights for sampling and scoring."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +26,12 @@ class ShardingPlan:
     """How networks are sharded.
 
     Args:
-        param_dtype: What weights are gathered and computed in, while shards, gradients and the optimizer's state keep
-            the weights' own type; None gathers them as they are.
+        param_dtype: Type in which weights are gathered and computed; None keeps the type of the shards. Shards,
+            gradients and the optimizer's state always keep theirs.
         reshard_after_forward: Free a block's gathered weights after its forward pass and gather them again in the
-            backward pass (ZeRO-3); otherwise they are held in between (ZeRO-2): less traffic, more memory.
-        cpu_offload: Keep shards, gradients and moments in the host's memory, where the optimizer then steps; a block's
-            shard is copied to the device when it is gathered.
+            backward pass (ZeRO-3); false holds them in between (ZeRO-2): less traffic, more memory.
+        cpu_offload: Keep shards, gradients and the optimizer's state in the host's memory, where the optimizer steps;
+            a block's shard is copied to the device when it is gathered.
     """
 
     param_dtype: torch.dtype | None = None
@@ -40,23 +40,23 @@ class ShardingPlan:
 
     @property
     def precision(self) -> MixedPrecisionPolicy:
-        """Gradients are summed over ranks in float32 whatever the weights are gathered in."""
+        """FSDP2's precision: gradients are summed over ranks in float32, whatever the weights are gathered in."""
         reduced = None if self.param_dtype is None else torch.float32
         return MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=reduced)
 
     def offloading(self, device_type: str) -> OffloadPolicy:
-        """Memory is pinned, so that copies go on beside the computation, where the device is not the host itself."""
+        """FSDP2's offload policy; memory is pinned for devices other than the CPU: copies then overlap computation."""
         return CPUOffloadPolicy(pin_memory=device_type != "cpu") if self.cpu_offload else OffloadPolicy()
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, plan: ShardingPlan = ShardingPlan()) -> None:
-    """Shard each transformer block, and what is left (embeddings, final norm, heads) with the network as the root.
+    """Shard each transformer block, and the rest (embeddings, final norm, heads) with the network as the root.
 
-    A value head stays in float32, as ``ValueHead`` computes.
+    A value head stays in float32, in which ``ValueHead`` computes.
     """
     names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     for module in network.modules():
-        if isinstance(module, ValueHead):  # whose type is not that of the trunk
+        if isinstance(module, ValueHead):  # whose type may differ from the trunk's
             _shard(module, mesh, plan, MixedPrecisionPolicy())
         elif type(module).__name__ in names:
             _shard(module, mesh, plan, plan.precision)
@@ -79,7 +79,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, precision: M
 
 @contextmanager
 def gathered(network: nn.Module, plan: ShardingPlan = ShardingPlan()) -> Iterator[None]:
-    """Hold all weights on every rank, so that ranks may run different numbers of forward passes; collective.
+    """Gather all weights on every rank, so that ranks may run different numbers of forward passes; collective.
 
     Does nothing for a network that is not sharded.
     """
@@ -101,8 +101,8 @@ def gathered(network: nn.Module, plan: ShardingPlan = ShardingPlan()) -> Iterato
 
 
 def _make_root(network: nn.Module) -> None:
-    """A first forward pass through the whole: FSDP2 takes the module that it first sees running for the root."""
-    weight = next(network.parameters())  # offloaded, its shard lies elsewhere than where it is computed with
+    """Run a forward pass through the whole network: FSDP2 takes the first module that runs as the root."""
+    weight = next(network.parameters())  # an offloaded shard lies on another device than the computation
     device = torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
     probe = torch.zeros(1, 2, dtype=torch.long, device=device)
     with torch.no_grad():

@@ -1,19 +1,19 @@
-"""What Lightning's loops are told while a run is on: how many batches make an update, and that epochs are counted.
+"""Fit-loop overrides: gradient accumulation and length of an epoch, and epoch counting on resume.
 
-Lightning reads ``trainer.accumulate_grad_batches`` anew at every batch; its GradientAccumulationScheduler changes it
-between epochs. But it asks a loader for its length before ``on_train_epoch_start`` and, at the start of a run, before
-``on_train_start``: too early to sample the rollouts whose lengths decide. So the numbers are put right where the first
-batch is fetched, after those hooks: nothing has been counted against them by then but that the epoch is not empty.
+Lightning reads ``trainer.accumulate_grad_batches`` anew at every batch, as its GradientAccumulationScheduler needs. But
+it asks a loader for its length before ``on_train_epoch_start`` and, at the start of a run, before ``on_train_start``.
+Rollouts, whose lengths decide, are sampled later. So the numbers are corrected when the first batch is fetched, after
+those hooks. Until then Lightning has used them only to see that the epoch is not empty.
 """
 
 from typing import Any
 
 _GIVEN = "_egspo_given_parts"
-"""Where a fit loop keeps the user's own number."""
+"""Attribute of the fit loop that keeps the user's value of accumulate_grad_batches."""
 
 
 def settle(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
-    """Let the epoch that begins have ``num_updates`` updates of ``num_micro_batches`` batches each."""
+    """Set the length of the epoch that begins: ``num_updates`` optimizer steps of ``num_micro_batches`` batches."""
     loop, length = trainer.fit_loop, num_updates * num_micro_batches
     assert hasattr(loop, "max_batches")
     assert hasattr(loop, "_data_fetcher")
@@ -23,21 +23,21 @@ def settle(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
     loop.max_batches = length
     if isinstance(trainer.val_check_interval, float):
         trainer.val_check_batch = max(int(length * trainer.val_check_interval), 1)
-    if loop._data_fetcher is not None:  # there is none yet where the loader of a run's first epoch is asked for
-        loop._data_fetcher.length = length  # from which is_last_batch follows
+    if loop._data_fetcher is not None:  # a run's first loader is requested before there is one
+        loop._data_fetcher.length = length  # is_last_batch is derived from it
 
 
 def forget(trainer: Any) -> None:
-    """Leave the trainer's flag as the user gave it, where ``settle`` has changed it."""
+    """Restore the user's accumulate_grad_batches, if ``settle`` has changed it."""
     if hasattr(trainer.fit_loop, _GIVEN):
         trainer.accumulate_grad_batches = getattr(trainer.fit_loop, _GIVEN)
         delattr(trainer.fit_loop, _GIVEN)
 
 
 def count_epochs(trainer: Any) -> None:
-    """Have a run that is resumed begin with the epoch that comes, also where ``trainer.max_steps`` bounds it.
+    """Let a resumed run begin with the next epoch, also if ``trainer.max_steps`` bounds it.
 
-    Lightning takes such a run for one that counts no epochs: resumed where an epoch has just ended, it skips the next.
+    Lightning counts no epochs in such a run: resumed at the end of an epoch, it would skip the next one.
     """
     assert hasattr(trainer.fit_loop, "_iteration_based_training")
     trainer.fit_loop._iteration_based_training = lambda: False

@@ -1,4 +1,4 @@
-"""Builds the optimizer and the schedule that a config names, and refuses those that training cannot use."""
+"""Optimizers and learning-rate schedules: builds those of the config, and refuses unsupported ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,11 @@ from egspo_lightning.errors import UserError
 
 
 def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
-    """The optimizer over parameters or groups of them; Adam and AdamW in torch's fused form, unless they say otherwise.
+    """Build the optimizer over parameters or parameter groups; Adam and AdamW are fused, unless the config decides.
 
     Raises:
-        UserError: its arguments are out of range, it evaluates the loss several times a step, or it cannot step weights
-            that are sharded.
+        UserError: its arguments are out of range, it evaluates the loss several times a step, or it cannot step sharded
+            weights.
     """
     try:
         optimizer = factory(parameters)
@@ -23,8 +23,8 @@ def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opt
         raise UserError(f"model.optimizer: {error}. Change its init_args.") from error
     if isinstance(optimizer, LBFGS):
         raise UserError(
-            "model.optimizer: LBFGS evaluates the loss several times a step, so that no update could be "
-            "skipped. Use one of a gradient a step, such as torch.optim.AdamW."
+            "model.optimizer: LBFGS evaluates the loss several times a step, so no optimizer step could be skipped. "
+            "Use an optimizer that takes one gradient a step, such as torch.optim.AdamW."
         )
     if any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"]):
         require_shardable(optimizer)
@@ -33,24 +33,20 @@ def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opt
 
 
 def require_shardable(optimizer: Optimizer) -> None:
-    """Refuse an optimizer for weights that are sharded, where it cannot step them.
+    """Refuse an optimizer that cannot step sharded weights.
 
     Raises:
-        UserError: it is one of bitsandbytes, whose kernels take whole tensors alone.
+        UserError: it comes from bitsandbytes, whose kernels take only whole tensors.
     """
-    if _package(optimizer) == "bitsandbytes":
+    if type(optimizer).__module__.split(".")[0] == "bitsandbytes":
         raise UserError(
             f"model.optimizer: {type(optimizer).__name__} of bitsandbytes cannot step weights that trainer.strategy "
             "fsdp2 shards. Use torch.optim.AdamW, whose moments are sharded as well, or trainer.strategy auto or ddp."
         )
 
 
-def _package(optimizer: Optimizer) -> str:
-    return type(optimizer).__module__.split(".")[0]
-
-
 def _fuse(optimizer: Optimizer) -> None:
-    """The same step in one kernel, a fraction of the time of torch's default where parameters are many and small."""
+    """Step all parameters in one kernel: much faster than torch's default for many small parameters."""
     if type(optimizer) not in (Adam, AdamW):
         return
     for group in optimizer.param_groups:
@@ -60,10 +56,10 @@ def _fuse(optimizer: Optimizer) -> None:
 
 
 def build_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
-    """The schedule of the learning rate, stepped once an update.
+    """Build the learning-rate schedule, which advances once per optimizer step.
 
     Raises:
-        UserError: its arguments are out of range, or it waits for a metric, which no update has.
+        UserError: its arguments are out of range, or it depends on a metric.
     """
     try:
         scheduler = factory(optimizer)
@@ -71,7 +67,7 @@ def build_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer) -
         raise UserError(f"model.lr_scheduler: {error}. Change its init_args.") from error
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UserError(
-            "model.lr_scheduler: ReduceLROnPlateau answers to a metric, and schedules here are stepped once an update. "
-            "Use one of the step, such as torch.optim.lr_scheduler.LinearLR."
+            "model.lr_scheduler: ReduceLROnPlateau depends on a metric, and schedules advance once per optimizer step. "
+            "Use a schedule over steps, such as torch.optim.lr_scheduler.LinearLR."
         )
     return scheduler

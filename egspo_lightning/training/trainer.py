@@ -1,4 +1,4 @@
-"""Lightning's Trainer, with a log folder of its own for each run, whatever the logger."""
+"""Lightning's Trainer with a separate log folder for each run, whatever the logger."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 class RunTrainer(Trainer):
-    """Lightning's Trainer, but for ``log_dir`` with loggers that only know a folder for all runs.
+    """Lightning's Trainer, whose ``log_dir`` is a separate folder for each run.
 
-    Of those (MLflow, Weights & Biases) Lightning gives the common folder, in which the config, records and model of one
-    run would lie on those of another, or none. Here it is ``<folder>/<name>/<version>``, where ModelCheckpoint saves.
+    Some loggers (MLflow, Weights & Biases) have one folder for all runs, or none. Config, records and model of one run
+    would overwrite those of another there. With them it is ``<folder>/<name>/<version>``, where ModelCheckpoint saves.
     """
 
     @property

@@ -8,18 +8,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.models.lora import is_adapter, is_reference
 from egspo_lightning.models.policy_config import PolicyConfig
-from egspo_lightning.training.strategies import AnyCheckpointIO
+from egspo_lightning.training.fsdp2_strategy import AnyCheckpointIO
 from processes import SHORT_QUICKSTART, told_apart
 
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
 FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
 TO_FILE = [
-    "--trainer.strategy=egspo_lightning.training.strategies.FSDP2Strategy",
+    "--trainer.strategy=egspo_lightning.training.fsdp2_strategy.FSDP2Strategy",
     "--trainer.strategy.save_distributed_checkpoint=false",
     "--trainer.devices=2",
 ]
 OFFLOADED = [
-    "--trainer.strategy=egspo_lightning.training.strategies.FSDP2Strategy",
+    "--trainer.strategy=egspo_lightning.training.fsdp2_strategy.FSDP2Strategy",
     "--trainer.strategy.cpu_offload=true",
     "--trainer.devices=2",
 ]

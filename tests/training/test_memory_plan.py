@@ -117,7 +117,7 @@ def test_the_command_reads_fits_configs_and_says_whether_it_fits(repository, mon
     out = capsys.readouterr().out
     assert "fits in 80 GiB" in out
     assert "host" not in out
-    strategy = "--trainer.strategy=egspo_lightning.training.strategies.FSDP2Strategy"
+    strategy = "--trainer.strategy=egspo_lightning.training.fsdp2_strategy.FSDP2Strategy"
     main(["plan", *config[:2], strategy, "--trainer.strategy.cpu_offload=true", "--num_devices=2"])
     assert "In the host's memory, for each device: 0.002 GiB" in capsys.readouterr().out  # 16 bytes a weight, by 2
 
