@@ -1,4 +1,4 @@
-"""The policy as it was when a phase began, to be sampled from in another thread while the one in training goes on."""
+"""Policy snapshot: a copy of the networks that another thread samples from while training continues."""
 
 import copy
 import threading
@@ -15,22 +15,22 @@ from egspo_lightning.types import Scores
 
 
 class CancelledError(Exception):
-    """What ends the forward passes of a snapshot that nobody needs any more."""
+    """Ends the forward passes of a snapshot that is no longer needed."""
 
 
 class Snapshot:
-    """A copy of all that is trained, in eval mode; what is frozen, as the model under adapters, is shared.
+    """A copy of the trained networks in eval mode; frozen weights, such as the model under adapters, are shared.
 
-    Nothing in it is the thread's or the process's own: gradients and autocast, which torch keeps by thread, are set
-    where it is entered, and no other rank is talked to, whose main threads are busy talking about gradients.
+    Gradient mode and autocast, which torch keeps per thread, are set on entering. There are no collectives here: main
+    threads may be in an all-reduce of gradients.
 
     Args:
-        networks: Those in training; their copy is made here, and made anew by ``refresh``.
-        tokenizer: The policy's.
+        networks: The networks in training, copied here; ``refresh`` copies their weights again.
+        tokenizer: The policy's tokenizer.
         eos_ids: The tokens that end a completion.
-        precision: Enters the precision of training.
-        takes_sampled_statistics: As of the policy in training.
-        world_size: Ranks.
+        precision: Returns a context with the precision of training.
+        takes_sampled_statistics: Whether the engine's statistics can replace ``score``, as in training.
+        world_size: Number of ranks.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Snapshot:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def refresh(self, networks: Networks, policy_version: int) -> None:
-        """Be what these networks are now, after so many optimizer steps, in the memory that is there already."""
+        """Copy the networks' current weights, after ``policy_version`` optimizer steps, into the memory held here."""
         self._cancelled.clear()
         self.policy_version = policy_version
         with torch.no_grad():
@@ -65,7 +65,7 @@ class Snapshot:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Queue this thread's work on a GPU on a stream of its own; all of it is done in the end."""
+        """Run this thread's GPU work on a separate stream, and wait for it on leaving."""
         if self._stream is None:
             yield
             return
@@ -74,7 +74,7 @@ class Snapshot:
             self._stream.synchronize()
 
     def cancel(self) -> None:
-        """Let the next forward pass, and those after it, raise ``CancelledError``."""
+        """Let all further forward passes raise ``CancelledError``."""
         self._cancelled.set()
 
     def _end_if_cancelled(self, *_: Any) -> None:
@@ -83,36 +83,36 @@ class Snapshot:
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:
-        """The causal language model, without gradients, in the precision of training."""
+        """Enter no-grad mode and the precision of training; gives the causal language model."""
         with torch.no_grad(), self._precision():
             yield self._networks.policy.lm
 
     scoring = sampling
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
-        """Statistics of given sequences under the copies and the reference."""
+        """Scores of given sequences by the copies and the reference policy."""
         with self.scoring():
             return self._networks.score(input_ids.to(self.device), completion_mask.to(self.device))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The values themselves, of a single rank.
+        """The values themselves, on a single rank.
 
         Raises:
-            RuntimeError: there are more, with which another thread cannot talk.
+            RuntimeError: there are several ranks; only their main threads may communicate.
         """
         if self._world_size > 1:
-            raise RuntimeError("A snapshot was asked to talk to other ranks, whose main threads it would confuse.")
+            raise RuntimeError("A snapshot cannot sum over ranks: collectives of their main threads would mix with it.")
         return values
 
 
 def _copy(networks: Networks) -> Networks:
-    """What is trained is copied, and what is frozen shared."""
+    """A copy of the trained networks, which shares frozen weights."""
     policy, critic = (_copy_network(part) for part in (networks.policy, networks.critic))
     return replace(networks, policy=policy, critic=critic)
 
 
 def _copy_network(network: Any) -> Any:
-    """In eval mode. Parameters still say that they want gradients, by which torch chooses how to multiply."""
+    """A copy in eval mode. Parameters keep requires_grad, by which torch chooses the multiplication kernel."""
     if network is None:
         return None
     shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
@@ -120,12 +120,12 @@ def _copy_network(network: Any) -> Any:
 
 
 def _tensors(networks: Networks) -> list[Tensor]:
-    """Of policy and critic; the reference is frozen."""
+    """Parameters and buffers of policy and critic; the reference is frozen."""
     parts = [part for part in (networks.policy, networks.critic) if part is not None]
     return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
 
 
 def _trunks(networks: Networks) -> list[nn.Module]:
-    """What every forward pass of the copies goes through."""
+    """The trunks, through which every forward pass of the copies goes."""
     critic = [] if networks.critic is None else [networks.critic.trunk]
     return [networks.policy.lm.get_decoder(), *critic]
