@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
@@ -18,8 +17,6 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
-
-from egspo_lightning.models.fsdp import ShardingPlan
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -159,15 +156,6 @@ class AnyCheckpointIO(TorchCheckpointIO):
         shards = _load_distributed_checkpoint(Path(path))
         names = sorted(name for name in shards if name.startswith("optimizer_") and name != "optimizer_states")
         return shards | {"optimizer_states": [shards.pop(name) for name in names]}
-
-
-def sharding_plan(trainer: Trainer) -> ShardingPlan:
-    """The sharding plan of the run's strategy and precision."""
-    return ShardingPlan(
-        torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None,
-        reshard_after_forward=getattr(trainer.strategy, "reshard_after_forward", True),
-        cpu_offload=getattr(trainer.strategy, "cpu_offload", False),
-    )
 
 
 if "fsdp2" not in StrategyRegistry.available_strategies():

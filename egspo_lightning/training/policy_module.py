@@ -25,9 +25,8 @@ from egspo_lightning.models.networks import Networks
 from egspo_lightning.models.policy import Policy, Sequences, end_of_sequence_ids
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.models.snapshot import Snapshot
-from egspo_lightning.training.fsdp2_strategy import sharding_plan
 from egspo_lightning.training.optimizers import build_optimizer, build_scheduler
-from egspo_lightning.training.strategies import require_strategy
+from egspo_lightning.training.strategies import require_strategy, sharding_plan
 from egspo_lightning.types import ExpertBatch, NetworkOutputs, RolloutBatch, Scores, Stage
 
 

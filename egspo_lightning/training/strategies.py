@@ -12,6 +12,7 @@ Checkpoints of any of these resume under any other, files as well as the folders
 
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
@@ -25,6 +26,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.xla import XLAStrategy
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.models.fsdp import ShardingPlan
 from egspo_lightning.training.fsdp2_strategy import AnyCheckpointIO, FSDP2Strategy
 
 REFUSED: dict[type[Strategy], tuple[str, str]] = {
@@ -83,3 +85,12 @@ def require_strategy(trainer: Trainer) -> None:
         )
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = AnyCheckpointIO()
+
+
+def sharding_plan(trainer: Trainer) -> ShardingPlan:
+    """The sharding plan of the run's strategy and precision."""
+    return ShardingPlan(
+        torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None,
+        reshard_after_forward=getattr(trainer.strategy, "reshard_after_forward", True),
+        cpu_offload=getattr(trainer.strategy, "cpu_offload", False),
+    )

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from egspo_lightning.models.fsdp import shard
 from egspo_lightning.models.policy_config import PolicyConfig
-from egspo_lightning.training.fsdp2_strategy import FSDP2Strategy, sharding_plan
+from egspo_lightning.training.fsdp2_strategy import FSDP2Strategy
+from egspo_lightning.training.strategies import sharding_plan
 
 
 def placed(device: str = "cuda:0", **arguments: Any) -> FSDP2Strategy:
