@@ -50,11 +50,13 @@ def _learned_from(name: str) -> str:
 
 def _require_same_adapters(weights: dict[str, Any], own: dict[str, Tensor]) -> None:
     theirs, ours = (
-        {name: tuple(value.shape) for name, value in held.items() if is_adapter(name) and not is_reference(name)}
+        {
+            name: tuple(value.shape)
+            for name, value in held.items()
+            if is_adapter(name) and not is_reference(name) and not name.startswith("critic.")
+        }
         for held in (weights, own)
     )
-    theirs = {name: shape for name, shape in theirs.items() if not name.startswith("critic.")}
-    ours = {name: shape for name, shape in ours.items() if not name.startswith("critic.")}
     if theirs != ours:
         raise UserError(
             f"model.policy.lora: the checkpoint has {len(theirs)} adapter weights, this run {len(ours)}, and their "
