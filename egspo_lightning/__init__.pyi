@@ -65,7 +65,7 @@ from egspo_lightning.rollout.transformers_engine import TransformersEngine as Tr
 from egspo_lightning.rollout.vllm_engine import VLLMEngine as VLLMEngine
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus as EntropyBonus
 from egspo_lightning.training.adaptive_coefficients import KLReward as KLReward
-from egspo_lightning.training.strategies import FSDP2Strategy as FSDP2Strategy
+from egspo_lightning.training.fsdp2_strategy import FSDP2Strategy as FSDP2Strategy
 from egspo_lightning.types import Demonstration as Demonstration
 from egspo_lightning.types import Problem as Problem
 from egspo_lightning.types import Sampling as Sampling
