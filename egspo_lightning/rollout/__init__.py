@@ -1,1 +1,1 @@
-"""Prompts to completions to rewards to minibatches. Knows nothing of losses or gates."""
+"""Rollouts: engines, sampling, grading and scoring. Independent of losses and gates."""

@@ -1,4 +1,4 @@
-"""The collection after the one in training, made meanwhile in a thread from a snapshot of the policy."""
+"""Sampling ahead: a thread samples the next rollout batch from a snapshot of the policy."""
 
 import threading
 import time
@@ -15,13 +15,13 @@ from egspo_lightning.rollout.scoring import ScoredGroups
 Prepare = Callable[[RolloutPolicy], ScoredGroups]
 
 PATIENCE_S = 10.0
-"""How long ``drop`` waits for a reward that is the user's own, and cannot be ended."""
+"""Time that ``drop`` waits for a user's reward, which cannot be canceled."""
 
 
 class SamplingAhead:
-    """Holds one collection at most: one that is being made, has been made, or was in a checkpoint.
+    """Holds at most one rollout batch: in progress, complete, or from a checkpoint.
 
-    It is held packed, as a checkpoint holds it: on the CPU, and the same whether it comes from there or not.
+    The rollout batch is held packed, on the CPU, as in a checkpoint. So it is the same after a resume.
     """
 
     def __init__(self) -> None:
@@ -29,17 +29,17 @@ class SamplingAhead:
         self._thread: threading.Thread | None = None
         self._policy: FrozenPolicy | None = None
         self.saved: dict[str, Any] | None = None
-        """The collection of a checkpoint, packed, until it is taken."""
+        """The packed rollout batch of a checkpoint, until ``take``."""
         self.seconds_waited = 0.0
         """Time in which ``take`` had nothing to do but wait, the last time."""
 
     @property
     def is_there(self) -> bool:
-        """Whether a collection is held, made or not."""
+        """Whether a rollout batch is held, complete or in progress."""
         return self._making is not None or self.saved is not None
 
     def start(self, policy: FrozenPolicy, prepare: Prepare) -> None:
-        """Begin to make one; nothing may be held."""
+        """Start to make a rollout batch in a thread; none may be held."""
         assert not self.is_there
 
         def make() -> dict[str, Any]:
@@ -47,32 +47,32 @@ class SamplingAhead:
                 return pack(prepare(policy))
 
         self._policy, self._making = policy, Future()
-        # a daemon: a reward that hangs does not keep the process of a run that has ended
+        # a daemon: a reward that hangs does not keep the process alive
         self._thread = threading.Thread(target=_settle, args=(self._making, make), name="lookahead", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Let an error come up where training is, rather than when the collection is needed.
+        """Raise an error of the thread now, rather than when the rollout batch is needed.
 
         Raises:
-            Exception: what making the collection has raised.
+            Exception: the error of the thread.
         """
         if self._making is not None and self._making.done():
             self._making.result()
 
     def packed(self) -> dict[str, Any] | None:
-        """The collection for a checkpoint, made to its end; None where none is held.
+        """Wait for the packed rollout batch, for a checkpoint; None where none is held.
 
         Raises:
-            Exception: what making the collection has raised.
+            Exception: the error of the thread.
         """
         return self.saved if self._making is None else self._making.result()
 
     def take(self, device: torch.device) -> ScoredGroups | None:
-        """The collection, made to its end, on a device; it is held no longer. None where none is.
+        """Wait for the rollout batch and hand it over, on a device; None where none is held.
 
         Raises:
-            Exception: what making the collection has raised.
+            Exception: the error of the thread.
         """
         started = time.perf_counter()
         packed = self.packed()
@@ -81,14 +81,14 @@ class SamplingAhead:
         return None if packed is None else unpack_scored(packed, device)
 
     def cancel(self) -> None:
-        """Have what is being made end early; ``drop`` waits for it."""
+        """Cancel the sampling in progress; ``drop`` waits for its end."""
         if self._policy is not None:
             self._policy.cancel()
 
     def drop(self) -> None:
-        """Hold nothing any more; what is being made has ended when this returns, and its error is nobody's.
+        """Cancel the sampling in progress, wait for its end, and hold nothing. Its exceptions are discarded on purpose.
 
-        A user's reward that goes on for longer than ``PATIENCE_S`` is left behind, and ends with the process.
+        A user's reward that takes longer than ``PATIENCE_S`` is not waited for, and ends with the process.
         """
         self.cancel()
         if self._thread is not None:
@@ -97,7 +97,7 @@ class SamplingAhead:
 
 
 def _settle(future: Future[dict[str, Any]], make: Callable[[], dict[str, Any]]) -> None:
-    """Call, and give the future what comes of it."""
+    """Call a function, and set its result or exception on a future."""
     try:
         future.set_result(make())
     except BaseException as error:
