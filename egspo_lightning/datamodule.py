@@ -1,11 +1,11 @@
-"""The LightningDataModule: alternates between expert data and freshly sampled rollouts.
+"""The LightningDataModule: alternates between expert demonstrations and freshly sampled rollouts.
 
-All sizes in its config are global: those of one optimizer step, or of one collection, over all ranks and accumulated
+All sizes in its config are global: of one optimizer step or one rollout batch, over all ranks and accumulated
 micro-batches. More ranks, ``--trainer.accumulate_grad_batches`` or ``max_tokens_per_micro_batch`` change speed and
-memory, never the update.
+memory, never the optimizer step.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch import LightningDataModule, Trainer
@@ -17,7 +17,7 @@ from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
 from egspo_lightning.data.training_data import LongProblems, PromptEncoder, load_demonstrations, prepare_problems
-from egspo_lightning.errors import UserError, require
+from egspo_lightning.errors import require
 from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.evaluation.answer_sampling import GREEDY, AnswerSampling
 from egspo_lightning.evaluation.answerer import PREDICT, Answerer, Share
@@ -31,48 +31,44 @@ from egspo_lightning.rollout.policy_protocol import TrainedPolicy
 from egspo_lightning.rollout.scoring import CollectedRollouts
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.training.fit_loop import count_epochs, forget
-from egspo_lightning.training.micro_batches import longest_row
-from egspo_lightning.training.rollout_phase import Phases, PhaseSizes, Split
-from egspo_lightning.training.trainer_flags import require_budget, require_phases
-from egspo_lightning.types import ExpertSolution, ProblemBatch
-
-MOST = 10**8
-"""Of anything that is counted in memory: far above what fits, and below what would hang before it fails."""
+from egspo_lightning.training.rollout_phase import Phases, PhaseSizes, Process
+from egspo_lightning.training.setup_rules import require_positions, require_run
+from egspo_lightning.types import Count, NonNegativeInt, ProblemBatch, UnitInterval
 
 
 class HybridDataModule(LightningDataModule):
-    """Gives a pass of demonstrations in stage SFT, and in stage EGSPO a fresh collection of rollouts an epoch.
+    """Gives an SFT pass over the demonstrations in stage SFT, and a fresh rollout batch each epoch in stage EGSPO.
 
     Args:
         demonstrations: Expert solutions.
-        problems: Problems to sample rollouts for; those that also stand in a benchmark are dropped and counted.
-        benchmarks: What MathBenchmark, validate and test measure.
+        problems: Problems to sample rollouts for. Problems that a benchmark contains are dropped and counted.
+        benchmarks: Benchmarks for MathBenchmark, validate and test.
         engine: Samples completions.
-        reward: Scores completions in training; several at once with WeightedReward. What counts as right for
-            rollout/accuracy is the grader's affair, whatever the reward.
-        prompt: How a problem is put to the model.
-        sft_batch_size: Demonstrations an update in stage SFT.
-        expert_batch_size: Demonstrations that an update in stage EGSPO carries where mu > 0.
-        num_problems: Problems a rollout collection.
-        num_generations: Completions a problem.
-        expert_fraction: Share of a collection's problems, in [0, 1], that come from the demonstrations; the expert's
-            solution then stands beside the policy's completions as an off-policy sample (LUFFY).
-        max_resampling: Rounds at most in which groups whose rewards are all equal are replaced by those of other
-            problems (DAPO's dynamic sampling); 0 keeps them, and skips them in updates.
-        num_ppo_epochs: Passes over a collection.
-        num_minibatches: Updates a pass.
-        max_tokens_per_micro_batch: Tokens of prompts and completions in one forward and backward pass on a device at
-            most, to which a packed pass adds little padding; each phase then has the fewest micro-batches an update
-            that keep it, cut in the order of their lengths. null takes the number of trainer.accumulate_grad_batches.
-        max_staleness: Collections that the policy that samples may be behind the one in training: 0 samples, then
-            trains; 1 samples the next collection in a thread while this one is trained on.
-        max_prompt_length: Longest prompt in tokens; a demonstration with a longer one is dropped.
-        long_problems: What becomes of training problems with longer prompts: "error", or "drop", which counts them.
+        reward: Scores completions in training; combine several with WeightedReward. The grader alone decides
+            rollout/accuracy.
+        prompt: Template of the prompt for a problem.
+        sft_batch_size: Demonstrations of an optimizer step in stage SFT.
+        expert_batch_size: Demonstrations of an optimizer step in stage EGSPO, where mu > 0.
+        num_problems: Problems of a rollout batch.
+        num_generations: Completions of each problem.
+        expert_fraction: Share of the problems of a rollout batch that come from the demonstrations. Their groups also
+            hold the expert's solution, as an off-policy sample (LUFFY).
+        max_resampling: Most rounds that replace flat groups, whose rewards are all equal, by groups of other problems
+            (DAPO's dynamic sampling). 0 keeps flat groups; optimizer steps skip them.
+        num_ppo_epochs: Passes over a rollout batch.
+        num_minibatches: Optimizer steps of a pass.
+        max_tokens_per_micro_batch: Token budget, prompts and completions, of one forward and backward pass on a device.
+            A packed pass adds little padding to it. Each phase takes the fewest micro-batches that keep the budget,
+            split by length. null takes the number from trainer.accumulate_grad_batches.
+        max_staleness: Rollout batches that the sampling policy may be behind the trained one. 0 samples, then trains.
+            1 samples the next rollout batch in a thread while this one is trained on.
+        max_prompt_length: Longest prompt in tokens; demonstrations with longer ones are dropped.
+        long_problems: For training problems with longer prompts: "error", or "drop" to drop and count them.
         max_completion_length: Longest completion in tokens, EOS included; longer demonstrations are dropped.
         eval_batch_size: Problems answered at a time in evaluation, on each rank.
-        evaluation_grader: Says which answers are right in validate, test, predict and MathBenchmark.
-        predict_sampling: How predict answers problems; greedily and once by default.
-        seed: Order of the data and random streams of the rollouts; the command line sets it to seed_everything.
+        evaluation_grader: Grades answers in validate, test, predict and MathBenchmark.
+        predict_sampling: How predict samples answers; greedily and once by default.
+        seed: Seed of the data order and the rollouts; the command line sets it to seed_everything.
     """
 
     def __init__(
@@ -83,20 +79,20 @@ class HybridDataModule(LightningDataModule):
         engine: RolloutEngine = lazy_instance(TransformersEngine, max_batch_size=256),  # noqa: B008
         reward: Reward = lazy_instance(CorrectnessReward),  # noqa: B008
         prompt: PromptTemplate = PromptTemplate(),  # noqa: B008  frozen, so it can be shared
-        sft_batch_size: int = 64,
-        expert_batch_size: int = 16,
-        num_problems: int = 16,
-        num_generations: int = 8,
-        expert_fraction: float = 0.0,
-        max_resampling: int = 0,
-        num_ppo_epochs: int = 1,
-        num_minibatches: int = 1,
-        max_tokens_per_micro_batch: int | None = None,
-        max_staleness: int = 0,
-        max_prompt_length: int = 512,
-        max_completion_length: int = 1024,
+        sft_batch_size: Count = 64,
+        expert_batch_size: Count = 16,
+        num_problems: Count = 16,
+        num_generations: Count = 8,
+        expert_fraction: UnitInterval = 0.0,
+        max_resampling: NonNegativeInt = 0,
+        num_ppo_epochs: Count = 1,
+        num_minibatches: Count = 1,
+        max_tokens_per_micro_batch: Count | None = None,
+        max_staleness: Literal[0, 1] = 0,
+        max_prompt_length: Count = 512,
+        max_completion_length: Count = 1024,
         long_problems: LongProblems = "error",
-        eval_batch_size: int = 128,
+        eval_batch_size: Count = 128,
         evaluation_grader: MathGrader = lazy_instance(MathGrader),  # noqa: B008
         predict_sampling: AnswerSampling = GREEDY,
         seed: int = 0,
@@ -104,64 +100,67 @@ class HybridDataModule(LightningDataModule):
         super().__init__()
         self.demonstrations, self.problems, self.benchmarks = demonstrations, problems, benchmarks or []
         self.engine, self.reward, self.prompt = engine, WeightedReward.of(reward), prompt
-        self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
         self.num_problems, self.num_generations = num_problems, num_generations
-        self.expert_fraction = expert_fraction
-        self.num_ppo_epochs, self.num_minibatches = num_ppo_epochs, num_minibatches
+        self.expert_fraction, self.num_experts = expert_fraction, round(expert_fraction * num_problems)
         self.max_resampling, self.max_staleness = max_resampling, max_staleness
-        self.max_prompt_length, self.max_completion_length = max_prompt_length, max_completion_length
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.num_ppo_epochs, self.num_minibatches = num_ppo_epochs, num_minibatches
+        self.max_prompt_length, self.max_completion_length = max_prompt_length, int(max_completion_length)
+        max_tokens = None if max_tokens_per_micro_batch is None else int(max_tokens_per_micro_batch)
+        self.max_tokens_per_micro_batch = max_tokens
+        self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
         self.eval_batch_size, self.seed, self.long_problems = eval_batch_size, seed, long_problems
-        for name, value in vars(self).items():
-            if name in ("num_ppo_epochs", "num_minibatches", "max_prompt_length") or name.endswith("_batch_size"):
-                require(value >= 1, f"data.{name}", value, "at least 1")
-            if value is not None and (name.startswith(("num_", "max_")) or name.endswith("_batch_size")):
-                require(value <= MOST, f"data.{name}", value, f"at most {MOST}")
-        allowed = "0, or 1: one snapshot of the policy samples while it trains, so rollouts are one collection old"
-        require(max_staleness in (0, 1), "data.max_staleness", max_staleness, allowed)
-        require(0 <= expert_fraction <= 1, "data.expert_fraction", expert_fraction, "in [0, 1]")
-        num_experts = round(expert_fraction * num_problems)
-        allowed = f"0, or large enough to be at least one of the {num_problems} problems of data.num_problems"
-        require(num_experts > 0 or expert_fraction == 0, "data.expert_fraction", expert_fraction, allowed)
         self.num_duplicates = 0
-        """Training problems and demonstrations that a benchmark asks; they are dropped."""
+        """Training problems and demonstrations that a benchmark contains; they are dropped."""
         self.answerer = Answerer(
-            self.benchmarks, engine, evaluation_grader, predict_sampling, max_completion_length, seed
+            self.benchmarks, engine, evaluation_grader, predict_sampling, self.max_completion_length, seed
         )
-        collector = Collector(
-            engine=engine,
+        sizes = PhaseSizes(sft_batch_size, expert_batch_size, num_ppo_epochs, num_minibatches, max_tokens)
+        self.phases = Phases(self._collector(), sizes, seed)
+
+    def _collector(self) -> Collector:
+        return Collector(
+            engine=self.engine,
             reward=self.reward,
-            draw=problems.draw,
-            draw_experts=self._draw_experts,
+            draw=self.problems.draw,
+            draw_experts=lambda start, count: self._pool.solutions(start, count) if count else [],
             encode=lambda problem: self.encoder.encode(problem),
-            num_problems=num_problems,
-            num_experts=num_experts,
-            num_generations=num_generations,
-            max_completion_length=max_completion_length,
-            max_resampling=max_resampling,
-            seed=seed,
+            num_problems=self.num_problems,
+            num_experts=self.num_experts,
+            num_generations=self.num_generations,
+            max_completion_length=self.max_completion_length,
+            max_resampling=self.max_resampling,
+            seed=self.seed,
         )
-        sizes = PhaseSizes(
-            sft_batch_size, expert_batch_size, num_ppo_epochs, num_minibatches, max_tokens_per_micro_batch
-        )
-        self.phases = Phases(collector, sizes, seed)
 
     # Set-up
 
     def setup(self, stage: str) -> None:
-        """Load what the run needs; drop what training shares with a benchmark."""
+        """Check the run's settings, and load its data; drop training data that a benchmark contains.
+
+        Raises:
+            UserError: settings do not fit together, or data cannot be read.
+        """
         self.answerer.load(self.encoder)
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
         if stage == TrainerFn.FITTING:
             count_epochs(self._trainer)
-            require_phases(self._trainer, finds_parts=self.max_tokens_per_micro_batch is not None)
-            self.require_budget(self._trainer.accumulate_grad_batches, is_mixed=self._policy.mixes_expert_data)
-            self._require_groups()
-            self._require_ranks_apart()
-            self._policy.accept_staleness(self.max_staleness)
+            require_run(self._trainer, self._policy, self)
             if self.phases.pool is None:
                 self._load_training_data()
+        module: Any = self._trainer.lightning_module
+        require_positions(module.policy_config.max_positions(), self.max_prompt_length, self._completion_limits(stage))
+
+    def _completion_limits(self, stage: str) -> list[tuple[str, int]]:
+        """Config field and value of each limit of a completion that a stage samples, in tokens."""
+        fields = {
+            benchmark.name: f"max_completion_length of benchmark {benchmark.name!r}" for benchmark in self.benchmarks
+        }
+        if stage == TrainerFn.PREDICTING:
+            fields = {PREDICT: "data.predict_sampling.max_completion_length"}
+        limits = [(field, self.answerer.sampling(name)[1].max_completion_length) for name, field in fields.items()]
+        trained = [("data.max_completion_length", self.max_completion_length)] if stage == TrainerFn.FITTING else []
+        return trained + limits
 
     def _load_training_data(self) -> None:
         excluded, length = self.answerer.asked, self.max_completion_length
@@ -181,45 +180,8 @@ class HybridDataModule(LightningDataModule):
             f"{dropped[0]}; because they are too long: {dropped[1]}."
         )
 
-    def require_budget(self, parts: int, *, is_mixed: bool) -> None:
-        """Refuse a budget of tokens that cannot be kept, or stands beside a number of micro-batches.
-
-        Args:
-            parts: trainer.accumulate_grad_batches
-            is_mixed: whether updates on rollouts carry demonstrations as well
-        """
-        if self.max_tokens_per_micro_batch is not None:
-            longest = longest_row(self.max_prompt_length, self.max_completion_length, is_mixed=is_mixed)
-            require_budget(self.max_tokens_per_micro_batch, longest, parts)
-
-    def _require_groups(self) -> None:
-        """Refuse what the ranks cannot share, and what the advantage estimator cannot use."""
-        least, ranks = self._policy.min_generations, self._trainer.world_size
-        allowed = f"at least {least} with this model.advantage, which compares the completions of a group"
-        require(self.num_generations >= least, "data.num_generations", self.num_generations, allowed)
-        if self.expert_fraction > 0 and not self._policy.takes_expert_rollouts:
-            raise UserError(
-                f"data.expert_fraction = {self.expert_fraction} puts experts' solutions among the rollouts, which "
-                "model.advantage cannot credit. Set expert_fraction to 0, or choose GroupRelative or LeaveOneOut."
-            )
-        allowed = f"a multiple of the {ranks} ranks, which share the problems evenly"
-        require(self.num_problems % ranks == 0, "data.num_problems", self.num_problems, allowed)
-        most = self.num_problems * self.num_generations // ranks
-        allowed = f"at most {most}, the completions that each rank has"
-        require(self.num_minibatches <= most, "data.num_minibatches", self.num_minibatches, allowed)
-
-    def _require_ranks_apart(self) -> None:
-        """Refuse what ranks would have to settle in a thread while their main threads talk about gradients."""
-        ranks = self._trainer.world_size
-        if self.max_staleness > 0 and self.max_resampling > 0 and ranks > 1:
-            raise UserError(
-                f"data.max_resampling = {self.max_resampling} has {ranks} ranks agree in each round on the groups to "
-                f"replace, which they cannot while they train, as data.max_staleness = {self.max_staleness} asks for. "
-                "Set one of them to 0, or use one rank."
-            )
-
     def teardown(self, stage: str) -> None:
-        """End sampling ahead, the graders' processes, and what the engine holds."""
+        """End sampling ahead, the graders' processes, and the engine."""
         self.answerer.close()
         forget(self._trainer)
         self._end_sampling()
@@ -227,41 +189,37 @@ class HybridDataModule(LightningDataModule):
             self.engine.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """No thread outlives the run, whatever has ended it."""
+        """End sampling ahead: no thread outlives the run."""
         forget(self._trainer)
         self._end_sampling()
 
     def _end_sampling(self) -> None:
         self.phases.ahead.cancel()
-        self.reward.close()  # a thread that waits for grades has an error instead
+        self.reward.close()  # ends a thread that waits for grades
         self.phases.drop_ahead()
-        self.reward.close()  # it may have started new workers before it ended
+        self.reward.close()  # the thread may have started new workers before it ended
 
     # Training
 
     def train_dataloader(self) -> SizedLoader:
-        """The loader of the coming epoch, by the policy's stage."""
-        self.encoder.require_positions(self.max_completion_length, self._policy.max_positions)
-        for benchmark in self.benchmarks:  # now rather than when the first is measured, perhaps after all of SFT
-            self._require_positions(benchmark.name)
-        return self.phases.loader(self._policy, self._split, looks_ahead=self.max_staleness > 0 and self._is_followed)
+        """The loader of the next phase, by the policy's stage."""
+        num_micro_batches, samples_ahead = self._trainer.accumulate_grad_batches, self.max_staleness > 0
+        return self.phases.loader(
+            self._policy, self._process, num_micro_batches, samples_ahead=samples_ahead and self._is_followed
+        )
 
     @property
     def _is_followed(self) -> bool:
-        """Whether a phase comes after the one whose loader is asked for, as far as it can be known."""
+        """Whether another phase follows the one whose loader Lightning asks for, as far as it can be known."""
         trainer = self._trainer
         steps = trainer.global_step + self.num_ppo_epochs * self.num_minibatches
         has_epochs = trainer.max_epochs in (None, -1) or trainer.current_epoch + 1 < trainer.max_epochs
         return has_epochs and (trainer.max_steps == -1 or steps < trainer.max_steps)
 
-    def _draw_experts(self, start: int, count: int) -> list[ExpertSolution]:
-        """Demonstrations that stand among rollouts, from an endless order of their own."""
-        return self._pool.solutions(start, count) if count else []
-
     # Evaluation
 
     def val_dataloader(self) -> list[SizedLoader]:
-        """The benchmarks, one loader each; in fit MathBenchmark asks for them when it wants them."""
+        """The benchmarks, one loader each; none in fit, where MathBenchmark evaluates."""
         return [] if self._trainer.state.fn == TrainerFn.FITTING else self.test_dataloader()
 
     def test_dataloader(self) -> list[SizedLoader]:
@@ -270,11 +228,11 @@ class HybridDataModule(LightningDataModule):
         return [_loader(self.benchmark_batches(benchmark)) for benchmark in self.benchmarks]
 
     def predict_dataloader(self) -> SizedLoader:
-        """The problems of a finite source, each once and in its order."""
+        """The problems of a finite source, once each, in order."""
         return _loader(self._share_of(PREDICT))
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Problems are text: there is nothing to move, and Lightning refuses their frozen ``Sampling``."""
+        """Leave problems where they are: they are text, and Lightning refuses their frozen ``Sampling``."""
         if isinstance(batch, ProblemBatch):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -284,30 +242,19 @@ class HybridDataModule(LightningDataModule):
         return self._share_of(benchmark.name)
 
     def answer(self, batch: ProblemBatch) -> list[Answer]:
-        """Sample and grade the answers to a batch of problems, by an engine that is free or bears company."""
+        """Sample and grade answers to a batch of problems. Waits until the engine is free, unless it is re-entrant."""
         if not getattr(self.engine, "is_reentrant", False):
             self.phases.ahead.packed()
         return self.answerer.answer(self._policy, self.encoder, batch)
 
     def _share_of(self, name: str) -> list[ProblemBatch]:
-        self._require_positions(name)
-        share = Share(self._trainer.global_rank, self._trainer.world_size, self.eval_batch_size)
-        return self.answerer.batches(name, share)
+        return self.answerer.batches(name, Share(*self._process, self.eval_batch_size))
 
-    def _require_positions(self, name: str) -> None:
-        """Refuse answers, to a benchmark or to the user, that are longer than the model was made for."""
-        if name == PREDICT:
-            field = "data.predict_sampling.max_completion_length"
-        else:
-            field = f"max_completion_length of benchmark {name!r}"
-        _, sampling = self.answerer.sampling(name)
-        self.encoder.require_positions(sampling.max_completion_length, self._policy.max_positions, field)
-
-    # What belongs to the run
+    # Parts of the run
 
     @property
     def encoder(self) -> PromptEncoder:
-        """Problems to ids, as this run puts them."""
+        """Encodes problems as this run's prompts."""
         return PromptEncoder(self.prompt, self._policy.tokenizer, self.max_prompt_length)
 
     @property
@@ -325,36 +272,35 @@ class HybridDataModule(LightningDataModule):
         return self.phases.pool
 
     @property
-    def _split(self) -> Split:
-        return Split(self._trainer.global_rank, self._trainer.world_size, self._trainer.accumulate_grad_batches)
+    def _process(self) -> Process:
+        return Process(self._trainer.global_rank, self._trainer.world_size)
 
-    # How far training has come
+    # Progress of training
 
     @property
     def rollouts(self) -> CollectedRollouts | None:
-        """The latest rollouts of this rank, for callbacks to look at."""
+        """The latest rollout batch of this rank, for callbacks."""
         return self.phases.rollouts
 
     @property
     def num_passes(self) -> int:
-        """Passes over the demonstrations, in stage SFT, begun in this run."""
+        """Number of SFT passes started."""
         return self.phases.num_passes
 
     @property
     def num_rollout_batches(self) -> int:
-        """Collections of rollouts that were sampled in this run."""
+        """Number of rollout batches started."""
         return self.phases.num_rollout_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the streams of data stand, and the rollouts of a phase that is under way. Collective."""
+        """Positions in the data, and the rollouts of a phase that is not done. Collective."""
         progress: Any = self._trainer.fit_loop.epoch_progress.current
         return self.phases.state_dict(self._policy, is_running=progress.ready > progress.processed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where they were; to measure a checkpoint, it does not matter."""
+        """Restore the positions in the data; evaluation does not need them."""
         if self._trainer.state.fn == TrainerFn.FITTING:
-            rank, ranks = self._trainer.global_rank, self._trainer.world_size
-            self.phases.load_state_dict(state_dict, rank, ranks, looks_ahead=self.max_staleness > 0)
+            self.phases.load_state_dict(state_dict, self._process, samples_ahead=self.max_staleness > 0)
             if state_dict.get("ahead") and not self.phases.ahead.is_there:
                 rank_zero_info(
                     "The checkpoint holds rollouts that were sampled ahead, on another number of ranks or with another "
@@ -363,5 +309,5 @@ class HybridDataModule(LightningDataModule):
 
 
 def _loader(batches: list[ProblemBatch]) -> SizedLoader:
-    """Batches as a loader; Lightning would take a list of batches for a list of loaders."""
+    """Batches as a loader: Lightning takes a list of batches for a list of loaders."""
     return SizedLoader(len(batches), lambda: iter(batches))

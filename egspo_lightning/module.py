@@ -1,6 +1,6 @@
 """The LightningModule: one ``training_step`` for both stages. It handles tensors and never reads text.
 
-One Lightning epoch is one phase: a pass of SFT, or one rollout collection with its PPO epochs and minibatches.
+One Lightning epoch is one phase: an SFT pass, or one rollout batch with its PPO epochs and minibatches.
 Optimization is automatic, so clipping, accumulation, precision, strategies and checkpoints work by flag.
 """
 
@@ -14,55 +14,53 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from egspo_lightning.errors import UserError, require
 from egspo_lightning.models.critic import CriticConfig
+from egspo_lightning.models.policy import Sequences
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics, Reduction
-from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
+from egspo_lightning.ops.estimators import Advantage, GroupRelative
 from egspo_lightning.ops.gate import Gate, QuantileGate
 from egspo_lightning.ops.losses import log_ratio
-from egspo_lightning.ops.masking import masked_mean
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 from egspo_lightning.training.advantage_and_gate import AdvantageAndGate
 from egspo_lightning.training.fit_loop import settle
 from egspo_lightning.training.nonfinite_updates import FiniteUpdates, NonFiniteError, Part, describe, pack
-from egspo_lightning.training.resumable_module import ResumableModule
+from egspo_lightning.training.policy_module import PolicyModule
+from egspo_lightning.training.rollout_checks import first_ratio_gap, require_version
+from egspo_lightning.training.setup_rules import require_bounded_passes, require_method
 from egspo_lightning.types import (
     ExpertBatch,
     Measurements,
     NetworkOutputs,
+    PositiveFloat,
+    PositiveInt,
     RolloutBatch,
     ScoredRollouts,
     Stage,
     TrainingBatch,
 )
 
-FULL_PRECISION_TOLERANCE = 1e-3
-"""Largest |log(pi / pi_old)| before the first update, nats, where everything is computed in float32."""
-LOW_PRECISION_TOLERANCE = 0.5
-"""The same in bfloat16 and float16: 4e-2 was seen on sharp models."""
 
-
-class EGSPOModule(ResumableModule):
+class EGSPOModule(PolicyModule):
     """Trains a policy by SFT, then by EGSPO, in the stage that ``StageTransition`` sets.
 
     Args:
         policy: The model.
         objective: Hyperparameters of the loss.
-        gate: Gives the entropy from which a token takes the full update.
-        attenuation: Gives the weight of the other tokens.
-        advantage: Turns the rewards of a collection into advantages.
-        critic: What estimates values; needed by GAE, and by nothing else.
-        kl_reward: KL to the reference as a part of the reward; none by default.
+        gate: Gives the entropy threshold tau: tokens at or above it take the full update.
+        attenuation: Gives the weight phi of the other tokens.
+        advantage: Estimates advantages from the rewards of a rollout batch.
+        critic: Estimates values; only GAE needs it.
+        kl_reward: KL to the reference policy as a part of the reward; none by default.
         entropy_bonus: Term for the policy's entropy in the loss; none by default.
         temperature: Sampling temperature of the rollouts; old, new and reference log-probabilities are taken at it.
         optimizer: The optimizer, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimizer steps; constant by default.
         initial_stage: sft, or egspo to start with rollouts at once.
-        max_bad_updates: Updates in a row with a loss or gradient that is not finite, after which the run stops. Each
-            is skipped and counted; at the last, weights and batch are written to nonfinite.ckpt for ``egspo replay``.
+        max_bad_updates: Stop after this number of optimizer steps in a row with a non-finite loss or gradient. Each
+            is skipped and counted. Weights and batch of the last go to nonfinite.ckpt, for ``egspo replay``.
     """
 
     def __init__(
@@ -75,40 +73,25 @@ class EGSPOModule(ResumableModule):
         critic: CriticConfig | None = None,
         kl_reward: KLReward | None = None,
         entropy_bonus: EntropyBonus | None = None,
-        temperature: float = 1.0,
+        temperature: PositiveFloat = 1.0,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         initial_stage: Literal["sft", "egspo"] = "sft",
-        max_bad_updates: int = 5,
+        max_bad_updates: PositiveInt = 5,
     ) -> None:
         has_reference = objective.beta > 0 or kl_reward is not None
         super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
         self.advantage_and_gate = AdvantageAndGate(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
-        self.objective, self.advantage, self.attenuation = objective, advantage, attenuation
-        self.entropy_bonus = entropy_bonus
-        self.advantage_and_gate.require_sense()
-        self._require_critic()
+        self.objective, self.advantage, self.gate, self.attenuation = objective, advantage, gate, attenuation
+        self.kl_reward, self.entropy_bonus = kl_reward, entropy_bonus
+        require_method(self)
         self._phase = PhaseMetrics()
         self._skip_update = False
-        require(max_bad_updates >= 1, "model.max_bad_updates", max_bad_updates, "at least 1")
-        self._finite = FiniteUpdates(max_bad_updates)
-
-    def _require_critic(self) -> None:
-        name = type(self.advantage).__name__
-        if self.advantage.needs_values and self.critic_config is None:
-            raise UserError(
-                f"model.advantage {name} needs model.critic, which is null. Set model.critic.trunk to shared (a value "
-                "head on the policy) or own, or choose another advantage."
-            )
-        if self.critic_config is not None and not self.advantage.needs_values:
-            raise UserError(
-                f"model.critic is set, but model.advantage {name} uses no values. Leave model.critic out, or set "
-                "model.advantage to egspo_lightning.ops.estimators.GAE."
-            )
+        self._finite = FiniteUpdates(int(max_bad_updates))
 
     @property
     def mixes_expert_data(self) -> bool:
-        """Whether updates on rollouts carry expert demonstrations as well."""
+        """Whether optimizer steps on rollouts carry expert demonstrations as well."""
         return self.objective.mixes_expert_data
 
     @property
@@ -116,41 +99,25 @@ class EGSPOModule(ResumableModule):
         """Whether rollouts of advantage 0 take part in the loss."""
         return self.objective.needs_every_rollout or self.critic_config is not None or self.entropy_bonus is not None
 
-    @property
-    def min_generations(self) -> int:
-        """The least number of completions a problem that advantages can be estimated from."""
-        return self.advantage.min_generations
-
-    @property
-    def takes_expert_rollouts(self) -> bool:
-        """Whether experts' solutions may stand among the rollouts."""
-        return isinstance(self.advantage, ExpertAdvantage)
-
     # Training
 
     def on_train_epoch_start(self) -> None:
-        """A phase begins: its rollouts are stamped with the policy as it is now, or as it was one phase ago."""
+        """Begin a phase: its rollouts come from the policy as it is now or, sampled ahead, as it was one phase ago."""
         self._previous_version, self._phase_version = self._phase_version, self.policy_version
         self._phase.add({"stage": float(self.stage == Stage.EGSPO)})
 
     def settle_micro_batches(self, number: int, num_updates: int) -> None:
-        """Let this phase have so many micro-batches an update, and log it.
+        """Set and log the number of micro-batches of each optimizer step of this phase.
 
         Raises:
-            UserError: the policy's rows go through it as one rectangle, whose padding no budget of tokens bounds.
+            UserError: no token budget can bound this model's passes.
         """
-        if not (self._policy.passes.packs or self._policy.passes.splits_rows):
-            raise UserError(
-                "data.max_tokens_per_micro_batch bounds packed passes, and under trainer.strategy fsdp2 this model's "
-                "rows go through it padded to the longest: it does not take transformers' sdpa attention in a way that "
-                "keeps packed rows apart. Set model.policy.attn_implementation to sdpa where it is something else; or "
-                "leave the budget out and give trainer.accumulate_grad_batches."
-            )
+        require_bounded_passes(self._policy.passes)
         settle(self.trainer, number, num_updates)
         self._phase.add({"update/micro_batches": float(number)}, "max")
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """The loss of a micro-batch, scaled so that the mean over micro-batches and ranks is that of the update."""
+        """Loss of a micro-batch, scaled so that its mean over micro-batches and ranks is that of the optimizer step."""
         if batch.stage != self.stage:
             raise RuntimeError(f"A batch of stage {batch.stage} came in stage {self.stage}: a loader was not renewed.")
         if batch.stage == Stage.SFT:
@@ -175,7 +142,7 @@ class EGSPOModule(ResumableModule):
     def _egspo_step(
         self, rollout: RolloutBatch, expert: ExpertBatch | None, weights: Coefficients
     ) -> tuple[Tensor, Metrics]:
-        self._refuse_stale(rollout)
+        self._require_fresh(rollout)
         if weights.mu == 0:
             expert = None  # a schedule may end there
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
@@ -186,16 +153,22 @@ class EGSPOModule(ResumableModule):
 
     @property
     def _needs_entropies(self) -> bool:
-        """Whether the loss asks for entropies of the policy as it is; the gate's are otherwise those of sampling."""
+        """Whether the loss needs entropies of the current policy; the gate normally uses those of sampling."""
         return self.objective.gate_entropy == "current" or self.entropy_bonus is not None
 
     def _egspo_forward(
         self, rollout: RolloutBatch, expert: ExpertBatch | None, *, with_entropies: bool
     ) -> tuple[NetworkOutputs, Tensor | None]:
-        """What the networks say of the rollouts, and the loss on the expert's solutions."""
+        """Network outputs on the rollouts, and the loss on the demonstrations, which share the policy's passes."""
+        rows = [Sequences(rollout.input_ids, rollout.completion_mask, self.temperature, with_entropies)]
+        if expert is not None:
+            rows.append(Sequences(expert.input_ids, expert.completion_mask, with_entropies=False))
+        current, *others = self._policy.together(*rows)
+        if self.critic is not None:
+            current = current._replace(values=self.critic(rollout.input_ids, rollout.completion_mask))
         if expert is None:
-            return self.statistics(rollout, with_entropies=with_entropies), None
-        current, stats = self.statistics_beside(rollout, expert, with_entropies=with_entropies)
+            return current, None
+        (stats,) = others
         loss = sft_loss(stats.logprobs, expert, weighting=self.objective.expert_weighting)
         return current, loss if stats.values is None else loss + self._untouched(stats.values)
 
@@ -209,7 +182,7 @@ class EGSPOModule(ResumableModule):
         return loss + weights.value * error, metrics | value_metrics
 
     def replay(self, part: Part) -> tuple[Tensor, NetworkOutputs]:
-        """The loss of a micro-batch that was kept, and what the networks say of its tokens, with gradient."""
+        """Loss of a saved micro-batch, and the network outputs on its tokens, with gradient."""
         rollout, expert, weights = part.batch.rollout, part.batch.expert, part.coefficients
         if rollout is None or weights is None:
             assert expert is not None
@@ -219,7 +192,7 @@ class EGSPOModule(ResumableModule):
         return self._egspo_loss(current, rollout, expert_loss, weights)[0], current
 
     def _untouched(self, values: Tensor | None) -> Tensor | float:
-        """0, with a gradient of 0 for a critic that this step does not train: DDP waits for one of everything."""
+        """0, with a gradient of 0 for a critic that this step does not train: DDP waits for every gradient."""
         if values is not None:
             return 0.0 * values.sum()
         if self.critic is None or self.device_mesh is not None or self.trainer.world_size == 1:
@@ -227,7 +200,7 @@ class EGSPOModule(ResumableModule):
         return 0.0 * torch.stack([p.flatten()[0] for p in self.critic.parameters()]).sum()
 
     def _coefficients(self) -> Coefficients:
-        """The weights of the loss's terms at this step of stage EGSPO."""
+        """Weights of the loss terms at this step of stage EGSPO."""
         step = self.global_step - self.entered_step
         critic, bonus = self.critic_config, self.entropy_bonus
         return Coefficients(
@@ -239,12 +212,12 @@ class EGSPOModule(ResumableModule):
 
     @property
     def _is_warming_up(self) -> bool:
-        """Whether only the critic is trained as yet."""
+        """Whether only the critic is trained so far."""
         critic = self.critic_config
         return critic is not None and self.global_step - self.entered_step < critic.warmup_steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """What is not trained in this step must not be moved by the optimizer's momentum or weight decay either."""
+        """Drop gradients that this step must not apply: momentum and weight decay then move nothing either."""
         policy, critic = self._trained_parameters()
         scaled = str(self.trainer.precision) == "16-mixed"  # its scaler skips, and lowers the scale
         is_bad = self._finite.judge([*policy, *critic], self.sum_over_ranks, scaled=scaled)
@@ -256,9 +229,9 @@ class EGSPOModule(ResumableModule):
             parameter.grad = None
 
     def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
-        """Log the phase at its last micro-batch: callbacks see the end of the phase before the module does.
+        """Log the phase at its last micro-batch, before callbacks see its end.
 
-        Lightning's ``log`` takes longer than many a metric, and at every step it would be called for each of them.
+        Metrics are logged once a phase because Lightning's ``log`` takes longer than computing them.
         """
         if self._finite.must_stop:
             self._stop_for_bad_updates()
@@ -267,16 +240,16 @@ class EGSPOModule(ResumableModule):
         self.log_phase(self._over_ranks(self._phase.take()))
 
     def log_phase(self, values: Mapping[str, float]) -> None:
-        """Log metrics of the phase, equal on all ranks, at its last update, to be called when that is done.
+        """Log metrics of a phase, equal on all ranks, after its last optimizer step.
 
-        At once: Lightning would log them after the phase's checkpoint, and a kill in between lose them.
+        Logs at once: Lightning would log after the phase's checkpoint, and a kill in between would lose the metrics.
         """
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in self.loggers:
             logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
 
     def _over_ranks(self, metrics: Mapping[Reduction, Metrics]) -> dict[str, float]:
-        """Means and maxima over all ranks, in one exchange."""
+        """Means and maxima over all ranks, in one collective."""
         keys = sorted((reduction, name) for reduction, found in metrics.items() for name in found)
         own = torch.stack([metrics[reduction][name].to(self.device) for reduction, name in keys])
         ranks = own.unsqueeze(0) if self.trainer.world_size == 1 else self._all_gather(own)
@@ -285,7 +258,7 @@ class EGSPOModule(ResumableModule):
         return {name: largest if reduction == "max" else mean for (reduction, name), mean, largest in both}
 
     def _stop_for_bad_updates(self) -> None:
-        """Write weights and batch as a checkpoint, and end. Collective."""
+        """Save weights and batch as a checkpoint, and end the run. Collective."""
         part, log_dir = self._finite.bad_part, self.trainer.log_dir
         assert part is not None
         path = Path(log_dir or self.trainer.default_root_dir) / "nonfinite.ckpt"
@@ -297,44 +270,29 @@ class EGSPOModule(ResumableModule):
             "learning rate, clip the gradient (trainer.gradient_clip_val), or look at the data, then resume."
         )
 
-    def _refuse_stale(self, rollout: RolloutBatch) -> None:
-        """Rollouts may be those of the policy at the start of this phase or, by data.max_staleness, the one before."""
+    def _require_fresh(self, rollout: RolloutBatch) -> None:
+        """Accept rollouts of the policy at the start of this phase or, by data.max_staleness, of the phase before."""
         allowed = {self._phase_version}
-        if self._staleness > 0:
+        if getattr(self.trainer.datamodule, "max_staleness", 0) > 0:  # type: ignore[attr-defined]
             allowed.add(max(self._previous_version, self.entered_step))  # never of stage SFT
-        if rollout.policy_version not in allowed:
-            raise RuntimeError(
-                f"Stale rollouts: they were sampled by the policy after {rollout.policy_version} optimizer steps, but "
-                f"this phase began at {self._phase_version}, and data.max_staleness = {self._staleness} allows for "
-                f"{' and '.join(map(str, sorted(allowed)))}. A loader that prefetches across phases does this."
-            )
+        require_version(rollout.policy_version, allowed, self._phase_version)
 
     def _check_first_ratio(self, logprobs: Tensor, rollout: RolloutBatch) -> None:
-        """Before the first update pi is pi_old, so every ratio must be 1 within the precision in use.
+        """Before the first optimizer step pi is pi_old, so every ratio must be 1 within the precision in use.
 
-        Rollouts that were sampled before the updates of the last phase have no such update: nothing is checked. The
-        first collection of the stage always is, and log-probabilities that are scored are compared with the engine's.
-
-        Where pi_old is the engine's own word, which comes from a cache and not from such a forward pass, single tokens
-        may be further off, and the mean is judged.
+        Rollouts that were sampled ahead have no such step and are not checked. The first rollout batch of the stage
+        always is, and scored log-probabilities are compared with the engine's.
         """
         mask = rollout.sampled_mask
         ratios = log_ratio(logprobs, rollout.old_logprobs).masked_fill(~mask, 0.0)
         self._phase.add({"policy/ratio_max": ratios.max().exp()}, "max")
-        if self.policy_version != rollout.policy_version:
-            return
-        distance = masked_mean(ratios.abs(), mask) if self.takes_sampled_statistics else ratios.abs().max()
-        self._phase.add({"policy/first_ratio_gap": distance}, "max")
-        tolerance = FULL_PRECISION_TOLERANCE if self.is_full_precision else LOW_PRECISION_TOLERANCE
-        if distance > tolerance:  # NaN is another matter: such an update is skipped, and kept for replay
-            raise RuntimeError(
-                f"Before the first update |log(pi / pi_old)| is {distance.item():.4f} nats, where at most {tolerance} "
-                "is expected: the training forward pass disagrees with the one that scored the rollouts (in float32, "
-                "with the engine that sampled them)."
-            )
+        if self.policy_version == rollout.policy_version:
+            is_mean = self.takes_sampled_statistics  # pi_old is then the engine's own word
+            gap = first_ratio_gap(ratios, mask, is_mean=is_mean, is_full_precision=self.is_full_precision)
+            self._phase.add({"policy/first_ratio_gap": gap}, "max")
 
     def to_rollout_batch(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
-        """Take a collection in: credit each token, settle the gate, and keep metrics for the first step to log."""
+        """Add advantages and the gate's threshold to scored rollouts, and keep the metrics of the rollout batch."""
         rollout, metrics = self.advantage_and_gate.to_rollout_batch(rollouts, self)
         metrics["rollout/staleness"] = torch.tensor(float(self.policy_version - rollouts.policy_version))
         pairs = self.sum_over_ranks(torch.tensor(list(measurements.values()), device=self.device))
@@ -342,7 +300,7 @@ class EGSPOModule(ResumableModule):
         self._phase.add(metrics | {name: torch.where(n > 0, total / n, total) for name, (total, n) in counted})
         return rollout
 
-    # Evaluation: the datamodule samples and grades; what it gives is passed on unread
+    # Evaluation: the datamodule samples and grades; its answers are passed on unread
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Answer a batch of benchmark problems."""
@@ -360,7 +318,7 @@ class EGSPOModule(ResumableModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep, besides what the networks need, what gate and controllers remember, and the metrics of the phase."""
+        """Also save the state of gate and adaptive coefficients, and the metrics of the phase."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["egspo"]["advantage_and_gate"] = self.advantage_and_gate.state_dict()
         checkpoint["egspo"]["metrics"] = self.collect_over_ranks(self._phase.state_dict())
@@ -369,7 +327,7 @@ class EGSPOModule(ResumableModule):
             checkpoint["egspo"]["bad_part"] = pack(self._finite.bad_part)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what they remembered."""
+        """Also restore the state of gate and adaptive coefficients, and the metrics of the phase."""
         super().on_load_checkpoint(checkpoint)
         self.advantage_and_gate.load_state_dict(checkpoint["egspo"]["advantage_and_gate"])
         metrics, rank = checkpoint["egspo"].get("metrics", []), self.trainer.global_rank

@@ -1,8 +1,10 @@
 import json
 
 import pytest
+from jsonargparse import ArgumentError, ArgumentParser
 
 from egspo_lightning.data.dataset_sources import DatasetDemonstrations, DatasetProblems
+from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import DatasetBenchmark
 
@@ -81,13 +83,43 @@ def test_a_benchmark_problem_that_is_too_long_is_refused_before_training(tiny_ru
         tiny_run(data=data).fit()
 
 
+SIZES = [
+    "sft_batch_size",
+    "expert_batch_size",
+    "num_problems",
+    "num_generations",
+    "num_ppo_epochs",
+    "num_minibatches",
+    "max_tokens_per_micro_batch",
+    "max_prompt_length",
+    "max_completion_length",
+    "eval_batch_size",
+]
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """The command line's parser of the datamodule's single values."""
+    parser = ArgumentParser(exit_on_error=False)
+    parts = {"demonstrations", "problems", "benchmarks", "engine", "reward", "evaluation_grader"}
+    parser.add_class_arguments(HybridDataModule, "data", skip=parts)
+    return parser
+
+
 @pytest.mark.parametrize(
-    "field",
-    ["sft_batch_size", "num_problems", "num_generations", "num_ppo_epochs", "num_minibatches", "max_prompt_length"],
+    ("field", "value"),
+    [(field, value) for field in SIZES for value in (0, -1, 10**8 + 1)]
+    + [("max_resampling", -1), ("max_staleness", 2), ("max_staleness", -1)]
+    + [("expert_fraction", -0.1), ("expert_fraction", 1.1)],
 )
-def test_sizes_below_one_are_refused_by_name(tiny_run, field):
-    with pytest.raises(UserError, match=rf"data\.{field} must be at least 1, got 0"):
-        tiny_run(data={field: 0})
+def test_values_out_of_range_are_refused_by_name(parser, field, value):
+    with pytest.raises(ArgumentError, match=rf"data\.{field}"):
+        parser.parse_args([f"--data.{field}={value}"])
+
+
+def test_the_ends_of_ranges_are_accepted(parser):
+    flags = [f"--data.{field}={value}" for field in SIZES for value in (1, 10**8)]
+    parser.parse_args([*flags, "--data.max_resampling=0", "--data.max_staleness=1", "--data.expert_fraction=1.0"])
 
 
 def test_more_minibatches_than_completions_are_refused(tiny_run):

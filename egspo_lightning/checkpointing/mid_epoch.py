@@ -1,36 +1,50 @@
-"""A phase that a checkpoint was made in: what is kept of it, and whether it can go on as it began."""
+"""Mid-epoch resume state: how far a phase has come, and whether a resumed run can continue it as it began."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from egspo_lightning.errors import UserError
 
 
-class CutOff(NamedTuple):
-    """A phase that is under way."""
+@dataclass
+class PhaseProgress:
+    """Position within one phase.
 
-    num_given: int
-    """Micro-batches that were trained on."""
-    length: int
-    """Micro-batches of the whole phase."""
-    parts: int
-    """Micro-batches an update."""
-    max_tokens: int | None
-    """Tokens of a micro-batch at most."""
-    packed: dict[str, Any] | None
-    """This rank's rollouts, in stage EGSPO."""
+    Args:
+        num_micro_batches: Micro-batches of each optimizer step, on each rank.
+        length: Micro-batches of the whole phase.
+        max_tokens: Token budget of a micro-batch, if any.
+        num_given: Micro-batches that the trainer has received.
+        rollouts: In a loaded checkpoint, this rank's rollout batch; None in stage SFT.
+    """
 
-    def state_dict(self, collections: list[dict[str, Any] | None]) -> dict[str, Any]:
-        """For a checkpoint, with the rollouts of every rank."""
-        return {name: value for name, value in self._asdict().items() if name != "packed"} | {
-            "collections": collections
+    num_micro_batches: int = 0
+    length: int = 0
+    max_tokens: int | None = None
+    num_given: int = 0
+    rollouts: dict[str, Any] | None = None
+
+    @property
+    def is_within(self) -> bool:
+        """Whether some micro-batches of the phase are done and others are left."""
+        return 0 < self.num_given < self.length
+
+    def state_dict(self, rollouts: list[dict[str, Any] | None]) -> dict[str, Any]:
+        """Plain values for a checkpoint, with the rollout batches of all ranks."""
+        return {
+            "num_given": self.num_given,
+            "length": self.length,
+            "parts": self.num_micro_batches,
+            "max_tokens": self.max_tokens,
+            "collections": rollouts,
         }
 
     @classmethod
-    def of_checkpoint(cls, state: dict[str, Any], rank: int, world_size: int) -> "CutOff":
-        """That of this rank.
+    def from_state_dict(cls, state: dict[str, Any], rank: int, world_size: int) -> "PhaseProgress":
+        """The progress that a checkpoint holds for one rank.
 
         Raises:
-            UserError: another number of ranks shared its data.
+            UserError: the checkpoint was saved on another number of ranks.
         """
         saved = len(state["collections"])
         if saved != world_size:
@@ -38,19 +52,19 @@ class CutOff(NamedTuple):
                 f"ckpt_path: the checkpoint was made within a phase whose data {saved} ranks shared, and this run has "
                 f"{world_size}. Resume on {saved}, or from a checkpoint of the end of a phase."
             )
-        parts, max_tokens = state.get("parts", 0), state.get("max_tokens")  # absent from before there was a bound
-        return cls(state["num_given"], state["length"], parts, max_tokens, state["collections"][rank])
+        parts, max_tokens = state.get("parts", 0), state.get("max_tokens")  # older checkpoints have no budget
+        return cls(parts, state["length"], max_tokens, state["num_given"], state["collections"][rank])
 
-    def parts_now(self, num_updates: int, parts: int, max_tokens: int | None) -> int:
-        """Micro-batches an update with which it goes on.
+    def resume(self, num_steps: int, num_micro_batches: int, max_tokens: int | None) -> "PhaseProgress":
+        """The same position in this run's phase.
 
         Args:
-            num_updates: those of the phase, by this config
-            parts: micro-batches an update, where there is no bound
-            max_tokens: the bound of this config
+            num_steps: optimizer steps of the phase, by this config
+            num_micro_batches: micro-batches of an optimizer step where there is no budget
+            max_tokens: token budget of a micro-batch, by this config
 
         Raises:
-            UserError: it was cut otherwise.
+            UserError: this config splits the phase in another way than the checkpoint's.
         """
         if max_tokens != self.max_tokens:
             raise UserError(
@@ -58,20 +72,18 @@ class CutOff(NamedTuple):
                 f"data.max_tokens_per_micro_batch = {_shown(self.max_tokens)}, and this config has "
                 f"{_shown(max_tokens)}. Resume with that of the checkpoint, or from a checkpoint of the end of a phase."
             )
-        parts = parts if max_tokens is None else self.parts
-        flag = "data.num_minibatches or trainer.accumulate_grad_batches differ"
-        if max_tokens is not None:
-            flag = "or data.num_minibatches differ"
-        if num_updates * parts != self.length:
+        number = num_micro_batches if max_tokens is None else self.num_micro_batches
+        if num_steps * number != self.length:
+            flags = "data.num_minibatches or trainer.accumulate_grad_batches differ"
             raise UserError(
                 f"ckpt_path: the checkpoint was made within a phase of {self.length} micro-batches a rank, and with "
-                f"this config a phase has {num_updates * parts}: the demonstrations, data.sft_batch_size, "
-                f"data.num_ppo_epochs, {flag}. Resume with those of the "
-                "checkpoint, or from a checkpoint of the end of a phase."
+                f"this config a phase has {num_steps * number}: the demonstrations, data.sft_batch_size, "
+                f"data.num_ppo_epochs, {flags if max_tokens is None else 'or data.num_minibatches differ'}. Resume "
+                "with those of the checkpoint, or from a checkpoint of the end of a phase."
             )
-        return parts
+        return PhaseProgress(number, self.length, max_tokens, self.num_given)
 
 
 def _shown(value: int | None) -> str:
-    """As a config has it."""
+    """A value as configs write it."""
     return "null" if value is None else str(value)

@@ -8,6 +8,7 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
 from egspo_lightning.training.memory_plan import Memory, Workload, plan
+from egspo_lightning.training.setup_rules import require_token_budget
 from egspo_lightning.types import Stage
 
 GIB = 2**30
@@ -48,7 +49,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
     precision = str(flags.precision or "32-true")
     is_bfloat16 = precision == "bf16-mixed"
     parts, max_tokens = int(flags.accumulate_grad_batches), data.max_tokens_per_micro_batch
-    data.require_budget(parts, is_mixed=model.mixes_expert_data)
+    require_token_budget(data, parts, is_mixed=model.mixes_expert_data)
     shares = num_devices * parts
     completions = data.num_problems * data.num_generations
     is_told = not is_bfloat16 and model.policy_config.dtype == "float32"

@@ -40,20 +40,6 @@ class PromptEncoder:
         """Whether ``encode`` refuses the problem."""
         return len(self.template.encode(self.tokenizer, problem.problem)) > self.max_length
 
-    def require_positions(
-        self, completion_length: int, most: int | None, field: str = "data.max_completion_length"
-    ) -> None:
-        """Refuse limits above the model's number of positions; ``field`` is the config key of the completion length.
-
-        Raises:
-            UserError: a prompt and a completion can have more than ``most`` tokens together.
-        """
-        if most is not None and self.max_length + completion_length > most:
-            raise UserError(
-                f"data.max_prompt_length + {field} = {self.max_length} + {completion_length} is more than the {most} "
-                "positions of the model. Lower one of them."
-            )
-
 
 def load_demonstrations(
     source: DemonstrationSource,

@@ -102,6 +102,14 @@ class PolicyConfig:
             self.lora.inject(lm, with_reference=with_reference)
         return Policy(lm, ValueHead(lm) if with_value_head else None)
 
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model supports, in tokens; None where its config does not say.
+
+        Raises:
+            UserError: the config cannot be loaded.
+        """
+        return getattr(self._load(AutoConfig, "config"), "max_position_embeddings", None)
+
     def require_vocabulary(self, tokenizer: Any) -> None:
         """Refuse a model whose vocabulary is smaller than the tokenizer's.
 

@@ -1,4 +1,4 @@
-"""What rollouts need of the thing that is trained; the LightningModule is one such thing."""
+"""Policy interface used for rollouts and by the datamodule; the LightningModule implements it."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ class RolloutPolicy(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """Its tokenizer; there before its weights are."""
+        """Its tokenizer, which is there before the weights are."""
         ...
 
     @property
@@ -24,53 +24,53 @@ class RolloutPolicy(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         ...
 
     @property
     def temperature(self) -> float:
-        """The sampling temperature, which all log-probabilities in training are taken at."""
+        """Sampling temperature; all log-probabilities in training are taken at it."""
         ...
 
     @property
     def policy_version(self) -> int:
-        """Optimizer steps taken: what rollouts are stamped with."""
+        """Optimizer steps taken; rollouts are stamped with it."""
         ...
 
     @property
     def takes_sampled_statistics(self) -> bool:
-        """Whether what the engine says of the tokens that it sampled can stand for ``score``."""
+        """Whether the engine's statistics of its sampled tokens can replace ``score``."""
         ...
 
     def sampling(self) -> AbstractContextManager[Any]:
-        """Enter eval mode, no gradients, the precision of training; gives the causal language model.
+        """Context that gives the causal language model in eval mode, without gradients, in the training precision.
 
-        All ranks must enter it, equally often; within it they are independent of one another.
+        All ranks must enter it equally often; within it they are independent of one another.
         """
         ...
 
     def scoring(self) -> AbstractContextManager[Any]:
-        """The same for ``score``, with all networks at hand; may hold ``sampling``'s own."""
+        """The same context for ``score``, with all networks; may be entered within ``sampling``."""
         ...
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
-        """What the networks say of given sequences, at the sampling temperature."""
+        """Score given sequences with all networks, at the sampling temperature."""
         ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of equally shaped tensors over all ranks."""
+        """Sum equally shaped tensors over all ranks."""
         ...
 
 
 class FrozenPolicy(RolloutPolicy, Protocol):
-    """A policy as it was once, which another thread may use while the one in training goes on."""
+    """A snapshot of the policy, which another thread may use while training continues."""
 
     def apart(self) -> AbstractContextManager[None]:
-        """Enter what a thread needs so that its work on the device does not wait for that of training."""
+        """Context in which a thread's work on the device does not wait for training's."""
         ...
 
     def cancel(self) -> None:
-        """Let whatever is being computed with it end with an error, soon."""
+        """End computations with it early, with an error."""
         ...
 
 
@@ -79,54 +79,31 @@ class TrainedPolicy(RolloutPolicy, Protocol):
 
     @property
     def stage(self) -> Stage:
-        """What the coming epoch trains."""
-        ...
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence that the model was made for, in tokens; None where its config does not say."""
+        """The stage of the next epoch."""
         ...
 
     @property
     def mixes_expert_data(self) -> bool:
-        """Whether updates on rollouts carry expert demonstrations as well."""
+        """Whether optimizer steps on rollouts carry expert demonstrations as well."""
         ...
 
     @property
     def needs_every_rollout(self) -> bool:
-        """Whether rollouts with advantage 0 take part in the loss."""
-        ...
-
-    @property
-    def min_generations(self) -> int:
-        """The least number of completions a problem that advantages can be estimated from."""
-        ...
-
-    @property
-    def takes_expert_rollouts(self) -> bool:
-        """Whether experts' solutions may stand among the rollouts."""
-        ...
-
-    def accept_staleness(self, num_rollout_batches: int) -> None:
-        """Train on rollouts of a policy so many collections old as well, and refuse what is older.
-
-        Raises:
-            UserError: no snapshot can be made of this policy.
-        """
+        """Whether rollouts of advantage 0 take part in the loss."""
         ...
 
     def snapshot(self) -> FrozenPolicy:
-        """The policy as it is now; the snapshot before, whose memory it takes, must not be in use any more."""
+        """Copy the policy as it is now. Overwrites the previous snapshot, which must not be in use."""
         ...
 
     def to_rollout_batch(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
-        """Take a whole collection in: credit its tokens, settle the gate, and log what was measured."""
+        """Add advantages and the gate's threshold to scored rollouts, and log measurements. Collective."""
         ...
 
     def settle_micro_batches(self, number: int, num_updates: int) -> None:
-        """Let the phase, before its first micro-batch is trained on, have so many of them an update."""
+        """Set the number of micro-batches of each optimizer step, before the phase's first one is trained on."""
         ...
 
     def collect_over_ranks(self, value: Any) -> list[Any]:
-        """The value of each rank, in their order."""
+        """Gather one value from each rank, in the order of the ranks."""
         ...

@@ -30,8 +30,6 @@ class SamplingAhead:
         self._policy: FrozenPolicy | None = None
         self.saved: dict[str, Any] | None = None
         """The packed rollout batch of a checkpoint, until ``take``."""
-        self.seconds_waited = 0.0
-        """Time in which ``take`` had nothing to do but wait, the last time."""
 
     @property
     def is_there(self) -> bool:
@@ -76,9 +74,12 @@ class SamplingAhead:
         """
         started = time.perf_counter()
         packed = self.packed()
-        self.seconds_waited = time.perf_counter() - started
+        waited = {"time/wait": (time.perf_counter() - started, 1.0)}
         self._making = self.saved = None
-        return None if packed is None else unpack_scored(packed, device)
+        if packed is None:
+            return None
+        scored = unpack_scored(packed, device)
+        return scored._replace(measurements={**scored.measurements, **waited})
 
     def cancel(self) -> None:
         """Cancel the sampling in progress; ``drop`` waits for its end."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from egspo_lightning.ops.batching import batches_within
 from egspo_lightning.ops.padding import pad_right, row_lengths
-from egspo_lightning.rollout.collector import Collector, Group, SampledGroups
+from egspo_lightning.rollout.collector import Group, SampledGroups
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.types import Completion, Measurements, RolloutBatch, ScoredRollouts, Scores
 
@@ -45,14 +45,6 @@ class ScoredGroups(NamedTuple):
     """As those of a ``CollectedRollouts``."""
     num_drawn: int
     """Problems drawn so far, with its own, over all ranks."""
-
-
-def prepare(policy: RolloutPolicy, collector: Collector, number: int, rank: int, world_size: int) -> ScoredGroups:
-    """Sample, grade and score collection ``number``. Collective."""
-    sampled = collector.sample(policy, number, rank, world_size)
-    rollouts, measurements = score(policy, sampled, collector.max_completion_length)
-    numbers = [group.number for group in sampled.groups]
-    return ScoredGroups(completions_by_row(sampled.groups), rollouts, measurements, numbers, collector.num_drawn)
 
 
 def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tuple[ScoredRollouts, Measurements]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.attenuation import Attenuation, ConstantAttenuation
+from egspo_lightning.ops.attenuation import Attenuation
 from egspo_lightning.ops.correction import is_corrected, sampler_ratios
 from egspo_lightning.ops.diagnostics import Metrics, rollout_batch_metrics, rollout_batch_sums
-from egspo_lightning.ops.estimators import Advantage, Estimate, GroupRelative, estimate_credit, reward_kl
-from egspo_lightning.ops.gate import Entropies, Gate, OpenGate
+from egspo_lightning.ops.estimators import Advantage, Estimate, estimate_credit, reward_kl
+from egspo_lightning.ops.gate import Entropies, Gate
 from egspo_lightning.ops.masking import masked_sum, shape_of
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
@@ -53,40 +53,6 @@ class AdvantageAndGate:
     advantage: Advantage
     kl_reward: KLReward | None
     entropy_bonus: EntropyBonus | None
-
-    def require_sense(self) -> None:
-        """Refuse settings that have no effect, or a wrong one, in combination.
-
-        Raises:
-            UserError: There is such a setting.
-        """
-        self._require_gate()
-        self._require_spread()
-
-    def _require_gate(self) -> None:
-        """Refuse settings of a low-entropy branch that has no tokens or no weight."""
-        asked = self.objective.low_branch_settings
-        if isinstance(self.gate, OpenGate) and asked:
-            raise UserError(
-                f"model.objective.{asked[0]} has no effect with model.gate OpenGate, which switches the gate "
-                "off. Leave it out, or choose another gate."
-            )
-        no_weight = isinstance(self.attenuation, ConstantAttenuation) and self.attenuation.value == 0
-        if no_weight and "low_branch" in asked:
-            raise UserError(
-                "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
-                "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
-            )
-
-    def _require_spread(self) -> None:
-        """Refuse to scale up the small spread that a KL penalty gives to flat groups."""
-        estimator = self.advantage
-        if self.kl_reward is not None and isinstance(estimator, GroupRelative) and estimator.scale_by_std:
-            raise UserError(
-                "model.kl_reward with model.advantage GroupRelative would scale the KL of groups with equal rewards to "
-                "advantages of standard deviation 1. Set model.advantage.scale_by_std to false, choose another "
-                "advantage, or put the KL into the loss by model.objective.beta."
-            )
 
     def to_rollout_batch(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[RolloutBatch, Metrics]:
         """This rank's rollout batch, ready for training, and metrics over all ranks. Collective."""

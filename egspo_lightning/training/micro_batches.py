@@ -1,24 +1,16 @@
-"""What of an update falls to one rank, and how it is cut into micro-batches."""
+"""Splits optimizer steps into micro-batches for one rank: a given number, or the fewest under a token budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from egspo_lightning.data.expert_pool import ExpertShare
 from egspo_lightning.ops.batching import balanced_batches, batches_within
-from egspo_lightning.training.minibatches import RolloutShare
+from egspo_lightning.training.minibatches import BLANK_TOKENS, RolloutShare
 from egspo_lightning.types import Stage, TrainingBatch
 
-BLANK_TOKENS = 2
-"""Tokens of the row that stands in a micro-batch for rollouts, or demonstrations, of which it has none."""
 
-
-def longest_row(max_prompt_length: int, max_completion_length: int, *, is_mixed: bool) -> int:
-    """Tokens of a micro-batch of one row at most; where an update has both kinds, a blank row is beside it."""
-    return max_prompt_length + max_completion_length + (BLANK_TOKENS if is_mixed else 0)
-
-
-class UpdateShare(NamedTuple):
-    """A rank's rows of an update: rollouts in stage EGSPO, and demonstrations in stage SFT and where mu > 0."""
+class StepShare(NamedTuple):
+    """One rank's rows of an optimizer step: rollouts in stage EGSPO, and demonstrations in SFT and where mu > 0."""
 
     rollouts: RolloutShare | None
     experts: ExpertShare | None
@@ -35,17 +27,23 @@ class UpdateShare(NamedTuple):
         assert max(self.lengths, default=0) <= room, "a row is longer than a micro-batch may be"
         return max(len(batches_within(self.lengths, room)), 1)
 
-    def micro_batches(self, parts: int) -> Iterator[TrainingBatch]:
-        """``parts`` micro-batches of rows of like length, of like numbers of tokens.
+    def micro_batches(self, number: int) -> Iterator[TrainingBatch]:
+        """Split into ``number`` micro-batches with balanced token counts, of rows of similar length.
 
-        Rollouts and demonstrations share the passes through the policy, so they are cut together.
+        Rollouts and demonstrations share the passes through the policy, so they are split together.
         """
         num_rollouts = 0 if self.rollouts is None else len(self.rollouts.rows)
-        for run in balanced_batches(self.lengths, parts):
-            own = [row for row in run if row < num_rollouts]
-            others = [row - num_rollouts for row in run if row >= num_rollouts]
+        for places in balanced_batches(self.lengths, number):
+            sampled = [place for place in places if place < num_rollouts]
+            expert = [place - num_rollouts for place in places if place >= num_rollouts]
             yield TrainingBatch(
                 stage=Stage.SFT if self.rollouts is None else Stage.EGSPO,
-                rollout=None if self.rollouts is None else self.rollouts.batch(own),
-                expert=None if self.experts is None else self.experts.batch(others),
+                rollout=None if self.rollouts is None else self.rollouts.batch(sampled),
+                expert=None if self.experts is None else self.experts.batch(expert),
             )
+
+
+def split_into_micro_batches(steps: Sequence[StepShare], number: int) -> Iterator[TrainingBatch]:
+    """The micro-batches of all optimizer steps in order, ``number`` of them for each step."""
+    for step in steps:
+        yield from step.micro_batches(number)

@@ -1,13 +1,12 @@
-"""Cutting a collection of rollouts into PPO epochs and updates, and taking micro-batches out of it.
+"""Plan of the optimizer steps over a rollout batch: PPO epochs, minibatches, and one rank's rows of each.
 
-Which completion belongs to which update is a pure function of (seed, epoch, problem), so an update holds the same
-completions on one rank or many. Each update takes an even share of every problem's group, which keeps the mean
-advantage near 0 in each.
+The minibatch of a completion is a pure function of (seed, epoch, problem), so an optimizer step holds the same
+completions on one rank or many. Each step takes an even share of every group, which keeps its mean advantage near 0.
 """
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,11 @@ from egspo_lightning.ops.masking import Total
 from egspo_lightning.ops.padding import row_lengths
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
+BLANK_TOKENS = 2
+"""Tokens of the row with nothing to train on that a micro-batch without rows has, so that every rank steps."""
 
-def plan_updates(
+
+def plan_optimizer_steps(
     problem_numbers: Sequence[int],
     num_generations: int,
     num_minibatches: int,
@@ -26,65 +28,74 @@ def plan_updates(
     seed: str,
     expert_groups: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Rows of this rank's collection for each update, in the order of the updates.
+    """Rows of this rank's rollout batch for each optimizer step, in the order of the steps.
 
     Args:
-        problem_numbers: number of each problem of this rank within the whole collection; its completions are the rows
-            ``i * num_generations`` to ``(i + 1) * num_generations - 1``, and those of experts the rows behind them all
+        problem_numbers: number of each problem of this rank within the whole rollout batch. Its completions are the
+            rows ``i * num_generations`` to ``(i + 1) * num_generations - 1``; experts' solutions follow all of them
         num_generations: G
-        num_minibatches: updates an epoch
-        num_ppo_epochs: passes over the collection, each in an order of its own
+        num_minibatches: optimizer steps of a PPO epoch
+        num_ppo_epochs: passes over the rollout batch, each in a different order
         seed: names the random orders
-        expert_groups: for each row of an expert, which of this rank's problems it solves
+        expert_groups: for each expert's solution, which of this rank's problems it solves
     """
     first_expert = len(problem_numbers) * num_generations
-    updates: list[list[int]] = [[] for _ in range(num_ppo_epochs * num_minibatches)]
+    steps: list[list[int]] = [[] for _ in range(num_ppo_epochs * num_minibatches)]
     for epoch in range(num_ppo_epochs):
         for i, number in enumerate(problem_numbers):
             group = list(range(i * num_generations, (i + 1) * num_generations))
             random.Random(f"{seed}/{epoch}/{number}").shuffle(group)
             for k, row in enumerate(group):
                 minibatch = (k * num_minibatches // num_generations + number) % num_minibatches
-                updates[epoch * num_minibatches + minibatch].append(row)
+                steps[epoch * num_minibatches + minibatch].append(row)
         for e, i in enumerate(expert_groups):
             minibatch = (problem_numbers[i] + epoch) % num_minibatches
-            updates[epoch * num_minibatches + minibatch].append(first_expert + e)
-    return updates
+            steps[epoch * num_minibatches + minibatch].append(first_expert + e)
+    return steps
 
 
 class RolloutShare(NamedTuple):
-    """The rows of this rank's collection that take part in an update."""
+    """One rank's rollouts of an optimizer step."""
 
     rollout: RolloutBatch
-    """the whole collection"""
+    """this rank's whole rollout batch"""
     rows: list[int]
+    """those of its rows that take part"""
     lengths: list[int]
-    """tokens of each, prompt included"""
+    """tokens of each row, prompt included"""
     size: UpdateSize
-    """of the update, over all ranks"""
+    """of the optimizer step, over all ranks"""
 
     def batch(self, places: Sequence[int]) -> RolloutBatch:
-        """A micro-batch of those of the rows that stand at some places among them, cut to the longest."""
-        width = max((self.lengths[place] for place in places), default=0)
-        return _select(self.rollout, [self.rows[place] for place in places], width, self.size)
+        """Select a micro-batch, cut to its longest row; without rows it is one blank row.
+
+        Args:
+            places: positions in ``rows``
+        """
+        if not places:
+            blank = _select_rows(self.rollout, [0], BLANK_TOKENS)
+            mask = torch.zeros_like(blank.completion_mask)
+            return blank._replace(completion_mask=mask, update_size=self.size)
+        width = max(self.lengths[place] for place in places)
+        return _select_rows(self.rollout, [self.rows[place] for place in places], width)._replace(update_size=self.size)
 
 
-def share_updates(
+def share_optimizer_steps(
     rollout: RolloutBatch, plan: Sequence[Sequence[int]], *, keep_inactive: bool, total: Total
 ) -> list[RolloutShare]:
-    """Each update of a plan, with its size over all ranks.
+    """This rank's share of each optimizer step of a plan, with the size of the step over all ranks.
 
-    Rows whose advantage is 0 contribute nothing to the surrogate: unless they are to be kept they are left out, while
-    the normalizer still counts them. Rows without tokens are left out in any case.
+    Rows of advantage 0 contribute nothing to the surrogate. They are left out unless ``keep_inactive``; the normalizer
+    counts them in any case. Rows without tokens are always left out.
 
     Args:
-        rollout: this rank's collection
-        plan: rows of each update, see ``plan_updates``
+        rollout: this rank's rollout batch
+        plan: rows of each optimizer step, from ``plan_optimizer_steps``
         keep_inactive: whether rows of advantage 0 take part
         total: adds a tensor over all ranks
     """
     max_length = rollout.update_size.max_length
-    counts = total(count_updates(rollout, plan, keep_inactive=keep_inactive)).tolist()
+    counts = total(count_steps(rollout, plan, keep_inactive=keep_inactive)).tolist()
     kept, lengths = _kept_rows(rollout, keep_inactive), row_lengths(rollout.completion_mask).tolist()
     shares = []
     for rows, (tokens, sequences, active, sampled) in zip(plan, counts, strict=True):
@@ -94,60 +105,40 @@ def share_updates(
     return shares
 
 
-def count_updates(rollout: RolloutBatch, updates: Sequence[Sequence[int]], *, keep_inactive: bool) -> Tensor:
-    """This rank's part of each update's size, (U, 4) float64.
+def count_steps(rollout: RolloutBatch, plan: Sequence[Sequence[int]], *, keep_inactive: bool) -> Tensor:
+    """This rank's part of the size of each optimizer step, (number of steps, 4) float64.
 
-    Completion tokens, sequences, tokens that take part, and those of them that the policy sampled.
+    The columns are completion tokens, sequences, tokens of the rows that take part, and those of them that the policy
+    sampled.
     """
     lengths = rollout.completion_mask.sum(-1).tolist()
     kept = _kept_rows(rollout, keep_inactive)
     kept_sampled = kept - set(rollout.is_expert.nonzero().flatten().tolist())
-    return torch.tensor(
+    counts = [
         [
-            [
-                sum(lengths[row] for row in rows),
-                sum(lengths[row] > 0 for row in rows),
-                sum(lengths[row] for row in rows if row in kept),
-                sum(lengths[row] for row in rows if row in kept_sampled),
-            ]
-            for rows in updates
-        ],
-        dtype=torch.float64,
-    )
+            sum(lengths[row] for row in rows),
+            sum(lengths[row] > 0 for row in rows),
+            sum(lengths[row] for row in rows if row in kept),
+            sum(lengths[row] for row in rows if row in kept_sampled),
+        ]
+        for rows in plan
+    ]
+    return torch.tensor(counts, dtype=torch.float64)
 
 
 def _kept_rows(rollout: RolloutBatch, keep_inactive: bool) -> set[int]:
-    """The rows that have a token to train on: one with an advantage other than 0, unless every token is."""
+    """Rows with a token to train on: any completion token or, where inactive rows go, one of nonzero advantage."""
     tokens = rollout.completion_mask if keep_inactive else (rollout.advantages != 0) & rollout.completion_mask
     return set(tokens.any(-1).nonzero().flatten().tolist())
 
 
-def _select(rollout: RolloutBatch, rows: list[int], width: int, size: UpdateSize) -> RolloutBatch:
-    """Some rows of a collection; without any, two tokens of its first with nothing to train on: every rank steps."""
-    is_blank = not rows
-    rows, width = (rows, width) if rows else ([0], 2)
+def _select_rows(rollout: RolloutBatch, rows: list[int], width: int) -> RolloutBatch:
+    """Take rows of every tensor, and the first ``width`` tokens of those that have one entry per token."""
     index = torch.as_tensor(rows, dtype=torch.long, device=rollout.input_ids.device)
 
-    def cut(values: Tensor) -> Tensor:
-        return values[index, :width]
+    def select(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value[index, :width] if value.shape == rollout.input_ids.shape else value[index]
 
-    def cut_optional(values: Tensor | None) -> Tensor | None:
-        return None if values is None else cut(values)
-
-    mask = cut(rollout.completion_mask)
-    return rollout._replace(
-        input_ids=cut(rollout.input_ids),
-        completion_mask=torch.zeros_like(mask) if is_blank else mask,
-        old_logprobs=cut(rollout.old_logprobs),
-        entropies=cut(rollout.entropies),
-        ref_logprobs=cut_optional(rollout.ref_logprobs),
-        old_values=cut_optional(rollout.old_values),
-        advantages=cut(rollout.advantages),
-        returns=cut_optional(rollout.returns),
-        rewards=rollout.rewards[index],
-        is_expert=rollout.is_expert[index],
-        threshold=rollout.threshold[index],
-        weight_scale=rollout.weight_scale[index],
-        sampled_logprobs=cut_optional(rollout.sampled_logprobs),
-        update_size=size,
-    )
+    return rollout._replace(**{name: select(value) for name, value in rollout._asdict().items()})

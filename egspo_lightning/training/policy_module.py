@@ -1,42 +1,46 @@
-"""The networks of a run as a LightningModule, and what rollouts ask of them (``rollout.protocol.RolloutPolicy``).
+"""Base LightningModule: builds, shards, optimizes and checkpoints the networks, and lets rollouts sample and score.
 
-How they are saved is ``ResumableModule``'s, and how they are trained ``EGSPOModule``'s; how they are held, sharded,
-sampled from and scored stands here.
+It implements ``rollout.policy_protocol.RolloutPolicy``. ``EGSPOModule`` adds the training step.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from egspo_lightning.checkpointing.adapt import adapt_weights
+from egspo_lightning.checkpointing.compatibility import require_same_shapes, require_same_tokenizer, tokenizer_digest
+from egspo_lightning.checkpointing.random_state import random_state, restore_random_state
 from egspo_lightning.errors import UserError
 from egspo_lightning.models import lora
 from egspo_lightning.models.critic import Critic, CriticConfig
-from egspo_lightning.models.fsdp import gathered, shard
+from egspo_lightning.models.fsdp import shard
+from egspo_lightning.models.inference import InferenceMode
 from egspo_lightning.models.networks import Networks
-from egspo_lightning.models.policy import Policy, Sequences, end_of_sequence_ids
+from egspo_lightning.models.policy import Policy, end_of_sequence_ids
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.models.snapshot import Snapshot
+from egspo_lightning.training import module_checkpoint
 from egspo_lightning.training.optimizers import build_optimizer, build_scheduler
+from egspo_lightning.training.setup_rules import require_precision
 from egspo_lightning.training.strategies import require_strategy, sharding_plan
-from egspo_lightning.types import ExpertBatch, NetworkOutputs, RolloutBatch, Scores, Stage
+from egspo_lightning.types import PositiveFloat, Scores, Stage
 
 
 class PolicyModule(LightningModule):
-    """Policy, reference and critic: built, sharded, optimized, sampled from and scored.
+    """Holds policy, reference policy and critic, and resumes from a checkpoint as if the run had never stopped.
 
     Args:
         policy: The model.
-        critic: What estimates values; None has no critic.
-        has_reference: Whether to keep the policy as stage EGSPO began beside the one in training.
+        critic: Estimates values; None trains without a critic.
+        has_reference: Whether to keep a reference policy: the policy at the start of stage EGSPO.
         temperature: Sampling temperature of the rollouts.
         optimizer: The optimizer, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimizer steps; None is constant.
@@ -48,49 +52,43 @@ class PolicyModule(LightningModule):
         policy: PolicyConfig,
         critic: CriticConfig | None,
         has_reference: bool,
-        temperature: float,
+        temperature: PositiveFloat,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         stage: Stage,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise UserError(f"model.temperature must be above 0, got {temperature}: rollouts have to differ.")
         self.policy_config, self.critic_config, self.has_reference = policy, critic, has_reference
         self.base_is_reference = has_reference and policy.lora is not None and stage == Stage.EGSPO
-        """Whether the reference is the model without its adapter: what the policy is where EGSPO begins without SFT."""
-        self.temperature = temperature
+        """Whether the reference policy is the model without its adapter, as in runs that begin with stage EGSPO."""
+        self.temperature = float(temperature)
         self.stage = stage
         self.policy: Policy | None = None
         self.reference: Policy | None = None
         self.critic: Critic | None = None
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._phase_version = 0
+        self._phase_version = self._previous_version = 0  # optimizer steps at the start of this phase and of the last
         self.entered_step = 0
         """Optimizer steps taken when stage EGSPO was entered."""
-        self._whole: list[Any] = []  # the networks that are held for inference
-        self._staleness = 0  # collections that rollouts may be behind
-        self._previous_version = 0  # optimizer steps at the start of the phase before this one
-        self._snapshot: Snapshot | None = None
+        self.loaded_step = 0
+        """Optimizer steps that the latest loaded checkpoint had taken."""
+        self._inference, self._snapshot = InferenceMode(), None  # type: tuple[InferenceMode, Snapshot | None]
+        self._random_state: dict[str, Any] | None = None  # of a resumed checkpoint, until training starts
 
     # Set-up
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer, loaded when first asked for."""
+        """The policy's tokenizer, loaded at its first use."""
         return self.policy_config.load_tokenizer()
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that cannot be had, and precisions that would round the rollouts' log-probabilities."""
+        """Refuse strategies and precisions that this module cannot train with."""
         require_strategy(self.trainer)
-        if str(self.trainer.precision) in ("bf16-true", "16-true"):
-            raise UserError(
-                f"trainer.precision {self.trainer.precision} rounds old log-probabilities and advantages to half "
-                "precision. Use bf16-mixed, or 32-true with model.policy.dtype: bfloat16 for weights in half precision."
-            )
+        require_precision(self.trainer)
 
     def configure_model(self) -> None:
-        """Build the networks; to measure a policy, it alone is enough."""
+        """Build and shard the networks; evaluation needs the policy alone."""
         if self.policy is not None:
             return
         self.policy_config.require_vocabulary(self.tokenizer)
@@ -112,7 +110,7 @@ class PolicyModule(LightningModule):
                 shard(network, self.device_mesh["data_parallel"], sharding_plan(self.trainer))
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over what is trained, and its schedule over steps."""
+        """Build the optimizer of the trained parameters, and its schedule over optimizer steps."""
         optimizer = self._build_optimizer()
         if self._lr_scheduler is None:
             return optimizer
@@ -130,13 +128,13 @@ class PolicyModule(LightningModule):
         return build_optimizer(self._optimizer, groups)
 
     def _trained_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Of the policy, and of the critic."""
+        """Trained parameters of the policy, and of the critic."""
         heads = [part for part in (self._policy.value_head, self.critic) if part is not None]
         critic = [p for part in heads for p in part.parameters() if p.requires_grad]
         return [p for p in self._policy.lm.parameters() if p.requires_grad], critic
 
     def branch_off(self) -> None:
-        """Let the reference, and the trunk of a critic of its own, be the policy as it is now: EGSPO starts here."""
+        """Copy the policy to the reference policy and to a separate critic's trunk: stage EGSPO starts here."""
         self.entered_step = self.global_step
         with torch.no_grad():
             if self.critic is not None:
@@ -149,9 +147,9 @@ class PolicyModule(LightningModule):
                     frozen.copy_(current)
 
     def restart_optimizer(self, learning_rate: float | None) -> None:
-        """Forget the optimizer's moments, and start its schedule anew from the given or the configured rate.
+        """Clear the optimizer's moments and restart its schedule, from the given or the configured learning rate.
 
-        A critic with a rate of its own keeps it.
+        A critic with its own learning rate keeps it.
         """
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, Optimizer)
@@ -164,12 +162,7 @@ class PolicyModule(LightningModule):
             assert self._lr_scheduler is not None
             config.scheduler = build_scheduler(self._lr_scheduler, optimizer)
 
-    # What rollouts need
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence that the model was made for, in tokens; None where its config does not say."""
-        return getattr(self._policy.lm.config, "max_position_embeddings", None)
+    # Rollouts: sampling and scoring
 
     @property
     def eos_ids(self) -> list[int]:
@@ -183,14 +176,14 @@ class PolicyModule(LightningModule):
 
     @property
     def is_full_precision(self) -> bool:
-        """Whether everything is computed in float32."""
+        """Whether all computation is in float32."""
         return str(self.trainer.precision) == "32-true" and self.policy_config.dtype == "float32"
 
     @property
     def takes_sampled_statistics(self) -> bool:
-        """Whether what the engine says of its tokens can stand for ``score``: in float32 they differ by rounding alone.
+        """Whether the engine's statistics can replace ``score``: in float32 the two differ by rounding alone.
 
-        A reference or a critic has to be asked in any case, and products in reduced precision (TF32) are not float32.
+        A reference policy or a critic must score in any case. TF32 matrix products are not float32.
         """
         is_exact = self.is_full_precision and torch.get_float32_matmul_precision() == "highest"
         return is_exact and not self.has_reference and self.critic_config is None
@@ -206,47 +199,16 @@ class PolicyModule(LightningModule):
 
     @contextmanager
     def scoring(self) -> Iterator[Any]:
-        """The same, with reference and critic gathered as well."""
+        """The same context as ``sampling``, with reference policy and critic gathered as well."""
         with self._inferring(self._networks):
             yield self._policy.lm
 
-    @contextmanager
-    def _inferring(self, networks: list[Any]) -> Iterator[None]:
-        """Hold networks whole and in eval mode; those that already are stay as they are."""
-        fresh = [network for network in networks if network not in self._whole]
-        was_training = [network.training for network in fresh]
-        for network in fresh:
-            network.eval()  # gradient checkpointing in train mode breaks the cache
-        self._whole += fresh
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(self.trainer.precision_plugin.forward_context())
-                for network in fresh:
-                    stack.enter_context(gathered(network, sharding_plan(self.trainer)))
-                yield
-        finally:
-            for network, training in zip(fresh, was_training, strict=True):
-                self._whole.remove(network)
-                network.train(training)
-
-    def accept_staleness(self, num_rollout_batches: int) -> None:
-        """Train on rollouts of the policy of so many phases ago as well.
-
-        Raises:
-            UserError: the policy is sharded.
-        """
-        if num_rollout_batches > 0 and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise UserError(
-                f"data.max_staleness = {num_rollout_batches} samples from a copy of the policy while it trains, and "
-                "under trainer.strategy fsdp2 each rank holds a shard of it alone: two threads would gather weights "
-                "and reduce gradients at the same time, in no order that ranks agree on. Set max_staleness to 0, or "
-                "trainer.strategy to ddp."
-            )
-        self._staleness = num_rollout_batches
+    def _inferring(self, networks: list[Any]) -> AbstractContextManager[None]:
+        precision = self.trainer.precision_plugin.forward_context()
+        return self._inference.hold(networks, precision, sharding_plan(self.trainer))
 
     def snapshot(self) -> Snapshot:
-        """The policy as it is now, for a thread; the one before is overwritten."""
+        """Copy the policy as it is now, for a sampling thread; overwrites the previous snapshot."""
         if self._snapshot is None:
             self._snapshot = Snapshot(
                 self.networks,
@@ -260,25 +222,14 @@ class PolicyModule(LightningModule):
         return self._snapshot
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
-        """Statistics of given sequences under the policy and, where there are such, the reference and the critic."""
+        """Score given sequences with the policy and, where there are such, the reference policy and the critic."""
         with self.scoring():
             return self.networks.score(input_ids.to(self.device), completion_mask.to(self.device))
 
-    def statistics(self, rollout: RolloutBatch, *, with_entropies: bool) -> NetworkOutputs:
-        """What policy and critic say of rollouts, at the sampling temperature, with gradient where it is on."""
-        ids, mask = rollout.input_ids, rollout.completion_mask
-        return self.networks.statistics(ids, mask, with_entropies=with_entropies)
-
-    def statistics_beside(
-        self, rollout: RolloutBatch, expert: ExpertBatch, *, with_entropies: bool
-    ) -> tuple[NetworkOutputs, NetworkOutputs]:
-        """The same, and log-probabilities of experts' solutions at temperature 1, in shared passes."""
-        ids, mask = rollout.input_ids, rollout.completion_mask
-        expert_rows = Sequences(expert.input_ids, expert.completion_mask, with_entropies=False)
-        return self.networks.statistics_beside(ids, mask, expert_rows, with_entropies=with_entropies)
+    # Ranks
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of equally shaped tensors over all ranks."""
+        """Sum equally shaped tensors over all ranks."""
         if self.trainer.world_size == 1:
             return values
         return self._all_gather(values.to(self.device)).sum(0)
@@ -292,7 +243,7 @@ class PolicyModule(LightningModule):
         return torch.cat([row[:size] for row, size in zip(self._all_gather(padded), sizes, strict=True)])
 
     def collect_over_ranks(self, value: Any) -> list[Any]:
-        """The value of each rank, in their order: anything that can be pickled, for checkpoints."""
+        """Gather one picklable value from each rank, in the order of the ranks."""
         if self.trainer.world_size == 1:
             return [value]
         collected = [None] * self.trainer.world_size
@@ -305,11 +256,80 @@ class PolicyModule(LightningModule):
         assert isinstance(gathered, Tensor)
         return gathered
 
-    # Its networks
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the stage, the optimizer steps at the start of phase and stage, and every rank's random state.
+
+        Weights that adapters leave frozen are not saved.
+        """
+        for name in self._left_out():
+            checkpoint["state_dict"].pop(name, None)
+        checkpoint["egspo"] = {
+            "stage": str(self.stage),
+            "phase_version": self._phase_version,
+            "previous_version": self._previous_version,
+            "entered_step": self.entered_step,
+            "random": self.collect_over_ranks(random_state()),
+            "tokenizer": self._tokenizer_digest,
+            "optimizer": type(self.optimizers(use_pl_optimizer=False)).__name__,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the stage, and fit the checkpoint's weights and optimizer states to this run's networks."""
+        if "egspo" not in checkpoint:
+            raise UserError("ckpt_path: this checkpoint was not written by EGSPOModule.")
+        state = checkpoint["egspo"]
+        self.stage, self.entered_step = Stage(state["stage"]), state["entered_step"]
+        self.loaded_step, self._phase_version = checkpoint["global_step"], state["phase_version"]
+        self._previous_version = state.get("previous_version", self._phase_version)
+        is_entry = self.stage == Stage.EGSPO and self.loaded_step == self.entered_step
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING  # evaluation needs the policy alone
+        if is_fit and self.has_reference and self.policy_config.lora is not None:
+            began_with_egspo = self.stage == Stage.EGSPO and self.entered_step == 0
+            module_checkpoint.require_same_reference(
+                began_with_egspo=began_with_egspo, base_is_reference=self.base_is_reference
+            )
+        if is_fit and not is_entry:
+            self._random_state = module_checkpoint.random_state_of_rank(
+                state.get("random", []), self.trainer.global_rank, self.trainer.world_size
+            )
+        self._fit_weights(checkpoint, is_exact=is_entry or self.stage == Stage.SFT or not is_fit)
+        if is_fit and checkpoint.get("optimizer_states"):
+            policy, critic = self._trained_parameters()
+            optimizer = self._build_optimizer()
+            module_checkpoint.fit_optimizer_states(checkpoint, self, [*policy, *critic], optimizer, is_entry=is_entry)
+
+    def _fit_weights(self, checkpoint: dict[str, Any], *, is_exact: bool) -> None:
+        weights = checkpoint.get("state_dict", {})
+        own = self.state_dict() if weights else {}
+        adapt_weights(weights, own, is_exact=is_exact, left_out=self._left_out())
+        require_same_shapes(weights, own)
+        require_same_tokenizer(checkpoint["egspo"].get("tokenizer"), self._tokenizer_digest)
+
+    def on_train_start(self) -> None:
+        """Restore the random state of the resumed run: starting has drawn random numbers until here."""
+        if self._random_state is not None:
+            restore_random_state(self._random_state)
+            self._random_state = None
+
+    def _left_out(self) -> set[str]:
+        """Names of the weights that checkpoints leave out: frozen under adapters, and not random."""
+        config, critic = self.policy_config, self.critic_config
+        is_own = critic is not None and critic.model is not None and critic.model.from_scratch
+        if config.lora is None or config.from_scratch or is_own:
+            return set()
+        return module_checkpoint.frozen_under_adapters(self)
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.tokenizer)  # sorts the whole vocabulary, so cached
+
+    # Networks
 
     @property
     def networks(self) -> Networks:
-        """Policy, reference and critic together."""
+        """Policy, reference policy and critic together."""
         return Networks(self._policy, self.reference, self.critic, self.temperature, self.has_reference)
 
     @property

@@ -1,38 +1,39 @@
-"""What each phase trains on, from its first micro-batch to its last, and how far training has come.
+"""The training loop's data, top to bottom: problems, rollouts, advantages, gate, optimizer steps, micro-batches.
 
-A phase is a Lightning epoch: a pass over the demonstrations, or a collection of rollouts with its PPO epochs and
-minibatches. Which data it holds follows from the seed and its number, so a resumed run goes on with the same; only the
-rollouts of a phase that is under way have to be kept, and those of the next one where they are made ahead of it.
+A phase is one Lightning epoch: an SFT pass over the demonstrations (stage 1), or one rollout batch with its PPO epochs
+and minibatches (stages 2 and 3). ``Phases.rollout_phase`` is the whole rollout phase in order.
+
+The data of a phase are a pure function of the seed and the phase's number, so a resumed run continues with the same.
+Only a rollout batch that is being trained on, or was sampled ahead, must be in the checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from egspo_lightning.checkpointing.mid_epoch import CutOff
-from egspo_lightning.data.expert_pool import ExpertPool
+from egspo_lightning.checkpointing.mid_epoch import PhaseProgress
+from egspo_lightning.data.expert_pool import ExpertPool, ExpertShare
 from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy, TrainedPolicy
 from egspo_lightning.rollout.rollout_state import pack, unpack
 from egspo_lightning.rollout.sampling_ahead import SamplingAhead
-from egspo_lightning.rollout.scoring import CollectedRollouts, ScoredGroups, prepare
-from egspo_lightning.training.micro_batches import UpdateShare
-from egspo_lightning.training.minibatches import RolloutShare, plan_updates, share_updates
+from egspo_lightning.rollout.scoring import CollectedRollouts, ScoredGroups, completions_by_row, score
+from egspo_lightning.training.micro_batches import StepShare, split_into_micro_batches
+from egspo_lightning.training.minibatches import RolloutShare, plan_optimizer_steps, share_optimizer_steps
 from egspo_lightning.types import Stage, TrainingBatch
 
 
 @dataclass(frozen=True)
 class PhaseSizes:
-    """How a phase is cut into updates; all over ranks and accumulated micro-batches.
+    """Sizes of the optimizer steps of a phase, over all ranks and micro-batches.
 
     Args:
-        sft_batch_size: Demonstrations an update in stage SFT.
-        expert_batch_size: Demonstrations that an update in stage EGSPO carries where mu > 0.
-        num_ppo_epochs: Passes over a collection.
-        num_minibatches: Updates a pass.
-        max_tokens: Tokens of a micro-batch at most, from which the number of micro-batches an update is found for each
-            phase; None takes the number that is given.
+        sft_batch_size: Demonstrations of an optimizer step in stage SFT.
+        expert_batch_size: Demonstrations of an optimizer step in stage EGSPO, where mu > 0.
+        num_ppo_epochs: Passes over a rollout batch.
+        num_minibatches: Optimizer steps of a pass.
+        max_tokens: Token budget of a micro-batch, which sets their number for each phase; None takes a given number.
     """
 
     sft_batch_size: int
@@ -42,155 +43,170 @@ class PhaseSizes:
     max_tokens: int | None = None
 
 
-class Split(NamedTuple):
-    """What of an update falls to this process."""
+class Process(NamedTuple):
+    """This process among the ranks of the run."""
 
     rank: int
     world_size: int
-    parts: int
-    """Micro-batches an update, on each rank, unless it is found from their tokens."""
 
 
 class Phases:
     """Makes the micro-batches of one phase after another.
 
     Args:
-        collector: Samples and grades rollouts.
-        sizes: How phases are cut.
-        seed: Of the order within a collection.
+        collector: Draws problems, and samples and grades completions.
+        sizes: How a phase is split into optimizer steps.
+        seed: Seed of the order within a rollout batch.
     """
 
     def __init__(self, collector: Collector, sizes: PhaseSizes, seed: int) -> None:
         self.collector, self.sizes, self.seed = collector, sizes, seed
         self.num_passes = self.num_rollout_batches = 0
-        """Of SFT data and of rollouts, begun in this run."""
+        """Number of SFT passes and of rollout batches started."""
         self.rollouts: CollectedRollouts | None = None
+        """The latest rollout batch of this rank."""
         self.pool: ExpertPool | None = None
         """The demonstrations, once they are loaded."""
         self.ahead = SamplingAhead()
-        """The collection of the next phase, where it is sampled while this one is trained on."""
-        self._num_drawn = 0  # problems of the collections that were begun; the collector may be ahead of that
-        self._parts = self._length = self._num_given = 0  # micro-batches an update, of the latest phase, given of it
-        self._cut_off: CutOff | None = None  # the phase that a checkpoint was made in, until it goes on
+        """The next rollout batch, where it is sampled while this one is trained on."""
+        self._num_drawn = 0  # problems of the rollout batches started; sampling ahead has drawn more
+        self._progress = PhaseProgress()
+        self._saved: PhaseProgress | None = None  # of a mid-epoch checkpoint, until its phase continues
 
-    def loader(self, policy: TrainedPolicy, split: Split, *, looks_ahead: bool = False) -> SizedLoader:
-        """The loader of the coming phase, by the policy's stage; a phase that was cut off goes on where it was.
+    # The rollout phase: stages 2 and 3
+
+    def rollout_phase(
+        self, policy: TrainedPolicy, process: Process, saved: PhaseProgress | None, samples_ahead: bool
+    ) -> Iterator[TrainingBatch]:
+        """Make a rollout batch (stage 2), then give the micro-batches of each optimizer step on it (stage 3).
 
         Args:
-            policy: What is trained
-            split: What of an update falls to this process
-            looks_ahead: Whether the rollouts of the phase after it are sampled meanwhile, by the policy as it is when
-                this one begins
-
-        Raises:
-            UserError: it is cut otherwise than the phase that the checkpoint was made in.
+            policy: the policy in training
+            process: this process among the ranks
+            saved: position of a mid-epoch checkpoint whose phase continues
+            samples_ahead: whether the policy as it is now also samples the next rollout batch, in a thread
         """
-        is_sft = policy.stage == Stage.SFT
-        updates = self._num_sft_updates if is_sft else self.sizes.num_ppo_epochs * self.sizes.num_minibatches
-        cut_off, self._cut_off = self._cut_off, None
-        parts, first = split.parts, 0
-        if cut_off is not None:
-            parts, first = cut_off.parts_now(updates, parts, self.sizes.max_tokens), cut_off.num_given
-            if self.sizes.max_tokens is not None:  # Lightning counts from where it was as soon as it has the loader
-                policy.settle_micro_batches(parts, updates)
-        self._parts, self._length, self._num_given = parts, updates * parts, first
-        shares = self._sft_shares if is_sft else self._rollout_shares
-
-        def batches() -> Iterator[TrainingBatch]:
-            made = shares(policy, split, cut_off, looks_ahead)
-            if self.sizes.max_tokens is not None and cut_off is None:
-                self._settle_parts(policy, made, self.sizes.max_tokens)
-            for number, batch in enumerate(self._micro_batches(made)):
-                if number >= first:
-                    self._num_given = number + 1
-                    yield batch
-
-        return SizedLoader(self._length, batches)
-
-    def _settle_parts(self, policy: TrainedPolicy, shares: list[UpdateShare], max_tokens: int) -> None:
-        """Find the least number of micro-batches that is enough for every update of the phase on every rank."""
-        own = max(share.num_needed(max_tokens) for share in shares)
-        self._parts = max(policy.collect_over_ranks(own))
-        self._length = len(shares) * self._parts
-        policy.settle_micro_batches(self._parts, len(shares))
-
-    def _micro_batches(self, shares: list[UpdateShare]) -> Iterator[TrainingBatch]:
-        for share in shares:
-            for batch in share.micro_batches(self._parts):
-                self.ahead.check()
-                yield batch
-
-    # Stage SFT
-
-    def _sft_shares(
-        self, policy: TrainedPolicy, split: Split, cut_off: CutOff | None, looks_ahead: bool
-    ) -> list[UpdateShare]:
-        """One pass over the demonstrations."""
-        self.num_passes += cut_off is None
-        size, count = self.sizes.sft_batch_size, len(self._pool.demonstrations)
-        order = self._pool.draw((self.num_passes - 1) * count, count)
-        updates = [order[start : start + size] for start in range(0, count, size)]
-        return [UpdateShare(None, self._pool.share(update, split.rank, split.world_size)) for update in updates]
-
-    @property
-    def _num_sft_updates(self) -> int:
-        return -(-len(self._pool.demonstrations) // self.sizes.sft_batch_size)
-
-    # Stage EGSPO
-
-    def _rollout_shares(
-        self, policy: TrainedPolicy, split: Split, cut_off: CutOff | None, looks_ahead: bool
-    ) -> list[UpdateShare]:
-        """One collection of rollouts, and the updates on it."""
-        if cut_off is None:
-            self.rollouts = self._collect(policy, split)
+        if saved is None:
+            scored = self.ahead.take(policy.device)
+            if scored is None:
+                scored = self.sample_and_score(policy, process, self.num_rollout_batches)
+            self.rollouts = self.with_advantages_and_gate(policy, scored)
             self.num_rollout_batches += 1
-            if looks_ahead:
-                number = self.num_rollout_batches
-                self.ahead.start(policy.snapshot(), lambda frozen: self._prepare(frozen, split, number))
+            if samples_ahead:
+                self.sample_next(policy, process)
         else:
-            assert cut_off.packed is not None
-            self.rollouts = unpack(cut_off.packed, policy.device)
-        number = self.num_rollout_batches - 1
-        shares = self._updates(policy, self.rollouts, number)
-        if not policy.mixes_expert_data:
-            return [UpdateShare(share, None) for share in shares]
-        size = self.sizes.expert_batch_size
-        drawn = (self._pool.draw((number * len(shares) + i) * size, size) for i in range(len(shares)))
-        experts = [self._pool.share(update, split.rank, split.world_size) for update in drawn]
-        return [UpdateShare(*pair) for pair in zip(shares, experts, strict=True)]
+            assert saved.rollouts is not None
+            self.rollouts = unpack(saved.rollouts, policy.device)
+        rollout_shares = self.split_into_optimizer_steps(policy, self.rollouts)
+        expert_shares = self.draw_demonstrations(policy, process, len(rollout_shares))
+        steps = [StepShare(*pair) for pair in zip(rollout_shares, expert_shares, strict=True)]
+        yield from self.micro_batches(policy, steps, saved)
 
-    def _collect(self, policy: TrainedPolicy, split: Split) -> CollectedRollouts:
-        """The collection that was made ahead, or else one that is made now; admitted to training."""
-        prepared = self.ahead.take(policy.device)
-        if prepared is None:
-            prepared = self._prepare(policy, split, self.num_rollout_batches)
-        else:
-            waited = {"time/wait": (self.ahead.seconds_waited, 1.0)}
-            prepared = prepared._replace(measurements={**prepared.measurements, **waited})
-        self._num_drawn = self.collector.num_drawn = prepared.num_drawn
+    def sample_and_score(self, policy: RolloutPolicy, process: Process, number: int) -> ScoredGroups:
+        """Make the scored rollouts of rollout batch ``number``. Collective."""
+        collector = self.collector
+        graded = collector.sample(policy, number, *process)  # draws problems, samples completions, grades them
+        rollouts, measurements = score(policy, graded, collector.max_completion_length)
+        numbers = [group.number for group in graded.groups]
+        return ScoredGroups(completions_by_row(graded.groups), rollouts, measurements, numbers, collector.num_drawn)
+
+    def with_advantages_and_gate(self, policy: TrainedPolicy, scored: ScoredGroups) -> CollectedRollouts:
+        """Turn scored rollouts into a rollout batch that can be trained on. Collective."""
+        self._num_drawn = self.collector.num_drawn = scored.num_drawn
         return CollectedRollouts(
-            completions=prepared.completions,
-            batch=policy.to_rollout_batch(prepared.rollouts, prepared.measurements),
-            measurements=prepared.measurements,
-            numbers=prepared.numbers,
-            expert_groups=prepared.rollouts.expert_groups.tolist(),
+            completions=scored.completions,
+            batch=policy.to_rollout_batch(scored.rollouts, scored.measurements),
+            measurements=scored.measurements,
+            numbers=scored.numbers,
+            expert_groups=scored.rollouts.expert_groups.tolist(),
         )
 
-    def _prepare(self, policy: RolloutPolicy, split: Split, number: int) -> ScoredGroups:
-        return prepare(policy, self.collector, number, split.rank, split.world_size)
+    def sample_next(self, policy: TrainedPolicy, process: Process) -> None:
+        """Start a thread that samples the next rollout batch from a snapshot of the policy."""
+        number = self.num_rollout_batches
+        self.ahead.start(policy.snapshot(), lambda snapshot: self.sample_and_score(snapshot, process, number))
 
-    def _updates(self, policy: TrainedPolicy, rollouts: CollectedRollouts, number: int) -> list[RolloutShare]:
-        plan = plan_updates(
+    def split_into_optimizer_steps(self, policy: TrainedPolicy, rollouts: CollectedRollouts) -> list[RolloutShare]:
+        """This rank's rows of each optimizer step on the latest rollout batch. Collective."""
+        plan = plan_optimizer_steps(
             rollouts.numbers,
             self.collector.num_generations,
             self.sizes.num_minibatches,
             self.sizes.num_ppo_epochs,
-            seed=f"{self.seed}/{number}",
+            seed=f"{self.seed}/{self.num_rollout_batches - 1}",
             expert_groups=rollouts.expert_groups,
         )
         keep, total = policy.needs_every_rollout, policy.sum_over_ranks
-        return share_updates(rollouts.batch, plan, keep_inactive=keep, total=total)
+        return share_optimizer_steps(rollouts.batch, plan, keep_inactive=keep, total=total)
+
+    def draw_demonstrations(
+        self, policy: TrainedPolicy, process: Process, num_steps: int
+    ) -> Sequence[ExpertShare | None]:
+        """This rank's demonstrations of each optimizer step on the latest rollout batch; None where mu = 0."""
+        if not policy.mixes_expert_data:
+            return [None] * num_steps
+        size, first = self.sizes.expert_batch_size, (self.num_rollout_batches - 1) * num_steps
+        drawn = (self._pool.draw((first + i) * size, size) for i in range(num_steps))
+        return [self._pool.share(demonstrations, *process) for demonstrations in drawn]
+
+    # The SFT phase: stage 1
+
+    def sft_phase(
+        self, policy: TrainedPolicy, process: Process, saved: PhaseProgress | None, samples_ahead: bool
+    ) -> Iterator[TrainingBatch]:
+        """Give the micro-batches of one pass over the demonstrations; arguments as in ``rollout_phase``."""
+        self.num_passes += saved is None
+        size, count = self.sizes.sft_batch_size, len(self._pool.demonstrations)
+        order = self._pool.draw((self.num_passes - 1) * count, count)
+        batches = [order[start : start + size] for start in range(0, count, size)]
+        steps = [StepShare(None, self._pool.share(demonstrations, *process)) for demonstrations in batches]
+        yield from self.micro_batches(policy, steps, saved)
+
+    # Either phase
+
+    def loader(
+        self, policy: TrainedPolicy, process: Process, num_micro_batches: int, *, samples_ahead: bool = False
+    ) -> SizedLoader:
+        """The loader of the next phase, by the policy's stage; it continues the phase of a mid-epoch checkpoint.
+
+        Args:
+            policy: the policy in training
+            process: this process among the ranks
+            num_micro_batches: micro-batches of each optimizer step, unless a token budget sets it
+            samples_ahead: whether the rollouts of the phase after it are sampled meanwhile, by the policy as it is at
+                the start of this phase
+
+        Raises:
+            UserError: the config splits the phase in another way than the checkpoint's.
+        """
+        sizes, is_sft = self.sizes, policy.stage == Stage.SFT
+        num_sft_steps = -(-len(self._pool.demonstrations) // sizes.sft_batch_size)
+        num_steps = num_sft_steps if is_sft else sizes.num_ppo_epochs * sizes.num_minibatches
+        saved, self._saved = self._saved, None
+        self._progress = PhaseProgress(num_micro_batches, num_steps * num_micro_batches, sizes.max_tokens)
+        if saved is not None:
+            self._progress = saved.resume(num_steps, num_micro_batches, sizes.max_tokens)
+            if sizes.max_tokens is not None:  # Lightning counts from the saved position once it has the loader
+                policy.settle_micro_batches(self._progress.num_micro_batches, num_steps)
+        phase = self.sft_phase if is_sft else self.rollout_phase
+        return SizedLoader(self._progress.length, lambda: phase(policy, process, saved, samples_ahead))
+
+    def micro_batches(
+        self, policy: TrainedPolicy, steps: Sequence[StepShare], saved: PhaseProgress | None
+    ) -> Iterator[TrainingBatch]:
+        """Split optimizer steps into micro-batches, leaving out those before a saved position."""
+        progress, max_tokens = self._progress, self.sizes.max_tokens
+        if max_tokens is not None and saved is None:
+            own = max(step.num_needed(max_tokens) for step in steps)
+            progress.num_micro_batches = max(policy.collect_over_ranks(own))
+            progress.length = len(steps) * progress.num_micro_batches
+            policy.settle_micro_batches(progress.num_micro_batches, len(steps))
+        first = 0 if saved is None else saved.num_given
+        for number, batch in enumerate(split_into_micro_batches(steps, progress.num_micro_batches)):
+            self.ahead.check()  # an error of the sampling thread ends the run here, not after the phase
+            if number >= first:
+                progress.num_given = number + 1
+                yield batch
 
     @property
     def _pool(self) -> ExpertPool:
@@ -200,9 +216,13 @@ class Phases:
     # Checkpoints
 
     def state_dict(self, policy: TrainedPolicy, *, is_running: bool) -> dict[str, Any]:
-        """How far the streams of data have been drawn and, on every rank, the rollouts within a phase and those ahead.
+        """Positions in the data and, on every rank, the rollouts of a phase that is not done and those ahead.
 
-        Collective. The latter are waited for.
+        Collective. Waits for rollouts that are being sampled ahead.
+
+        Args:
+            policy: the policy in training
+            is_running: whether a phase has begun and not ended
         """
         state: dict[str, Any] = {
             "num_passes": self.num_passes,
@@ -211,30 +231,29 @@ class Phases:
         }
         if self.ahead.is_there:  # on every rank or none
             state["ahead"] = policy.collect_over_ranks(self.ahead.packed())
-        if is_running and 0 < self._num_given < self._length:
+        if is_running and self._progress.is_within:
             own = None if policy.stage == Stage.SFT or self.rollouts is None else pack(self.rollouts)
-            phase = CutOff(self._num_given, self._length, self._parts, self.sizes.max_tokens, own)
-            state["phase"] = phase.state_dict(policy.collect_over_ranks(own))
+            state["phase"] = self._progress.state_dict(policy.collect_over_ranks(own))
         return state
 
-    def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int, *, looks_ahead: bool = False) -> None:
-        """Go on where they were.
+    def load_state_dict(self, state: dict[str, Any], process: Process, *, samples_ahead: bool = False) -> None:
+        """Restore the positions in the data, and saved rollouts.
 
-        Rollouts that were made ahead are those of a number of ranks; where that or ``looks_ahead`` has changed, their
-        problems are sampled anew when their phase comes.
+        Rollouts that were sampled ahead need the same number of ranks and ``samples_ahead``. Otherwise they are
+        dropped, and their problems are sampled again in their phase.
 
         Raises:
-            UserError: within a phase, another number of ranks shared its data.
+            UserError: a mid-epoch checkpoint was saved on another number of ranks.
         """
         self.num_passes, self.num_rollout_batches = state["num_passes"], state["num_rollout_batches"]
         self._num_drawn = self.collector.num_drawn = state["num_drawn"]
         ahead = state.get("ahead", [])
-        if looks_ahead and len(ahead) == world_size:
-            self.ahead.saved = ahead[rank]
+        if samples_ahead and len(ahead) == process.world_size:
+            self.ahead.saved = ahead[process.rank]
         if state.get("phase") is not None:
-            self._cut_off = CutOff.of_checkpoint(state["phase"], rank, world_size)
+            self._saved = PhaseProgress.from_state_dict(state["phase"], *process)
 
     def drop_ahead(self) -> None:
-        """End what is being made ahead: its phase will not come, or not in this run."""
+        """Drop rollouts that are being sampled ahead: this run has no phase for them."""
         self.ahead.drop()
         self.collector.num_drawn = self._num_drawn

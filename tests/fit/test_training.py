@@ -102,9 +102,9 @@ def test_half_precision_that_would_round_the_rollouts_is_refused(tiny_run):
     ("flags", "message"),
     [
         ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs must be 1"),
-        ({"limit_train_batches": 0.5}, "would cut an update into pieces"),
-        ({"limit_train_batches": 3, "accumulate_grad_batches": 2}, "would cut an update into pieces"),
-        ({"overfit_batches": 2}, "would cut an update into pieces"),
+        ({"limit_train_batches": 0.5}, "would end a phase within an optimizer step"),
+        ({"limit_train_batches": 3, "accumulate_grad_batches": 2}, "would end a phase within an optimizer step"),
+        ({"overfit_batches": 2}, "would end a phase within an optimizer step"),
     ],
 )
 def test_flags_under_which_an_epoch_is_no_phase_are_refused(tiny_run, flags, message):

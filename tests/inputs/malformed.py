@@ -65,7 +65,7 @@ value("unknown_key", "data.num_generation", 4, "data.num_generation")
 value("unknown_section", "trainers", {"max_epochs": 1}, "trainers")
 value("text_for_a_number", "data.num_problems", "many", "data.num_problems", "many", "int")
 value("huge_number", "data.num_problems", 10**30, "data.num_problems")
-value("negative_number", "data.num_ppo_epochs", -1, "data.num_ppo_epochs", "-1", "at least 1")
+value("negative_number", "data.num_ppo_epochs", -1, "data.num_ppo_epochs", "-1", "v>=1")
 value(
     "nan_learning_rate",
     "model.optimizer",
@@ -106,7 +106,7 @@ value("no_epoch", "trainer.max_epochs", 0, "max_epochs")
 value("half_a_phase", "trainer.limit_train_batches", 0.5, "trainer.limit_train_batches")
 value("negative_seed", "seed_everything", -3, "seed_everything")
 value("wrong_time_limit", "trainer.max_time", "tomorrow", "max_time", "tomorrow")
-value("bad_updates_without_end", "model.max_bad_updates", 0, "model.max_bad_updates", "at least 1")
+value("bad_updates_without_end", "model.max_bad_updates", 0, "model.max_bad_updates", "v>0")
 value("unknown_strategy", "trainer.strategy", "ddpp", "strategy", "ddpp")
 value("unknown_logger", "trainer.logger", "NoLogger", "trainer.logger")
 value("prompt_without_a_place", "data.prompt.plain", "no place", "{problem}")

@@ -1,0 +1,250 @@
+"""Setup rules: which settings of module, data and trainer fit together. All are checked before training starts.
+
+``require_method`` checks the module's parts when the module is built. ``require_run`` checks a whole run in the
+datamodule's ``setup``; ``require_positions`` also serves evaluation. Ranges of single fields are in their annotations.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from egspo_lightning.errors import UserError, require
+from egspo_lightning.ops.attenuation import ConstantAttenuation
+from egspo_lightning.ops.estimators import ExpertAdvantage, GroupRelative
+from egspo_lightning.ops.gate import OpenGate
+from egspo_lightning.training.minibatches import BLANK_TOKENS
+
+# The module's parts
+
+
+def require_method(module: Any) -> None:
+    """Refuse parts of the method that have no effect, or the wrong one, together.
+
+    Args:
+        module: the EGSPOModule
+
+    Raises:
+        UserError: naming both settings.
+    """
+    _require_critic(module)
+    _require_gate(module)
+    scaled = isinstance(module.advantage, GroupRelative) and module.advantage.scale_by_std
+    if module.kl_reward is not None and scaled:
+        raise UserError(
+            "model.kl_reward with model.advantage GroupRelative would scale the KL of groups with equal rewards to "
+            "advantages of standard deviation 1. Set model.advantage.scale_by_std to false, choose another "
+            "advantage, or put the KL into the loss by model.objective.beta."
+        )
+
+
+def _require_critic(module: Any) -> None:
+    name, needs_values = type(module.advantage).__name__, module.advantage.needs_values
+    if needs_values and module.critic_config is None:
+        raise UserError(
+            f"model.advantage {name} needs model.critic, which is null. Set model.critic.trunk to shared (a value "
+            "head on the policy) or own, or choose another advantage."
+        )
+    if module.critic_config is not None and not needs_values:
+        raise UserError(
+            f"model.critic is set, but model.advantage {name} uses no values. Leave model.critic out, or set "
+            "model.advantage to egspo_lightning.ops.estimators.GAE."
+        )
+
+
+def _require_gate(module: Any) -> None:
+    """Refuse settings of a low-entropy branch that no token takes, or that has no weight."""
+    low_branch = module.objective.low_branch_settings
+    if isinstance(module.gate, OpenGate) and low_branch:
+        raise UserError(
+            f"model.objective.{low_branch[0]} has no effect with model.gate OpenGate, which switches the gate off. "
+            "Leave it out, or choose another gate."
+        )
+    has_no_weight = isinstance(module.attenuation, ConstantAttenuation) and module.attenuation.value == 0
+    if has_no_weight and "low_branch" in low_branch:
+        raise UserError(
+            "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
+            "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
+        )
+
+
+# The trainer's flags
+
+
+def require_precision(trainer: Any) -> None:
+    """Refuse precisions that would round the old log-probabilities of the rollouts.
+
+    Raises:
+        UserError: weights and activations are both in half precision.
+    """
+    if str(trainer.precision) in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.precision {trainer.precision} rounds old log-probabilities and advantages to half precision. "
+            "Use bf16-mixed, or 32-true with model.policy.dtype: bfloat16 for weights in half precision."
+        )
+
+
+def _require_phases(trainer: Any) -> None:
+    """Refuse flags under which a Lightning epoch would not be a phase."""
+    num_micro_batches = trainer.accumulate_grad_batches
+    require(num_micro_batches >= 1, "trainer.accumulate_grad_batches", num_micro_batches, "at least 1")
+    allowed = "at least 1, or -1 to go on until trainer.max_steps or trainer.max_time"
+    require(trainer.max_epochs != 0, "trainer.max_epochs", trainer.max_epochs, allowed)
+    require(trainer.max_steps != 0, "trainer.max_steps", trainer.max_steps, "at least 1, or -1 for no limit")
+    if trainer.reload_dataloaders_every_n_epochs != 1:
+        raise UserError(
+            "trainer.reload_dataloaders_every_n_epochs must be 1, since each epoch has a loader of its own, got "
+            f"{trainer.reload_dataloaders_every_n_epochs}."
+        )
+
+
+def _require_whole_steps(trainer: Any, max_tokens: int | None) -> None:
+    """Refuse a limit of micro-batches that would end a phase within an optimizer step."""
+    limit, num_micro_batches = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    if max_tokens is not None and not isinstance(limit, float):
+        raise UserError(
+            f"trainer.limit_train_batches = {limit} counts micro-batches, and data.max_tokens_per_micro_batch sets "
+            "their number for each phase. Leave out one of them, or limit optimizer steps by trainer.max_steps."
+        )
+    is_whole = limit == 1.0 if isinstance(limit, float) else limit > 0 and limit % num_micro_batches == 0
+    if not is_whole or trainer.overfit_batches:
+        raise UserError(
+            f"trainer.limit_train_batches = {limit} (overfit_batches = {trainer.overfit_batches}) would end a phase "
+            f"within an optimizer step. Give a multiple of accumulate_grad_batches = {num_micro_batches}, or change "
+            "data.num_problems and data.num_ppo_epochs instead."
+        )
+
+
+# A whole run
+
+
+def require_run(trainer: Any, module: Any, data: Any) -> None:
+    """Check the settings of a training run across its parts.
+
+    Args:
+        trainer: Lightning's Trainer
+        module: the EGSPOModule
+        data: the HybridDataModule
+
+    Raises:
+        UserError: naming the settings that do not fit together, and a remedy.
+    """
+    _require_phases(trainer)
+    _require_whole_steps(trainer, data.max_tokens_per_micro_batch)
+    require_token_budget(data, trainer.accumulate_grad_batches, is_mixed=module.mixes_expert_data)
+    _require_groups(module, data)
+    _require_shares(trainer.world_size, data)
+    _require_staleness(trainer, data)
+
+
+def require_token_budget(data: Any, num_micro_batches: int, *, is_mixed: bool) -> None:
+    """Refuse a token budget that one row may exceed, and one next to a given number of micro-batches.
+
+    Args:
+        data: the HybridDataModule
+        num_micro_batches: trainer.accumulate_grad_batches
+        is_mixed: whether optimizer steps on rollouts carry demonstrations as well
+
+    Raises:
+        UserError: the budget cannot be kept, or both are given.
+    """
+    max_tokens = data.max_tokens_per_micro_batch
+    if max_tokens is None:
+        return
+    if num_micro_batches > 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches = {num_micro_batches} gives the number of micro-batches of an optimizer "
+            f"step, and data.max_tokens_per_micro_batch = {max_tokens} has it found from their tokens. Leave out "
+            "accumulate_grad_batches to bound tokens, or max_tokens_per_micro_batch to give the number."
+        )
+    longest = data.max_prompt_length + data.max_completion_length + (BLANK_TOKENS if is_mixed else 0)
+    allowed = (
+        f"at least {longest}, the tokens of the longest row that may come with data.max_prompt_length and "
+        "data.max_completion_length, which no micro-batch can cut; raise it, or lower one of these"
+    )
+    require(max_tokens >= longest, "data.max_tokens_per_micro_batch", max_tokens, allowed)
+
+
+def _require_groups(module: Any, data: Any) -> None:
+    """Refuse groups that the advantage estimator cannot use."""
+    allowed = f"0, or large enough to be at least one of the {data.num_problems} problems of data.num_problems"
+    has_experts = data.expert_fraction > 0
+    require(data.num_experts > 0 or not has_experts, "data.expert_fraction", data.expert_fraction, allowed)
+    least = module.advantage.min_generations
+    allowed = f"at least {least} with this model.advantage, which compares the completions of a group"
+    require(data.num_generations >= least, "data.num_generations", data.num_generations, allowed)
+    if has_experts and not isinstance(module.advantage, ExpertAdvantage):
+        raise UserError(
+            f"data.expert_fraction = {data.expert_fraction} puts experts' solutions among the rollouts, for which "
+            "model.advantage has no rule. Set expert_fraction to 0, or choose GroupRelative or LeaveOneOut."
+        )
+
+
+def _require_shares(num_ranks: int, data: Any) -> None:
+    """Refuse numbers that the ranks cannot share evenly."""
+    allowed = f"a multiple of the {num_ranks} ranks, which share the problems evenly"
+    require(data.num_problems % num_ranks == 0, "data.num_problems", data.num_problems, allowed)
+    most = data.num_problems * data.num_generations // num_ranks
+    allowed = f"at most {most}, the completions that each rank has"
+    require(data.num_minibatches <= most, "data.num_minibatches", data.num_minibatches, allowed)
+
+
+def _require_staleness(trainer: Any, data: Any) -> None:
+    """Refuse sampling in a thread where ranks would have to communicate: main threads may be in an all-reduce."""
+    if data.max_staleness == 0:
+        return
+    if data.max_resampling > 0 and trainer.world_size > 1:
+        raise UserError(
+            f"data.max_resampling = {data.max_resampling} has {trainer.world_size} ranks agree in each round on the "
+            "groups to replace, which they cannot while they train, as data.max_staleness = "
+            f"{data.max_staleness} asks for. Set one of them to 0, or use one rank."
+        )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise UserError(
+            f"data.max_staleness = {data.max_staleness} samples from a copy of the policy while it trains. Under "
+            "trainer.strategy fsdp2 each rank holds only a shard of it: two threads would gather weights and reduce "
+            "gradients at the same time, in different orders on the ranks. Set max_staleness to 0, or "
+            "trainer.strategy to ddp."
+        )
+
+
+# The model's networks
+
+
+def require_positions(
+    max_positions: int | None, max_prompt_length: int, completions: Sequence[tuple[str, int]]
+) -> None:
+    """Refuse sequences that are longer than the model supports.
+
+    Args:
+        max_positions: longest sequence of the model, in tokens; None where its config does not say
+        max_prompt_length: longest prompt, in tokens
+        completions: config field and value of each limit of a completion, in tokens
+
+    Raises:
+        UserError: prompt and completion together may have more tokens than the model has positions.
+    """
+    for field, length in completions:
+        if max_positions is not None and max_prompt_length + length > max_positions:
+            raise UserError(
+                f"data.max_prompt_length + {field} = {max_prompt_length} + {length} is more than the {max_positions} "
+                "positions of the model. Lower one of them."
+            )
+
+
+def require_bounded_passes(passes: Any) -> None:
+    """Refuse a token budget for a model that takes its rows as one padded rectangle, whose size no budget bounds.
+
+    Args:
+        passes: the policy's ``Passes``, once it is built and sharded
+
+    Raises:
+        UserError: it neither packs rows nor splits them into passes.
+    """
+    if not (passes.packs or passes.splits_rows):
+        raise UserError(
+            "data.max_tokens_per_micro_batch bounds packed passes, and under trainer.strategy fsdp2 this model's "
+            "rows go through it padded to the longest: it does not take transformers' sdpa attention in a way that "
+            "keeps packed rows apart. Set model.policy.attn_implementation to sdpa where it is something else; or "
+            "leave the budget out and give trainer.accumulate_grad_batches."
+        )
