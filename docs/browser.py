@@ -1,4 +1,4 @@
-"""A real browser, driven by the WebDriver protocol (W3C), and pages to look at: for tests and for pictures."""
+"""Headless Chromium and TensorBoard for tests and screenshots, driven by the WebDriver protocol (W3C)."""
 
 import json
 import os
@@ -39,28 +39,28 @@ const walk = node => {
 walk(document.body);
 return texts.join(' ').replace(/\\s+/g, ' ');
 """
-"""Gives all text of a page, also that within web components, of which TensorBoard is made."""
+"""JavaScript that returns all text of a page, including the text of web components, which TensorBoard uses."""
 
 
 class Browser:
-    """One session with one page."""
+    """A WebDriver session with one page."""
 
     def __init__(self, address: str) -> None:
         self.address = address
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One command of the protocol."""
+        """Send one WebDriver command and return its value."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.address}{path}", data, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
     def open(self, page: Path | str) -> None:
-        """Load a file, or an address."""
+        """Load a file or an address."""
         self.call("POST", "/url", {"url": page.as_uri() if isinstance(page, Path) else page})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a script returns."""
+        """Run a script in the page and return its result."""
         return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def find(self, selector: str) -> dict[str, str]:
@@ -68,16 +68,16 @@ class Browser:
         return self.call("POST", "/element", {"using": "css selector", "value": selector})
 
     def point_at(self, element: dict[str, str]) -> None:
-        """Move the pointer onto an element."""
+        """Move the mouse pointer onto an element."""
         self.run("arguments[0].scrollIntoView({block: 'center'})", element)
         move = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": element}
         self.call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
 
     def wait_for(self, *texts: str, seconds: float = 60) -> str:
-        """All text of the page, once it has these.
+        """Return all text of the page once it contains the given texts.
 
         Raises:
-            TimeoutError: it never has.
+            TimeoutError: a text does not appear in time.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -90,12 +90,12 @@ class Browser:
             time.sleep(0.2)
 
     def screenshot(self) -> str:
-        """PNG in base64."""
+        """Return the page as a PNG in base64."""
         return self.call("GET", "/screenshot")
 
 
 def missing_browser() -> str | None:
-    """What is to be installed, or None."""
+    """Return what must be installed to run a browser, or None."""
     if shutil.which("chromedriver") is None or _chromium() is None:
         return "needs a browser: apt-get install chromium chromium-driver"
     return None
@@ -103,10 +103,10 @@ def missing_browser() -> str | None:
 
 @contextmanager
 def chromium(profile: Path, *, width: int = 1200, height: int = 900) -> Iterator[Browser]:
-    """Chromium with an empty profile, its page ``width`` by ``height`` pixels.
+    """Start Chromium with an empty profile and a page of ``width`` by ``height`` pixels.
 
     Raises:
-        RuntimeError: it does not start.
+        RuntimeError: Chromium does not start.
     """
     port = _free_port()
     with _process([shutil.which("chromedriver") or "chromedriver", f"--port={port}"]):
@@ -121,7 +121,7 @@ def chromium(profile: Path, *, width: int = 1200, height: int = 900) -> Iterator
 
 @contextmanager
 def tensorboard(log_dir: Path) -> Iterator[str]:
-    """TensorBoard on a folder; gives its address once it answers."""
+    """Start TensorBoard on a folder; yields its address when it responds."""
     port = _free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(log_dir), "--host=127.0.0.1", f"--port={port}"]
     with _process(command):
@@ -158,7 +158,7 @@ def _start(session: Browser, capabilities: dict[str, Any]) -> Any:
 
 
 def _until(attempt: Any) -> Any:
-    """What the attempt gives, once somebody listens."""
+    """Repeat an attempt until the server responds, and return its result."""
     deadline = time.monotonic() + SECONDS_TO_START
     while True:
         try:

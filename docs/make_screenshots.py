@@ -1,4 +1,4 @@
-"""The pictures of README and docs, from a run of the quickstart.
+"""Take the screenshots of README and docs from a run of the quickstart.
 
     python -m egspo_lightning fit --config configs/quickstart.yaml
     python docs/make_screenshots.py logs
@@ -23,12 +23,12 @@ from egspo_lightning.errors import UserError
 
 IMAGES = Path(__file__).parent / "images"
 SECONDS_TO_DRAW = 3.0
-"""TensorBoard draws its charts after their text is there."""
+"""TensorBoard draws its charts after the text of the page is complete."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("logs", type=Path, help="the folder that the quickstart has written, as in logs")
+    parser.add_argument("logs", type=Path, help="the log folder of the quickstart")
     logs = parser.parse_args().logs
     if (missing := missing_browser()) is not None:
         sys.exit(f"error: {missing}")
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def picture_of_completions(browser: Browser, run: Path, page: Path) -> None:
-    """The colored completions, with the pointer on an uncertain token."""
+    """Save the colored completions, with the pointer on a high-entropy token."""
     write_page(run, page, collection=None, max_completions=8)
     browser.open(page)
     browser.point_at(browser.find("article:nth-of-type(1) .high"))
@@ -53,7 +53,7 @@ def picture_of_completions(browser: Browser, run: Path, page: Path) -> None:
 
 
 def pictures_of_tensorboard(browser: Browser, address: str) -> None:
-    """The charts, and the sample completions."""
+    """Save the charts and the sample completions."""
     for tab, texts in {"custom_scalars": ("reward", "entropy"), "text": ("rollout/samples",)}.items():
         browser.open("about:blank")
         browser.open(f"{address}/#{tab}")

@@ -1,4 +1,4 @@
-"""A hook of MkDocs: ``[[modules NAME]]`` in a page becomes the reference of all public modules of that package."""
+"""MkDocs hook: replace ``[[modules NAME]]`` in a page by the reference of all public modules of that package."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def public_modules(package: str) -> list[str]:
-    """The modules right in a package, by name; those that begin with an underscore are not public."""
+    """Return the public modules of a package, sorted by name; a leading underscore marks a private module."""
     folder = ROOT / Path(*package.split("."))
     return [f"{package}.{path.stem}" for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")]
 
 
 def on_page_markdown(markdown: str, **_others: Any) -> str:
-    """Put the modules in their place."""
+    """Insert the modules."""
     before, mark, rest = markdown.partition("[[modules ")
     if not mark:
         return markdown
