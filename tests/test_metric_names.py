@@ -1,4 +1,4 @@
-"""The index of metric families names the modules in which metrics are named."""
+"""The table of metrics in the docs names exactly the metrics that the package logs."""
 
 import ast
 import re
@@ -19,6 +19,20 @@ def literals(path: Path) -> set[str]:
         elif isinstance(node, ast.JoinedStr):
             found.add("".join(part.value if isinstance(part, ast.Constant) else "<term>" for part in node.values))
     return {name for name in found if NAME.fullmatch(name) and not name.endswith("/")}
+
+
+def logged() -> set[str]:
+    return {name for path in PACKAGE.rglob("*.py") for name in literals(path)} - {"rollout/samples"}  # a text
+
+
+def documented(repository: Path) -> set[str]:
+    page = (repository / "docs" / "guides" / "metrics.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("|")]
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell) if NAME.fullmatch(name)}
+
+
+def test_the_table_names_every_metric_and_no_other(repository):
+    assert documented(repository) == logged()
 
 
 def test_the_index_of_families_names_the_modules_that_name_them():
