@@ -31,6 +31,7 @@ from egspo_lightning.rollout.policy_protocol import TrainedPolicy
 from egspo_lightning.rollout.scoring import CollectedRollouts
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.training.fit_loop import count_epochs, forget
+from egspo_lightning.training.lazy_defaults import built
 from egspo_lightning.training.rollout_phase import Phases, PhaseSizes, Process
 from egspo_lightning.training.setup_rules import require_positions, require_run
 from egspo_lightning.types import Count, NonNegativeInt, ProblemBatch, UnitInterval
@@ -98,6 +99,7 @@ class HybridDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        engine, reward, evaluation_grader = built(engine), built(reward), built(evaluation_grader)
         self.demonstrations, self.problems, self.benchmarks = demonstrations, problems, benchmarks or []
         self.engine, self.reward, self.prompt = engine, WeightedReward.of(reward), prompt
         self.num_problems, self.num_generations = num_problems, num_generations

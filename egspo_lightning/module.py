@@ -26,6 +26,7 @@ from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, val
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 from egspo_lightning.training.advantage_and_gate import AdvantageAndGate
 from egspo_lightning.training.fit_loop import settle
+from egspo_lightning.training.lazy_defaults import built
 from egspo_lightning.training.nonfinite_updates import FiniteUpdates, NonFiniteError, Part, describe, pack
 from egspo_lightning.training.policy_module import PolicyModule
 from egspo_lightning.training.rollout_checks import first_ratio_gap, require_version
@@ -79,6 +80,7 @@ class EGSPOModule(PolicyModule):
         initial_stage: Literal["sft", "egspo"] = "sft",
         max_bad_updates: PositiveInt = 5,
     ) -> None:
+        gate, attenuation, advantage = built(gate), built(attenuation), built(advantage)
         has_reference = objective.beta > 0 or kl_reward is not None
         super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
         self.advantage_and_gate = AdvantageAndGate(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
