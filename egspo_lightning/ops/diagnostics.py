@@ -7,7 +7,7 @@ Every value is detached. Values of micro-batches and ranks are parts that add up
 - ``policy/*``: ``ops.diagnostics``, ``module``, ``training.advantage_and_gate``
 - ``value/*``: ``ops.diagnostics``
 - ``rollout/*``: ``rollout.scoring``, ``training.advantage_and_gate``, ``module``
-- ``time/*``: ``rollout.scoring``, ``training.advantage_and_gate``, ``training.rollout_phase``
+- ``time/*``: ``rollout.scoring``, ``rollout.sampling_ahead``, ``training.advantage_and_gate``
 - ``update/*``, ``fault/*``: ``module``
 - ``eval/*``: ``evaluation.scores``; ``guard/*``: ``callbacks.guards``
 
