@@ -28,7 +28,7 @@ from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
-from egspo_lightning.rollout.scoring import CollectedRollouts
+from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.training.fit_loop import count_epochs, forget
 from egspo_lightning.training.lazy_defaults import built

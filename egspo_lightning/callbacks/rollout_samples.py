@@ -11,7 +11,7 @@ from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.callbacks.logger_displays import SHOWS_TEXT, log_text, note_once
 from egspo_lightning.callbacks.trainer_access import due_rollout_batch, module_of
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.rollout.scoring import CollectedRollouts
+from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.types import Completion, NonNegativeInt, PositiveInt
 
 SEPARATOR = "\n\n---\n\n"

@@ -16,7 +16,8 @@ from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch,
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
-from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH, CollectedRollouts
+from egspo_lightning.rollout.rollout_records import CollectedRollouts
+from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
 from egspo_lightning.types import NetworkOutputs, NonNegativeInt, PositiveInt, RolloutBatch
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.rollout.scoring import CollectedRollouts
+from egspo_lightning.rollout.rollout_records import CollectedRollouts
 
 
 def module_of(pl_module: LightningModule) -> EGSPOModule:

@@ -13,12 +13,12 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.evaluation.answer_sampling import AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark, require_different_ids
-from egspo_lightning.rewards.extraction import extract_boxed
-from egspo_lightning.rewards.format import with_opened_block
+from egspo_lightning.rewards.extraction import extract_boxed, with_opened_block
 from egspo_lightning.rewards.grading import MathGrader
-from egspo_lightning.rollout.engine import RolloutEngine
-from egspo_lightning.rollout.generation import Prompt, Tokens, decode, prompt_texts, sample
+from egspo_lightning.rollout.engine import RolloutEngine, Sample
+from egspo_lightning.rollout.generation import decode, prompt_texts, sample
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
+from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Problem, ProblemBatch, Sampling
 
 PREDICT = "predict"
@@ -145,7 +145,7 @@ class Answerer:
         return [answer for problem in batch.problems for answer in earlier.get(problem.id) or fresh[problem.id]]
 
     def _grade(
-        self, problems: Sequence[Problem], samples: Sequence[Tokens], texts: Sequence[str], prompts: Sequence[str]
+        self, problems: Sequence[Problem], samples: Sequence[Sample], texts: Sequence[str], prompts: Sequence[str]
     ) -> list[Answer]:
         """Grade the samples. A box inside reasoning that the prompt has opened does not count as an answer."""
         n = len(samples) // len(problems)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+THINK_MARKS = _OPEN, _CLOSE = "<think>", "</think>"
+
 MAX_ANSWER_LENGTH = 512
 """Characters. A longer box is no answer, so that the grader never gets a page of LaTeX."""
 
@@ -27,7 +29,12 @@ class _Box(NamedTuple):
 
 def after_reasoning(text: str) -> str:
     """Return the text after the last ``</think>``, without reasoning that is opened and never closed."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    return text.rpartition(_CLOSE)[2].partition(_OPEN)[0]
+
+
+def with_opened_block(text: str, prompt: str) -> str:
+    """Return a completion, preceded by the think mark in which its prompt ends, if it does."""
+    return _OPEN + text if prompt.rstrip().endswith(_OPEN) else text
 
 
 def extract_boxed(text: str) -> str | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from egspo_lightning.rewards.extraction import extract_boxed
+from egspo_lightning.rewards.extraction import THINK_MARKS, extract_boxed, with_opened_block
 from egspo_lightning.rewards.functions import Details, Reward
 
-THINK_MARKS = _OPEN, _CLOSE = "<think>", "</think>"
-
+_OPEN, _CLOSE = THINK_MARKS
 # A backslash escapes the character after it: \\boxed{ is a line break and a word.
 _BOX_OR_ESCAPE = re.compile(r"\\boxed\s*+\{|\\.", re.DOTALL)
 
@@ -28,11 +27,6 @@ class FormatReward(Reward):
         """Score completions, in their order; without ``details`` the prompts count as empty."""
         prompts = [detail.prompt for detail in details] or [""] * len(completions)
         return [float(is_well_formed(text, prompt)) for text, prompt in zip(completions, prompts, strict=True)]
-
-
-def with_opened_block(text: str, prompt: str) -> str:
-    """Return a completion, preceded by the think mark in which its prompt ends, if it does."""
-    return _OPEN + text if prompt.rstrip().endswith(_OPEN) else text
 
 
 def is_well_formed(text: str, prompt: str = "") -> bool:

@@ -7,66 +7,16 @@ batch holds the same completions on one rank or many.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
-from egspo_lightning.errors import UserError, require
+from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rollout.engine import RolloutEngine, Sample
-from egspo_lightning.rollout.generation import Prompt, grade, sample_and_grade
+from egspo_lightning.rollout.generation import grade, sample_and_grade
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
-from egspo_lightning.types import Completion, ExpertSolution, Problem, Sampling
-
-
-class DrawnProblems(NamedTuple):
-    """This rank's problems of a rollout batch, by their place in it."""
-
-    number: int
-    """Number of the rollout batch."""
-    prompts: dict[int, Prompt]
-    solutions: dict[int, ExpertSolution]
-    """Expert solutions of the problems that have one."""
-
-
-class Group(NamedTuple):
-    """The completions of one problem."""
-
-    number: int
-    """Place of the problem in the rollout batch."""
-    prompt: Prompt
-    completions: list[Completion]
-    expert: Completion | None
-    """The expert's solution, graded like a completion."""
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether all rewards are equal, so that comparing them teaches nothing."""
-        return len({completion.reward for completion in self.completions}) == 1
-
-
-class SampledGroups(NamedTuple):
-    """This rank's graded groups of a rollout batch, in the order of their places."""
-
-    groups: list[Group]
-    discarded: list[Group]
-    """Flat groups that others have replaced."""
-    seconds: float
-    """Time to sample and grade."""
-    seconds_grading: float
-    """The part of this time with nothing left to sample, spent waiting for grades."""
-    has_experts: bool = False
-    """Whether the rollout batch has expert solutions, on any rank."""
-
-    def replace(self, others: "SampledGroups") -> "SampledGroups":
-        """These groups with others in their places, and the time for both."""
-        new = {group.number: group for group in others.groups}
-        return self._replace(
-            groups=[new.get(group.number, group) for group in self.groups],
-            discarded=self.discarded + [group for group in self.groups if group.number in new],
-            seconds=self.seconds + others.seconds,
-            seconds_grading=self.seconds_grading + others.seconds_grading,
-        )
+from egspo_lightning.rollout.rollout_records import DrawnProblems, Group, Prompt, SampledGroups
+from egspo_lightning.types import ExpertSolution, Problem, Sampling
 
 
 @dataclass
@@ -103,9 +53,6 @@ class Collector:
     """Problems drawn so far, over all ranks."""
 
     def __post_init__(self) -> None:
-        for name in ("num_problems", "num_generations", "max_completion_length"):
-            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
-        require(self.max_resampling >= 0, "data.max_resampling", self.max_resampling, "at least 0")
         if self.max_resampling > 0 and self.num_generations < 2:
             raise UserError(
                 f"data.max_resampling = {self.max_resampling} replaces flat groups, whose rewards are all equal, "
@@ -169,13 +116,6 @@ class Collector:
             seconds_grading=sampled.seconds_grading + seconds,
             has_experts=self.num_experts > 0,
         )
-
-    def sample(self, policy: RolloutPolicy, number: int, rank: int, world_size: int) -> SampledGroups:
-        """Make the graded groups of rollout batch ``number``. Collective."""
-        drawn = self.draw_problems(number, rank, world_size)
-        sampled = self.sample_and_grade(policy, drawn.prompts)
-        sampled = self.replace_flat_groups(policy, drawn, sampled)
-        return self.grade_expert_solutions(policy, drawn, sampled)
 
     def _draw(self, count: int) -> Sequence[Problem]:
         self.num_drawn += count

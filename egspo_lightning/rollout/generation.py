@@ -1,30 +1,15 @@
 """Generation: samples and grades completions of prompts."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from egspo_lightning.rewards.composition import WeightedReward
-from egspo_lightning.rewards.format import THINK_MARKS, with_opened_block
+from egspo_lightning.rewards.extraction import THINK_MARKS, with_opened_block
 from egspo_lightning.rewards.functions import Details, Reward
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
 from egspo_lightning.rollout.overlapped_grading import OverlappedGrading
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
-from egspo_lightning.types import Completion, Problem, Sampling
-
-
-class Prompt(NamedTuple):
-    """An encoded problem with the name of its random stream."""
-
-    problem: Problem
-    token_ids: list[int]
-    seed: str
-
-
-class Tokens(NamedTuple):
-    """A sample without its statistics, which take 64 bytes for each token."""
-
-    token_ids: list[int]
-    is_truncated: bool
+from egspo_lightning.rollout.rollout_records import Prompt
+from egspo_lightning.types import Completion, Sampling
 
 
 def sample_and_grade(
@@ -59,14 +44,16 @@ def sample_and_grade(
 
 def sample(
     policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
-) -> list[Tokens]:
-    """Sample the tokens of ``num_samples`` completions of each prompt; those of a prompt are adjacent. Collective.
+) -> list[Sample]:
+    """Sample ``num_samples`` completions of each prompt; those of a prompt are adjacent. Collective.
+
+    Statistics, which take 64 bytes a token, are left out.
 
     All ranks must call it equally often, with or without prompts.
     """
     batches = _stream(policy, engine, prompts, num_samples, sampling)
-    done = {number: Tokens(found.token_ids, found.is_truncated) for batch in batches for number, found in batch}
-    return [done[number] for number in range(len(prompts) * num_samples)]
+    done = {i: found._replace(logprobs=[], entropies=None) for batch in batches for i, found in batch}
+    return [done[i] for i in range(len(prompts) * num_samples)]
 
 
 def _stream(
@@ -80,7 +67,7 @@ def _stream(
             yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
 
 
-def decode(policy: RolloutPolicy, samples: Sequence[Sample] | Sequence[Tokens]) -> list[str]:
+def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
     """Texts of samples without special tokens, except think marks, which some tokenizers declare special."""
     added = policy.tokenizer.added_tokens_decoder.items()
     dropped = {number for number, token in added if token.special and token.content not in THINK_MARKS}

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from egspo_lightning.rollout.policy_protocol import FrozenPolicy, RolloutPolicy
-from egspo_lightning.rollout.rollout_state import pack, unpack_scored
-from egspo_lightning.rollout.scoring import ScoredGroups
+from egspo_lightning.rollout.rollout_records import ScoredGroups, pack, unpack
 
 Prepare = Callable[[RolloutPolicy], ScoredGroups]
 
@@ -78,7 +77,7 @@ class SamplingAhead:
         self._making = self.saved = None
         if packed is None:
             return None
-        scored = unpack_scored(packed, device)
+        scored = unpack(ScoredGroups, packed, device)
         return scored._replace(measurements={**scored.measurements, **waited})
 
     def cancel(self) -> None:

@@ -3,48 +3,21 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from egspo_lightning.ops.batching import batches_within
 from egspo_lightning.ops.padding import pad_right, row_lengths
-from egspo_lightning.rollout.collector import Group, SampledGroups
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
-from egspo_lightning.types import Completion, Measurements, RolloutBatch, ScoredRollouts, Scores
+from egspo_lightning.rollout.rollout_records import Group, SampledGroups
+from egspo_lightning.types import Completion, Measurements, ScoredRollouts, Scores
 
 MAX_SAMPLER_GAP = 0.1
 """Largest mean distance between the log-probabilities of engine and scorer that rounding explains, nats a token."""
 
 TOKENS_PER_SCORING_BATCH = 16_384
 """Token budget of a forward pass that scores, padding included."""
-
-
-class CollectedRollouts(NamedTuple):
-    """One rank's rollout batch, ready for optimizer steps."""
-
-    completions: list[Completion]
-    """In the order of the rows: G for each problem, then the expert solutions."""
-    batch: RolloutBatch
-    measurements: Measurements
-    numbers: list[int]
-    """Places of this rank's problems in the rollout batch, in the order of their groups."""
-    expert_groups: list[int]
-    """For each expert row, the number of its group on this rank."""
-
-
-class ScoredGroups(NamedTuple):
-    """One rank's rollout batch, sampled, graded and scored, before advantages and gate."""
-
-    completions: list[Completion]
-    """In the order of the rollouts' rows."""
-    rollouts: ScoredRollouts
-    measurements: Measurements
-    numbers: list[int]
-    """As those of a ``CollectedRollouts``."""
-    num_drawn: int
-    """Problems drawn so far, with its own, over all ranks."""
 
 
 def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tuple[ScoredRollouts, Measurements]:

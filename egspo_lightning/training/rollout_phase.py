@@ -16,9 +16,9 @@ from egspo_lightning.data.expert_pool import ExpertPool, ExpertShare
 from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy, TrainedPolicy
-from egspo_lightning.rollout.rollout_state import pack, unpack
+from egspo_lightning.rollout.rollout_records import CollectedRollouts, ScoredGroups, pack, unpack
 from egspo_lightning.rollout.sampling_ahead import SamplingAhead
-from egspo_lightning.rollout.scoring import CollectedRollouts, ScoredGroups, completions_by_row, score
+from egspo_lightning.rollout.scoring import completions_by_row, score
 from egspo_lightning.training.micro_batches import StepShare, split_into_micro_batches
 from egspo_lightning.training.minibatches import RolloutShare, plan_optimizer_steps, share_optimizer_steps
 from egspo_lightning.types import Stage, TrainingBatch
@@ -96,7 +96,7 @@ class Phases:
                 self.sample_next(policy, process)
         else:
             assert saved.rollouts is not None
-            self.rollouts = unpack(saved.rollouts, policy.device)
+            self.rollouts = unpack(CollectedRollouts, saved.rollouts, policy.device)
         rollout_shares = self.split_into_optimizer_steps(policy, self.rollouts)
         expert_shares = self.draw_demonstrations(policy, process, len(rollout_shares))
         steps = [StepShare(*pair) for pair in zip(rollout_shares, expert_shares, strict=True)]
@@ -105,7 +105,10 @@ class Phases:
     def sample_and_score(self, policy: RolloutPolicy, process: Process, number: int) -> ScoredGroups:
         """Make the scored rollouts of rollout batch ``number``. Collective."""
         collector = self.collector
-        graded = collector.sample(policy, number, *process)  # draws problems, samples completions, grades them
+        drawn = collector.draw_problems(number, *process)
+        graded = collector.sample_and_grade(policy, drawn.prompts)
+        graded = collector.replace_flat_groups(policy, drawn, graded)
+        graded = collector.grade_expert_solutions(policy, drawn, graded)
         rollouts, measurements = score(policy, graded, collector.max_completion_length)
         numbers = [group.number for group in graded.groups]
         return ScoredGroups(completions_by_row(graded.groups), rollouts, measurements, numbers, collector.num_drawn)

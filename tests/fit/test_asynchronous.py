@@ -137,7 +137,7 @@ def test_what_is_sampled_ahead_is_what_those_weights_sample(tiny_run, module):
         for age in (0, 1):
             run.module.load_state_dict(watch.weights[number - age])
             collector.num_drawn = 4 * number
-            groups = collector.sample(run.module, number, 0, 1).groups
+            groups = collector.sample_and_grade(run.module, collector.draw_problems(number, 0, 1).prompts).groups
             again[age] = tokens_of(completion for group in groups for completion in group.completions)
             scores = run.module.score(*watch.collections[number].batch[:2])
             rollout = watch.collections[number].batch

@@ -19,7 +19,8 @@ from egspo_lightning.rewards.functions import CorrectnessReward, Details
 from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.generation import Prompt, decode, grade, sample, sample_and_grade
+from egspo_lightning.rollout.generation import decode, grade, sample, sample_and_grade
+from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Problem, Sampling
 
@@ -234,7 +235,8 @@ from types import SimpleNamespace
 from contextlib import contextmanager
 from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.generation import Prompt, sample_and_grade
+from egspo_lightning.rollout.generation import sample_and_grade
+from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Problem, Sampling
 
 class Policy:

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from egspo_lightning.rollout import scoring as experience
-from egspo_lightning.rollout.collector import Group, SampledGroups
-from egspo_lightning.rollout.generation import Prompt
+from egspo_lightning.rollout.rollout_records import Group, Prompt, SampledGroups
 from egspo_lightning.rollout.scoring import completions_by_row, measure
 from egspo_lightning.types import Completion, Problem
 
