@@ -1,6 +1,10 @@
 """Exceptions with messages for the user, and helpers that raise and search them."""
 
 import signal
+from collections.abc import Sequence
+
+NUM_SHOWN = 3
+"""Faults that an error message lists."""
 
 
 class UserError(ValueError):
@@ -37,6 +41,12 @@ def cause_of(error: BaseException, *kinds: type[BaseException]) -> BaseException
     while cause is not None and not isinstance(cause, kinds):
         cause = cause.__cause__ or cause.__context__
     return cause
+
+
+def listed(faults: Sequence[str]) -> str:
+    """The first faults for an error message, and the number of the others."""
+    more = f" (and {len(faults) - NUM_SHOWN} more)" if len(faults) > NUM_SHOWN else ""
+    return "; ".join(faults[:NUM_SHOWN]) + more
 
 
 def require(holds: bool, field: str, value: object, allowed: str) -> None:

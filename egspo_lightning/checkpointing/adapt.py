@@ -8,6 +8,8 @@ from torch import Tensor
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.lora import is_adapter, is_reference, trained_name
 
+OPTIMIZER_KEYS_OF_SCHEDULES = {"params", "initial_lr"}
+
 
 def adapt_weights(
     weights: dict[str, Any], own: dict[str, Tensor], *, is_exact: bool, left_out: Collection[str] = ()
@@ -79,31 +81,38 @@ def number_parameters(states: list[dict[str, Any]], numbers: dict[str, int]) -> 
             group["params"] = sorted(numbers.get(name, name) for name in group["params"])
 
 
-def adapt_optimizer(states: list[dict[str, Any]], fresh: dict[str, Any], *, is_entry: bool) -> None:
-    """Replace the state of an optimizer with other parameters by a fresh one, at the end of SFT; in place.
+def adapt_optimizer(
+    states: list[dict[str, Any]], stored: str | None, fresh: dict[str, Any], own: str, *, is_entry: bool
+) -> None:
+    """Replace the state of an optimizer of another kind, or with other parameters, at the end of SFT; in place.
 
     Args:
         states: the checkpoint's, one optimizer
+        stored: its kind, such as "AdamW"; None in checkpoints without it
         fresh: initial state of the run's optimizer
+        own: the run's kind
         is_entry: whether the checkpoint was made at the end of SFT, when the optimizer restarts anyway
 
     Raises:
-        UserError: the parameters differ in a checkpoint from any other time.
+        UserError: kind or parameters differ in a checkpoint from any other time.
     """
-    if not states or _group_sizes(states[0]) == _group_sizes(fresh):
-        return
-    if not is_entry:
+    groups = [state["param_groups"] for state in (states[0], fresh)]
+    theirs, ours = (set().union(*each) for each in groups)
+    is_other = (stored or own) != own or bool((theirs ^ ours) - OPTIMIZER_KEYS_OF_SCHEDULES)
+    sizes, own_sizes = ([len(group["params"]) for group in each] for each in groups)
+    if is_entry and (is_other or sizes != own_sizes):
+        states[0] = fresh
+    elif is_other:
         raise UserError(
-            f"ckpt_path: the optimizer in the checkpoint has {_group_sizes(states[0])} parameters by group, this run's "
-            f"{_group_sizes(fresh)}: model.critic or model.policy differ. Start from sft.ckpt, or use the "
-            "checkpoint's own config."
+            f"ckpt_path: the checkpoint's optimizer is {stored or 'another one'}, and model.optimizer is {own}, which "
+            "cannot continue from its moments. Take the checkpoint's own optimizer, or start from sft.ckpt."
         )
-    states[0] = fresh
+    elif sizes != own_sizes:
+        raise UserError(
+            f"ckpt_path: the optimizer in the checkpoint has {sizes} parameters by group, this run's {own_sizes}: "
+            "model.critic or model.policy differ. Start from sft.ckpt, or use the checkpoint's own config."
+        )
 
 
 def _is_optional(name: str) -> bool:
     return name.startswith(("reference.", "critic.", "policy.value_head.")) or is_reference(name)
-
-
-def _group_sizes(state: dict[str, Any]) -> list[int]:
-    return [len(group["params"]) for group in state["param_groups"]]

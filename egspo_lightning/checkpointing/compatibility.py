@@ -1,4 +1,4 @@
-"""Checkpoint compatibility: refuses the weights, tokenizer or optimizer of another model."""
+"""Checkpoint compatibility: refuses the weights or the tokenizer of another model."""
 
 import hashlib
 import json
@@ -7,11 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from egspo_lightning.errors import UserError
-
-NUM_SHOWN = 3
-"""Weights that an error message lists."""
-OPTIMIZER_KEYS_OF_SCHEDULES = {"params", "initial_lr"}
+from egspo_lightning.errors import UserError, listed
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -54,35 +50,7 @@ def require_same_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
     told += [f"{name} is not in this run's model" for name in weights.keys() - own.keys()]
     told += [f"{name} is not in the checkpoint" for name in own.keys() - weights.keys()]
     if told:
-        shown = "; ".join(sorted(told)[:NUM_SHOWN])
-        more = f" (and {len(told) - NUM_SHOWN} more)" if len(told) > NUM_SHOWN else ""
         raise UserError(
-            f"ckpt_path: the checkpoint holds a model of another shape: {shown}{more}. Set model.policy.name_or_path "
-            "(and model.critic) as in the checkpoint's run."
-        )
-
-
-def fit_optimizer_kind(
-    states: list[dict[str, Any]], stored: str | None, fresh: dict[str, Any], own: str, *, is_entry: bool
-) -> None:
-    """Replace the state of another kind of optimizer by a fresh one, at the end of SFT; in place.
-
-    Args:
-        states: the checkpoint's, one optimizer
-        stored: its kind, such as "AdamW"; None in checkpoints without it
-        fresh: initial state of the run's optimizer
-        own: the run's kind
-        is_entry: whether the checkpoint was made at the end of SFT, when the optimizer restarts anyway
-
-    Raises:
-        UserError: the kinds differ in a checkpoint from any other time.
-    """
-    theirs, ours = ({key for group in state["param_groups"] for key in group} for state in (states[0], fresh))
-    is_other = (stored or own) != own or bool((theirs ^ ours) - OPTIMIZER_KEYS_OF_SCHEDULES)
-    if is_other and is_entry:
-        states[0] = fresh
-    elif is_other:
-        raise UserError(
-            f"ckpt_path: the checkpoint's optimizer is {stored or 'another one'}, and model.optimizer is {own}, which "
-            "cannot continue from its moments. Take the checkpoint's own optimizer, or start from sft.ckpt."
+            f"ckpt_path: the checkpoint holds a model of another shape: {listed(sorted(told))}. Set "
+            "model.policy.name_or_path (and model.critic) as in the checkpoint's run."
         )

@@ -23,14 +23,19 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise UserError(f"ckpt_path: no such file or folder: {path}.")
-    if path.is_dir():
-        if missing := [name for name in SHARDED_PARTS if not (path / name).is_file()]:
-            raise UserError(
-                f"ckpt_path: {path} is a folder without {' and '.join(missing)}, so it is no sharded checkpoint. "
-                "Give the folder that the run wrote, or a .ckpt file."
-            )
-        return _require_ours(_load(path / SHARDED_PARTS[0]), path)
-    return _require_ours(_load(path), path)
+    missing = [name for name in SHARDED_PARTS if not (path / name).is_file()]
+    if path.is_dir() and missing:
+        raise UserError(
+            f"ckpt_path: {path} is a folder without {' and '.join(missing)}, so it is no sharded checkpoint. Give the "
+            "folder that the run wrote, or a .ckpt file."
+        )
+    content: Any = _load(path / SHARDED_PARTS[0] if path.is_dir() else path)
+    if not isinstance(content, dict) or "egspo" not in content or WRITER not in content:
+        raise UserError(
+            f"ckpt_path: {path} was not written by EGSPOModule. To start from a model's weights, give its folder as "
+            "model.policy.name_or_path."
+        )
+    return content
 
 
 def _load(path: Path) -> Any:
@@ -52,12 +57,3 @@ def _load(path: Path) -> Any:
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"ckpt_path: {path} is damaged or no checkpoint: {reason} Take an earlier one.") from error
-
-
-def _require_ours(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict) or "egspo" not in content or WRITER not in content:
-        raise UserError(
-            f"ckpt_path: {path} was not written by EGSPOModule. To start from a model's weights, give its folder as "
-            "model.policy.name_or_path."
-        )
-    return content

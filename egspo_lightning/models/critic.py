@@ -91,8 +91,7 @@ class Critic(nn.Module):
 
     def start_from(self, policy: Policy) -> None:
         """Copy the weights of the policy's trunk, if the architectures are the same."""
-        parameters = policy.lm.get_decoder().named_parameters()
-        theirs = {name: value for name, value in parameters if not is_reference(name)}
+        theirs = {name: value for name, value in policy.trunk.named_parameters() if not is_reference(name)}
         ours = dict(self.trunk.named_parameters())
         if {name: value.shape for name, value in ours.items()} == {name: v.shape for name, v in theirs.items()}:
             for name, value in ours.items():

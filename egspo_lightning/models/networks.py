@@ -31,6 +31,11 @@ class Networks:
     temperature: float
     has_reference: bool
 
+    @property
+    def trained(self) -> list[Policy | Critic]:
+        """Policy and critic; the reference policy is frozen."""
+        return [network for network in (self.policy, self.critic) if network is not None]
+
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
         """Score sequences with all networks, at the sampling temperature."""
         current = self.policy(input_ids, completion_mask, self.temperature)

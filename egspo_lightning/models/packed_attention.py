@@ -10,6 +10,7 @@ one by one there, in blocks of 32 tokens; plain matrix products over all of them
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +31,6 @@ class Run(NamedTuple):
     num_rows: int
     width: int
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all its sequences."""
-        return self.num_rows * self.width
-
 
 class Runs:
     """The runs of a packed row.
@@ -49,7 +45,7 @@ class Runs:
         """Causal attention within each sequence, from (1, heads, N, D) each to (1, N, heads, D)."""
         self.num_uses += 1
         self.num_windows += settings.get("sliding_window") is not None
-        sizes = [run.num_tokens for run in self.runs]
+        sizes = [prod(run) for run in self.runs]
         parts = zip(*(states.split(sizes, dim=2) for states in (queries, keys, values)), strict=True)
         return torch.cat(
             [_attend(module, run, *part, **settings) for run, part in zip(self.runs, parts, strict=True)], 1

@@ -9,6 +9,7 @@ and the fast attention kernels apply.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,11 @@ class Policy(nn.Module):
         _check_linear_head(self.lm)
         self.passes = TrunkPasses(use_packing(lm))
 
+    @property
+    def trunk(self) -> Any:
+        """The model without its output layer."""
+        return self.lm.get_decoder()
+
     def forward(
         self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0, with_entropies: bool = True
     ) -> NetworkOutputs:
@@ -81,7 +87,7 @@ class Policy(nn.Module):
         return self._outputs(parts)
 
     def _outputs(self, parts: Sequence[Sequences]) -> list[NetworkOutputs]:
-        states = self.passes.states(self.lm.get_decoder(), parts)
+        states = self.passes.states(self.trunk, parts)
         return [self._statistics(own, part) for own, part in zip(states, parts, strict=True)]
 
     def _statistics(self, states: Tensor, part: Sequences) -> NetworkOutputs:
@@ -119,7 +125,7 @@ class TrunkPasses:
         if self.packs:
             states = packed_states(decoder, flat, index % ids.shape[1], Runs(runs))
         else:
-            parted = flat.split([run.num_tokens for run in runs])
+            parted = flat.split([prod(run) for run in runs])
             rows = [part.view(*run) for part, run in zip(parted, runs, strict=True)]
             states = torch.cat([decoder(input_ids=r, use_cache=False).last_hidden_state.flatten(0, 1) for r in rows])
         row, position = mask[:, 1:].nonzero(as_tuple=True)

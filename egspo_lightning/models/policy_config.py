@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, listed
 from egspo_lightning.models.lora import LoraConfig
 from egspo_lightning.models.policy import Policy, ValueHead
 
@@ -31,8 +31,6 @@ LOADING_ERRORS = (
     StrictDataclassError,
 )
 """Errors that transformers raises for a name, folder or file that it cannot load."""
-NUM_SHOWN = 3
-"""Weights that an error message lists."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +130,9 @@ class PolicyConfig:
         ]
         faults += [f"{name} is missing" for name in sorted(info["missing_keys"])]
         if faults:
-            more = f" (and {len(faults) - NUM_SHOWN} more)" if len(faults) > NUM_SHOWN else ""
             raise UserError(
                 f"model.policy.name_or_path: the weights of {self.name_or_path!r} do not fit its config.json: "
-                f"{'; '.join(faults[:NUM_SHOWN])}{more}. Take both from one source, or train from random weights by "
+                f"{listed(faults)}. Take both from one source, or train from random weights by "
                 "model.policy.from_scratch: true."
             )
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from egspo_lightning.models.networks import Networks
 from egspo_lightning.types import Scores
@@ -45,10 +45,10 @@ class Snapshot:
         self.tokenizer, self.eos_ids, self.temperature = tokenizer, eos_ids, networks.temperature
         self.takes_sampled_statistics, self.policy_version = takes_sampled_statistics, 0
         self._precision, self._world_size = precision, world_size
-        self._networks = _copy(networks)
+        self._networks = replace(networks, policy=_copy(networks.policy), critic=_copy(networks.critic))
         self._cancelled = threading.Event()
-        for trunk in _trunks(self._networks):
-            trunk.register_forward_pre_hook(self._end_if_cancelled)
+        for network in self._networks.trained:
+            network.trunk.register_forward_pre_hook(self._end_if_cancelled)  # every forward pass goes through trunks
         self.device = next(networks.policy.parameters()).device
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -105,14 +105,11 @@ class Snapshot:
         return values
 
 
-def _copy(networks: Networks) -> Networks:
-    """A copy of the trained networks, which shares frozen weights."""
-    policy, critic = (_copy_network(part) for part in (networks.policy, networks.critic))
-    return replace(networks, policy=policy, critic=critic)
+def _copy(network: Any) -> Any:
+    """A copy in eval mode, which shares frozen weights.
 
-
-def _copy_network(network: Any) -> Any:
-    """A copy in eval mode. Parameters keep requires_grad, by which torch chooses the multiplication kernel."""
+    Parameters keep requires_grad, by which torch chooses the multiplication kernel.
+    """
     if network is None:
         return None
     shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
@@ -120,12 +117,5 @@ def _copy_network(network: Any) -> Any:
 
 
 def _tensors(networks: Networks) -> list[Tensor]:
-    """Parameters and buffers of policy and critic; the reference is frozen."""
-    parts = [part for part in (networks.policy, networks.critic) if part is not None]
-    return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-
-
-def _trunks(networks: Networks) -> list[nn.Module]:
-    """The trunks, through which every forward pass of the copies goes."""
-    critic = [] if networks.critic is None else [networks.critic.trunk]
-    return [networks.policy.lm.get_decoder(), *critic]
+    """Parameters and buffers of policy and critic."""
+    return [tensor for part in networks.trained for tensor in (*part.parameters(), *part.buffers())]

@@ -21,7 +21,6 @@ class Attenuation(Protocol):
             entropies: (B, T), nats
             threshold: () or (B, 1), nats
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,7 @@ class PhaseMetrics:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, tuple[Tensor, int]]]) -> None:
         """Restore the accumulators."""
-        for reduction in get_args(Reduction):
-            self._gathered[reduction] = {
-                name: (value, count) for name, (value, count) in state.get(reduction, {}).items()
-            }
+        self._gathered = {reduction: dict(state.get(reduction, {})) for reduction in get_args(Reduction)}
 
 
 @torch.no_grad()

@@ -42,19 +42,13 @@ class Estimate(NamedTuple):
 class Advantage(Protocol):
     """Advantage estimator: turns the rewards of a rollout batch into advantages."""
 
-    @property
-    def min_generations(self) -> int:
-        """Smallest group size G that it works with."""
-        ...
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether it needs a critic."""
-        ...
+    min_generations: ClassVar[int] = 1
+    """Smallest group size G that it works with."""
+    needs_values: ClassVar[bool] = False
+    """Whether it needs a critic."""
 
     def estimate(self, experience: Experience) -> Estimate:
         """Advantages of a rollout batch; entries outside the mask are ignored."""
-        ...
 
 
 @runtime_checkable
@@ -63,7 +57,6 @@ class ExpertAdvantage(Protocol):
 
     def estimate_expert(self, rewards: Tensor, group_rewards: Tensor) -> Tensor:
         """(P,) advantages from the (P,) rewards of expert solutions and the (P, G) rewards of their groups."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,6 @@ class GroupRelative(Advantage):
 
     scale_by_std: bool = True
     min_generations: ClassVar[int] = 2
-    needs_values: ClassVar[bool] = False
 
     def estimate(self, experience: Experience) -> Estimate:
         """The same advantage at every token of a completion."""
@@ -93,7 +85,6 @@ class LeaveOneOut(Advantage):
     """RLOO's advantage, see ``ops.advantages.leave_one_out``."""
 
     min_generations: ClassVar[int] = 2
-    needs_values: ClassVar[bool] = False
 
     def estimate(self, experience: Experience) -> Estimate:
         """The same advantage at every token of a completion."""
@@ -114,8 +105,6 @@ class ReinforcePlusPlus(Advantage):
     """
 
     gamma: UnitInterval = 1.0
-    min_generations: ClassVar[int] = 1
-    needs_values: ClassVar[bool] = False
 
     def estimate(self, experience: Experience) -> Estimate:
         """Advantages whitened over the rollout batch, on all ranks."""
@@ -134,7 +123,6 @@ class GAE(Advantage):
 
     gamma: UnitInterval = 1.0
     lam: UnitInterval = 0.95
-    min_generations: ClassVar[int] = 1
     needs_values: ClassVar[bool] = True
 
     def estimate(self, experience: Experience) -> Estimate:

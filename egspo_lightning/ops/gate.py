@@ -87,7 +87,6 @@ class Gate(Protocol):
 
     def threshold(self, entropies: Entropies) -> Tensor:
         """tau in nats: a scalar, or (B, 1) with one value for each of this rank's completions."""
-        ...
 
 
 @dataclass

@@ -102,17 +102,18 @@ def kl_penalty(logprobs: Values, ref_logprobs: Values, estimator: KLEstimator) -
     value of k3 and the gradient of k2, which is the gradient of the KL where the policy is the sampling policy.
     """
     difference = as_tensor(logprobs) - as_tensor(ref_logprobs)
-    if estimator == "k1":
-        return difference
-    if estimator == "abs":
-        return difference.abs()
-    if estimator == "k2":
-        return 0.5 * difference.square()
-    if estimator == "k3":
-        return _k3(difference)
-    if estimator == "k3+":
-        k2 = 0.5 * difference.square()
-        return _k3(difference).detach() + k2 - k2.detach()
+    match estimator:
+        case "k1":
+            return difference
+        case "abs":
+            return difference.abs()
+        case "k2":
+            return 0.5 * difference.square()
+        case "k3":
+            return _k3(difference)
+        case "k3+":
+            k2 = 0.5 * difference.square()
+            return _k3(difference).detach() + k2 - k2.detach()
     raise ValueError(f"estimator must be one of {', '.join(get_args(KLEstimator))}, got {estimator!r}")
 
 

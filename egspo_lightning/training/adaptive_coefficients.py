@@ -11,26 +11,26 @@ MAX_KL_ERROR = 0.2
 """Bound of the relative error of the KL in one correction."""
 
 
+@dataclass
 class _Adaptive:
     """A coefficient that starts at ``coefficient`` and is adapted where there is a target."""
 
-    coefficient: float
-    target: float | None
-    _current: float
+    coefficient: NonNegativeFloat = 1e-3
+    target: PositiveFloat | None = None
+    current: float = field(default=0.0, init=False, repr=False)
+    """The present coefficient."""
 
-    @property
-    def current(self) -> float:
-        """The present coefficient."""
-        return self._current
+    def __post_init__(self) -> None:
+        self.current = float(self.coefficient)
 
     def state_dict(self) -> dict[str, Any]:
         """The present coefficient, for checkpoints."""
-        return {"current": self._current}
+        return {"current": self.current}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the coefficient where there is a target; otherwise the config's value holds."""
         if self.target is not None:
-            self._current = state["current"]
+            self.current = state["current"]
 
 
 @dataclass
@@ -49,11 +49,8 @@ class KLReward(_Adaptive):
     """
 
     coefficient: PositiveFloat = 1e-3
-    target: PositiveFloat | None = None
     horizon: PositiveInt = 10_000
     estimator: KLEstimator = "k1"
-
-    _current: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.estimator == "k3+":
@@ -61,13 +58,13 @@ class KLReward(_Adaptive):
                 "model.kl_reward.estimator must not be k3+: it differs from k3 in its gradient alone, and rewards have "
                 "no gradient. Set it to k3."
             )
-        self._current = float(self.coefficient)
+        super().__post_init__()
 
     def update(self, kl: float, num_completions: int) -> None:
         """Adapt to the mean KL of a rollout batch over all ranks, nats per token."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -MAX_KL_ERROR), MAX_KL_ERROR)
-            self._current *= 1 + error * min(num_completions / self.horizon, 1.0)
+            self.current *= 1 + error * min(num_completions / self.horizon, 1.0)
 
 
 @dataclass
@@ -83,11 +80,7 @@ class EntropyBonus(_Adaptive):
         step: Change of the coefficient per rollout batch, above 0.
     """
 
-    coefficient: NonNegativeFloat = 1e-3
-    target: PositiveFloat | None = None
     step: PositiveFloat = 1e-3
-
-    _current: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.coefficient == 0 and self.target is None:
@@ -95,9 +88,9 @@ class EntropyBonus(_Adaptive):
                 "model.entropy_bonus.coefficient is 0 and .target is null, so there is no bonus. Set one of them, or "
                 "leave model.entropy_bonus out."
             )
-        self._current = float(self.coefficient)
+        super().__post_init__()
 
     def update(self, entropy: float) -> None:
         """Adapt to the mean entropy of a rollout batch over all ranks, nats per token."""
         if self.target is not None:
-            self._current = max(self._current + (self.step if entropy < self.target else -self.step), 0.0)
+            self.current = max(self.current + (self.step if entropy < self.target else -self.step), 0.0)

@@ -27,11 +27,9 @@ class Ranks(Protocol):
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of equally shaped tensors over all ranks."""
-        ...
 
     def gather_over_ranks(self, values: Tensor) -> Tensor:
         """Concatenate vectors of different lengths over all ranks."""
-        ...
 
 
 @dataclass(frozen=True)

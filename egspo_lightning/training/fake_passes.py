@@ -36,7 +36,7 @@ class FakePasses:
     """
 
     def __init__(self, policy: Policy, critic: Critic | None, *, is_bfloat16: bool, gathers_bfloat16: bool) -> None:
-        self._policy, self._critic, self._is_bfloat16 = policy, critic, is_bfloat16
+        self._policy, self._is_bfloat16 = policy, is_bfloat16
         self._networks: list[nn.Module] = [policy] if critic is None else [policy, critic]
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         for network in self._networks:
@@ -105,7 +105,7 @@ class FakePasses:
         return kept, max(living.peak - tensor_bytes(p.grad for p in trained if p.grad is not None), 0)
 
     def _forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        trunks = [self._policy.lm.get_decoder(), *([] if self._critic is None else [self._critic.trunk])]
+        trunks: list[Any] = [network.trunk for network in self._networks]
         return [trunk(input_ids=i, use_cache=False).last_hidden_state for trunk in trunks for i in ids]
 
     @contextmanager

@@ -7,7 +7,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from egspo_lightning.checkpointing.adapt import adapt_optimizer, number_parameters
-from egspo_lightning.checkpointing.compatibility import fit_optimizer_kind
 from egspo_lightning.errors import UserError
 from egspo_lightning.models import lora
 
@@ -57,9 +56,7 @@ def fit_optimizer_states(
     states, saved_kind = checkpoint["optimizer_states"], checkpoint["egspo"].get("optimizer")
     numbers = {id(parameter): number for number, parameter in enumerate(trained)}
     number_parameters(states, {name: numbers[id(p)] for name, p in module.named_parameters() if id(p) in numbers})
-    fresh = optimizer.state_dict()
-    fit_optimizer_kind(states, saved_kind, fresh, type(optimizer).__name__, is_entry=is_entry)
-    adapt_optimizer(states, fresh, is_entry=is_entry)
+    adapt_optimizer(states, saved_kind, optimizer.state_dict(), type(optimizer).__name__, is_entry=is_entry)
 
 
 def random_state_of_rank(states: list[Any], rank: int, world_size: int) -> dict[str, Any] | None:

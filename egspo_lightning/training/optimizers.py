@@ -28,7 +28,10 @@ def build_optimizer(factory: Callable[[Any], Optimizer], parameters: Any) -> Opt
         )
     if any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"]):
         require_shardable(optimizer)
-    _fuse(optimizer)
+    for group in optimizer.param_groups if type(optimizer) in (Adam, AdamW) else ():
+        is_open = group["fused"] is None and not group["foreach"]
+        if is_open and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]):
+            group["fused"] = True  # one kernel steps all parameters: much faster for many small ones
     return optimizer
 
 
@@ -43,16 +46,6 @@ def require_shardable(optimizer: Optimizer) -> None:
             f"model.optimizer: {type(optimizer).__name__} of bitsandbytes cannot step weights that trainer.strategy "
             "fsdp2 shards. Use torch.optim.AdamW, whose moments are sharded as well, or trainer.strategy auto or ddp."
         )
-
-
-def _fuse(optimizer: Optimizer) -> None:
-    """Step all parameters in one kernel: much faster than torch's default for many small parameters."""
-    if type(optimizer) not in (Adam, AdamW):
-        return
-    for group in optimizer.param_groups:
-        is_open = group["fused"] is None and not group["foreach"]
-        if is_open and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]):
-            group["fused"] = True
 
 
 def build_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
