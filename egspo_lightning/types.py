@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from egspo_lightning.errors import require
-
 if TYPE_CHECKING:  # the grader's workers import this package without torch
     from torch import Tensor
 
@@ -92,18 +90,12 @@ class Sampling:
     Args:
         max_completion_length: Length limit in tokens, EOS included.
         temperature: Logits are divided by it; 0 is greedy.
-        top_p: Nucleus sampling: keep the fewest tokens whose probabilities add up to it. For evaluation only, since
-            training needs log-probabilities of the sampled distribution.
+        top_p: Keep the fewest tokens whose probabilities add up to it (nucleus sampling); for evaluation only.
     """
 
-    max_completion_length: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "at least 1")
-        require(self.temperature >= 0, "temperature", self.temperature, "at least 0 (0 is greedy)")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+    max_completion_length: PositiveInt
+    temperature: NonNegativeFloat = 1.0
+    top_p: PositiveShare = 1.0
 
 
 class ProblemBatch(NamedTuple):

@@ -41,13 +41,9 @@ def adapt_weights(
             f"model.{field}, but the checkpoint holds no {'reference policy' if needs_reference else 'critic'}, and "
             f"its policy was trained beyond SFT. Start from sft.ckpt, or {remedy}."
         )
-    for name in missing:
-        weights[name] = weights.get(_learned_from(name), own[name]).clone()
-
-
-def _learned_from(name: str) -> str:
-    """Name of the weight that a reference weight is a copy of; a critic's weights are no copies."""
-    return trained_name(name) if is_reference(name) else name.replace("reference.", "policy.", 1)
+    for name in missing:  # a reference starts as a copy of the policy; a critic's weights are no copies
+        source = trained_name(name) if is_reference(name) else name.replace("reference.", "policy.", 1)
+        weights[name] = weights.get(source, own[name]).clone()
 
 
 def _require_same_adapters(weights: dict[str, Any], own: dict[str, Tensor]) -> None:

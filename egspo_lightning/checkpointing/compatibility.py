@@ -17,14 +17,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def require_same_tokenizer(stored: str | None, own: str) -> None:
-    """Refuse a checkpoint whose ids mean other tokens.
-
-    Args:
-        stored: digest in the checkpoint; None in checkpoints without one
-        own: digest of this run's tokenizer
+    """Refuse a checkpoint whose ids mean other tokens; ``stored`` is None in checkpoints without a digest.
 
     Raises:
-        UserError: they differ.
+        UserError: the digests differ.
     """
     if stored not in (None, own):
         raise UserError(

@@ -1,5 +1,6 @@
 """Mid-epoch resume state: how far a phase has come, and whether a resumed run can continue it as it began."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +70,8 @@ class PhaseProgress:
         if max_tokens != self.max_tokens:
             raise UserError(
                 "ckpt_path: the checkpoint was made within a phase whose micro-batches were cut with "
-                f"data.max_tokens_per_micro_batch = {_shown(self.max_tokens)}, and this config has "
-                f"{_shown(max_tokens)}. Resume with that of the checkpoint, or from a checkpoint of the end of a phase."
+                f"data.max_tokens_per_micro_batch = {json.dumps(self.max_tokens)}, and this config has "
+                f"{json.dumps(max_tokens)}. Resume with the checkpoint's, or from a checkpoint of the end of a phase."
             )
         number = num_micro_batches if max_tokens is None else self.num_micro_batches
         if num_steps * number != self.length:
@@ -82,8 +83,3 @@ class PhaseProgress:
                 "with those of the checkpoint, or from a checkpoint of the end of a phase."
             )
         return PhaseProgress(number, self.length, max_tokens, self.num_given)
-
-
-def _shown(value: int | None) -> str:
-    """A value as configs write it."""
-    return "null" if value is None else str(value)

@@ -41,8 +41,7 @@ class ShardingPlan:
     @property
     def precision(self) -> MixedPrecisionPolicy:
         """FSDP2's precision: gradients are summed over ranks in float32, whatever the weights are gathered in."""
-        reduced = None if self.param_dtype is None else torch.float32
-        return MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=reduced)
+        return MixedPrecisionPolicy(self.param_dtype, None if self.param_dtype is None else torch.float32)
 
     def offloading(self, device_type: str) -> OffloadPolicy:
         """FSDP2's offload policy; memory is pinned for devices other than the CPU: copies then overlap computation."""

@@ -17,12 +17,9 @@ class InferenceMode:
 
     @contextmanager
     def hold(self, networks: list[Any], precision: AbstractContextManager[Any], plan: ShardingPlan) -> Iterator[None]:
-        """Hold networks whole and in eval mode; skip those that an outer call already holds.
+        """Hold networks whole and in eval mode, in the training precision; skip those that an outer call holds.
 
-        Args:
-            networks: the networks to run; with sharded ones, all ranks must enter together
-            precision: the context of the training precision
-            plan: how the networks are sharded
+        With sharded networks, all ranks must enter together.
         """
         fresh = [network for network in networks if network not in self._held]
         was_training = [network.training for network in fresh]

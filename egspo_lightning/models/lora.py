@@ -2,9 +2,8 @@
 
     W x  ->  W x + (alpha / r) B A x        A: (r, in), B: (out, r), B = 0 at first
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3. The reference policy is
-the policy at the start of stage EGSPO. After SFT it is the model with a frozen copy of the adapter; without SFT, where
-B A = 0, it is the model without adapters. So no second copy of the model is held.
+Source: arXiv 2106.09685, equation 3. The reference policy is the policy at the start of stage EGSPO. After SFT it is
+the model with a frozen copy of the adapter; without SFT, where B A = 0, it is the model without adapters.
 """
 
 from __future__ import annotations
@@ -82,16 +81,12 @@ def is_reference(name: str) -> bool:
     return is_adapter(name) and f".{REFERENCE}." in name
 
 
-def has_reference(lm: nn.Module) -> bool:
-    """Whether a model has an adapter for the reference policy."""
-    return any(is_reference(name) for name, _ in lm.named_parameters())
-
-
 @contextmanager
 def as_reference(lm: nn.Module) -> Iterator[None]:
     """Let the model compute as the reference policy: with the reference's adapter if it has one, else without any."""
     assert _layers(lm), "a model without adapters cannot be its own reference"
-    _activate(lm, REFERENCE if has_reference(lm) else None)
+    has_reference = any(is_reference(name) for name, _ in lm.named_parameters())
+    _activate(lm, REFERENCE if has_reference else None)
     try:
         yield
     finally:
@@ -120,12 +115,7 @@ def trained_name(name: str) -> str:
 
 
 def merged(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Merge adapters into the weights, W + (alpha / r) B A, under the names that transformers saves and loads.
-
-    Args:
-        lm: the model with the adapters
-        weights: its whole state dict; returned as it is if there are no adapters
-    """
+    """Merge adapters, if any, into a whole state dict, W + (alpha / r) B A, under the names of transformers."""
     plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if not is_adapter(name)}
     for name, layer in _layers(lm):
         down, up = (weights[f"{name}.{part}.{ADAPTER}.weight"].float() for part in ("lora_A", "lora_B"))

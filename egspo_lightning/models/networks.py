@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,8 +22,7 @@ class Networks:
         reference: The reference policy, where it is a separate network.
         critic: Estimates values, where it is a separate network; it may be a head on the policy instead.
         temperature: Sampling temperature, which log-probabilities and entropies are taken at.
-        has_reference: Whether there is a reference policy; without ``reference`` it is the policy's model with another
-            adapter or with none.
+        has_reference: Whether there is a reference policy; without ``reference`` an adapter of the policy, or none.
     """
 
     policy: Policy
@@ -47,9 +47,6 @@ class Networks:
         """Log-probabilities under the reference policy; None without one."""
         if not self.has_reference:
             return None
-        if self.reference is not None:
-            stats = self.reference(input_ids, completion_mask, self.temperature, False)
-            return stats.logprobs
-        with lora.as_reference(self.policy.lm):
-            stats = self.policy(input_ids, completion_mask, self.temperature, False)
+        with lora.as_reference(self.policy.lm) if self.reference is None else nullcontext():
+            stats = (self.reference or self.policy)(input_ids, completion_mask, self.temperature, False)
         return stats.logprobs

@@ -1,8 +1,7 @@
 """Packed attention: sequences of different lengths in one pass through a transformers decoder, without padding.
 
-All tokens stand in one row, (1, N). Only attention separates the sequences: a token sees its own sequence alone. The
-projections, which are most of the work, get one large matrix product without padding, and each kernel is launched once
-however different the lengths are. Positions count from 0 in each sequence.
+All tokens stand in one row, (1, N), so the projections are one large matrix product without padding. Only attention
+separates the sequences: a token sees its own sequence alone. Positions count from 0 in each sequence.
 
 Attention is transformers' "sdpa", except for short sequences on a CPU. PyTorch's fused kernel takes heads and sequences
 one by one there, in blocks of 32 tokens; plain matrix products over all of them take half the time.
@@ -115,9 +114,7 @@ def packed_states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Runs
 
     Args:
         decoder: of a model for which ``use_packing`` returned True
-        input_ids: (N,) int64, sequence after sequence, run after run
-        positions: (N,) int64 within each sequence
-        runs: the sequences in the row
+        input_ids, positions: (N,) int64, sequence after sequence, run after run; positions within each sequence
     """
     no_mask = input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)  # a mask of 4 axes keeps transformers from making one
     output = decoder(

@@ -2,8 +2,7 @@
 
 Rows of different lengths go through the model's trunk together (`TrunkPasses`): in one packed pass where the model
 supports it (`packed_attention`), otherwise in one padded pass for each run of rows of like length. Rows are padded on
-the right, so causal attention never sees padding. No attention mask is needed, positions count from 0 in every row,
-and the fast attention kernels apply.
+the right, so causal attention needs no mask, and positions count from 0 in every row.
 """
 
 from __future__ import annotations
@@ -74,11 +73,7 @@ class Policy(nn.Module):
     ) -> NetworkOutputs:
         """Log-probability, entropy and value of each completion token, all (B, T), 0 where the mask is false.
 
-        Args:
-            input_ids: (B, T)
-            completion_mask: (B, T) bool; never true at position 0, which nothing predicts
-            temperature: the sampling temperature
-            with_entropies: whether to compute entropies; otherwise they are 0
+        The arguments are the fields of ``Sequences``.
         """
         return self._outputs([Sequences(input_ids, completion_mask, temperature, with_entropies)])[0]
 
@@ -172,12 +167,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: Tensor, completion_mask: Tensor) -> Tensor:
-        """Value of the state before each completion token, (B, T) float32, 0 where the mask is false.
-
-        Args:
-            states: (N, D), the trunk's states before the completion tokens
-            completion_mask: (B, T) bool, true at N tokens
-        """
+        """Values, (B, T) float32, 0 where the mask is false; from the states before the N completion tokens, (N, D)."""
         with torch.autocast(states.device.type, enabled=False):
             values = self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
         return torch.zeros_like(completion_mask, dtype=values.dtype).masked_scatter(completion_mask, values)

@@ -15,8 +15,7 @@ def group_relative(rewards: Values, group_size: int, *, scale_by_std: bool = Tru
     Args:
         rewards: (P * G,), the G completions of a problem in consecutive rows
         group_size: G, at least 2
-        scale_by_std: whether to divide by the group's std
-        eps: added to the std
+        scale_by_std: divide by ``std + eps`` of the group
     """
     groups = _as_groups(rewards, group_size)
     centered = groups - groups.mean(-1, keepdim=True)
@@ -30,9 +29,7 @@ def leave_one_out(rewards: Values, group_size: int) -> Tensor:
 
     ``A_i = R_i - (sum_j R_j - R_i) / (G - 1) = (R_i - mean) * G / (G - 1)``.
 
-    Args:
-        rewards: (P * G,), the G completions of a problem in consecutive rows
-        group_size: G, at least 2
+    ``rewards`` and ``group_size`` are those of ``group_relative``.
     """
     groups = _as_groups(rewards, group_size)
     centered = (groups - groups.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
@@ -50,8 +47,7 @@ def against_group(
     Args:
         expert_rewards: (P,)
         group_rewards: (P, G), G at least 2
-        scale_by_std: whether to divide by the group's std
-        eps: added to the std
+        scale_by_std: divide by ``std + eps`` of the group
     """
     groups = as_floats(group_rewards)
     centered = as_floats(expert_rewards) - groups.mean(-1)
@@ -70,9 +66,8 @@ def gae(
     outside the mask; they are 0 in both results.
 
     Args:
-        token_rewards: (B, T)
+        token_rewards, mask: (B, T)
         values: (B, T), of the state before each token
-        mask: (B, T)
         gamma: discount per token, in [0, 1]
         lam: lambda, in [0, 1]: 0 trusts the critic, 1 the rewards
         total: adds a scalar over all ranks
@@ -90,11 +85,7 @@ def gae(
 def reinforce_plus_plus(token_rewards: Values, mask: Values, *, gamma: float, total: Total = on_one_rank) -> Tensor:
     """REINFORCE++'s advantage: the discounted reward to go, whitened over the batch (arXiv 2501.03262). (B, T)
 
-    Args:
-        token_rewards: (B, T)
-        mask: (B, T)
-        gamma: discount per token, in [0, 1]
-        total: adds a scalar over all ranks
+    The arguments are those of ``gae``.
     """
     mask = as_tensor(mask).bool()
     return masked_whiten(_discounted_sum(as_floats(token_rewards), mask, gamma), mask, total=total)

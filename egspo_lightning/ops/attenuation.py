@@ -17,8 +17,7 @@ class Attenuation(Protocol):
         """phi of each token, (B, T), at least 0. The gate ignores it at high-entropy tokens.
 
         Args:
-            old_logprobs: (B, T), nats
-            entropies: (B, T), nats
+            old_logprobs, entropies: (B, T), nats
             threshold: () or (B, 1), nats
         """
 

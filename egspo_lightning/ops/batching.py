@@ -32,9 +32,7 @@ def batches_within(lengths: Sequence[int], max_tokens: int, *, padded: bool = Fa
 def balanced_batches(lengths: Sequence[int], num_batches: int) -> list[list[int]]:
     """Row numbers in ``num_batches`` batches whose largest has the fewest tokens possible; some may be empty.
 
-    Args:
-        lengths: tokens of each row, without padding
-        num_batches: at least 1
+    ``lengths`` are the tokens of each row, without padding.
     """
     low, high = max(lengths, default=0), sum(lengths)
     while low < high:  # binary search for the smallest budget that needs at most num_batches
@@ -48,12 +46,7 @@ def balanced_batches(lengths: Sequence[int], num_batches: int) -> list[list[int]
 
 
 def similar_length_batches(lengths: Sequence[int], *, batch_cost: int) -> list[list[int]]:
-    """Row numbers in batches that are cut wherever a cut saves more padding than one more batch costs.
-
-    Args:
-        lengths: tokens of each row
-        batch_cost: cost of one more batch, in tokens of padding
-    """
+    """Row numbers in batches that are cut wherever a cut saves more than ``batch_cost`` tokens of padding."""
     return _cut(_shortest_first(lengths), lengths, batch_cost)
 
 

@@ -1,7 +1,7 @@
 r"""Importance weights for rollouts that an engine sampled from a distribution other than the trainer's pi_old.
 
-Engines and trainers round differently (other kernels, bfloat16, a quantized cache). The tokens then come from a
-distribution ``sampler`` near pi_old. Importance weights correct the surrogate, an expectation under pi_old::
+Engines and trainers round differently, so tokens come from a distribution ``sampler`` near pi_old. Importance weights
+correct the surrogate, an expectation under pi_old::
 
     w_t = pi_old(y_t | x_t) / sampler(y_t | x_t)                  by token
     w   = prod_t w_t                                              by sequence, the same at each of its tokens
@@ -47,10 +47,9 @@ def sampler_ratios(old_logprobs: Values, sampled_logprobs: Values, mask: Tensor,
     """w, (B, T), detached: 1 outside the mask, and where the engine reported NaN or an infinite value.
 
     Args:
-        old_logprobs: (B, T), of the trainer's policy at the time of sampling, nats
-        sampled_logprobs: (B, T), as the engine reported them, nats
+        old_logprobs, sampled_logprobs: (B, T), of the trainer's policy at the time of sampling, and of the engine, nats
         mask: (B, T) bool, the tokens that the engine sampled
-        level: token or sequence; the log-ratio of a token, or of a sequence, is clamped to +-20
+        level: token or sequence, whose log-ratio is clamped to +-20
     """
     sampled = as_tensor(sampled_logprobs).detach()
     is_known = mask & sampled.isfinite()

@@ -97,12 +97,7 @@ def value_metrics(values: Tensor, rollout: RolloutBatch, clip: float | None) -> 
 
 @torch.no_grad()
 def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
-    """Sums over the sampled tokens of a rollout batch, to be added over ranks and then divided.
-
-    Args:
-        rollout: this rank's rollout batch
-        weights: (B, T), g_t
-    """
+    """Sums over the sampled tokens of this rank's rollout batch, to be added over ranks; ``weights`` is g_t, (B, T)."""
     mask = rollout.sampled_mask
     high = high_entropy_mask(rollout.entropies, mask, rollout.threshold)
     has_tokens = mask.any(-1) & torch.isfinite(rollout.threshold.squeeze(1))

@@ -140,13 +140,7 @@ def reward_kl(rollouts: ScoredRollouts, estimator: KLEstimator) -> Tensor:
 
 
 def token_rewards(rewards: Tensor, mask: Tensor, penalty: Tensor | None = None) -> Tensor:
-    """``-penalty_t`` at each token, plus the reward at the last token. (B, T)
-
-    Args:
-        rewards: (B,)
-        mask: (B, T); a row without tokens gets no reward
-        penalty: (B, T), such as ``coefficient KL_t``; None is 0
-    """
+    """``-penalty_t`` at each token, plus the (B,) reward at the last token; a row without tokens gets none. (B, T)"""
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     last = positions == (mask * positions).amax(-1, keepdim=True)
     placed = rewards.unsqueeze(1) * last

@@ -22,8 +22,7 @@ def quantile_threshold(entropies: Values, mask: Values, top_fraction: float) -> 
     gives +inf, so no token is high. It sorts, because ``torch.quantile`` limits the number of tokens.
 
     Args:
-        entropies: any shape, nats
-        mask: the same shape
+        entropies, mask: of one shape; entropies in nats
         top_fraction: in (0, 1]
     """
     entropies = as_tensor(entropies).detach()
@@ -62,7 +61,7 @@ def high_share(entropies: Tensor, threshold: Tensor | float, width: float) -> Te
 def confidence_phi(old_logprobs: Values) -> Tensor:
     """CHORD's phi: ``p_t (1 - p_t)`` with ``p_t = pi_old(y_t)`` (arXiv 2508.11408, equation 6); in [0, 1/4].
 
-    It is near 0 where the policy is certain of its token, and where the token is very unlikely; detached.
+    Near 0 for tokens that are nearly certain or very unlikely; detached.
     """
     p = as_tensor(old_logprobs).detach().exp()
     return p * (1 - p)

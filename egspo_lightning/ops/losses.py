@@ -67,8 +67,7 @@ def value_clip(values: Values, old_values: Values, returns: Values, *, clip: flo
 
     Args:
         values: (B, T), with gradient
-        old_values: (B, T), of the critic at the time of sampling
-        returns: (B, T), the targets
+        old_values, returns: (B, T), of the critic at the time of sampling, and the targets
         clip: largest step, in units of the return; None does not clip
     """
     values, old_values, returns = as_floats(values), as_floats(old_values), as_floats(returns)
@@ -85,10 +84,7 @@ def off_policy(logprobs: Values, advantages: Values, *, shaping: float) -> Tenso
     The expert's own probabilities are taken as 1 and nothing is clipped. The shaping gives the largest gradient to
     tokens that are unlikely under the policy (arXiv 2504.14945, section 3.3).
 
-    Args:
-        logprobs: (B, T), with gradient
-        advantages: (B, T)
-        shaping: the paper's gamma, above 0
+    ``shaping`` is the paper's gamma, above 0.
     """
     probability = as_tensor(logprobs).exp()
     return -probability / (probability + shaping) * as_tensor(advantages)

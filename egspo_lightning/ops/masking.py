@@ -58,11 +58,7 @@ def masked_whiten(values: Values, mask: Values, *, eps: float = 1e-8, total: Tot
 
     The variance is the unbiased one; it is 0 for fewer than two values, so nothing becomes NaN.
 
-    Args:
-        values: any shape
-        mask: the same shape
-        eps: added to the variance
-        total: adds a scalar over all ranks, if ``values`` is one rank's part of a batch
+    ``total`` adds a scalar over all ranks, if ``values`` is one rank's part of a batch.
     """
     values, mask = as_tensor(values), as_tensor(mask).bool()
     count = total(mask.sum().to(values.dtype))
@@ -92,9 +88,8 @@ def aggregate(
     last mode gives every token of every optimizer step the same weight (Dr. GRPO).
 
     Args:
-        per_token: (B, T)
-        mask: (B, T)
-        mode: how to reduce
+        per_token, mask: (B, T)
+        mode: see the table
         normalizer: N of the whole optimizer step; values of its micro-batches and ranks then add up to its value
     """
     mask = as_tensor(mask).bool()

@@ -193,9 +193,9 @@ class Objective:
         share = high_share(entropies, rollout.threshold, self.gate_width)
         phi = attenuation.phi(rollout.old_logprobs, entropies, rollout.threshold)
         if shape_of(phi) != tuple(share.shape):
-            name = type(attenuation).__name__
             raise UserError(
-                f"model.attenuation: {name} must give phi of shape {tuple(share.shape)}, got {shape_of(phi)}."
+                f"model.attenuation: {type(attenuation).__name__} must give phi of shape {tuple(share.shape)}, got "
+                f"{shape_of(phi)}."
             )
         low = torch.where(share < 1, (1 - share) * phi.detach(), torch.zeros_like(share))
         return share * rollout.weight_scale, low * rollout.weight_scale
@@ -211,9 +211,12 @@ class Objective:
         clip_low, clip_high = self.low_branch_epsilon_low, self.low_branch_epsilon_high
         if clip_low is None and clip_high is None:
             return high
-        clip_low = self.epsilon_low if clip_low is None else clip_low
-        clip_high = self.epsilon_high if clip_high is None else clip_high
-        return self._surrogate(logprobs, rollout, clip_low, clip_high)
+        return self._surrogate(
+            logprobs,
+            rollout,
+            self.epsilon_low if clip_low is None else clip_low,
+            self.epsilon_high if clip_high is None else clip_high,
+        )
 
     def _corrected(self, per_token: Tensor, rollout: RolloutBatch) -> Tensor:
         """The surrogate times the importance weights of ``ops.correction``."""
@@ -235,7 +238,6 @@ def sft_loss(logprobs: Tensor, expert: ExpertBatch, *, weighting: Literal["plain
 
     Args:
         logprobs: (B, T) under the current policy, at temperature 1, with gradient
-        expert: the micro-batch
         weighting: plain, or by phi = p (1 - p) with p of the current policy, detached (CHORD-phi)
     """
     per_token = nll(logprobs) if weighting == "plain" else confidence_phi(logprobs) * nll(logprobs)

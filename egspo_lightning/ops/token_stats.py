@@ -44,9 +44,8 @@ def stats_from_probs(probs: Tensor, logits: Tensor, input_ids: Tensor, *, with_e
 
     Args:
         probs: (N, V), float32 or wider
-        logits: (N, V), z, over the temperature; overwritten if ``with_entropies``
+        logits: (N, V), z, over the temperature; overwritten if ``with_entropies``, without which entropies are 0
         input_ids: (N,) int64
-        with_entropies: False skips the entropies and returns zeros
     """
     top, log_top = logits.amax(-1, keepdim=True), probs.amax(-1).log()
     chosen = (logits.gather(-1, input_ids.unsqueeze(-1)) - top).squeeze(-1) + log_top
@@ -100,10 +99,7 @@ def token_stats(
 def token_stats_bytes(num_tokens: int, weight: Tensor, *, device: str = "cpu") -> int:
     """Upper limit of the bytes that ``token_stats`` needs, forward and backward, beyond its inputs and their gradients.
 
-    Args:
-        num_tokens: N
-        weight: (V, D); only its shape, dtype and ``requires_grad`` count
-        device: device type, which decides the size of the tiles
+    Of ``weight``, (V, D), only shape, dtype and ``requires_grad`` count. The device type decides the size of the tiles.
     """
     entries, hidden = weight.shape
     wide = wide_dtype(weight.dtype).itemsize
@@ -117,10 +113,7 @@ def token_stats_bytes(num_tokens: int, weight: Tensor, *, device: str = "cpu") -
 
 
 class _TiledTokenStats(torch.autograd.Function):
-    """Forward keeps hidden states, log-normalizers and entropies; backward computes the logits again tile by tile.
-
-    With a single tile, forward also keeps the probabilities, which take no more memory than the tile.
-    """
+    """Computes the logits again in the backward pass, tile by tile; a single tile's probabilities are kept."""
 
     @staticmethod
     def forward(

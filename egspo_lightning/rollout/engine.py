@@ -48,7 +48,6 @@ class RolloutEngine(Protocol):
             eos_ids: tokens that end a completion
             pad_id: token that pads shorter prompts
         """
-        ...
 
 
 @runtime_checkable
@@ -57,4 +56,3 @@ class ClosingEngine(Protocol):
 
     def close(self) -> None:
         """Release the resources; the next call of ``stream`` starts the engine again."""
-        ...

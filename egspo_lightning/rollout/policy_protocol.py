@@ -15,51 +15,41 @@ class RolloutPolicy(Protocol):
     @property
     def tokenizer(self) -> Any:
         """Its tokenizer, which is there before the weights are."""
-        ...
 
     @property
     def eos_ids(self) -> list[int]:
         """The tokens that end a completion."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """The device that it computes on."""
-        ...
 
     @property
     def temperature(self) -> float:
         """Sampling temperature; all log-probabilities in training are taken at it."""
-        ...
 
     @property
     def policy_version(self) -> int:
         """Optimizer steps taken; rollouts are stamped with it."""
-        ...
 
     @property
     def takes_sampled_statistics(self) -> bool:
         """Whether the engine's statistics of its sampled tokens can replace ``score``."""
-        ...
 
     def sampling(self) -> AbstractContextManager[Any]:
         """Context that gives the causal language model in eval mode, without gradients, in the training precision.
 
         All ranks must enter it equally often; within it they are independent of one another.
         """
-        ...
 
     def scoring(self) -> AbstractContextManager[Any]:
         """The same context for ``score``, with all networks; may be entered within ``sampling``."""
-        ...
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
         """Score given sequences with all networks, at the sampling temperature."""
-        ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum equally shaped tensors over all ranks."""
-        ...
 
 
 class FrozenPolicy(RolloutPolicy, Protocol):
@@ -67,11 +57,9 @@ class FrozenPolicy(RolloutPolicy, Protocol):
 
     def apart(self) -> AbstractContextManager[None]:
         """Context in which a thread's work on the device does not wait for training's."""
-        ...
 
     def cancel(self) -> None:
         """End computations with it early, with an error."""
-        ...
 
 
 class TrainedPolicy(RolloutPolicy, Protocol):
@@ -80,30 +68,23 @@ class TrainedPolicy(RolloutPolicy, Protocol):
     @property
     def stage(self) -> Stage:
         """The stage of the next epoch."""
-        ...
 
     @property
     def mixes_expert_data(self) -> bool:
         """Whether optimizer steps on rollouts carry expert demonstrations as well."""
-        ...
 
     @property
     def needs_every_rollout(self) -> bool:
         """Whether rollouts of advantage 0 take part in the loss."""
-        ...
 
     def snapshot(self) -> FrozenPolicy:
         """Copy the policy as it is now. Overwrites the previous snapshot, which must not be in use."""
-        ...
 
     def to_rollout_batch(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
         """Add advantages and the gate's threshold to scored rollouts, and log measurements. Collective."""
-        ...
 
     def settle_micro_batches(self, number: int, num_updates: int) -> None:
         """Set the number of micro-batches of each optimizer step, before the phase's first one is trained on."""
-        ...
 
     def collect_over_ranks(self, value: Any) -> list[Any]:
         """Gather one value from each rank, in the order of the ranks."""
-        ...

@@ -148,8 +148,8 @@ class AdvantageAndGate:
         pooled = ranks.gather_over_ranks(rollout.entropies[mask])
         tau = self.gate.threshold(Entropies(rollout.entropies, mask, pooled))
         if shape_of(tau) not in ((), (1,), (len(mask), 1)):
-            name = type(self.gate).__name__
-            raise UserError(f"model.gate: {name} must give tau of shape () or {(len(mask), 1)}, got {shape_of(tau)}.")
+            shape = f"tau of shape () or {(len(mask), 1)}, got {shape_of(tau)}."
+            raise UserError(f"model.gate: {type(self.gate).__name__} must give {shape}")
         rollout = rollout._replace(threshold=tau.reshape(-1, 1).expand_as(rollout.threshold))
         weights = torch.stack(self.objective.branch_weights(rollout, self.attenuation, rollout.entropies)).sum(0)
         self._require_sound(tau, weights[mask], ranks)

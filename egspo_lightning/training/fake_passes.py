@@ -1,8 +1,4 @@
-"""Fake passes: memory of decoding, forward and backward passes, counted without data.
-
-Fake tensors have shapes and no data. They go through the run's own forward and backward passes, while the bytes of
-every tensor are counted as long as it lives.
-"""
+"""Fake passes: memory of decoding, forward and backward passes, counted with tensors that have shapes and no data."""
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,15 +28,15 @@ class FakePasses:
         policy: on the meta device
         critic: separate network of the critic, on the meta device
         is_bfloat16: whether products are computed in bfloat16
-        gathers_bfloat16: whether sharded weights are gathered in bfloat16
+        is_sharded: whether weights are sharded, and gathered in the type of the products
     """
 
-    def __init__(self, policy: Policy, critic: Critic | None, *, is_bfloat16: bool, gathers_bfloat16: bool) -> None:
+    def __init__(self, policy: Policy, critic: Critic | None, *, is_bfloat16: bool, is_sharded: bool) -> None:
         self._policy, self._is_bfloat16 = policy, is_bfloat16
-        self._networks: list[nn.Module] = [policy] if critic is None else [policy, critic]
+        self._networks: list[Policy | Critic] = [policy] if critic is None else [policy, critic]
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         for network in self._networks:
-            if gathers_bfloat16:
+            if is_sharded and is_bfloat16:
                 network.to(torch.bfloat16)
             # A separate mode: the passes then count weights that they use once more, and estimates are a few percent
             # above measured peaks instead of below.
@@ -51,10 +47,7 @@ class FakePasses:
     def decoding(self, rows: int, length: int, completion_length: int) -> tuple[int, int]:
         """Bytes of the cache of keys and values, and of the last step of decoding beyond it.
 
-        Args:
-            rows: completions decoded at a time
-            length: tokens of prompt and completion
-            completion_length: tokens of the completion
+        ``rows`` completions are decoded at a time; ``length`` is that of prompt and completion, in tokens.
         """
         lm = self._policy.lm
         config = lm.config.get_text_config()
@@ -80,8 +73,7 @@ class FakePasses:
     def scoring(self, rows: int, length: int) -> int:
         """Peak bytes of a forward pass of all networks without gradient."""
         with self._counting(grad=False) as living:
-            ids = torch.zeros(rows, length, dtype=torch.long)
-            _states = self._forward([ids])
+            _states = self._forward([torch.zeros(rows, length, dtype=torch.long)])
         return living.peak
 
     def training(self, shapes: Sequence[tuple[int, int]], *, accumulates: bool) -> tuple[int, int]:
@@ -98,15 +90,14 @@ class FakePasses:
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
                 before = living.now
-            ids = [torch.zeros(shape, dtype=torch.long) for shape in shapes]
-            states = self._forward(ids)
+            states = self._forward([torch.zeros(shape, dtype=torch.long) for shape in shapes])
             kept = living.now - before
             torch.autograd.backward(states, [torch.zeros_like(state) for state in states])
         return kept, max(living.peak - tensor_bytes(p.grad for p in trained if p.grad is not None), 0)
 
     def _forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        trunks: list[Any] = [network.trunk for network in self._networks]
-        return [trunk(input_ids=i, use_cache=False).last_hidden_state for trunk in trunks for i in ids]
+        passes = ((network.trunk, i) for network in self._networks for i in ids)
+        return [trunk(input_ids=i, use_cache=False).last_hidden_state for trunk, i in passes]
 
     @contextmanager
     def _counting(self, *, grad: bool) -> Iterator["_LiveBytes"]:

@@ -1,8 +1,7 @@
 """Memory planner: estimates the memory that a run needs on each device, from shapes alone.
 
-Networks are built on the meta device, and decoding, scoring and an optimizer step go through them with fake tensors
-(`fake_passes`), at the greatest lengths that the config allows. Nothing is loaded or computed. Allocators, kernels'
-workspaces and communication need memory on top.
+Decoding, scoring and an optimizer step go through networks on the meta device with fake tensors (`fake_passes`), at the
+greatest lengths that the config allows. Allocators, kernels' workspaces and communication need memory on top.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -146,13 +145,12 @@ def plan(work: Workload, num_devices: int) -> Memory:
     """
     policy, critic = _networks(work)
     held = _held(work, policy, critic, num_devices)
-    gathers_bfloat16 = work.is_sharded and work.is_bfloat16
-    passes = FakePasses(policy, critic, is_bfloat16=work.is_bfloat16, gathers_bfloat16=gathers_bfloat16)
+    passes = FakePasses(policy, critic, is_bfloat16=work.is_bfloat16, is_sharded=work.is_sharded)
     cache, logits = passes.decoding(work.sampled_rows, work.length, work.completion_length)
     scoring = passes.scoring(max(work.scored_tokens // work.length, 1), work.length) if work.scored_tokens else 0
     activations, backward = passes.training(work.passes, accumulates=work.num_parts > 1)
     output_layer = token_stats_bytes(work.trained_tokens, policy.lm.get_output_embeddings().weight)
-    gradients_before = held["gradients"] if work.num_parts > 1 else 0
+    before = activations + output_layer + (held["gradients"] if work.num_parts > 1 else 0)
     return Memory(
         **held,
         cache=cache,
@@ -160,7 +158,7 @@ def plan(work: Workload, num_devices: int) -> Memory:
         scoring=scoring,
         activations=activations,
         output_layer=output_layer,
-        update=max(held["gradients"] + backward, gradients_before + activations + output_layer),
+        update=max(held["gradients"] + backward, before),
     )
 
 

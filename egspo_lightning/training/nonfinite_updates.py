@@ -1,7 +1,6 @@
 """Non-finite losses and gradients: all ranks skip the optimizer step, count it and keep its batch for replay.
 
-One NaN that reaches the optimizer spoils every weight and the moments. A skipped step leaves the weights as they were,
-so ``egspo replay`` can compute the bad micro-batch again.
+A skipped step leaves the weights as they were, so ``egspo replay`` can compute the bad micro-batch again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -67,8 +66,7 @@ class FiniteUpdates:
             return False
         self.num_bad += 1
         self.num_in_a_row += 1
-        first = int(bad.nonzero()[0]) if bad.any() else 0
-        self.bad_part = parts[first]
+        self.bad_part = parts[int(bad.int().argmax())]  # the first if only a gradient is bad
         return True
 
     @property
@@ -97,19 +95,13 @@ def _any_bad_gradient(parameters: Iterable[nn.Parameter], like: Tensor) -> Tenso
 
 def describe(part: Part) -> str:
     """Text about a micro-batch for error messages."""
-    kind, rows = part.batch.stage, _rows(part.batch)
-    return f"micro-batch {part.number} of the phase (stage {kind}, {rows} rows, loss {part.loss.item():.4g})"
-
-
-def _rows(batch: TrainingBatch) -> int:
-    return sum(part.input_ids.shape[0] for part in (batch.rollout, batch.expert) if part is not None)
-
-
-# Checkpoints: plain dictionaries of tensors and numbers, which ``weights_only`` can load
+    stage, rollout, expert = part.batch
+    rows = sum(len(batch.input_ids) for batch in (rollout, expert) if batch is not None)
+    return f"micro-batch {part.number} of the phase (stage {stage}, {rows} rows, loss {part.loss.item():.4g})"
 
 
 def pack(part: Part) -> dict[str, Any]:
-    """A micro-batch as plain data for a checkpoint."""
+    """A micro-batch as plain data for a checkpoint, which ``torch.load(weights_only=True)`` reads."""
     batch, weights = part.batch, part.coefficients
     return {
         "number": part.number,
