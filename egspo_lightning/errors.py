@@ -17,11 +17,7 @@ class UserError(ValueError):
 class RunStopped(SystemExit):
     """A signal ended the run, after it saved a checkpoint.
 
-    Args:
-        number: Signal number.
-        checkpoint: Checkpoint to resume from, if one was saved.
-        is_first_rank: Whether to exit with the signal's code. Other ranks exit with 0, because the first
-            rank would take another code for a failure and kill itself.
+    Ranks other than the first exit with 0: the first would take another code for a failure and kill itself.
     """
 
     def __init__(self, number: int, checkpoint: str | None, *, is_first_rank: bool) -> None:

@@ -124,7 +124,7 @@ class Completion(NamedTuple):
     extracted: str | None
     """The answer found in the text."""
     status: str
-    """Status of the grader: graded, no_answer, timeout or crashed."""
+    """graded, no_answer, timeout or crashed"""
     reward_terms: Mapping[str, float] = {}
     """Terms of a weighted reward, by name, before weights."""
     entropies: list[float] | None = None

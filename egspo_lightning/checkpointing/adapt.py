@@ -17,7 +17,7 @@ def adapt_weights(
     """Add missing weights to a checkpoint's state dict, and drop those that the run does not have; in place.
 
     Args:
-        weights: the checkpoint's: ``policy.*``, perhaps ``reference.*`` and ``critic.*``; empty if it is sharded
+        weights: the checkpoint's; empty if it is sharded
         own: the run's initial weights
         is_exact: whether the checkpoint was made up to the end of SFT. The policy in it is then the reference, and a
             critic has learned nothing yet.

@@ -58,11 +58,7 @@ class CriticConfig:
 
 
 class Critic(nn.Module):
-    """A transformer with a value head.
-
-    Args:
-        lm: a causal language model, whose output layer is dropped
-    """
+    """A transformer with a value head: a causal language model without its output layer."""
 
     def __init__(self, lm: Any) -> None:
         super().__init__()

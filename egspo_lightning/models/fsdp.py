@@ -26,12 +26,9 @@ class ShardingPlan:
     """How networks are sharded.
 
     Args:
-        param_dtype: Type in which weights are gathered and computed; None keeps the type of the shards. Shards,
-            gradients and the optimizer's state always keep theirs.
-        reshard_after_forward: Free a block's gathered weights after its forward pass and gather them again in the
-            backward pass (ZeRO-3); false holds them in between (ZeRO-2): less traffic, more memory.
-        cpu_offload: Keep shards, gradients and the optimizer's state in the host's memory, where the optimizer steps;
-            a block's shard is copied to the device when it is gathered.
+        param_dtype: Type in which weights are gathered and computed; None keeps the type of the shards.
+        reshard_after_forward: See ``FSDP2Strategy``.
+        cpu_offload: See ``FSDP2Strategy``; a block's shard is copied to the device when it is gathered.
     """
 
     param_dtype: torch.dtype | None = None

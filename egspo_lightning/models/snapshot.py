@@ -26,11 +26,8 @@ class Snapshot:
 
     Args:
         networks: The networks in training, copied here; ``refresh`` copies their weights again.
-        tokenizer: The policy's tokenizer.
-        eos_ids: The tokens that end a completion.
         precision: Returns a context with the precision of training.
         takes_sampled_statistics: Whether the engine's statistics can replace ``score``, as in training.
-        world_size: Number of ranks.
     """
 
     def __init__(
@@ -106,14 +103,11 @@ class Snapshot:
 
 
 def _copy(network: Any) -> Any:
-    """A copy in eval mode, which shares frozen weights.
-
-    Parameters keep requires_grad, by which torch chooses the multiplication kernel.
-    """
+    """A copy in eval mode, which shares frozen weights; None of None."""
     if network is None:
         return None
     shared = {id(parameter): parameter for parameter in network.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(network, shared).eval()
+    return copy.deepcopy(network, shared).eval()  # keeps requires_grad, by which torch chooses its kernels
 
 
 def _tensors(networks: Networks) -> list[Tensor]:

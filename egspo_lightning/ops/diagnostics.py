@@ -1,6 +1,6 @@
 """Metrics of an optimizer step and of a rollout batch: names and formulas.
 
-Every value is detached. Values of micro-batches and ranks are parts that add up. Modules that name metrics, by family:
+Values are detached; those of micro-batches and ranks are parts that add up. Modules that name metrics, by family:
 
 - ``loss/*``: ``ops.objective``, ``module``
 - ``gate/*``: ``ops.diagnostics``

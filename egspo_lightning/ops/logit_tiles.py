@@ -27,13 +27,8 @@ def tile_shape(
 class LogitTiles:
     """Cuts tokens x vocabulary into tiles and computes the logits of one tile into a reused buffer.
 
-    Args:
-        hidden: (N, D)
-        weight: (V, D)
-        bias: (V,), if any
-        temperature: divides the logits
-        chunk_sizes: tokens and vocabulary entries of a tile, see ``tile_shape``
-        probs: (N, V) softmax, if the forward pass kept it
+    Shapes: hidden (N, D), weight (V, D), bias (V,). ``chunk_sizes`` are tokens and vocabulary entries of a tile, see
+    ``tile_shape``. ``probs`` is the (N, V) softmax, if the forward pass kept it.
     """
 
     def __init__(

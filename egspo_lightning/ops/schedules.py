@@ -9,12 +9,7 @@ from egspo_lightning.types import NonNegativeInt, UnitInterval
 def chord_mu(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:
     """CHORD's weight of the SFT term (arXiv 2508.11408, section 3.2): linear warm-up, cosine decay, then constant.
 
-    Args:
-        step: optimizer steps taken in this stage
-        warmup_steps: steps over which mu rises from 0 to ``peak``
-        decay_steps: steps over which it then falls to ``valley``
-        peak: largest value
-        valley: value from ``warmup_steps + decay_steps`` on
+    ``step`` optimizer steps of this stage are done. The other arguments are those of ``ChordMu``.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

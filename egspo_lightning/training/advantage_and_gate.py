@@ -34,16 +34,7 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class AdvantageAndGate:
-    """Advantage estimator, gate and adaptive coefficients, applied in order to each rollout batch.
-
-    Args:
-        objective: Hyperparameters of the loss.
-        gate: Gives tau.
-        attenuation: Gives phi.
-        advantage: Gives A_t.
-        kl_reward: KL penalty in the reward, if any.
-        entropy_bonus: Entropy bonus of the loss, if any; adapts to the entropy of each rollout batch.
-    """
+    """Advantage estimator, gate and adaptive coefficients, applied in order to each rollout batch."""
 
     objective: Objective
     gate: Gate

@@ -22,14 +22,12 @@ from torch.utils._pytree import tree_map
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all ranks: ``--trainer.strategy fsdp2``.
 
-    With ``--trainer.precision bf16-mixed`` weights are gathered and computed in bfloat16. Shards, gradients and the
-    optimizer's state stay in float32.
+    With ``--trainer.precision bf16-mixed`` weights are gathered and computed in bfloat16; all else stays in float32.
 
     Args:
         reshard_after_forward: Free a block's gathered weights between forward and backward pass (ZeRO-3); false holds
             them (ZeRO-2): less traffic, more memory.
-        cpu_offload: Keep shards, gradients and the optimizer's state in the host's memory, and step there. It saves
-            device memory at the price of copies, and changes nothing on a CPU.
+        cpu_offload: Keep shards, gradients and the optimizer's state in the host's memory, and step there.
         save_distributed_checkpoint: Write a folder with one shard per rank; false writes one file, which the first
             rank must hold in its memory. Both resume under any strategy.
         process_group_backend: nccl or gloo; null takes the device's default.

@@ -32,11 +32,7 @@ class Part(NamedTuple):
 
 
 class FiniteUpdates:
-    """Detects and counts optimizer steps with a non-finite loss or gradient.
-
-    Args:
-        most_in_a_row: number of consecutive bad steps after which the run should stop
-    """
+    """Detects and counts optimizer steps with a non-finite loss or gradient; ``most_in_a_row`` should end the run."""
 
     def __init__(self, most_in_a_row: int) -> None:
         self.most_in_a_row = most_in_a_row
@@ -129,12 +125,7 @@ def unpack(data: dict[str, Any]) -> Part:
 
 
 def bad_tokens(mask: Tensor, named: Sequence[tuple[str, Tensor | None]]) -> list[tuple[int, int, str, float]]:
-    """(row, position, name, value) of every non-finite value on the masked tokens.
-
-    Args:
-        mask: (B, T) bool
-        named: names and per-token values, (B, T); None is skipped
-    """
+    """(row, position, name, value) of every non-finite value on the masked tokens; mask and values are (B, T)."""
     return [
         (row, position, name, values[row, position].item())
         for name, values in named

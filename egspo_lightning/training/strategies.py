@@ -7,7 +7,7 @@
 | fsdp2 (`FSDP2Strategy`) | weights, gradients and optimizer sharded over all ranks |
 | all others | refused at the start, see ``REFUSED`` |
 
-Checkpoints of any of these resume under any other, files as well as the folders of shards that FSDP2 writes.
+Checkpoints of any of these resume under any other.
 """
 
 from typing import Any

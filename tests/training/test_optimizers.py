@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from egspo_lightning.callbacks import StageTransition
 from egspo_lightning.cli.main import main
-from egspo_lightning.cli.parser import remedy
+from egspo_lightning.cli.parser import missing_package
 from egspo_lightning.cli.plan import workload
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.policy_config import PolicyConfig
@@ -119,4 +119,4 @@ def test_without_bitsandbytes_the_message_says_what_to_install(repository, monke
 
 
 def test_modules_of_the_users_are_not_to_be_installed():
-    assert remedy("No module named 'mine'") == remedy("Expected a path") == ""
+    assert missing_package("No module named 'mine'") == missing_package("Expected a path") == ""
