@@ -71,7 +71,7 @@ def test_nothing_is_left_to_be_filled_in(repository):
 
 def test_the_tree_is_true(repository):
     text = (repository / "README.md").read_text()
-    tree = text.split("## Rooms")[1].split("## Limitations")[0]
+    tree = text.split("## Repository layout")[1].split("## Limitations")[0]
     package = {p.name for p in (repository / "egspo_lightning").iterdir() if not p.name.startswith(("_", "py.typed"))}
     named = set(re.findall(r"[\w.]+\.py|\w+/", tree))
     for name in package:

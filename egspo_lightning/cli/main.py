@@ -252,5 +252,5 @@ def run(args: Sequence[str] | None = None) -> EgspoCLI:
     require_ranks(os.environ)
     arguments = use_shipped_configs(sys.argv[1:] if args is None else args)
     require_readable(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELIZM", "false")  # threads of its own do not survive a fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own do not survive a fork
     return EgspoCLI(arguments)

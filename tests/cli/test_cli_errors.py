@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from egspo_lightning.cli.main import main
+from egspo_lightning.cli.main import main, run
 
 Config = dict[str, Any]
 Run = Callable[..., str]
@@ -88,6 +88,14 @@ def weighted(terms: Config, weights: Config | None = None) -> Config:
 
 def chord_mu(**arguments: Any) -> Config:
     return source("ops.schedules.ChordMu", **arguments)
+
+
+def test_tokenizers_start_no_threads_that_a_fork_would_break(monkeypatch):
+    """The tokenizers library reads this variable; graders are forked."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    assert os.environ.pop("TOKENIZERS_PARALLELISM") == "false"
 
 
 def test_the_config_that_the_cases_spoil_runs(config, tmp_path, capsys):
