@@ -57,12 +57,7 @@ class PhaseProgress:
         return cls(parts, state["length"], max_tokens, state["num_given"], state["collections"][rank])
 
     def resume(self, num_steps: int, num_micro_batches: int, max_tokens: int | None) -> "PhaseProgress":
-        """The same position in this run's phase.
-
-        Args:
-            num_steps: optimizer steps of the phase, by this config
-            num_micro_batches: micro-batches of an optimizer step where there is no budget
-            max_tokens: token budget of a micro-batch, by this config
+        """The same position in a phase of this config: ``num_micro_batches`` a step where there is no token budget.
 
         Raises:
             UserError: this config splits the phase in another way than the checkpoint's.

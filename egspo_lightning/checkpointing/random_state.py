@@ -1,8 +1,4 @@
-"""Random states: the global generators of Python, NumPy and torch, as checkpoints can hold them.
-
-The project's own random streams are derived from seed, rollout batch and problem, and need no state. A user's reward or
-gate may use the global generators.
-"""
+"""Random states: the global generators of Python, NumPy and torch, which a user's reward or gate may use."""
 
 import random
 from typing import Any

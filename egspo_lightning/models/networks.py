@@ -15,14 +15,10 @@ from egspo_lightning.types import Scores
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """The networks of a run.
+    """The networks of a run; log-probabilities and entropies are taken at the sampling temperature.
 
-    Args:
-        policy: The policy.
-        reference: The reference policy, where it is a separate network.
-        critic: Estimates values, where it is a separate network; it may be a head on the policy instead.
-        temperature: Sampling temperature, which log-probabilities and entropies are taken at.
-        has_reference: Whether there is a reference policy; without ``reference`` an adapter of the policy, or none.
+    ``reference`` is None where it is an adapter of the policy, or the policy without one; ``critic`` where it is a head
+    on the policy, or missing.
     """
 
     policy: Policy

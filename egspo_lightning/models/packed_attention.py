@@ -146,10 +146,9 @@ def use_packing(lm: Any) -> bool:
 
 
 def _is_plain(lm: Any) -> bool:
-    """Whether sequences of any length may share a row, according to the model's config.
+    """Whether sequences of any length may share a row, by the model's config.
 
-    Masks other than a causal one, with or without a window, would be lost. In some rotary embeddings the longest
-    sequence changes the angles of all.
+    Other masks than a causal one or a window would be lost; in some rotary embeddings the longest row changes all.
     """
     config = lm.config
     layers = set(getattr(config, "layer_types", None) or ())

@@ -44,11 +44,8 @@ class Sequences(NamedTuple):
 class Policy(nn.Module):
     """A causal language model whose forward pass returns statistics of the completion tokens.
 
-    Dropout is always off: sampling, scoring and training must compute the same log-probabilities.
-
-    Args:
-        lm: the model
-        value_head: head of a critic that shares the model's trunk; None without one
+    Dropout is always off: sampling, scoring and training must compute the same log-probabilities. The value head, if
+    any, is that of a critic that shares the model's trunk.
 
     Raises:
         UserError: the output layer is more than a linear map of the last hidden state.
@@ -98,11 +95,7 @@ class Policy(nn.Module):
 
 
 class TrunkPasses:
-    """Passes of rows of different lengths through a transformer trunk.
-
-    Args:
-        packs: Whether the trunk keeps packed sequences apart (``use_packing``): one pass with little padding then does.
-    """
+    """Passes of rows through a transformer trunk; ``packs`` says whether it keeps packed sequences apart."""
 
     def __init__(self, packs: bool) -> None:
         self.packs = packs
@@ -176,8 +169,8 @@ class ValueHead(nn.Module):
 def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:
     """All ids that end a completion: the tokenizer's EOS and the model's own."""
     declared = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
-    declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
-    return sorted({tokenizer.eos_token_id, *declared})
+    more = declared if isinstance(declared, list) else [declared]
+    return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
 def _disable_dropout(lm: nn.Module) -> None:
@@ -190,10 +183,7 @@ def _disable_dropout(lm: nn.Module) -> None:
 
 
 def _check_linear_head(lm: Any) -> None:
-    """Refuse models that scale or cap their logits after the head: their log-probabilities would be silently wrong.
-
-    Known settings are looked up, since a cap is invisible while logits are small. A forward pass finds the others.
-    """
+    """Refuse models that scale or cap their logits after the head: by their settings, and by a forward pass."""
     text_config = lm.config.get_text_config()
     for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(text_config, setting, None) not in (None, 1):

@@ -74,25 +74,20 @@ class PolicyConfig:
         return tokenizer
 
     def build(self, *, with_value_head: bool = False, with_reference: bool = False) -> Policy:
-        """Build the model in train mode, without dropout.
-
-        Args:
-            with_value_head: add a value head on the model's trunk
-            with_reference: add a frozen second adapter as the reference policy; with LoRA only
+        """Build the model in train mode, without dropout; with LoRA, the reference is a frozen second adapter.
 
         Raises:
             UserError: it cannot be loaded, or its output layer is more than a linear map of the last hidden state.
         """
-        kwargs: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
-        if self.attn_implementation is not None:
-            kwargs["attn_implementation"] = self.attn_implementation
+        kernel = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        kwargs: dict[str, Any] = {"dtype": getattr(torch, self.dtype), **kernel}
         if self.from_scratch:
             config = self._load(AutoConfig, "config")
             with self._explaining_errors("architecture"):
                 lm = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **kwargs)
         else:  # mismatched sizes are refused below, by name and shape
-            kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            lm, info = self._load(AutoModelForCausalLM, "weights", **kwargs)
+            checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            lm, info = self._load(AutoModelForCausalLM, "weights", **checks, **kwargs)
             self._require_all_weights(info)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -92,11 +92,7 @@ class Snapshot:
             return self._networks.score(input_ids.to(self.device), completion_mask.to(self.device))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The values themselves, on a single rank.
-
-        Raises:
-            RuntimeError: there are several ranks; only their main threads may communicate.
-        """
+        """The values themselves, on a single rank; a RuntimeError on several: only main threads may communicate."""
         if self._world_size > 1:
             raise RuntimeError("A snapshot cannot sum over ranks: collectives of their main threads would mix with it.")
         return values

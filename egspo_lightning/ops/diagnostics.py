@@ -40,12 +40,10 @@ class PhaseMetrics:
         gathered = self._gathered.setdefault(reduction, {})
         for name, value in metrics.items():
             tensor = torch.as_tensor(value, dtype=torch.float32).detach()
-            if name in gathered:
-                total, count = gathered[name]
+            total, count = gathered.get(name, (None, 0))
+            if total is not None:
                 tensor = torch.maximum(total, tensor) if reduction == "max" else total + tensor
-                gathered[name] = tensor, count + 1
-            else:
-                gathered[name] = tensor, 1
+            gathered[name] = tensor, count + 1
 
     def take(self) -> dict[Reduction, Metrics]:
         """Means and maxima by name; resets the accumulators."""
@@ -70,10 +68,7 @@ class PhaseMetrics:
 
 @torch.no_grad()
 def policy_metrics(logprobs: Tensor, rollout: RolloutBatch, clip_low: float, clip_high: float) -> Metrics:
-    """Distance of the policy from the sampling policy, over the sampled tokens that take part in the step.
-
-    A token counts as clipped by the given range, that of high-entropy tokens, whichever branch it takes.
-    """
+    """Distance from the sampling policy; a token counts as clipped by the given range, whichever branch it takes."""
     old, mask = rollout.old_logprobs, rollout.sampled_mask
     below, above = clipped_tokens(logprobs, old, rollout.advantages, clip_low=clip_low, clip_high=clip_high)
     num_tokens = max(rollout.update_size.num_sampled_tokens, 1.0)

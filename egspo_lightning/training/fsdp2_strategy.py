@@ -88,10 +88,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return whole.cpu() if self.global_rank == 0 else None
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint: a file's tensors whole, a folder's sharded as in this run.
-
-        From a folder only the weights and states that this run has are read. The module adapts the result to the run.
-        """
+        """Load a checkpoint: a file's tensors whole, of a folder what this run has, sharded as in this run."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return self._read_folder(path)

@@ -24,19 +24,15 @@ class Workload:
     """The work of one device.
 
     Args:
-        policy: The model.
-        critic: The critic; None without one.
         holds_reference: Whether a reference policy is held: a network or, with LoRA, an adapter.
         optimizer: Makes the optimizer from parameters.
         is_sharded: Whether weights, gradients and the optimizer's state are sharded over the devices.
         is_bfloat16: Whether products are computed in bfloat16.
-        prompt_length: Longest prompt, tokens.
-        completion_length: Longest completion, tokens.
+        prompt_length, completion_length: Longest prompt and completion, tokens.
         sampled_rows: Completions decoded at a time on a device.
         scored_tokens: Tokens scored at a time; 0 without a scoring pass.
         update_rows: Rollouts in a micro-batch or, with ``max_tokens``, in an optimizer step.
-        expert_rows: Demonstrations in the same in stage EGSPO.
-        sft_rows: Demonstrations in the same in stage SFT.
+        expert_rows, sft_rows: Demonstrations in the same in stages EGSPO and SFT.
         num_parts: Micro-batches of an optimizer step.
         looks_ahead: Whether a snapshot of the policy samples while it trains.
         max_tokens: Most tokens of a micro-batch; None bounds the number of its rows instead.
@@ -77,10 +73,7 @@ class Workload:
 
     @property
     def trained_tokens(self) -> int:
-        """Most completion tokens that go through the output layer at a time in training.
-
-        Within ``max_tokens`` nearly all tokens may be completion tokens, if prompts are short.
-        """
+        """Most completion tokens that go through the output layer at a time in training, were prompts short."""
         most = max(self.update_rows, self.expert_rows, self.sft_rows) * self.completion_length
         return most if self.max_tokens is None else min(most, self.max_tokens)
 
@@ -211,14 +204,10 @@ def _gathered_blocks(policy: Policy) -> int:
 
 
 def _optimizer_bytes(optimizer: Any, parameters: Sequence[nn.Parameter]) -> int:
-    """Bytes of its state after a step on meta tensors, whatever the optimizer.
-
-    Tensors that parameters share count once, such as the value table of moments in 8 bits.
-    """
+    """Bytes of its state after a step on meta tensors; shared ones, as of moments in 8 bits, count once."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
+    optimizer.zero_grad()
     tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
     return tensor_bytes({id(v): v for v in tensors}.values())
