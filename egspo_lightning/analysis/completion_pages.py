@@ -4,7 +4,6 @@ Text of models and data sets may be hostile. ``token_text.visible`` replaces con
 escaped, and the page's content security policy forbids scripts and external content.
 """
 
-import math
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -149,14 +148,10 @@ def _values(token: dict[str, Any]) -> str:
         f"token \u201c{visible(token['token'], spaces=True)}\u201d, id {token['token_id']}",
         f"position             {token['position']}",
         f"gate                 {gate}",
-        *(f"{name:20} {_number(token[column])} {unit}".rstrip() for column, (name, unit) in _SHOWN.items()),
+        *(f"{name:20} {token[column]:.4g} {unit}".rstrip() for column, (name, unit) in _SHOWN.items()),
         f"problem {visible(token['problem_id'])}, completion {token['completion_id']}",
     ]
     return "\n".join(lines)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else str(value)
 
 
 def _safe(text: str) -> str:

@@ -62,12 +62,12 @@ def by_run(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, str]]:
         yield name, frame[frame["run"] == name], RUN_COLORS[number % len(RUN_COLORS)]
 
 
-def finish(ax: Axes, *, x: str, y: str, title: str = "", legend: bool = False) -> Axes:
-    """Label the axes, remove the upper and right border, and put the legend below the plot."""
+def finish(ax: Axes, *, x: str, y: str, title: str) -> Axes:
+    """Label the axes, remove the upper and right border, and put the legend, if there are labels, below the plot."""
     ax.set(xlabel=x, ylabel=y, title=title)
     ax.spines[["top", "right"]].set_visible(False)
-    if legend and (number := len(ax.get_legend_handles_labels()[0])) > 0:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=min(number, 2), frameon=False)
+    if labels := ax.get_legend_handles_labels()[1]:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=min(len(labels), 2), frameon=False)
     return ax
 
 
@@ -85,7 +85,5 @@ def side_by_side(draw: Callable[..., Axes], frame: pd.DataFrame, *others: pd.Dat
     _, axes = plt.subplots(1, len(runs), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
     for ax, run in zip(axes[0], runs, strict=True):
         draw(*(part[part["run"] == run] for part in (frame, *others)), ax=ax, **options)
-        ax.set_title(run)
-    for ax in axes[0, 1:]:
-        ax.set_ylabel("")
+        ax.set(title=run, ylabel=ax.get_ylabel() if ax is axes[0, 0] else "")
     return axes[0]

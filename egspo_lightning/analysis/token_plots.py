@@ -42,7 +42,7 @@ def entropy_by_position(tokens: pd.DataFrame, *, min_count: int = 20, ax: Axes |
         ax.plot(places["mean"], color=color, marker=".", label=f"{run}, mean")
     ax.set_ylim(bottom=0)
     title = "Entropy by position; band: 25 % to 75 % quantile"
-    return finish(ax, x="position in the completion (tokens)", y=ENTROPY_LABEL, title=title, legend=True)
+    return finish(ax, x="position in the completion (tokens)", y=ENTROPY_LABEL, title=title)
 
 
 def entropy_by_token(
@@ -95,7 +95,7 @@ def entropy_by_correctness(
         ax.axvline(mean, color=color, linestyle="--", linewidth=1)
     ax.set_yscale("log")
     title = f"Entropy by correctness; {ABOVE}; means dashed"
-    return finish(ax, x=ENTROPY_LABEL, y="share of tokens in the bin (%)", title=title, legend=True)
+    return finish(ax, x=ENTROPY_LABEL, y="share of tokens in the bin (%)", title=title)
 
 
 def entropy_before_after(tokens: pd.DataFrame, *, bins: int = 60, ax: Axes | None = None) -> Axes:
@@ -132,4 +132,4 @@ def ratio_by_entropy(tokens: pd.DataFrame, *, bins: int = 16, ax: Axes | None = 
     if np.isfinite(tokens["threshold"]).all():
         ax.axvline(tokens["threshold"].mean(), color=HIGH, linestyle="--", label="mean threshold")
     title = "Ratio after the optimizer steps; bands: 25 % to 75 % quantile"
-    return finish(ax, x=ENTROPY_LABEL, y="ratio pi / pi_old", title=title, legend=True)
+    return finish(ax, x=ENTROPY_LABEL, y="ratio pi / pi_old", title=title)

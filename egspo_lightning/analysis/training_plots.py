@@ -37,7 +37,7 @@ def entropy_heatmap(tokens: pd.DataFrame, *, bins: int = 40, ax: Axes | None = N
     threshold = groups["threshold"].mean()
     if np.isfinite(threshold).all():
         ax.plot(numbers, threshold, color=HIGH, marker=".", label="threshold tau")
-    return finish(ax, x=ROLLOUT_BATCH_LABEL, y=ENTROPY_LABEL, title=f"Token entropy; {ABOVE}", legend=True)
+    return finish(ax, x=ROLLOUT_BATCH_LABEL, y=ENTROPY_LABEL, title=f"Token entropy; {ABOVE}")
 
 
 def threshold_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -46,7 +46,7 @@ def threshold_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for run, rows, color in by_run(tokens[np.isfinite(tokens["threshold"])]):
         ax.plot(rows.groupby("collection")["threshold"].mean(), color=color, marker=".", label=run)
     ax.set_ylim(bottom=0)
-    return finish(ax, x=ROLLOUT_BATCH_LABEL, y="threshold tau (nats)", title="Threshold of the gate", legend=True)
+    return finish(ax, x=ROLLOUT_BATCH_LABEL, y="threshold tau (nats)", title="Threshold of the gate")
 
 
 def high_share_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -56,7 +56,7 @@ def high_share_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         share = means(rows, ["collection"], "is_high_entropy") * 100
         ax.errorbar(share.index, share["mean"], share["half_width"], color=color, marker=".", capsize=2, label=run)
     ax.set_ylim(bottom=0)
-    return finish(ax, x=ROLLOUT_BATCH_LABEL, y="high-entropy tokens (%)", title="High-entropy tokens", legend=True)
+    return finish(ax, x=ROLLOUT_BATCH_LABEL, y="high-entropy tokens (%)", title="High-entropy tokens")
 
 
 def weight_mass(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -71,7 +71,7 @@ def weight_mass(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(0, 100)
     ax.margins(x=0)
     title = "Weight of high and low tokens"
-    return finish(ax, x=ROLLOUT_BATCH_LABEL, y="share of the weight (%)", title=title, legend=True)
+    return finish(ax, x=ROLLOUT_BATCH_LABEL, y="share of the weight (%)", title=title)
 
 
 def metric_curves(metrics: pd.DataFrame, name: str, *, unit: str, window: int = 1, ax: Axes | None = None) -> Axes:
@@ -80,7 +80,7 @@ def metric_curves(metrics: pd.DataFrame, name: str, *, unit: str, window: int = 
     for run, rows, color in by_run(metrics.dropna(subset=[name])):
         ax.plot(rows["step"], rows[name].rolling(window, min_periods=1).mean(), color=color, label=run)
     smoothed = f", mean of {window} values" if window > 1 else ""
-    return finish(ax, x="optimizer step (number)", y=f"{name} ({unit})", title=f"{name}{smoothed}", legend=True)
+    return finish(ax, x="optimizer step (number)", y=f"{name} ({unit})", title=f"{name}{smoothed}")
 
 
 def accuracy_against_entropy(metrics: pd.DataFrame, *, window: int = 5, ax: Axes | None = None) -> Axes:
@@ -97,7 +97,7 @@ def accuracy_against_entropy(metrics: pd.DataFrame, *, window: int = 5, ax: Axes
         for end, marker in ((0, "o"), (-1, "s")):
             ax.plot(entropy.iloc[[end]], accuracy.iloc[[end]], marker, color=color, markeredgecolor="black")
     title = "Accuracy against entropy, from circle to square"
-    return finish(ax, x="policy entropy (nats a token)", y="accuracy of rollouts (%)", title=title, legend=True)
+    return finish(ax, x="policy entropy (nats a token)", y="accuracy of rollouts (%)", title=title)
 
 
 def _borders(numbers: np.ndarray) -> np.ndarray:

@@ -110,8 +110,7 @@ def _checkpoint(module: EGSPOModule) -> dict[str, Any]:
 
 def _weights_digest(module: EGSPOModule) -> str:
     """Digest of the policy's weights, by the sum of each parameter's bits; sharding does not change it."""
-    assert module.policy is not None, "configure_model has not run"
-    sums = [_bits(module, parameter) for _, parameter in sorted(module.policy.named_parameters())]
+    sums = [_bits(module, parameter) for _, parameter in sorted(module.networks.policy.named_parameters())]
     return fingerprint({"bits": torch.stack(sums).tolist()})
 
 

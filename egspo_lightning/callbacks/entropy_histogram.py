@@ -20,7 +20,6 @@ class EntropyHistogram(Callback):
     """
 
     def __init__(self, every_n_rollout_batches: NonNegativeInt = 1) -> None:
-        super().__init__()
         self.every_n_rollout_batches = every_n_rollout_batches
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,11 +1,12 @@
 """Guards: warnings about runs that train but do not learn."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
 from egspo_lightning.callbacks.trainer_access import data_of, module_of
 from egspo_lightning.types import PositiveFloat, PositiveInt, UnitInterval
 
@@ -21,7 +22,7 @@ class Finding(NamedTuple):
     """The argument that the value was compared with."""
 
 
-class Guards(Callback):
+class Guards(CheckpointedCallback):
     """Checks the metrics of each rollout batch; logs ``guard/*`` as 1 where a guard fires, else 0, and warns once.
 
     ``guard/flat_collections`` (rollout batches in which all groups are flat) and ``guard/duplicate_problems`` are
@@ -42,6 +43,8 @@ class Guards(Callback):
         num_zero_rewards: Reward never fires: this many rollout batches in a row without any reward other than 0.
     """
 
+    checkpointed = ("first_entropy", "num_rollout_batches", "num_flat", "num_zero", "spoken")
+
     def __init__(
         self,
         min_entropy_share: UnitInterval = 0.1,
@@ -50,7 +53,6 @@ class Guards(Callback):
         max_truncated_fraction: UnitInterval = 0.3,
         num_zero_rewards: PositiveInt = 5,
     ) -> None:
-        super().__init__()
         self.min_entropy_share, self.max_kl, self.max_first_ratio_gap = min_entropy_share, max_kl, max_first_ratio_gap
         self.max_truncated_fraction, self.num_zero_rewards = max_truncated_fraction, num_zero_rewards
         self.first_entropy: float | None = None
@@ -66,19 +68,17 @@ class Guards(Callback):
         self.num_rollout_batches = data.num_rollout_batches
         findings = list(self._judge({name: float(value) for name, value in trainer.callback_metrics.items()}))
         values = {f"guard/{found.guard}": float(found.fires) for found in findings}
-        counts = {"flat_collections": self.num_flat, "duplicate_problems": data.num_duplicates}
-        module_of(pl_module).log_phase(values | {f"guard/{name}": float(count) for name, count in counts.items()})
-        for found in [*findings, _duplicates(data.num_duplicates)]:
-            if found.fires and found.guard not in self.spoken:
-                self._warn(found)
-
-    def _warn(self, found: Finding) -> None:
-        self.spoken.append(found.guard)
-        limit = "" if found.limit is None else f" (guards.{found.limit} = {getattr(self, found.limit)})"
-        rank_zero_warn(
-            f"Guard {found.guard}: {found.message}{limit}. {found.remedy} This warning is given once; guard/"
-            f"{found.guard} is logged for every rollout batch."
-        )
+        values["guard/flat_collections"] = float(self.num_flat)
+        values["guard/duplicate_problems"] = float(data.num_duplicates)
+        module_of(pl_module).log_phase(values)
+        for guard, fires, message, remedy, limit in [*findings, _duplicates(data.num_duplicates)]:
+            if fires and guard not in self.spoken:
+                self.spoken.append(guard)
+                compared = "" if limit is None else f" (guards.{limit} = {getattr(self, limit)})"
+                rank_zero_warn(
+                    f"Guard {guard}: {message}{compared}. {remedy} This warning is given once; guard/{guard} is "
+                    "logged for every rollout batch."
+                )
 
     def _judge(self, metrics: Mapping[str, float]) -> Iterator[Finding]:
         entropy, kl = metrics["policy/entropy"], metrics["policy/approx_kl"]
@@ -133,15 +133,6 @@ class Guards(Callback):
             "Choose problems of another difficulty, more data.num_generations, or data.max_resampling. "
             "guard/flat_collections counts such rollout batches.",
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The first entropy, the counts, and the guards that have warned."""
-        names = ("first_entropy", "num_rollout_batches", "num_flat", "num_zero", "spoken")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from there."""
-        vars(self).update(state_dict)
 
 
 def _duplicates(count: int) -> Finding:

@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 from egspo_lightning.callbacks.trainer_access import module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.lora import merged
-from egspo_lightning.module import EGSPOModule
 
 EXPORTED = (
     "config.json",
@@ -37,7 +36,6 @@ class HFExport(Callback):
     """
 
     def __init__(self, folder: str | None = None, enabled: bool = True) -> None:
-        super().__init__()
         self.folder, self.enabled = folder, enabled
         self.exported: Path | None = None
 
@@ -53,7 +51,7 @@ class HFExport(Callback):
         source = Path(module_of(pl_module).policy_config.name_or_path)
         if source.exists() and source.resolve() == folder.resolve():
             raise UserError(f"hf_export.folder: {folder} is the model that training starts from. Name another folder.")
-        if not folder.is_dir() or not all(_is_export(path) for path in folder.iterdir()):
+        if not folder.is_dir() or any(not any(map(path.match, EXPORTED)) for path in folder.iterdir()):
             raise UserError(f"hf_export.folder: {folder} holds other files than a model. Name a new or empty folder.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,13 +61,15 @@ class HFExport(Callback):
             return
         target = Path(self.folder) if self.folder is not None else Path(log_dir or ".") / "hf"
         module = module_of(pl_module)
-        assert module.policy is not None
-        lm, options = module.policy.lm, StateDictOptions(full_state_dict=True, cpu_offload=True)
+        lm, options = module.networks.policy.lm, StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Any] = get_model_state_dict(lm, options=options)
         if trainer.is_global_zero:
             partial = target.with_name(target.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            lm.generation_config, configured = _plain_decoding(module), lm.generation_config
+            configured = lm.generation_config  # its penalties and filters were not used in training
+            lm.generation_config = GenerationConfig(
+                eos_token_id=module.eos_ids, pad_token_id=module.tokenizer.pad_token_id
+            )
             lm.save_pretrained(partial, state_dict=merged(lm, weights))
             lm.generation_config = configured
             module.tokenizer.save_pretrained(partial)
@@ -77,12 +77,3 @@ class HFExport(Callback):
             partial.rename(target)
         trainer.strategy.barrier("hf_export")
         self.exported = target
-
-
-def _is_export(path: Path) -> bool:
-    return any(path.match(pattern) for pattern in EXPORTED)
-
-
-def _plain_decoding(module: EGSPOModule) -> GenerationConfig:
-    """Generation config without the original model's penalties and filters: the policy was trained without them."""
-    return GenerationConfig(eos_token_id=module.eos_ids, pad_token_id=module.tokenizer.pad_token_id)

@@ -70,9 +70,8 @@ def summary(values: Tensor) -> dict[str, float]:
         values: (N,) with N > 0
     """
     ordered = values.detach().float().cpu().sort().values
-    last = len(ordered) - 1
-    shares = {f"p{percent}": ordered[-(-percent * len(ordered) // 100) - 1 if last else 0] for percent in (10, 50, 90)}
-    return {"mean": ordered.mean().item()} | {name: value.item() for name, value in shares.items()}
+    shares = {f"p{percent}": ordered[-(-percent * len(ordered) // 100) - 1].item() for percent in (10, 50, 90)}
+    return {"mean": ordered.mean().item()} | shares
 
 
 def tensorboard_of(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.table import Table
+from lightning.pytorch import LightningModule, Trainer
 
 from egspo_lightning.callbacks.answer_journal import Measurement
+from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
 from egspo_lightning.callbacks.trainer_access import data_of, module_of, resumes_in
-from egspo_lightning.evaluation.report import Report, headline, milestones_table, score_tables
+from egspo_lightning.evaluation.report import Report, headline
 from egspo_lightning.types import NonNegativeInt, Stage
 
 Results = dict[str, dict[str, float]]
@@ -19,7 +19,7 @@ Results = dict[str, dict[str, float]]
 FIT_FILE = "benchmarks.jsonl"
 
 
-class MathBenchmark(Callback):
+class MathBenchmark(CheckpointedCallback):
     """Measures all benchmarks before training, at the stage transition, every n epochs and at the end of training.
 
     Validate and test measure them too. The ranks share the problems, and the scores cover all ranks. Values are logged
@@ -39,6 +39,8 @@ class MathBenchmark(Callback):
             folder given here the names have no fingerprint, and answers of another evaluation are refused.
     """
 
+    checkpointed = ("milestones", "latest", "latest_step", "stage")
+
     def __init__(
         self,
         every_n_epochs: NonNegativeInt = 0,
@@ -47,7 +49,6 @@ class MathBenchmark(Callback):
         save_completions: bool = False,
         folder: str | None = None,
     ) -> None:
-        super().__init__()
         self.every_n_epochs, self.at_start, self.enabled = every_n_epochs, at_start, enabled
         self.save_completions, self.folder = save_completions, folder
         self.milestones: dict[str, Results] = {}
@@ -59,7 +60,8 @@ class MathBenchmark(Callback):
         """The latest results, with those of subjects and levels."""
         self.written: list[Path] = []
         """The folders that the latest evaluation has written."""
-        self._stage: str | None = None
+        self.stage: str | None = None
+        """Stage of the latest phase."""
         self._running: list[Measurement] = []
 
     # During fit
@@ -67,19 +69,17 @@ class MathBenchmark(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the policy before its first optimizer step; a resumed run was measured by the first one."""
         self._drop_later_rows(trainer)
-        self._drop_other_benchmarks(
-            {benchmark.name for benchmark in data_of(trainer).benchmarks} if self.enabled else set()
-        )
-        if self._stage is None:
-            self._stage = str(module_of(pl_module).stage)
+        self._drop_other_benchmarks({b.name for b in data_of(trainer).benchmarks} if self.enabled else set())
+        if self.stage is None:
+            self.stage = str(module_of(pl_module).stage)
             if self.at_start:
                 self._reach("before", trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the policy at the stage transition."""
-        if self._stage == Stage.SFT and module_of(pl_module).stage == Stage.EGSPO:
+        if self.stage == Stage.SFT and module_of(pl_module).stage == Stage.EGSPO:
             self._reach("after SFT", trainer, pl_module)
-        self._stage = str(module_of(pl_module).stage)
+        self.stage = str(module_of(pl_module).stage)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure every n epochs."""
@@ -88,7 +88,7 @@ class MathBenchmark(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final policy."""
-        self._reach("after EGSPO" if self._stage == Stage.EGSPO else "after SFT", trainer, pl_module)
+        self._reach("after EGSPO" if self.stage == Stage.EGSPO else "after SFT", trainer, pl_module)
 
     def _drop_later_rows(self, trainer: Trainer) -> None:
         """Remove the rows of optimizer steps that a resumed run takes again."""
@@ -179,29 +179,3 @@ class MathBenchmark(Callback):
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
-
-    # Results
-
-    def summary(self) -> Table:
-        """Table of the benchmarks with their main metric at each milestone."""
-        return milestones_table(self.latest, self.milestones)
-
-    def details(self) -> list[Table]:
-        """Tables of the latest scores: in total, and by subject and level."""
-        return score_tables(self.reports)
-
-    # Checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """The results so far."""
-        return {
-            "milestones": self.milestones,
-            "latest": self.latest,
-            "latest_step": self.latest_step,
-            "stage": self._stage,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from there."""
-        self.milestones, self.latest = state_dict["milestones"], state_dict["latest"]
-        self.latest_step, self._stage = state_dict["latest_step"], state_dict["stage"]

@@ -21,25 +21,20 @@ class PredictionWriter(Callback):
         folder: Output folder; ``predictions/<fingerprint>`` in the trainer's default_root_dir by default.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
-        super().__init__()
-        self.folder = folder
-        self._opened: Journal | None = None
+    _journal: Journal
 
-    @property
-    def _journal(self) -> Journal:
-        assert self._opened is not None, "predict has not run"
-        return self._opened
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
 
     @property
     def path(self) -> Path:
-        """The file of answers."""
+        """The file of answers, once predict has started."""
         return self._journal.completions
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the answers of an interrupted predict."""
         folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions" / "{fingerprint}")
-        self._opened = open_journal(PREDICT, module_of(pl_module), data_of(trainer), folder)
+        self._journal = open_journal(PREDICT, module_of(pl_module), data_of(trainer), folder)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any

@@ -24,32 +24,24 @@ SHOWN = {
 class PhaseProgress(ProgressBar):
     """Shows phase, stage and the main metrics as one bar, or as plain lines where there is no terminal."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._enabled = True
-        self._console = Console(stderr=True)
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._last_line = 0.0
-        self._stage = ""
-
-    @property
-    def is_enabled(self) -> bool:
-        """Whether anything is printed."""
-        return self._enabled
+    _console = Console(stderr=True)  # of the class: it holds locks, which cannot be pickled for spawned ranks
+    _progress: Progress | None = None
+    _last_line = 0.0
+    is_enabled = True
+    """Whether anything is printed."""
 
     def disable(self) -> None:
         """Print nothing; Lightning calls this on all ranks but the first."""
-        self._enabled = False
+        self.is_enabled = False
 
     def enable(self) -> None:
         """Print again."""
-        self._enabled = True
+        self.is_enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         self._stage = str(module_of(pl_module).stage)
-        if not self._enabled or not self._console.is_terminal:
+        if not self.is_enabled or not self._console.is_terminal:
             return
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -68,9 +60,11 @@ class PhaseProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Advance the bar by a phase."""
-        if not self._enabled:
+        if not self.is_enabled:
             return
-        text = self._describe(trainer)
+        metrics = trainer.callback_metrics
+        shown = [f"{label} {float(metrics[name]):.3g}" for name, label in SHOWN.items() if name in metrics]
+        text = " · ".join([f"[{self._stage}]", *shown])
         if self._progress is not None:
             self._progress.update(self._task, completed=trainer.current_epoch + 1, description=text)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
@@ -79,35 +73,19 @@ class PhaseProgress(ProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that the terminal is as before."""
-        self._close()
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the bar."""
-        if self._enabled:
-            self._console.print(*args, highlight=False, markup=False, soft_wrap=True)
-
-    def _close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the terminal is as before."""
+        self.on_train_end(trainer, pl_module)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self.is_enabled:
+            self._console.print(*args, highlight=False, markup=False, soft_wrap=True)
+
     @staticmethod
     def _total(trainer: Trainer) -> int | None:
         return trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
-
-    def _describe(self, trainer: Trainer) -> str:
-        metrics = trainer.callback_metrics
-        shown = [f"{label} {float(metrics[name]):.3g}" for name, label in SHOWN.items() if name in metrics]
-        return " · ".join([f"[{self._stage}]", *shown])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Drop console and bar: they hold locks, which cannot be pickled for spawned ranks."""
-        return self.__dict__ | {"_console": None, "_progress": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._console = Console(stderr=True)

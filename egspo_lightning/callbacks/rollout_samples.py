@@ -36,7 +36,6 @@ class RolloutSamples(Callback):
         num_samples: PositiveInt = 4,
         max_characters: PositiveInt = 4000,
     ) -> None:
-        super().__init__()
         self.every_n_rollout_batches = every_n_rollout_batches
         self.num_samples, self.max_characters = num_samples, max_characters
 

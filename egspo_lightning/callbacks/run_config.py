@@ -43,13 +43,30 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs such as ("data.num_problems", 16); items of lists are numbered."""
-    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
-    if items is None or not values:
+    """Pairs such as ("data.num_problems", 16); the items of a list of mappings are numbered."""
+    is_listed = isinstance(values, list | tuple) and any(isinstance(part, Mapping) for part in values)
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if is_listed else ()
+    if not items:
         yield prefix, values
         return
     for key, value in items:
         yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def flatten_by_class(config: Mapping[str, Any]) -> dict[str, str | float]:
+    """Flatten a config to values by key: ``model.gate: QuantileGate``, ``model.gate.top_fraction: 0.2``.
+
+    A class becomes its name, with its arguments below it; nulls are left out.
+    """
+    values: dict[str, str | float] = {}
+    for key, value in flatten(config):
+        *above, last = key.split(".")
+        name = ".".join(part for part in (*above, last) if part not in ("class_path", "init_args"))
+        if last == "class_path":
+            value = value.rpartition(".")[2]
+        if value is not None and value != {}:
+            values[name] = value if isinstance(value, str | bool | int | float) else str(value)
+    return values
 
 
 def plain(value: Any) -> Any:
@@ -58,7 +75,6 @@ def plain(value: Any) -> Any:
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
-    kind = next(
-        (kind for kind in (bool, int, float) if isinstance(value, kind)), str
-    )  # restricted types are subclasses
-    return None if value is None else kind(value)
+    if value is None:
+        return None
+    return next((kind for kind in (bool, int, float) if isinstance(value, kind)), str)(value)  # may be a subclass

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
 from egspo_lightning.callbacks.phase_checkpoint import save_whole
 from egspo_lightning.callbacks.trainer_access import module_of
 from egspo_lightning.errors import UserError
@@ -22,7 +23,7 @@ class MeasuresBenchmarks(Protocol):
     latest_step: int
 
 
-class StageTransition(Callback):
+class StageTransition(CheckpointedCallback):
     """Ends stage SFT after a number of epochs, or when a monitored metric reaches a target or stops improving.
 
     The first condition that holds ends SFT; without any, SFT is one epoch. ``on_train_epoch_end`` decides for the next
@@ -43,6 +44,8 @@ class StageTransition(Callback):
         enabled: Whether SFT ends at all; false trains by SFT alone.
     """
 
+    checkpointed = ("num_epochs", "num_bad_epochs", "best")
+
     def __init__(
         self,
         after_epochs: PositiveInt | None = None,
@@ -56,7 +59,6 @@ class StageTransition(Callback):
         save_checkpoint: bool = True,
         enabled: bool = True,
     ) -> None:
-        super().__init__()
         if monitor is None and (target is not None or patience is not None):
             raise UserError("stage_transition.target and .patience need stage_transition.monitor, the metric's name.")
         if monitor is not None and target is None and patience is None:
@@ -155,14 +157,6 @@ class StageTransition(Callback):
         if self.patience is not None and self.num_bad_epochs >= self.patience:
             return f"{self.monitor} has not improved on {self.best:.4g} for {self.num_bad_epochs} epochs"
         return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Epochs counted so far, and the best value."""
-        return {name: getattr(self, name) for name in ("num_epochs", "num_bad_epochs", "best")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue counting from there."""
-        vars(self).update(state_dict)
 
 
 def _is_fresh(monitor: str, trainer: Trainer) -> bool:

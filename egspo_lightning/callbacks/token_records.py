@@ -34,7 +34,6 @@ class TokenRecords(Callback):
     """
 
     def __init__(self, every_n_rollout_batches: NonNegativeInt = 10, max_completions: PositiveInt = 32) -> None:
-        super().__init__()
         self.every_n_rollout_batches, self.max_completions = every_n_rollout_batches, max_completions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,12 +133,9 @@ def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -
 def _outputs_now(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> NetworkOutputs:
     """Outputs of the current policy, in batches bounded in tokens, without gradient or random numbers."""
     size = max(TOKENS_PER_SCORING_BATCH // mask.shape[1], 1)
-    assert module.policy is not None
+    batches = zip(input_ids.split(size), mask.split(size), strict=True)
     with module.sampling():
-        parts = [
-            module.policy(ids, part, module.temperature)
-            for ids, part in zip(input_ids.split(size), mask.split(size), strict=True)
-        ]
+        parts = [module.networks.policy(ids, part, module.temperature) for ids, part in batches]
     return NetworkOutputs(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from egspo_lightning.callbacks.dashboard import flat
+from egspo_lightning.callbacks.run_config import flatten_by_class
 
 HYPERPARAMETERS = ("seed_everything", "model", "data", "stage_transition")
 """Sections of the config that are hyperparameters as a whole, but for ``ONLY_EVALUATION``."""
@@ -25,4 +25,4 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters in a config of fit, by dotted key."""
     data = {key: value for key, value in config["data"].items() if key not in ONLY_EVALUATION}
     trainer = {key: config["trainer"][key] for key in TRAINER_HYPERPARAMETERS}
-    return flat({key: config[key] for key in HYPERPARAMETERS} | {"data": data, "trainer": trainer})
+    return flatten_by_class({key: config[key] for key in HYPERPARAMETERS} | {"data": data, "trainer": trainer})

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from egspo_lightning.callbacks import HFExport, MathBenchmark, PredictionWriter
 from egspo_lightning.callbacks.logger_displays import tensorboard_of
+from egspo_lightning.evaluation.report import milestones_table, score_tables
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -26,7 +27,7 @@ def print_fit_summary(trainer: Trainer) -> None:
         return
     benchmark, export = callback_of(trainer, MathBenchmark), callback_of(trainer, HFExport)
     if benchmark.milestones:
-        _wide_console().print(benchmark.summary())
+        _wide_console().print(milestones_table(benchmark.latest, benchmark.milestones))
     _print_line(f"Logs:  {log_dir}")
     if tensorboard_of(trainer):
         _print_line(f"See:   tensorboard --logdir {trainer.default_root_dir}, then {CHARTS_ADDRESS}")
@@ -39,7 +40,7 @@ def print_scores(trainer: Trainer) -> None:
     if not trainer.is_global_zero:
         return
     benchmark = callback_of(trainer, MathBenchmark)
-    _wide_console().print(*benchmark.details())
+    _wide_console().print(*score_tables(benchmark.reports))
     for folder in benchmark.written:
         _print_line(f"Written: {folder}")
 

@@ -8,7 +8,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from browser import ALL_TEXT, tensorboard
 from egspo_lightning.analysis.record_reading import load
 from egspo_lightning.callbacks import Dashboard, MathBenchmark, RolloutSamples, StageTransition, TokenRecords
-from egspo_lightning.callbacks.dashboard import BENCHMARKS, CHARTS, flat
+from egspo_lightning.callbacks.dashboard import BENCHMARKS, CHARTS
+from egspo_lightning.callbacks.run_config import flatten_by_class
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 
@@ -129,7 +130,7 @@ def test_a_config_becomes_flat_values_by_their_place():
         "terms": [{"class_path": "a.One", "init_args": {"x": True}}, {"class_path": "a.Two"}],
         "empty": None,
     }
-    assert flat(config) == {
+    assert flatten_by_class(config) == {
         "seed": 1,
         "gate": "QuantileGate",
         "gate.top_fraction": 0.2,

@@ -12,6 +12,7 @@ from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
+from egspo_lightning.evaluation.report import milestones_table
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 
@@ -293,7 +294,7 @@ def test_the_table_of_fit_shows_the_milestones(tiny_run):
     benchmark = MathBenchmark()
     tiny_run(benchmark, StageTransition(), data=benchmarks()).fit()
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(benchmark.summary())
+    console.print(milestones_table(benchmark.latest, benchmark.milestones))
     text = console.export_text()
     for word in ("greedy", "sampled", "before", "after SFT", "after EGSPO", "avg@1", "avg@2"):
         assert word in text
