@@ -24,11 +24,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Measurement:
     """Scores of one benchmark, counted batch by batch on each rank and reduced at the end.
 
-    Args:
-        benchmark: The benchmark.
-        module: The module that answers.
-        data: The datamodule that holds the problems.
-        folder: Where to write the answers, see ``open_journal``; None counts them only.
+    ``folder`` is where to write the answers, see ``open_journal``; None counts them only.
     """
 
     def __init__(
@@ -62,11 +58,7 @@ class Measurement:
 def open_journal(name: str, module: EGSPOModule, data: HybridDataModule, folder: Path) -> Journal:
     """Open the journal of a benchmark; the datamodule does not ask again what it holds already. Collective.
 
-    Args:
-        name: The benchmark.
-        module: The module that answers.
-        data: The datamodule that asks.
-        folder: Where the answers go; "{fingerprint}" in it is replaced by that of weights and settings.
+    "{fingerprint}" in the name of the folder is replaced by the fingerprint of weights and settings.
 
     Raises:
         UserError: the folder holds answers of other weights, problems or sampling.

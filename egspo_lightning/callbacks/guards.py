@@ -1,7 +1,6 @@
 """Guards: warnings about runs that train but do not learn."""
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -10,16 +9,24 @@ from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
 from egspo_lightning.callbacks.trainer_access import data_of, module_of
 from egspo_lightning.types import PositiveFloat, PositiveInt, UnitInterval
 
-
-class Finding(NamedTuple):
-    """What one guard found in the metrics of a phase."""
-
-    guard: str
-    fires: bool
-    message: str
-    remedy: str
-    limit: str | None = None
-    """The argument that the value was compared with."""
+LIMITS = {
+    "entropy_collapse": "min_entropy_share",
+    "kl_runaway": "max_kl",
+    "ratio_after_sampling": "max_first_ratio_gap",
+    "truncated": "max_truncated_fraction",
+    "zero_reward": "num_zero_rewards",
+}
+"""The argument that a guard compares with."""
+REMEDIES = {
+    "entropy_collapse": "Raise the temperature, add model.entropy_bonus, or lower the learning rate.",
+    "kl_runaway": "Lower the learning rate or data.num_ppo_epochs, or clip the gradient.",
+    "ratio_after_sampling": "Score in the precision of training, or train in float32.",
+    "truncated": "Raise data.max_completion_length, or set model.objective.mask_truncated.",
+    "zero_reward": "Train longer by SFT, choose easier problems, or read in the rollout samples what the reward finds.",
+    "flat_rewards": "Choose problems of another difficulty, more data.num_generations, or data.max_resampling. "
+    "guard/flat_collections counts such rollout batches.",
+    "duplicate_problems": "Problems that differ in wording alone are not found.",
+}
 
 
 class Guards(CheckpointedCallback):
@@ -66,75 +73,54 @@ class Guards(CheckpointedCallback):
         if data.num_rollout_batches == self.num_rollout_batches:
             return
         self.num_rollout_batches = data.num_rollout_batches
-        findings = list(self._judge({name: float(value) for name, value in trainer.callback_metrics.items()}))
-        values = {f"guard/{found.guard}": float(found.fires) for found in findings}
+        findings = self._judge({name: float(value) for name, value in trainer.callback_metrics.items()})
+        values = {f"guard/{guard}": float(fires) for guard, (fires, _) in findings.items()}
         values["guard/flat_collections"] = float(self.num_flat)
         values["guard/duplicate_problems"] = float(data.num_duplicates)
         module_of(pl_module).log_phase(values)
-        for guard, fires, message, remedy, limit in [*findings, _duplicates(data.num_duplicates)]:
+        findings["duplicate_problems"] = (
+            data.num_duplicates > 0,
+            f"{data.num_duplicates} training problems or demonstrations are also in a benchmark. They were dropped",
+        )
+        for guard, (fires, message) in findings.items():
             if fires and guard not in self.spoken:
-                self.spoken.append(guard)
-                compared = "" if limit is None else f" (guards.{limit} = {getattr(self, limit)})"
-                rank_zero_warn(
-                    f"Guard {guard}: {message}{compared}. {remedy} This warning is given once; guard/{guard} is "
-                    "logged for every rollout batch."
-                )
+                self._warn(guard, message)
 
-    def _judge(self, metrics: Mapping[str, float]) -> Iterator[Finding]:
+    def _warn(self, guard: str, message: str) -> None:
+        self.spoken.append(guard)
+        limit = f" (guards.{LIMITS[guard]} = {getattr(self, LIMITS[guard])})" if guard in LIMITS else ""
+        rank_zero_warn(
+            f"Guard {guard}: {message}{limit}. {REMEDIES[guard]} This warning is given once; guard/{guard} is logged "
+            "for every rollout batch."
+        )
+
+    def _judge(self, metrics: Mapping[str, float]) -> dict[str, tuple[bool, str]]:
+        """Whether each guard fires, and what it found."""
         entropy, kl = metrics["policy/entropy"], metrics["policy/approx_kl"]
-        self.first_entropy = entropy if self.first_entropy is None else self.first_entropy
-        yield Finding(
-            "entropy_collapse",
-            entropy < self.min_entropy_share * self.first_entropy,
-            f"the policy's entropy is {entropy:.4g} nats a token, against {self.first_entropy:.4g} at first",
-            "Raise the temperature, add model.entropy_bonus, or lower the learning rate.",
-            "min_entropy_share",
-        )
-        yield Finding(
-            "kl_runaway",
-            not kl <= self.max_kl,
-            f"the policy is {kl:.4g} nats a token away from the sampling policy",
-            "Lower the learning rate or data.num_ppo_epochs, or clip the gradient.",
-            "max_kl",
-        )
         gap = metrics.get("policy/first_ratio_gap", 0.0)  # stale rollouts have none
-        yield Finding(
-            "ratio_after_sampling",
-            not gap <= self.max_first_ratio_gap,
-            f"before the first optimizer step |log(pi / pi_old)| is {gap:.4g} nats",
-            "Score in the precision of training, or train in float32.",
-            "max_first_ratio_gap",
-        )
         truncated = metrics["rollout/truncated_fraction"]
-        yield Finding(
-            "truncated",
-            truncated > self.max_truncated_fraction,
-            f"{truncated:.0%} of the completions were cut off",
-            "Raise data.max_completion_length, or set model.objective.mask_truncated.",
-            "max_truncated_fraction",
-        )
-        yield from self._judge_rewards(metrics["rollout/reward_mean"], metrics["rollout/zero_spread_fraction"] == 1)
-
-    def _judge_rewards(self, reward: float, is_flat: bool) -> Iterator[Finding]:
-        self.num_zero = self.num_zero + 1 if is_flat and reward == 0 else 0
+        is_flat = metrics["rollout/zero_spread_fraction"] == 1
+        self.first_entropy = entropy if self.first_entropy is None else self.first_entropy
+        self.num_zero = self.num_zero + 1 if is_flat and metrics["rollout/reward_mean"] == 0 else 0
         self.num_flat += is_flat
-        yield Finding(
-            "zero_reward",
-            self.num_zero >= self.num_zero_rewards,
-            f"{self.num_zero} rollout batches in a row had no reward other than 0",
-            "Train longer by SFT, choose easier problems, or read in the rollout samples what the reward finds.",
-            "num_zero_rewards",
-        )
-        yield Finding(
-            "flat_rewards",
-            is_flat,
-            "all rewards were equal within every group of a rollout batch. Advantages that compare them are 0, and "
-            "optimizer steps without another loss term are skipped (policy/skipped_fraction)",
-            "Choose problems of another difficulty, more data.num_generations, or data.max_resampling. "
-            "guard/flat_collections counts such rollout batches.",
-        )
-
-
-def _duplicates(count: int) -> Finding:
-    message = f"{count} training problems or demonstrations are also in a benchmark. They were dropped"
-    return Finding("duplicate_problems", count > 0, message, "Problems that differ in wording alone are not found.")
+        return {
+            "entropy_collapse": (
+                entropy < self.min_entropy_share * self.first_entropy,
+                f"the policy's entropy is {entropy:.4g} nats a token, against {self.first_entropy:.4g} at first",
+            ),
+            "kl_runaway": (not kl <= self.max_kl, f"the policy is {kl:.4g} nats a token away from the sampling policy"),
+            "ratio_after_sampling": (
+                not gap <= self.max_first_ratio_gap,
+                f"before the first optimizer step |log(pi / pi_old)| is {gap:.4g} nats",
+            ),
+            "truncated": (truncated > self.max_truncated_fraction, f"{truncated:.0%} of the completions were cut off"),
+            "zero_reward": (
+                self.num_zero >= self.num_zero_rewards,
+                f"{self.num_zero} rollout batches in a row had no reward other than 0",
+            ),
+            "flat_rewards": (
+                is_flat,
+                "all rewards were equal within every group of a rollout batch. Advantages that compare them are 0, and "
+                "optimizer steps without another loss term are skipped (policy/skipped_fraction)",
+            ),
+        }

@@ -117,8 +117,7 @@ def _requeue_signals(trainer: Trainer) -> set[int]:
 
 def _save(trainer: Trainer) -> str | None:
     """Save ``last.ckpt`` and return its path; None where checkpoints are switched off."""
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    checkpoint = next((c for c in callbacks if isinstance(c, PhaseCheckpoint)), None)
+    checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, PhaseCheckpoint)), None)
     return None if checkpoint is None else checkpoint.save_now(trainer)
 
 

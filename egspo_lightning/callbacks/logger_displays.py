@@ -16,14 +16,7 @@ SHOWS_TEXT = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 
 
 def note_once(trainer: Trainer, key: str, able: tuple[type[Logger], ...], instead: str) -> None:
-    """Print which loggers cannot show a callback's output, and what they get instead. Call it once a fit.
-
-    Args:
-        trainer: The running trainer.
-        key: The callback's config key.
-        able: Kinds of loggers that can show the output.
-        instead: What the other loggers get.
-    """
+    """Print which loggers are not ``able`` to show the output of a callback (by its config key), and what they get."""
     others = [type(logger).__name__ for logger in trainer.loggers if not isinstance(logger, able)]
     if others:
         rank_zero_info(f"{key}: {', '.join(others)} {instead}")

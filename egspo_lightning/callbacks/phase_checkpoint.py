@@ -58,8 +58,7 @@ class PhaseCheckpoint(ModelCheckpoint):
 
 def is_between_optimizer_steps(trainer: Trainer) -> bool:
     """Whether the micro-batch that has just ended completed an optimizer step, and not the phase."""
-    loop = trainer.fit_loop.epoch_loop
-    return not trainer.is_last_batch and not loop._should_accumulate()
+    return not trainer.is_last_batch and not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def save_whole(trainer: Trainer, path: str | Path, *, weights_only: bool = False) -> None:
@@ -72,18 +71,15 @@ def save_whole(trainer: Trainer, path: str | Path, *, weights_only: bool = False
         return
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
-    if trainer.is_global_zero:
-        _delete(partial)
+    _delete(partial)
     trainer.strategy.barrier()
     try:
         trainer.save_checkpoint(partial, weights_only)
         trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            _replace(partial, path)
+        _replace(partial, path)
         trainer.strategy.barrier()
     except OSError:
-        if trainer.is_global_zero:
-            _delete(partial)
+        _delete(partial)
         raise
 
 
@@ -100,6 +96,7 @@ def recover(folder: Path) -> None:
         _delete(partial)
 
 
+@rank_zero_only
 def _replace(partial: Path, path: Path) -> None:
     """Replace a file in one step once it is on disk; a folder cannot be, so the old one is renamed first."""
     if partial.is_file():
@@ -115,6 +112,7 @@ def _replace(partial: Path, path: Path) -> None:
     _delete(previous)
 
 
+@rank_zero_only
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

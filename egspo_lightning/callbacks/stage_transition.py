@@ -1,11 +1,13 @@
 """StageTransition: decides when SFT ends, and starts stage EGSPO."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
 from egspo_lightning.callbacks.phase_checkpoint import save_whole
@@ -139,39 +141,29 @@ class StageTransition(CheckpointedCallback):
 
     def _reason_to_end_sft(self, trainer: Trainer) -> str | None:
         """Why SFT should end now; None where it goes on. The monitored metric comes before the number of epochs."""
-        reason = None
-        if self.monitor is not None and _is_fresh(self.monitor, trainer):
-            reason = self._judge(_logged_value(self.monitor, trainer))
+        benchmark, monitor = _benchmark(trainer), self.monitor or ""
+        is_stale = monitor.startswith("eval/") and benchmark and benchmark.latest_step != trainer.global_step
+        reason = self._judge(monitor, trainer.callback_metrics) if monitor and not is_stale else None
         if reason is None and self.after_epochs is not None and self.num_epochs >= self.after_epochs:
             reason = f"{self.num_epochs} epochs done"
         return reason
 
-    def _judge(self, value: float) -> str | None:
-        sign = 1 if self.mode == "max" else -1
+    def _judge(self, monitor: str, metrics: Mapping[str, Tensor]) -> str | None:
+        if monitor not in metrics:
+            raise UserError(
+                f"stage_transition.monitor: no metric {monitor!r} was logged. Logged so far: "
+                f"{', '.join(sorted(metrics))}."
+            )
+        value, sign = float(metrics[monitor]), 1 if self.mode == "max" else -1
         if self.target is not None and sign * (value - self.target) >= 0:
-            return f"{self.monitor} = {value:.4g} has reached {self.target:.4g}"
+            return f"{monitor} = {value:.4g} has reached {self.target:.4g}"
         if self.best is None or sign * (value - self.best) > self.min_delta:
             self.best, self.num_bad_epochs = value, 0
         else:
             self.num_bad_epochs += 1
         if self.patience is not None and self.num_bad_epochs >= self.patience:
-            return f"{self.monitor} has not improved on {self.best:.4g} for {self.num_bad_epochs} epochs"
+            return f"{monitor} has not improved on {self.best:.4g} for {self.num_bad_epochs} epochs"
         return None
-
-
-def _is_fresh(monitor: str, trainer: Trainer) -> bool:
-    """Whether the monitored value is from this epoch; benchmarks may be measured less often."""
-    benchmark = _benchmark(trainer)
-    return not monitor.startswith("eval/") or benchmark is None or benchmark.latest_step == trainer.global_step
-
-
-def _logged_value(monitor: str, trainer: Trainer) -> float:
-    if monitor not in trainer.callback_metrics:
-        raise UserError(
-            f"stage_transition.monitor: no metric {monitor!r} was logged. Logged so far: "
-            f"{', '.join(sorted(trainer.callback_metrics))}."
-        )
-    return float(trainer.callback_metrics[monitor])
 
 
 def _benchmark(trainer: Trainer) -> MeasuresBenchmarks | None:

@@ -70,14 +70,9 @@ class TokenRecords(Callback):
 def record(
     rollouts: CollectedRollouts, module: EGSPOModule, number: int, rank: int, max_completions: int
 ) -> dict[str, pa.Table]:
-    """Make the tables ``completions`` and ``tokens`` of a rollout batch's first completions. Collective.
+    """Make the tables ``completions`` and ``tokens`` of a rollout batch's first ``max_completions``. Collective.
 
-    Args:
-        rollouts: this rank's rollouts
-        module: the module after the optimizer steps on them
-        number: number of the rollout batch, from 0
-        rank: rank of this process
-        max_completions: limit of the completions that are recorded
+    ``module`` has taken the optimizer steps on the rollouts. ``number`` counts rollout batches from 0.
     """
     rollout = rollouts.batch
     chosen = (~rollout.is_expert).nonzero().flatten()[:max_completions]
@@ -102,7 +97,8 @@ def record(
     rows = rollout.sampled_mask[chosen].nonzero()[:, 0].tolist()
     tokens = {name: [values[row] for row in rows] for name, values in keys.items()}
     columns = {name: column.cpu() for name, column in _token_columns(rollout, module, chosen).items()}
-    tokens["token"] = _decode(columns["token_id"].tolist(), module)
+    texts = {token_id: module.tokenizer.decode([token_id]) for token_id in set(columns["token_id"].tolist())}
+    tokens["token"] = [texts[token_id] for token_id in columns["token_id"].tolist()]
     return {"completions": _table(whole, COMPLETIONS), "tokens": _table(tokens | columns, TOKENS)}
 
 
@@ -137,12 +133,6 @@ def _outputs_now(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> Networ
     with module.sampling():
         parts = [module.networks.policy(ids, part, module.temperature) for ids, part in batches]
     return NetworkOutputs(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
-
-
-def _decode(token_ids: list[int], module: EGSPOModule) -> list[str]:
-    """Decode each token by itself, and each distinct token once."""
-    texts = {token_id: module.tokenizer.decode([token_id]) for token_id in set(token_ids)}
-    return [texts[token_id] for token_id in token_ids]
 
 
 def _storable(text: str) -> str:
