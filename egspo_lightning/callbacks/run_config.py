@@ -65,7 +65,7 @@ def flatten_by_class(config: Mapping[str, Any]) -> dict[str, str | float]:
         if last == "class_path":
             value = value.rpartition(".")[2]
         if value is not None and value != {}:
-            values[name] = value if isinstance(value, str | bool | int | float) else str(value)
+            values[name] = plain(value) if isinstance(value, str | bool | int | float) else str(value)
     return values
 
 
