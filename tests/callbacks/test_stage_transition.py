@@ -247,7 +247,7 @@ def test_its_state_comes_back():
     before.num_epochs, before.num_bad_epochs, before.best = 5, 2, 0.25
     after.load_state_dict(before.state_dict())
     assert (after.num_epochs, after.num_bad_epochs, after.best) == (5, 2, 0.25)
-    assert after._judge(0.3) is not None  # the third epoch without an improvement
+    assert after._judge("x", {"x": torch.tensor(0.3)}) is not None  # the third epoch without an improvement
 
 
 def test_a_resumed_run_goes_on_counting(tiny_run, tmp_path):
