@@ -13,14 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from egspo_lightning.data.expert_pool import ExpertPool
-from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.data.prompts import PromptEncoder, PromptTemplate
 from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
-from egspo_lightning.data.training_data import LongProblems, PromptEncoder, load_demonstrations, prepare_problems
+from egspo_lightning.data.training_data import LongProblems, load_demonstrations, prepare_problems
 from egspo_lightning.errors import require
 from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.evaluation.answer_sampling import GREEDY, AnswerSampling
-from egspo_lightning.evaluation.answerer import PREDICT, Answerer, Share
+from egspo_lightning.evaluation.answerer import PREDICT, Answerer
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
@@ -250,7 +250,7 @@ class HybridDataModule(LightningDataModule):
         return self.answerer.answer(self._policy, self.encoder, batch)
 
     def _share_of(self, name: str) -> list[ProblemBatch]:
-        return self.answerer.batches(name, Share(*self._process, self.eval_batch_size))
+        return self.answerer.batches(name, *self._process, self.eval_batch_size)
 
     # Parts of the run
 

@@ -1,7 +1,8 @@
 """Config files on the command line: those shipped with the package, and checks that name a broken file and its line."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,21 @@ SHIPPED = next((root for root in (_PACKAGE / "configs", _PACKAGE.parent / "confi
 """The folder configs: package data of an installed wheel, or the one of the checkout."""
 
 
-def use_shipped_configs(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with ``shipped_path`` applied to each ``--config``."""
-    replaced = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        flag, equals, value = argument.partition("=")
-        if before in CONFIG_FLAGS:
-            replaced.append(shipped_path(argument))
-        else:
-            replaced.append(f"{flag}={shipped_path(value)}" if equals and flag in CONFIG_FLAGS else argument)
+def use_configs(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with ``shipped_path`` applied to each ``--config``, and refuse broken config files.
+
+    The parser handles values that are not files: it accepts inline YAML, and names a file that does not exist.
+
+    Raises:
+        UserError: a file is not a YAML mapping, or gives a key twice; the message names it and the line.
+    """
+    replaced = list(arguments)
+    for i, (before, argument) in enumerate(pairwise(["", *arguments])):
+        flag, equals, value = ("", "", argument) if before in CONFIG_FLAGS else argument.partition("=")
+        if before in CONFIG_FLAGS or (equals and flag in CONFIG_FLAGS):
+            path = shipped_path(value)
+            _require_mapping(path)
+            replaced[i] = f"{flag}{equals}{path}"
     return replaced
 
 
@@ -33,36 +40,31 @@ def shipped_path(path: str) -> str:
 
     A path that the package does not have either is returned unchanged.
     """
-    if SHIPPED is None or os.path.exists(path) or os.path.isabs(path) or len(path) > 255:
+    if SHIPPED is None or not path or os.path.exists(path) or os.path.isabs(path):
         return path
     found = SHIPPED / path.removeprefix("configs/")
-    return str(found) if path and os.path.exists(found) else path
+    return str(found) if os.path.exists(found) else path
 
 
-def require_readable(arguments: Sequence[str]) -> None:
-    """Refuse config files that are not YAML mappings, or that give a key twice: the parser would keep the last one.
-
-    The parser handles values that are not files: it accepts inline YAML, and names a file that does not exist.
+def require_one_method(paths: Sequence[str]) -> None:
+    """Refuse a second overlay: each holds what differs from the defaults, so the run would mix two methods.
 
     Raises:
-        UserError: a file is refused; the message names it and the line.
+        UserError: several configs are methods.
     """
-    for path in config_paths(arguments):
-        if not path.is_file():
-            continue
-        content = _load(path)
-        if not isinstance(content, dict):
-            kind = "is empty" if content is None else f"holds a {type(content).__name__}"
-            raise UserError(f"{path}: a config is a YAML mapping (keys such as trainer, model, data); this one {kind}.")
+    methods = [path for path in paths if Path(path).parent.name == "methods"]
+    if len(methods) > 1:
+        raise UserError(
+            f"config: {' and '.join(methods)} are methods, which do not add up: each holds what differs from the "
+            "defaults. Give one of them, and put further values into a file of your own or into flags."
+        )
 
 
-def config_paths(arguments: Sequence[str]) -> Iterator[Path]:
-    """Values of ``--config VALUE``, ``--config=VALUE`` and ``-c VALUE``."""
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if flag in CONFIG_FLAGS and len(value) < 4096:
-            yield Path(value)
-        elif flag.startswith("--config=") and len(flag) < 4096:
-            yield Path(flag.removeprefix("--config="))
+def _require_mapping(path: str) -> None:
+    content = _load(Path(path)) if os.path.isfile(path) else {}
+    if not isinstance(content, dict):
+        kind = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{path}: a config is a YAML mapping (keys such as trainer, model, data); this one {kind}.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,10 +75,11 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
         key, line = key_node.value, key_node.start_mark.line + 1
-        if isinstance(key_node, yaml.ScalarNode) and key in seen and key != "<<":
+        if not isinstance(key_node, yaml.ScalarNode):
+            continue
+        if key in seen and key != "<<":
             raise UserError(f"line {line}: {key!r} was given on line {seen[key]} already. Keep one of them.")
-        if isinstance(key_node, yaml.ScalarNode):
-            seen[key] = line
+        seen[key] = line
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 

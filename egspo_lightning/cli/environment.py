@@ -7,20 +7,9 @@ from pathlib import Path
 
 from egspo_lightning.errors import UserError
 
-COUNTS = {
-    "MASTER_PORT": 65535,
-    "LOCAL_RANK": None,
-    "GLOBAL_RANK": None,
-    "RANK": None,
-    "NODE_RANK": None,
-    "GROUP_RANK": None,
-    "WORLD_SIZE": None,
-    "LOCAL_WORLD_SIZE": None,
-    "SLURM_NTASKS": None,
-    "SLURM_PROCID": None,
-    "SLURM_LOCALID": None,
-}
-"""Variables of the process group, and the largest allowed value of each."""
+RANKS = ("RANK", "LOCAL_RANK", "GLOBAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID")
+LIMITS = {"MASTER_PORT": 65535, **dict.fromkeys((*RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS"))}
+"""Variables of the process group, and the largest allowed value of each; None for no limit."""
 
 
 def require_ranks(environment: Mapping[str, str]) -> None:
@@ -29,12 +18,10 @@ def require_ranks(environment: Mapping[str, str]) -> None:
     Raises:
         UserError: naming the variable.
     """
-    for name, most in COUNTS.items():
-        value = environment.get(name)
-        if value is None:
-            continue
-        allowed = "a whole number" if most is None else f"a whole number up to {most}"
+    for name, most in LIMITS.items():
+        value = environment.get(name, "0")
         if not value.isascii() or not value.isdigit() or (most is not None and int(value) > most):
+            allowed = "a whole number" if most is None else f"a whole number up to {most}"
             raise UserError(
                 f"environment variable {name} must be {allowed}, got {value!r}. Set it so, or unset it: a run on one "
                 "machine needs none of them."

@@ -9,7 +9,6 @@ import errno
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,20 +20,20 @@ from egspo_lightning.errors import UserError, cause_of
 DEBUG = "--debug"
 MISTAKE, FAULT, BUG = 2, 1, 1
 FAULTS = {
-    errno.ENOSPC: "Free some space, then resume with --ckpt_path last: it is whole",
-    errno.EDQUOT: "Your quota is used up. Free some space, then resume with --ckpt_path last",
-    errno.EFBIG: "A limit on the size of files (ulimit -f) is reached. Raise it, then resume with --ckpt_path",
-    errno.EACCES: "Give a folder that you may write to",
-    errno.EPERM: "Give a folder that you may write to",
-    errno.ENOENT: "Something has removed or never made it. Give another path, or make it",
-    errno.ENOTDIR: "A file stands where a folder should be. Give another folder",
-    errno.EISDIR: "A folder stands where a file should be. Give another path",
-    errno.EEXIST: "Something else stands there. Give another path",
-    errno.EROFS: "The file system is read-only. Give another folder",
-    errno.EIO: "The disk does not answer. Resume elsewhere with --ckpt_path last",
-    errno.EADDRINUSE: "Another program listens at MASTER_PORT. Unset it, or give a free one",
+    errno.ENOSPC: "Free disk space, then resume with --ckpt_path last: the last checkpoint is complete",
+    errno.EDQUOT: "The disk quota is used up. Free disk space, then resume with --ckpt_path last",
+    errno.EFBIG: "Raise the limit on file size (ulimit -f), then resume with --ckpt_path last",
+    errno.EACCES: "Give a folder that you can write to",
+    errno.EPERM: "Give a folder that you can write to",
+    errno.ENOENT: "Create it, or give another path",
+    errno.ENOTDIR: "Part of the path is a file. Give a folder",
+    errno.EISDIR: "Give the path of a file",
+    errno.EEXIST: "Delete it, or give another path",
+    errno.EROFS: "Give a folder on a file system that is not read-only",
+    errno.EIO: "The disk may be failing. Copy the checkpoints to another disk, then resume with --ckpt_path last",
+    errno.EADDRINUSE: "Another program uses the port. Set MASTER_PORT to a free port, or unset it",
     errno.EMFILE: "Raise the limit on open files (ulimit -n)",
-    errno.ENOMEM: "Lower the batch sizes, or give the job more memory",
+    errno.ENOMEM: "Use smaller batches, or give the job more memory",
 }
 """Suggested fixes by errno."""
 
@@ -45,11 +44,6 @@ class Ending(NamedTuple):
     text: str
     code: int
     is_foreseen: bool = True
-
-
-def take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """Remove ``--debug``, which may stand anywhere; returns the other arguments, and whether it was there."""
-    return [argument for argument in arguments if argument != DEBUG], DEBUG in arguments
 
 
 def end(error: BaseException, *, debug: bool) -> int:
@@ -67,9 +61,9 @@ def judge(error: BaseException) -> Ending:
         return Ending("ended by SIGTERM. Resume with --ckpt_path last.", 128 + signal.SIGTERM)
     if isinstance(error, CheckpointException):
         return Ending(_sharded(error), MISTAKE)
-    told = cause_of(error, UserError, MisconfigurationException)  # jsonargparse wraps mistakes within lists
-    if told is not None and isinstance(error, (ValueError, MisconfigurationException)):
-        return Ending(str(told), MISTAKE)
+    mistake = cause_of(error, UserError, MisconfigurationException)  # jsonargparse wraps mistakes within lists
+    if mistake is not None and isinstance(error, (ValueError, MisconfigurationException)):
+        return Ending(str(mistake), MISTAKE)
     if isinstance(error, ModuleNotFoundError):
         return Ending(f"a package is missing: {error}. Install it: pip install {error.name}", FAULT)
     if isinstance(error, ValueError) and _raised_in(error, "jsonargparse"):
@@ -79,9 +73,9 @@ def judge(error: BaseException) -> Ending:
     fault = cause_of(error, OSError)
     if isinstance(fault, OSError) and fault.errno in FAULTS:
         where = f": {fault.filename}" if fault.filename else ""
-        return Ending(f"{fault.strerror}{where}. {FAULTS[fault.errno]}. ({DEBUG} shows what was going on.)", FAULT)
+        return Ending(f"{fault.strerror}{where}. {FAULTS[fault.errno]}. ({DEBUG} shows the traceback.)", FAULT)
     kind = type(error).__name__
-    return Ending(f"unforeseen, a mistake of this program: {kind}. Report it with the traceback above.", BUG, False)
+    return Ending(f"{kind} is a bug of this program. Report it with the traceback above.", BUG, False)
 
 
 def _sharded(error: CheckpointException) -> str:

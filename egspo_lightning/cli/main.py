@@ -33,9 +33,9 @@ from egspo_lightning.callbacks import (
 )
 from egspo_lightning.callbacks.run_config import RunConfig
 from egspo_lightning.checkpointing.load import open_checkpoint
-from egspo_lightning.cli.config_files import require_readable, shipped_path, use_shipped_configs
+from egspo_lightning.cli.config_files import require_one_method, shipped_path, use_configs
 from egspo_lightning.cli.environment import require_ranks, require_writable
-from egspo_lightning.cli.exit_codes import end, take_debug
+from egspo_lightning.cli.exit_codes import DEBUG, end
 from egspo_lightning.cli.hyperparameters import hyperparameters
 from egspo_lightning.cli.parser import Parser
 from egspo_lightning.cli.plan import plan_run
@@ -129,11 +129,11 @@ class EgspoCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a missing checkpoint before anything is loaded; open checkpoints without running code in them."""
-        config = self.config[self.subcommand]
         if self.subcommand == "replay":
             return
+        config = self.config[self.subcommand]
         config.model.policy.name_or_path = shipped_path(config.model.policy.name_or_path)
-        _require_one_method([str(path) for path in config.get("config") or []])
+        require_one_method([str(path) for path in config.get("config") or []])
         if config.get("weights_only") is None:
             config["weights_only"] = True
         require_writable(config.trainer.default_root_dir, "trainer.default_root_dir")
@@ -172,12 +172,9 @@ class EgspoCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out the callbacks that Lightning's own flags switch off."""
-        unwanted = [
-            kind
-            for flag, kind in (("enable_progress_bar", PhaseProgress), ("enable_checkpointing", ModelCheckpoint))
-            if config.get(flag) is False
-        ]
-        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, tuple(unwanted))])
+        flags = {"enable_progress_bar": PhaseProgress, "enable_checkpointing": ModelCheckpoint}
+        unwanted = tuple(kind for flag, kind in flags.items() if config.get(flag) is False)
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, unwanted)])
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run Lightning's subcommand, or print the plan or the replay; a failing rank ends the others, which wait."""
@@ -213,36 +210,24 @@ class EgspoCLI(LightningCLI):
         """Print the scores, and the paths of the answers."""
         print_scores(self.trainer)
 
-    def after_test(self) -> None:
-        """Print the scores, and the paths of the answers."""
-        print_scores(self.trainer)
+    after_test = after_validate
 
     def after_predict(self) -> None:
         """Print the path of the answers."""
         print_answers_path(self.trainer)
 
 
-def _require_one_method(paths: Sequence[str]) -> None:
-    """An overlay holds what differs from the defaults, so a second one would train a mixture of the two."""
-    methods = [path for path in paths if Path(path).parent.name == "methods"]
-    if len(methods) > 1:
-        raise UserError(
-            f"config: {' and '.join(methods)} are methods, which do not add up: each holds what differs from the "
-            "defaults. Give one of them, and put further values into a file of your own or into flags."
-        )
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
-    arguments, debug = take_debug(sys.argv[1:] if args is None else args)
+    arguments = sys.argv[1:] if args is None else args
     try:
-        run(arguments)
+        run([argument for argument in arguments if argument != DEBUG])
     except RunStopped as stopped:
         if stopped.code:
             print(f"error: {stopped}", file=sys.stderr)
         raise
     except (Exception, SIGTERMException) as error:  # the latter where nothing is trained: Lightning's exit code is 0
-        sys.exit(end(error, debug=debug))
+        sys.exit(end(error, debug=DEBUG in arguments))
 
 
 def run(args: Sequence[str] | None = None) -> EgspoCLI:
@@ -250,7 +235,6 @@ def run(args: Sequence[str] | None = None) -> EgspoCLI:
     silence_noise()
     disable_progress_bar()
     require_ranks(os.environ)
-    arguments = use_shipped_configs(sys.argv[1:] if args is None else args)
-    require_readable(arguments)
+    arguments = use_configs(sys.argv[1:] if args is None else args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own do not survive a fork
     return EgspoCLI(arguments)

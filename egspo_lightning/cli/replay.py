@@ -54,7 +54,6 @@ def _module(config: dict[str, Any]) -> EGSPOModule:
 
 
 def _report(path: Path, part: Part, loss: Tensor, current: NetworkOutputs, module: EGSPOModule) -> list[str]:
-    tokens = _bad_tokens(part, current)
     weights = [name for name, p in module.named_parameters() if not p.isfinite().all()]
     gradients = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     return [
@@ -62,7 +61,7 @@ def _report(path: Path, part: Part, loss: Tensor, current: NetworkOutputs, modul
         f"loss {loss.item():.6g} (in training {part.loss.item():.6g})",
         *_some("weights", weights),
         *_some("gradients", gradients),
-        *_some("tokens", [_told(part, module, *token) for token in tokens]),
+        *_some("tokens", [_describe(part, module, *token) for token in _bad_tokens(part, current)]),
     ]
 
 
@@ -72,11 +71,11 @@ def _bad_tokens(part: Part, current: NetworkOutputs) -> list[tuple[int, int, str
     if rollout is None:
         assert expert is not None
         return bad_tokens(expert.completion_mask, named)
-    told = ("old_logprobs", "entropies", "ref_logprobs", "advantages", "returns")
-    return bad_tokens(rollout.completion_mask, named + [(name, getattr(rollout, name)) for name in told])
+    given = ("old_logprobs", "entropies", "ref_logprobs", "advantages", "returns")
+    return bad_tokens(rollout.completion_mask, named + [(name, getattr(rollout, name)) for name in given])
 
 
-def _told(part: Part, module: EGSPOModule, row: int, position: int, name: str, value: float) -> str:
+def _describe(part: Part, module: EGSPOModule, row: int, position: int, name: str, value: float) -> str:
     batch = part.batch.rollout or part.batch.expert
     assert batch is not None
     token = int(batch.input_ids[row, position])
@@ -84,6 +83,6 @@ def _told(part: Part, module: EGSPOModule, row: int, position: int, name: str, v
 
 
 def _some(what: str, found: list[str]) -> list[str]:
-    """Their number, and the first of them."""
+    """The number of the findings, and the first of them."""
     lines = [f"{what} that are not finite: {len(found)}", *(f"  {line}" for line in found[:NUM_SHOWN])]
     return lines if len(found) <= NUM_SHOWN else [*lines, f"  and {len(found) - NUM_SHOWN} more"]

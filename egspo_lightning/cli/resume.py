@@ -27,67 +27,44 @@ def resume_path(trainer: Trainer, *, starts_anew: bool) -> str | None:
     Raises:
         UserError: there is no checkpoint, and the run needs one.
     """
-    path, looked_in = last_checkpoint(trainer), places(trainer)
-    if path is not None:
-        step = open_checkpoint(Path(path))["global_step"]
-        if starts_anew:
-            go_on_logging(trainer, path, step)
-    elif not starts_anew:
-        raise UserError(f"ckpt_path: last: there is no checkpoint in {looked_in}. Give the path of one.")
-    else:
-        rank_zero_warn(f"ckpt_path: last: no checkpoint in {looked_in}; the run starts anew.")
-    return path
-
-
-def last_checkpoint(trainer: Trainer) -> str | None:
-    """The newest ``last*.ckpt`` where runs of this trainer leave them."""
-    found = []
-    for folder in _folders(trainer):
+    folders, searched = _checkpoint_folders(trainer)
+    for folder in folders:
         recover(folder)
-        found += list(folder.glob("last*.ckpt"))
-    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
+    found = [path for folder in folders for path in folder.glob("last*.ckpt")]
+    if found:
+        last = max(found, key=lambda path: path.stat().st_mtime)
+        step = open_checkpoint(last)["global_step"]
+        if starts_anew:
+            _continue_logs(trainer, last, step)
+        return str(last)
+    if not starts_anew:
+        raise UserError(f"ckpt_path: last: there is no checkpoint in {searched}. Give the path of one.")
+    rank_zero_warn(f"ckpt_path: last: no checkpoint in {searched}; the run starts anew.")
+    return None
 
 
-def places(trainer: Trainer) -> str:
-    """Where ``last_checkpoint`` looks, in words."""
-    given, root = _given_folder(trainer), _root(trainer)
-    return str(given or (root / "checkpoints" if not trainer.loggers else root / "version_*" / "checkpoints"))
+def _checkpoint_folders(trainer: Trainer) -> tuple[list[Path], Path]:
+    """The folders in which runs of this trainer keep their checkpoints, and a pattern of them for messages."""
+    callback, root = trainer.checkpoint_callback, Path(trainer.default_root_dir)
+    if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+        folder = Path(callback.dirpath)
+        return [folder] if folder.is_dir() else [], folder
+    pattern = root / "checkpoints"
+    if trainer.loggers:  # the folder that ModelCheckpoint chooses
+        logger: Any = trainer.loggers[0]
+        root = Path(logger.save_dir or root) / str(logger.name)
+        pattern = root / "version_*" / "checkpoints"
+    folders = [root / "checkpoints", *root.glob("version_*/checkpoints")]
+    return [folder for folder in folders if folder.is_dir()], pattern
 
 
-def go_on_logging(trainer: Trainer, checkpoint: str, step: int) -> None:
-    """Let TensorBoard write into the folder of the run that is resumed, and hide what that run did after it had saved.
+def _continue_logs(trainer: Trainer, checkpoint: Path, step: int) -> None:
+    """Let TensorBoard write into the folder of the resumed run, and hide its entries after optimizer step ``step``.
 
-    Other loggers have a folder of their own for each start, or are told which run to go on with (``id``, ``run_id``).
-
-    Args:
-        trainer: The one that resumes.
-        checkpoint: What it resumes from.
-        step: The optimizer steps that the checkpoint has taken.
+    Other loggers start a new folder, or take the run to continue as an argument (``id``, ``run_id``).
     """
-    version = re.fullmatch(r"version_(\d+)", Path(checkpoint).parent.parent.name)
+    version = re.fullmatch(r"version_(\d+)", checkpoint.parent.parent.name)
     for logger in trainer.loggers:
-        is_of_run = isinstance(logger, TensorBoardLogger) and Path(checkpoint).is_relative_to(logger.root_dir)
-        if version is not None and is_of_run and isinstance(logger, TensorBoardLogger):
+        if version and isinstance(logger, TensorBoardLogger) and checkpoint.is_relative_to(logger.root_dir):
             logger._version = int(version.group(1))
             logger._kwargs["purge_step"] = step + 1
-
-
-def _folders(trainer: Trainer) -> list[Path]:
-    """The folders that checkpoints may lie in."""
-    given, root = _given_folder(trainer), _root(trainer)
-    folders = [given] if given is not None else [root / "checkpoints", *root.glob("version_*/checkpoints")]
-    return [folder for folder in folders if folder.is_dir()]
-
-
-def _given_folder(trainer: Trainer) -> Path | None:
-    callback = trainer.checkpoint_callback
-    dirpath = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
-    return None if dirpath is None else Path(dirpath)
-
-
-def _root(trainer: Trainer) -> Path:
-    """The folder of all runs, as ModelCheckpoint has it."""
-    logger: Any = trainer.loggers[0] if trainer.loggers else None
-    if logger is None:
-        return Path(trainer.default_root_dir)
-    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)

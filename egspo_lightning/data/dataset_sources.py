@@ -1,12 +1,11 @@
 """Training data from files, local folders and the Hugging Face Hub."""
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice
 
 from egspo_lightning.data.answer_formats import AnswerExtractor, SolutionFormat
 from egspo_lightning.data.reader import read_rows
-from egspo_lightning.data.rows import demonstration_of, problem_of, question_of
+from egspo_lightning.data.rows import demonstration_of, problem_of
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems
 from egspo_lightning.types import Demonstration, PositiveInt, Problem
 
@@ -80,13 +79,15 @@ class DatasetProblems(FiniteProblems):
 
     def load(self) -> list[Problem]:
         """The problems, in the order of the data."""
-        return self._read(problem_of, [self.problem_field, self.answer_field])
+        return self._read(needs_answer=True)
 
     def load_questions(self) -> list[Problem]:
         """The same; a row, or the whole data set, may have no answer."""
-        return self._read(question_of, [self.problem_field])
+        return self._read(needs_answer=False)
 
-    def _read(self, convert: Callable[..., Problem], columns: Collection[str]) -> list[Problem]:
-        rows = islice(read_rows(self.path, self.config, self.split, columns), self.limit)
-        fields = (self.problem_field, self.answer_field, self.answer_extractor)
-        return [convert(row, where, *fields) for where, row in rows]
+    def _read(self, *, needs_answer: bool) -> list[Problem]:
+        fields = (self.problem_field, self.answer_field)
+        rows = islice(read_rows(self.path, self.config, self.split, fields[: 1 + needs_answer]), self.limit)
+        return [
+            problem_of(row, where, *fields, self.answer_extractor, needs_answer=needs_answer) for where, row in rows
+        ]

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.data.prompts import PromptEncoder
 from egspo_lightning.data.shuffled_order import EndlessOrder
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.padding import pad_right
@@ -57,34 +57,22 @@ class ExpertPool:
 
     @classmethod
     def encode(
-        cls,
-        demonstrations: Sequence[Demonstration],
-        template: PromptTemplate,
-        tokenizer: Any,
-        *,
-        max_prompt_length: int,
-        max_completion_length: int,
-        seed: int,
+        cls, demonstrations: Sequence[Demonstration], encoder: PromptEncoder, *, max_completion_length: int, seed: int
     ) -> "ExpertPool":
         """Tokenize demonstrations, and drop those above a limit: a truncated solution has no answer.
 
         Raises:
             UserError: no demonstration is short enough.
         """
-        encoded = [
-            Encoded(*template.encode_demonstration(tokenizer, demonstration, tokenizer.eos_token_id), demonstration)
-            for demonstration in demonstrations
-        ]
-        kept = [
-            item
-            for item in encoded
-            if len(item.prompt_ids) <= max_prompt_length and len(item.completion_ids) <= max_completion_length
-        ]
+        template, tokenizer = encoder.template, encoder.tokenizer
+        encoded = [Encoded(*template.encode_demonstration(tokenizer, item), item) for item in demonstrations]
+        lengths = [(len(item.prompt_ids), len(item.completion_ids)) for item in encoded]
+        limits = encoder.max_length, max_completion_length
+        kept = [item for item, (p, c) in zip(encoded, lengths, strict=True) if p <= limits[0] and c <= limits[1]]
         if not kept:
-            prompt = min((len(item.prompt_ids) for item in encoded), default=0)
-            completion = min((len(item.completion_ids) for item in encoded), default=0)
+            prompt, completion = map(min, zip(*lengths, strict=True))
             raise UserError(
-                f"data.demonstrations: none of {len(encoded)} fits data.max_prompt_length = {max_prompt_length} and "
+                f"data.demonstrations: none of {len(encoded)} fits data.max_prompt_length = {limits[0]} and "
                 f"data.max_completion_length = {max_completion_length}. The shortest prompt has {prompt} tokens, the "
                 f"shortest solution {completion}. Raise the limits."
             )
@@ -92,7 +80,7 @@ class ExpertPool:
 
     def draw(self, start: int, count: int) -> list[Encoded]:
         """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once per pass."""
-        return [self.demonstrations[self._order[position]] for position in range(start, start + count)]
+        return self._order.draw(start, count)
 
     def require_answers(self) -> None:
         """Refuse demonstrations that could not be graded among rollouts.
@@ -105,27 +93,21 @@ class ExpertPool:
 
     def solutions(self, start: int, count: int) -> list[ExpertSolution]:
         """Demonstrations of a second endless order, as problems with their answers, for use among rollouts."""
-        chosen = [self.demonstrations[self._solution_order[position]] for position in range(start, start + count)]
+        chosen = self._solution_order.draw(start, count)
         return [ExpertSolution(_as_problem(item.demonstration), item.completion_ids) for item in chosen]
 
     @cached_property
-    def _solution_order(self) -> EndlessOrder:
-        return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert-rollouts")
+    def _solution_order(self) -> EndlessOrder[Encoded]:
+        return EndlessOrder(self.demonstrations, f"{self.seed}/expert-rollouts")
 
     @cached_property
-    def _order(self) -> EndlessOrder:
-        return EndlessOrder(len(self.demonstrations), f"{self.seed}/expert")
+    def _order(self) -> EndlessOrder[Encoded]:
+        return EndlessOrder(self.demonstrations, f"{self.seed}/expert")
 
     def share(self, update: Sequence[Encoded], rank: int, world_size: int) -> ExpertShare:
         """One rank's share of an optimizer step: every ``world_size``-th of the demonstrations in ``update``."""
         num_tokens = float(sum(len(item.completion_ids) for item in update))
-        size = UpdateSize(
-            num_tokens=num_tokens,
-            num_sequences=float(len(update)),
-            max_length=float(self.max_length),
-            num_active_tokens=num_tokens,
-            num_sampled_tokens=0.0,
-        )
+        size = UpdateSize(num_tokens, float(len(update)), float(self.max_length), num_tokens, num_sampled_tokens=0.0)
         return ExpertShare(update[rank::world_size], size, self.pad_id)
 
 

@@ -63,5 +63,5 @@ class GeneratedProblems(ProblemSource):
         """Problems of the stream; the next draw replaces an excluded one. See ``ProblemSource.draw``."""
         if self._stream is None:
             raise RuntimeError("GeneratedProblems.draw was called before prepare")
-        positions = range(start, start + count)
-        return [self.task.problem(self._stream, "train", i, self._excluded) for i in positions]
+        stream, excluded = self._stream, self._excluded
+        return [self.task.problem(stream, "train", i, excluded) for i in range(start, start + count)]

@@ -6,12 +6,12 @@ Prompt and completion are tokenized separately, so that a demonstration has exac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.types import Demonstration
+from egspo_lightning.types import Demonstration, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,15 +77,15 @@ class PromptTemplate:
         return ids
 
     def encode_demonstration(
-        self, tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, eos_id: int
+        self, tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration
     ) -> tuple[list[int], list[int]]:
-        """Return the ids of the prompt, and of the solution followed by ``eos_id``.
+        """Return the ids of the prompt, and of the solution followed by the EOS.
 
         Raises:
             UserError: as ``render`` does.
         """
-        solution: list[int] = tokenizer.encode(demonstration.solution, add_special_tokens=False)
-        return self.encode(tokenizer, demonstration.problem), [*solution, eos_id]
+        solution = tokenizer.encode(demonstration.solution, add_special_tokens=False)
+        return self.encode(tokenizer, demonstration.problem), [*solution, tokenizer.eos_token_id]
 
     def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         if self.use_chat_template == "always" and not tokenizer.chat_template:
@@ -107,3 +107,27 @@ class PromptTemplate:
                 'If it has no system message, set system to "", or use_chat_template to "never".'
             ) from error
         return str(rendered)
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Encodes problems as token ids and refuses prompts that are too long."""
+
+    template: PromptTemplate
+    tokenizer: Any
+    max_length: int
+
+    def encode(self, problem: Problem) -> list[int]:
+        """Return the token ids of the prompt.
+
+        Raises:
+            UserError: the prompt has more than ``max_length`` tokens.
+        """
+        ids = self.template.encode(self.tokenizer, problem.problem)
+        if len(ids) > self.max_length:
+            raise UserError(
+                f"data.max_prompt_length = {self.max_length} is shorter than the prompt of problem {problem.id!r}, "
+                f"which has {len(ids)} tokens. Raise it to {len(ids)} or more, or, for training problems, set "
+                "data.long_problems: drop."
+            )
+        return ids

@@ -9,31 +9,31 @@ from egspo_lightning.types import Demonstration, Problem
 
 
 def problem_of(
-    row: dict[str, Any], where: str, problem_field: str, answer_field: str, answer_extractor: AnswerExtractor
+    row: dict[str, Any],
+    where: str,
+    problem_field: str,
+    answer_field: str,
+    answer_extractor: AnswerExtractor,
+    *,
+    needs_answer: bool = True,
 ) -> Problem:
     """Convert a row into a problem, with its ``level`` and its subject ("subfield" or "subject") where it has them.
 
     Raises:
-        UserError: the problem or its answer is absent or empty.
+        UserError: the problem is absent or empty, or the answer is, unless ``needs_answer`` is false and the row has
+            none.
     """
     answer = row.get(answer_field)
     if isinstance(answer, list) and answer and all(isinstance(part, str) for part in answer):
         row = row | {answer_field: ", ".join(answer)}  # OlympiadBench lists the parts of an answer
-    answer = extract_answer(_text(row, answer_field, where), answer_extractor, where)
-    return _problem(row, where, problem_field, answer)
-
-
-def question_of(
-    row: dict[str, Any], where: str, problem_field: str, answer_field: str, answer_extractor: AnswerExtractor
-) -> Problem:
-    """Convert a row that may have no answer: ``Problem.answer`` is empty then.
-
-    Raises:
-        UserError: the problem is absent or empty, or the answer field holds no answer that the extractor finds.
-    """
-    if row.get(answer_field) is None:
-        return _problem(row, where, problem_field, answer="")
-    return problem_of(row, where, problem_field, answer_field, answer_extractor)
+    is_open = answer is None and not needs_answer
+    return Problem(
+        id=_row_id(row, where),
+        problem=_text(row, problem_field, where),
+        answer="" if is_open else extract_answer(_text(row, answer_field, where), answer_extractor, where),
+        subject=str(row.get("subfield") or row.get("subject") or ""),  # OlympiadBench has both, and one subject
+        level=str(row.get("level") or ""),
+    )
 
 
 def demonstration_of(
@@ -53,16 +53,6 @@ def demonstration_of(
     answer = None if answer_field == solution_field else row.get(answer_field)
     given = None if answer is None else str(answer)
     return Demonstration(_row_id(row, where), problem, boxed_solution(solution, given, solution_format, where))
-
-
-def _problem(row: dict[str, Any], where: str, problem_field: str, answer: str) -> Problem:
-    return Problem(
-        id=_row_id(row, where),
-        problem=_text(row, problem_field, where),
-        answer=answer,
-        subject=str(row.get("subfield") or row.get("subject") or ""),  # OlympiadBench has both, and one subject
-        level=str(row.get("level") or ""),
-    )
 
 
 def _row_id(row: dict[str, Any], where: str) -> str:

@@ -8,6 +8,7 @@ A source of your own is a subclass with ``load``::
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from egspo_lightning.data.answer_formats import normalize_problem
 from egspo_lightning.data.shuffled_order import EndlessOrder
@@ -48,8 +49,7 @@ class ProblemSource(ABC):
 class FiniteProblems(ProblemSource):
     """Problems that are read once and repeated: each pass has every problem once, in a new order."""
 
-    _problems: tuple[Problem, ...] = ()
-    _order = EndlessOrder(0, "")
+    _order = EndlessOrder[Problem]((), "")
 
     @abstractmethod
     def load(self) -> list[Problem]:
@@ -62,10 +62,10 @@ class FiniteProblems(ProblemSource):
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
         """Load the problems and fix their order; see ``ProblemSource.prepare``."""
         loaded = self.load()
-        self._problems = tuple(p for p in loaded if normalize_problem(p.problem) not in excluded)
-        self._order = EndlessOrder(len(self._problems), str(seed))
-        num_dropped = len(loaded) - len(self._problems)
-        if not self._problems:
+        kept = [problem for problem in loaded if normalize_problem(problem.problem) not in excluded]
+        self._order = EndlessOrder(kept, str(seed))
+        num_dropped = len(loaded) - len(kept)
+        if not kept:
             raise UserError(
                 f"{type(self).__name__} has no problem to train on: {len(loaded)} were loaded, and "
                 f"{num_dropped} of them are benchmark problems. Give it other data, or remove the benchmark."
@@ -73,12 +73,12 @@ class FiniteProblems(ProblemSource):
         return num_dropped
 
     @property
-    def problems(self) -> tuple[Problem, ...]:
+    def problems(self) -> Sequence[Problem]:
         """The problems that are not excluded, in the source's order."""
-        return self._problems
+        return self._order.items
 
     def draw(self, start: int, count: int) -> list[Problem]:
         """Problems of the stream; see ``ProblemSource.draw``."""
-        if not self._problems:
+        if not self.problems:
             raise RuntimeError(f"{type(self).__name__}.draw was called before prepare")
-        return [self._problems[self._order[position]] for position in range(start, start + count)]
+        return self._order.draw(start, count)

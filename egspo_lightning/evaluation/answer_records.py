@@ -1,7 +1,5 @@
 """Sampled answers with their verdicts: the input of metrics and the content of completion files."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 from egspo_lightning.types import Problem
@@ -26,9 +24,3 @@ class Answer(NamedTuple):
     """Tokens, with the EOS."""
     is_truncated: bool
     """The length limit was reached before an EOS."""
-
-
-def by_problem(answers: Iterable[Answer]) -> Iterator[tuple[Problem, Sequence[Answer]]]:
-    """Group answers by problem; those of one problem must be adjacent."""
-    for problem, group in groupby(answers, key=lambda answer: answer.problem):
-        yield problem, list(group)

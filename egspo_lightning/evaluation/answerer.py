@@ -4,11 +4,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from egspo_lightning.data.answer_formats import normalize_problem
+from egspo_lightning.data.prompts import PromptEncoder
 from egspo_lightning.data.sources import FiniteProblems, ProblemSource
-from egspo_lightning.data.training_data import PromptEncoder
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.answer_records import Answer
 from egspo_lightning.evaluation.answer_sampling import AnswerSampling
@@ -23,14 +23,6 @@ from egspo_lightning.types import Problem, ProblemBatch, Sampling
 
 PREDICT = "predict"
 """Name of the user's own problems, in place of a benchmark's."""
-
-
-class Share(NamedTuple):
-    """One rank's share of the problems, and its batch size."""
-
-    rank: int
-    world_size: int
-    batch_size: int
 
 
 @dataclass
@@ -101,13 +93,19 @@ class Answerer:
 
     def sampling(self, name: str) -> tuple[int, Sampling]:
         """The number of answers to each problem, and their sampling."""
-        chosen = {benchmark.name: benchmark.sampling for benchmark in self.benchmarks}
-        found = chosen.get(name, self.predict_sampling)
+        found = next((b.sampling for b in self.benchmarks if b.name == name), self.predict_sampling)
         return int(found.num_samples), found.within(self.max_completion_length)
 
-    def batches(self, name: str, share: Share) -> list[ProblemBatch]:
-        """One rank's batches of a benchmark, or of the user's own problems."""
-        return problem_batches(name, self._problems[name], *self.sampling(name), share)
+    def batches(self, name: str, rank: int, world_size: int, batch_size: int) -> list[ProblemBatch]:
+        """Split the problems of a benchmark, or the user's own, into one rank's batches.
+
+        A rank has every ``world_size``-th problem. All ranks get the same number of batches, since sampling is
+        collective; the last one may be empty.
+        """
+        problems = self._problems[name]
+        own, num_batches = problems[rank::world_size], -(-len(problems) // (world_size * batch_size))
+        parts = [own[i * batch_size : (i + 1) * batch_size] for i in range(num_batches)]
+        return [ProblemBatch(name, part, *self.sampling(name)) for part in parts]
 
     def settings(self, name: str, encoder: PromptEncoder) -> dict[str, Any]:
         """All settings that determine the answers, apart from the policy; prompts and gold answers as a hash."""
@@ -137,10 +135,8 @@ class Answerer:
         prompts = [Prompt(p, encoder.encode(p), f"{self.seed}/{batch.benchmark}/{p.id}") for p in new]
         n = batch.num_samples
         samples = sample(policy, self.engine, prompts, n, batch.sampling)
-        graded: list[Answer] = []
-        if samples:
-            asked = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
-            graded = self._grade(new, samples, decode(policy, samples), asked)
+        asked = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
+        graded = self._grade(new, samples, decode(policy, samples), asked) if samples else []
         fresh = {problem.id: graded[i * n : (i + 1) * n] for i, problem in enumerate(new)}
         return [answer for problem in batch.problems for answer in earlier.get(problem.id) or fresh[problem.id]]
 
@@ -176,15 +172,3 @@ class Answerer:
     def close(self) -> None:
         """Stop the grader's processes."""
         self.grader.close()
-
-
-def problem_batches(
-    name: str, problems: Sequence[Problem], num_samples: int, sampling: Sampling, share: Share
-) -> list[ProblemBatch]:
-    """Split one rank's problems into batches: every ``world_size``-th problem, ``batch_size`` at a time.
-
-    All ranks get the same number of batches, since sampling is collective; the last one may be empty.
-    """
-    own, size = problems[share.rank :: share.world_size], share.batch_size
-    num_batches = -(-len(problems) // (share.world_size * size))
-    return [ProblemBatch(name, list(own[i * size : (i + 1) * size]), num_samples, sampling) for i in range(num_batches)]

@@ -47,10 +47,8 @@ class Benchmark(ABC):
         max_completion_length: PositiveInt | None = GREEDY.max_completion_length,
         limit: PositiveInt | None = None,
     ) -> None:
-        where = f"benchmark {name!r}:"
-        is_name = bool(re.fullmatch(r"[^\s/]+", name))
-        allowed = 'non-empty text without "/" and spaces; it names metrics and files'
-        require(is_name, f"{where} name", repr(name), allowed)
+        where, allowed = f"benchmark {name!r}:", 'non-empty text without "/" and spaces; it names metrics and files'
+        require(bool(re.fullmatch(r"[^\s/]+", name)), f"{where} name", repr(name), allowed)
         self.name, self.num_samples, self.limit = name, int(num_samples), limit
         self.sampling = AnswerSampling(num_samples, temperature, top_p, max_completion_length)
         self.sampling.require_different_samples(where)
@@ -97,10 +95,7 @@ class GeneratedBenchmark(Benchmark):
     ) -> None:
         require_family(task, "data.benchmarks.init_args.task")
         super().__init__(task.name if name is None else name, **sampling)
-        self.split: Split = split
-        self.num_problems = num_problems
-        self.seed = seed
-        self.task = task
+        self.split, self.num_problems, self.seed, self.task = split, num_problems, seed, task
 
     def read(self) -> list[Problem]:
         """The problems, in the order in which the seed draws them."""
@@ -141,14 +136,12 @@ class DatasetBenchmark(Benchmark):
     ) -> None:
         super().__init__(name, **sampling)
         self.path, self.config, self.split = path, config, split
-        self.problem_field, self.answer_field = problem_field, answer_field
-        self.answer_extractor: AnswerExtractor = answer_extractor
+        self.fields, self.answer_extractor = (problem_field, answer_field), answer_extractor
 
     def read(self) -> list[Problem]:
         """The problems, in the order of the data."""
-        fields = (self.problem_field, self.answer_field)
-        rows = read_rows(self.path, self.config, self.split, fields)
-        return [problem_of(row, where, *fields, self.answer_extractor) for where, row in rows]
+        rows = read_rows(self.path, self.config, self.split, self.fields)
+        return [problem_of(row, where, *self.fields, self.answer_extractor) for where, row in rows]
 
 
 class KnownBenchmark(Benchmark):
@@ -179,14 +172,8 @@ class KnownBenchmark(Benchmark):
         max_completion_length: PositiveInt | None = None,
         limit: PositiveInt | None = None,
     ) -> None:
-        given = {
-            "num_samples": num_samples,
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_completion_length": max_completion_length,
-        }
-        usual = asdict(KNOWN[name].sampling)
-        chosen = usual | {field: value for field, value in given.items() if value is not None}
+        usual, given = asdict(KNOWN[name].sampling), (num_samples, temperature, top_p, max_completion_length)
+        chosen: dict[str, Any] = {k: usual[k] if v is None else v for k, v in zip(usual, given, strict=True)}
         super().__init__(name, **chosen, limit=limit)
         self.path = path
 

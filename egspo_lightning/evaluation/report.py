@@ -46,17 +46,13 @@ def milestones_table(latest: Mapping[str, Metrics], milestones: Mapping[str, Map
 
 def score_tables(reports: Sequence[Report]) -> list[Table]:
     """Tables of all benchmarks, of pass@k where there are several samples, and of subjects and levels."""
-    sizes = {found.num_samples for found in reports}
-    is_mixed = len(sizes) != 1
-    whole = _table("Benchmarks", "benchmark", *_heads(None if is_mixed else sizes.pop()))
-    for found in reports:
-        whole.add_row(found.benchmark, *_cells(found.metrics, found.num_samples, with_number=is_mixed))
+    whole = _score_table("Benchmarks", "benchmark", [(r.benchmark, r.metrics, r.num_samples) for r in reports])
     whole.caption = _note(reports)
     several = [found for found in reports if found.num_samples > 1]
     parts = [
-        _part_table(f"{found.benchmark} by {label}", label, part, found.num_samples)
-        for found in reports
-        for label, part in (("subject", found.by_subject), ("level", found.by_level))
+        _score_table(f"{r.benchmark} by {label}", label, [(name, m, r.num_samples) for name, m in part.items()])
+        for r in reports
+        for label, part in (("subject", r.by_subject), ("level", r.by_level))
         if part
     ]
     return [whole, *([_pass_table(several)] if several else []), *parts]
@@ -67,30 +63,24 @@ def headline(metrics: Metrics) -> str:
     return next(name for name in metrics if name.startswith("avg@"))
 
 
-def _heads(num_samples: int | None) -> tuple[str, ...]:
-    """The columns of scores; with None, for rows of different numbers of samples, each row shows its number."""
-    n = "" if num_samples is None else f"@{num_samples}"
-    return "problems", *(() if n else ("n",)), f"avg{n}", f"pass{n}", f"maj{n}", "length", "truncated"
-
-
-def _cells(metrics: Metrics, num_samples: int, *, with_number: bool = False) -> list[str]:
-    n = num_samples
-    error = metrics.get(f"avg@{n}_se")
-    return [
-        f"{metrics['num_problems']:.0f}",
-        *([str(n)] if with_number else []),
-        f"{metrics[f'avg@{n}']:.3f}" + ("" if error is None else f" ± {error:.3f}"),
-        f"{metrics[f'pass@{n}']:.3f}",
-        f"{metrics[f'maj@{n}']:.3f}",
-        f"{metrics['length_mean']:.1f}",
-        f"{metrics['truncated_fraction']:.1%}",
-    ]
-
-
-def _part_table(title: str, label: str, part: Mapping[str, Metrics], num_samples: int) -> Table:
-    table = _table(title, label, *_heads(num_samples))
-    for name, metrics in part.items():
-        table.add_row(name, *_cells(metrics, num_samples))
+def _score_table(title: str, label: str, rows: Sequence[tuple[str, Metrics, int]]) -> Table:
+    """Table of name, metrics and number of samples n; n has a column of its own where rows differ in it."""
+    sizes = {n for _, _, n in rows}
+    at = f"@{sizes.pop()}" if len(sizes) == 1 else ""
+    columns = ("problems", *([] if at else ["n"]), f"avg{at}", f"pass{at}", f"maj{at}", "length", "truncated")
+    table = _table(title, label, *columns)
+    for name, metrics, n in rows:
+        error = metrics.get(f"avg@{n}_se")
+        table.add_row(
+            name,
+            f"{metrics['num_problems']:.0f}",
+            *([] if at else [str(n)]),
+            f"{metrics[f'avg@{n}']:.3f}" + ("" if error is None else f" ± {error:.3f}"),
+            f"{metrics[f'pass@{n}']:.3f}",
+            f"{metrics[f'maj@{n}']:.3f}",
+            f"{metrics['length_mean']:.1f}",
+            f"{metrics['truncated_fraction']:.1%}",
+        )
     return table
 
 

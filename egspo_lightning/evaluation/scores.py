@@ -1,20 +1,15 @@
 """Benchmark metrics from answers: one row of counts per problem, summed over batches and ranks."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from egspo_lightning.evaluation.answer_records import Answer, by_problem
-from egspo_lightning.evaluation.metrics import (
-    bootstrap_interval,
-    majority_at_k,
-    pass_at_k,
-    reported_ks,
-    standard_error,
-)
+from egspo_lightning.evaluation.answer_records import Answer
+from egspo_lightning.evaluation.metrics import bootstrap_interval, majority_at_k, pass_at_k, reported_ks, standard_error
 from egspo_lightning.types import Problem
 
 COLUMNS = ("num_seen", "num_correct", "majority", "num_tokens", "num_truncated", "num_timeouts", "num_crashes")
@@ -41,7 +36,8 @@ class BenchmarkMetric(Metric):
 
     def update(self, answers: Sequence[Answer]) -> None:
         """Add answers, all n of a problem adjacent. A problem that comes again is counted once."""
-        for problem, group in by_problem(answers):
+        for problem, adjacent in groupby(answers, key=lambda answer: answer.problem):
+            group = list(adjacent)
             assert len(group) == self.num_samples, f"{problem.id}: {len(group)} of {self.num_samples} answers"
             self.table[self._rows[problem.id]] = torch.tensor(_counts(group), dtype=torch.float64)
 
@@ -91,11 +87,10 @@ def by_label(table: Tensor, labels: Sequence[str], num_samples: int) -> dict[str
         labels: the subject or level of each problem; empty where it has none
         num_samples: n
     """
-    names = sorted(set(labels) - {""})
     if len(set(labels)) < 2:
         return {}
-    rows = {name: [i for i, label in enumerate(labels) if label == name] for name in names}
-    return {name: summary(table[chosen], num_samples) for name, chosen in rows.items()}
+    names = sorted(set(labels) - {""})
+    return {name: summary(table[[label == name for label in labels]], num_samples) for name in names}
 
 
 def _counts(group: Sequence[Answer]) -> list[float]:

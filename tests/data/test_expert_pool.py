@@ -1,7 +1,7 @@
 import pytest
 
 from egspo_lightning.data.expert_pool import ExpertPool
-from egspo_lightning.data.prompts import PromptTemplate
+from egspo_lightning.data.prompts import PromptEncoder, PromptTemplate
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.batching import balanced_batches
@@ -19,7 +19,7 @@ def tokenizer(tiny_model):
 def pool(tokenizer):
     """Seven demonstrations: prompts of 1 byte, solutions of 1 to 7 bytes and an EOS."""
     demonstrations = [Demonstration(str(i), "q", "x" * i) for i in range(1, 8)]
-    return ExpertPool.encode(demonstrations, PLAIN, tokenizer, max_prompt_length=4, max_completion_length=8, seed=3)
+    return ExpertPool.encode(demonstrations, PromptEncoder(PLAIN, tokenizer, 4), max_completion_length=8, seed=3)
 
 
 def lengths(drawn):
@@ -42,7 +42,7 @@ def test_what_is_drawn_is_a_function_of_the_position_alone(pool):
 def boxed(tokenizer):
     """Six demonstrations that end in their answers."""
     demonstrations = [Demonstration(f"d{i}", f"{i}+0=?", f"\\boxed{{{i}}}") for i in range(6)]
-    return ExpertPool.encode(demonstrations, PLAIN, tokenizer, max_prompt_length=8, max_completion_length=16, seed=3)
+    return ExpertPool.encode(demonstrations, PromptEncoder(PLAIN, tokenizer, 8), max_completion_length=16, seed=3)
 
 
 def test_solutions_are_problems_with_their_answers_and_the_tokens_of_the_expert(boxed, tokenizer):
@@ -70,11 +70,11 @@ def test_what_is_too_long_is_dropped_and_counted(tokenizer):
         Demonstration("b", "q", "x" * 8),
         Demonstration("c", "q" * 9, "x"),
     ]
-    pool = ExpertPool.encode(demonstrations, PLAIN, tokenizer, max_prompt_length=8, max_completion_length=8, seed=0)
+    pool = ExpertPool.encode(demonstrations, PromptEncoder(PLAIN, tokenizer, 8), max_completion_length=8, seed=0)
     assert (len(pool.demonstrations), pool.num_dropped) == (1, 2)
     assert pool.demonstrations[0].completion_ids == [*b"xxxxxxx", tokenizer.eos_token_id]
     with pytest.raises(UserError, match="The shortest prompt has 1 tokens, the shortest solution 2"):
-        ExpertPool.encode(demonstrations, PLAIN, tokenizer, max_prompt_length=8, max_completion_length=1, seed=0)
+        ExpertPool.encode(demonstrations, PromptEncoder(PLAIN, tokenizer, 8), max_completion_length=1, seed=0)
 
 
 @pytest.mark.parametrize(("world_size", "parts"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 4)])

@@ -79,7 +79,7 @@ def test_bos_is_added_to_plain_text_alone_and_eos_never(load):
     chat = template.encode(load(CHAT, bos=True), "1")
     assert bytes(chat).decode() == "<user>1</user><assistant>"
     demonstration = Demonstration("1", "1", "2")
-    assert template.encode_demonstration(tokenizer, demonstration, 256) == (
+    assert template.encode_demonstration(tokenizer, demonstration) == (
         [bos_id, ord("1")],
         [ord("2"), 256],
     )
@@ -88,7 +88,7 @@ def test_bos_is_added_to_plain_text_alone_and_eos_never(load):
 def test_a_demonstration_starts_from_the_prompt_of_sampling(load):
     template = PromptTemplate()
     demonstration = Demonstration("1", "47+85=?", "7+5=12 \\boxed{132}")
-    prompt, completion = template.encode_demonstration(load(), demonstration, 256)
+    prompt, completion = template.encode_demonstration(load(), demonstration)
     assert prompt == template.encode(load(), demonstration.problem)
     assert bytes(completion[:-1]).decode() == demonstration.solution
     assert completion[-1] == 256

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 import pytest
 from transformers import AutoTokenizer
 
-from egspo_lightning.data.prompts import PromptTemplate
-from egspo_lightning.data.training_data import PromptEncoder
+from egspo_lightning.data.prompts import PromptEncoder, PromptTemplate
 from egspo_lightning.evaluation.answer_sampling import AnswerSampling
-from egspo_lightning.evaluation.answerer import Answerer, Share, problem_batches
+from egspo_lightning.evaluation.answerer import Answerer
+from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.engine import Sample
 from egspo_lightning.types import Problem, ProblemBatch, Sampling
@@ -74,21 +74,38 @@ def answers_to(policy, answer):
         return answerer.answer(policy, encoder, batch)
 
 
-SAMPLING = Sampling(max_completion_length=7, temperature=0.5)
+class Sums(Benchmark):
+    """The first problems of an endless list."""
+
+    def read(self):
+        return problems(self.limit)
 
 
 def problems(count: int) -> list[Problem]:
     return [Problem(str(i), f"{i}+0=?", str(i)) for i in range(count)]
 
 
+def batches_of(count: int, num_samples: int, rank: int, world_size: int, batch_size: int) -> list[ProblemBatch]:
+    benchmark = Sums("b", num_samples=num_samples, temperature=0.5, max_completion_length=7, limit=count)
+    with MathGrader() as grader:
+        answerer = Answerer([benchmark], None, grader, AnswerSampling(), 512, seed=0)
+        answerer.load(NoLimit())
+        return answerer.batches("b", rank, world_size, batch_size)
+
+
+class NoLimit:
+    """An encoder that accepts prompts of every length."""
+
+    def encode(self, problem):
+        return []
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 12, 13])
 def test_ranks_share_all_problems_in_equally_many_batches(world_size, batch_size, count):
-    ranks = [
-        problem_batches("b", problems(count), 3, SAMPLING, Share(rank, world_size, batch_size))
-        for rank in range(world_size)
-    ]
+    ranks = [batches_of(count, 3, rank, world_size, batch_size) for rank in range(world_size)]
+    sampling = Sampling(max_completion_length=7, temperature=0.5)
     assert len({len(batches) for batches in ranks}) == 1
     answered = [problem for batches in ranks for batch in batches for problem in batch.problems]
     assert sorted(answered) == sorted(problems(count))  # complete, and none twice
@@ -97,10 +114,10 @@ def test_ranks_share_all_problems_in_equally_many_batches(world_size, batch_size
     shares = [sum(len(batch.problems) for batch in batches) for batches in ranks]
     assert max(shares) - min(shares) <= 1
     for batches in ranks:
-        assert all((batch.benchmark, batch.num_samples, batch.sampling) == ("b", 3, SAMPLING) for batch in batches)
+        assert all((batch.benchmark, batch.num_samples, batch.sampling) == ("b", 3, sampling) for batch in batches)
 
 
 def test_batches_by_hand():
-    first, second = (problem_batches("b", problems(5), 1, SAMPLING, Share(rank, 2, 2)) for rank in range(2))
+    first, second = (batches_of(5, 1, rank, 2, 2) for rank in range(2))
     assert [[p.id for p in batch.problems] for batch in first] == [["0", "2"], ["4"]]
     assert [[p.id for p in batch.problems] for batch in second] == [["1", "3"], []]

@@ -79,8 +79,7 @@ class ArithmeticTask(ProblemFamily):
         for place, term in enumerate(terms, start=1):
             is_last = place == len(terms)
             end = f"\\boxed{{{total + term}}}" if is_last else f"{total}{term:+d}={total + term}"
-            steps = _addition(total, term) if term > 0 else _subtraction(total, -term)
-            lines.append(" ".join([*steps, end]))
+            lines.append(" ".join([*_column_steps(total, term), end]))
             total += term
         return Demonstration(problem.id, problem.problem, "\n".join(lines))
 
@@ -96,26 +95,14 @@ def _terms(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"[+-]?[0-9]+", text)]
 
 
-def _columns(first: int, second: int) -> Iterator[tuple[int, int]]:
-    """The digits of two numbers, column by column from the right, the shorter one padded with zeros."""
-    for _ in range(max(len(str(first)), len(str(second)))):
-        yield first % 10, second % 10
-        first, second = first // 10, second // 10
-
-
-def _addition(first: int, second: int) -> Iterator[str]:
-    carry = 0
-    for top, bottom in _columns(first, second):
-        column = top + bottom + carry
-        yield f"{top}+{bottom}{'+1' if carry else ''}={column}"
-        carry = column // 10
-
-
-def _subtraction(first: int, second: int) -> Iterator[str]:
-    """Columns of ``first - second`` where first >= second; a borrowed ten is part of the column's first number."""
-    borrow = 0
-    for top, bottom in _columns(first, second):
-        has_borrowed = top - bottom - borrow < 0
-        top += 10 * has_borrowed
-        yield f"{top}-{bottom}{'-1' if borrow else ''}={top - bottom - borrow}"
-        borrow = int(has_borrowed)
+def _column_steps(total: int, term: int) -> Iterator[str]:
+    """Columns of ``total + term``, from the right; a borrowed ten is part of the column's first number."""
+    sign, operator = (1, "+") if term > 0 else (-1, "-")
+    bottom_number, carry = abs(term), False
+    for _ in range(len(str(max(total, abs(term))))):
+        total, top = divmod(total, 10)
+        bottom_number, bottom = divmod(bottom_number, 10)
+        result = top + sign * (bottom + carry)
+        borrowed = 10 if result < 0 else 0
+        yield f"{top + borrowed}{operator}{bottom}{f'{operator}1' if carry else ''}={result + borrowed}"
+        carry = not 0 <= result < 10
