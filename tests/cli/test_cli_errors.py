@@ -441,8 +441,23 @@ def test_a_process_ends_with_exit_code_2_and_one_message(config, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(put(config, "model.objective.mu", 1.5)))
     done = process("fit", "--config", str(tmp_path / "config.yaml"))
     assert done.returncode == 2
-    assert "model.objective.mu must be in [0, 1], or a schedule, got 1.5" in done.stderr
+    for word in ('Parser key "model.objective.mu"', "v>=0 and v<=1", "Given value: 1.5"):
+        assert word in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num_devices=0"], ['Parser key "num_devices"', "PositiveInt", "v>0"]),
+        (["--device_gib=0"], ['Parser key "device_gib"', "FinitePositiveFloat", "v>0"]),
+        (["--trainer.devices=0"], ["plan.num_devices must be given", "trainer.devices is '0'"]),
+    ],
+)
+def test_a_plan_without_a_device_or_memory_is_refused(config, refused, arguments, words):
+    message = refused(config, *arguments, subcommand="plan")
+    for word in words:
+        assert word in message
 
 
 def test_two_methods_do_not_add_up(config, refused):
