@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import CSVLogger
 
 from egspo_lightning.callbacks import Guards, MathBenchmark, PhaseCheckpoint, StageTransition
 from egspo_lightning.cli.main import main
-from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.models.lora import LoraConfig
@@ -256,7 +255,7 @@ def test_rollouts_of_the_policy_in_sft_are_refused(tiny_run):
     run.module.to_rollout_batch = lambda rollouts, measurements: to_batch(rollouts, measurements)._replace(
         policy_version=2
     )
-    with pytest.raises(RuntimeError, match=r"after 2 optimizer steps, but this phase began at 4, .* allows for 4\."):
+    with pytest.raises(RuntimeError, match=r"after 2 optimizer steps\. This phase began at 4, .* allows for 4\."):
         run.fit()
 
 
@@ -273,12 +272,6 @@ def test_the_first_ratio_is_judged_where_it_can_be(tiny_run, monkeypatch):
     watch = Watch()
     tiny_run(watch, module=RL, data=AHEAD).fit()
     assert watch.metrics[1]["policy/ratio_max"] > 1.01  # of the updates before, which the clip counts
-
-
-@pytest.mark.parametrize("value", [-1, 2])
-def test_other_bounds_are_refused(tiny_run, value):
-    with pytest.raises(UserError, match=rf"data\.max_staleness must be 0, or 1: .*, got {value}"):
-        tiny_run(data={"max_staleness": value})
 
 
 def test_sharded_policies_are_refused(repository, monkeypatch, capsys, tmp_path):
