@@ -43,10 +43,6 @@ def main(control_fd: int, deadline_s: float, memory_limit_mb: int) -> None:
             _grade_until_end(Connection(descriptors[0]), deadline_s, memory_limit_mb)
         os.close(descriptors[0])
         control.sendall(str(pid).encode())
-    _end_workers()
-
-
-def _end_workers() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)  # this process leads the group of its workers
     with contextlib.suppress(ChildProcessError):  # with SIGCHLD ignored, raised when the last one has ended

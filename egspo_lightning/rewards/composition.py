@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
 from egspo_lightning.errors import UserError, require
@@ -52,7 +52,10 @@ class WeightedReward(Reward):
     @classmethod
     def of(cls, reward: Reward) -> WeightedReward:
         """Wrap a reward as the only term of a sum, named after itself; a sum is returned as it is."""
-        return reward if isinstance(reward, WeightedReward) else cls({_name(reward): reward})
+        if isinstance(reward, WeightedReward):
+            return reward
+        is_correctness = isinstance(reward, CorrectnessReward)
+        return cls({"correctness" if is_correctness else getattr(reward, "__name__", type(reward).__name__): reward})
 
     def __call__(
         self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()
@@ -69,7 +72,7 @@ class WeightedReward(Reward):
         """
         columns = {name: _values(name, term, completions, golds, details) for name, term in self.terms.items()}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return [Scored(self._total(row), row) for row in rows]
+        return [Scored(sum(self.weights[name] * value for name, value in row.items()), row) for row in rows]
 
     def require_fit(self, max_completion_length: int) -> None:
         """Let each term check the length limit.
@@ -88,9 +91,6 @@ class WeightedReward(Reward):
             if hasattr(term, "close"):
                 term.close()
 
-    def _total(self, row: Mapping[str, float]) -> float:
-        return sum(self.weights[name] * value for name, value in row.items())
-
 
 def _values(
     name: str, term: Any, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details]
@@ -99,7 +99,7 @@ def _values(
     source = term if hasattr(term, "__qualname__") else type(term)
     where = f"data.reward: {name} ({source.__module__}.{source.__qualname__})"
     try:
-        known = {"details": details} if details and _takes_details(term) else {}
+        known = {"details": details} if details and "details" in inspect.signature(term).parameters else {}
         given = term(completions, golds, **known)
     except UserError:
         raise
@@ -123,16 +123,6 @@ def _finite(value: object, where: str) -> float:
     if not math.isfinite(number):
         raise UserError(f"{where} gave a reward of {_shown(value)}. Rewards must be finite numbers.")
     return number
-
-
-def _takes_details(term: Any) -> bool:
-    return "details" in inspect.signature(term).parameters
-
-
-def _name(reward: Reward) -> str:
-    if isinstance(reward, CorrectnessReward):
-        return "correctness"
-    return getattr(reward, "__name__", type(reward).__name__)
 
 
 def _shown(value: object) -> str:

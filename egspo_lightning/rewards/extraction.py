@@ -19,12 +19,9 @@ _FRAMES = frozenset({"boxed", "fbox", "framebox"})
 
 
 class _Box(NamedTuple):
-    command: int
-    """Where the command starts."""
-    start: int
-    """Where the content starts."""
+    command: int  # where the command starts
+    start: int  # and its content
     end: int
-    """Where the content ends."""
 
 
 def after_reasoning(text: str) -> str:

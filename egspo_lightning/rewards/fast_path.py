@@ -7,7 +7,7 @@ these. The verdict on all others is None, and math-verify decides.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from egspo_lightning.rewards.normalize import normalize, to_latex
 from egspo_lightning.rewards.numbers import PERCENT, as_latex, compare_numbers, parse_number, value_in_base
@@ -51,8 +51,7 @@ def compare_fast(answer: str, gold: str) -> Verdict:
         return None
     if spellings[0] == spellings[1]:
         return True
-    choice = _compare_choices(answer, gold)
-    if choice is not None:
+    if (choice := _compare_choices(answer, gold)) is not None:
         return choice
     left, right = _quantities(answer, gold)
     if left.unit is not None and right.unit is not None and left.unit != right.unit:
@@ -96,15 +95,13 @@ def _is_measured(quantity: Quantity) -> bool:
 
 def _spell_out(text: str) -> str:
     """Rewrite what math-verify would misread: plain numbers, degrees in an angle's function, signs in a term."""
-    number = parse_number(normalize(text))
-    if number is not None:
+    if (number := parse_number(normalize(text))) is not None:
         return text if number.is_decimal or number.is_percent else as_latex(number)
     if _ANGLE_FUNCTION.search(text):
         text = _DEGREES.sub(r"{\\frac{\1 \\pi}{180}}", text)
     if len(_PLUS_MINUS.findall(text)) == 1 and "," not in text and r"\{" not in text:
         signs = (("+", "-"), ("-", "+"))
-        both = (_MINUS_PLUS.sub(minus, _PLUS_MINUS.sub(plus, text)).lstrip("+") for plus, minus in signs)
-        text = ", ".join(both)
+        text = ", ".join(_MINUS_PLUS.sub(minus, _PLUS_MINUS.sub(plus, text)).lstrip("+") for plus, minus in signs)
     return text
 
 
@@ -114,13 +111,7 @@ def _compare_values(answer: str, gold: str) -> Verdict:
         return None
     if answer == gold:
         return True
-    comparisons: Sequence[Callable[[str, str], Verdict]] = (
-        _compare_plain_numbers,
-        _compare_equations,
-        _compare_based,
-        _compare_words,
-        _compare_lists,
-    )
+    comparisons = _compare_plain_numbers, _compare_equations, _compare_based, _compare_words, _compare_lists
     verdicts = (compare(answer, gold) for compare in comparisons)
     return next((verdict for verdict in verdicts if verdict is not None), None)
 
@@ -191,8 +182,7 @@ def _compare_choices(answer: str, gold: str) -> Verdict:
     choice, other = (left, gold) if left else (right, answer)
     if choice is None or (left and right):
         return None
-    letter = _LETTER.fullmatch(other)
-    if letter:
+    if letter := _LETTER.fullmatch(other):
         return letter[1] == (choice[1] or choice[2])
     return compare_fast(choice[3], gold) if left else compare_fast(answer, choice[3])
 

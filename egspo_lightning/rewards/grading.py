@@ -36,7 +36,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 from egspo_lightning.errors import require
@@ -95,9 +94,7 @@ class MathGrader:
     def __enter__(self) -> MathGrader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def grade(self, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
@@ -124,8 +121,7 @@ class MathGrader:
     def equivalence_classes(self, groups: Sequence[Sequence[str | None]]) -> list[list[int | None]]:
         """Return the class of each bare answer among the answers to its problem, for votes; None for no answer.
 
-        Each item of ``groups`` holds the answers to one problem. Classes are numbered in order of appearance, and
-        an answer joins the first one whose first member it equals; see `equivalence.equivalence_classes`.
+        Each item of ``groups`` holds the answers to one problem; see `equivalence.equivalence_classes`.
 
         Raises:
             RuntimeError: the workers cannot be started, or another thread has closed the grader.
@@ -182,9 +178,7 @@ def _lenient_grade(outcome: Outcome) -> Grade:
 
 
 def _bare(answer: str) -> str | None:
-    boxed = extract_boxed(answer)
-    if boxed is None:
-        boxed = answer.strip()
+    boxed = extract_boxed(answer) or answer.strip()
     return boxed if 0 < len(boxed) <= MAX_ANSWER_LENGTH else None
 
 

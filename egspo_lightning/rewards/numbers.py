@@ -61,10 +61,11 @@ def compare_numbers(answer: Number, gold: Number) -> bool | None:
     """
     has_two_readings = gold.is_percent and not answer.is_percent
     golds = [gold.value, gold.value / 100] if has_two_readings else [gold.value]
-    verdicts = [_compare_values(answer.value, value, answer.is_decimal, gold.is_decimal) for value in golds]
-    if True in verdicts:
+    if answer.value in golds:
         return True
-    return None if None in verdicts else False
+    rounded = golds if answer.is_decimal else [answer.value]
+    may_be_rounded = answer.is_decimal != gold.is_decimal and any(exact.denominator > 1 for exact in rounded)
+    return None if may_be_rounded else False
 
 
 def as_latex(number: Number) -> str:
@@ -84,14 +85,6 @@ def value_in_base(text: str) -> int | None:
         return int(match[1], base)
     except ValueError:
         return None
-
-
-def _compare_values(left: Fraction, right: Fraction, left_is_decimal: bool, right_is_decimal: bool) -> bool | None:
-    if left == right:
-        return True
-    exact = left if right_is_decimal else right
-    may_be_rounded = left_is_decimal != right_is_decimal and exact.denominator > 1
-    return None if may_be_rounded else False
 
 
 def _without_suffix(text: str, suffix: re.Pattern[str]) -> tuple[str, bool]:

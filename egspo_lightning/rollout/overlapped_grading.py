@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
 
 from egspo_lightning.rollout.engine import Sample
 from egspo_lightning.types import Completion
@@ -48,9 +47,7 @@ class OverlappedGrading:
     def __enter__(self) -> "OverlappedGrading":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
         if kind is not None and self._cancel is not None:
             running = [future for _, future in self._futures if not future.done()]
@@ -81,15 +78,13 @@ class OverlappedGrading:
             Exception: the error of a batch.
             RuntimeError: a sample is missing.
         """
-        missing = self._num_requests - len(self._samples)
-        if missing:
+        if missing := self._num_requests - len(self._samples):
             raise RuntimeError(f"data.engine gave no sample for {missing} of {self._num_requests} requests.")
         started = time.perf_counter()
         graded: dict[int, Completion] = {}
         for numbers, future in self._futures:
             graded.update(zip(numbers, future.result(), strict=True))
-        last = sorted(self._waiting)
-        if last:
+        if last := sorted(self._waiting):
             graded.update(zip(last, self._grade(last, [self._samples[number] for number in last]), strict=True))
         self.seconds_waited = time.perf_counter() - started
         return [graded[number] for number in range(self._num_requests)]

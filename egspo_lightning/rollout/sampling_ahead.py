@@ -39,13 +39,16 @@ class SamplingAhead:
         """Start to make a rollout batch in a thread; none may be held."""
         assert not self.is_there
 
-        def make() -> dict[str, Any]:
-            with policy.apart():
-                return pack(prepare(policy))
+        def make(future: Future[dict[str, Any]]) -> None:
+            try:
+                with policy.apart():
+                    future.set_result(pack(prepare(policy)))
+            except BaseException as error:
+                future.set_exception(error)
 
         self._policy, self._making = policy, Future()
         # a daemon: a reward that hangs does not keep the process alive
-        self._thread = threading.Thread(target=_settle, args=(self._making, make), name="lookahead", daemon=True)
+        self._thread = threading.Thread(target=make, args=(self._making,), name="lookahead", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -94,11 +97,3 @@ class SamplingAhead:
         if self._thread is not None:
             self._thread.join(PATIENCE_S)
         self._making = self.saved = None
-
-
-def _settle(future: Future[dict[str, Any]], make: Callable[[], dict[str, Any]]) -> None:
-    """Call a function, and set its result or exception on a future."""
-    try:
-        future.set_result(make())
-    except BaseException as error:
-        future.set_exception(error)

@@ -21,9 +21,9 @@ TOKENS_PER_SCORING_BATCH = 16_384
 
 
 def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tuple[ScoredRollouts, Measurements]:
-    """Score a collection under the networks as they are now; what the engine told is taken where that is as good.
+    """Score sampled groups with the networks as they are now, or take the engine's statistics if they are as good.
 
-    Collective. Where nothing is scored, the module's check of the first ratio still compares sampler and trainer.
+    Collective. If nothing is scored, the module's check of the first ratio still compares sampler and trainer.
 
     Raises:
         RuntimeError: the engine did not sample from the policy that the scorer sees.

@@ -99,7 +99,10 @@ class TokenSampler:
         if self._num_pending + len(rows) > len(self._probs):
             self._record_pending()
         place = slice(self._num_pending, self._num_pending + len(rows))
-        probs = self._probabilities(logits, place)
+        scaled = self._logits[place].copy_(logits)
+        if self._temperature != 1.0:
+            scaled.div_(self._temperature)
+        probs = torch.softmax(scaled, -1, out=self._probs[place])
         if uniforms is None or self._sampling.temperature == 0:
             tokens = logits.argmax(-1)
         else:
@@ -107,13 +110,6 @@ class TokenSampler:
         self._pending.append(_Step(rows, tokens, running))
         self._num_pending += len(rows)
         return tokens
-
-    def _probabilities(self, logits: Tensor, place: slice) -> Tensor:
-        """The softmax of a step, kept with the logits until its statistics are computed."""
-        scaled = self._logits[place].copy_(logits)
-        if self._temperature != 1.0:
-            scaled.div_(self._temperature)
-        return torch.softmax(scaled, -1, out=self._probs[place])
 
     def _record_pending(self) -> None:
         """Compute the statistics of the pending steps, and record their tokens."""
@@ -123,16 +119,13 @@ class TokenSampler:
         steps = torch.cat([torch.full_like(step.rows, number) for number, step in numbers])  # no wait for the device
         rows, tokens, running = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._tokens[rows, steps] = tokens
-        self._logprobs[rows, steps], self._entropies[rows, steps] = self._statistics(tokens)
+        pending = slice(self._num_pending)
+        with torch.autocast(tokens.device.type, enabled=False):  # autocast would multiply in half precision
+            statistics = stats_from_probs(self._probs[pending], self._logits[pending], tokens)
+        self._logprobs[rows, steps], self._entropies[rows, steps] = statistics
         self._lengths.index_add_(0, rows, running.long())
         self._num_recorded += len(self._pending)
         self._pending, self._num_pending = [], 0
-
-    def _statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of all pending tokens."""
-        pending = slice(self._num_pending)
-        with torch.autocast(tokens.device.type, enabled=False):  # autocast would multiply in half precision
-            return stats_from_probs(self._probs[pending], self._logits[pending], tokens)
 
     def samples(self, rows: Tensor, cut_off: Tensor | None = None) -> list[tuple[int, Sample]]:
         """The samples of some rows, as (row, sample); rows in ``cut_off`` are truncated.
@@ -161,17 +154,12 @@ def invert(probs: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
         top_p: nucleus sampling draws from the most probable tokens, the fewest whose probabilities reach this sum
     """
     if top_p < 1:
-        probs = _nucleus(probs, top_p)
+        ranked, order = probs.sort(-1, descending=True)
+        kept = ranked.cumsum(-1) - ranked < top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked * kept)
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1]  # 1, up to rounding
     # a uniform just below 1 is 1 in float32: without the bound it would choose the last token, possible or not
     target = (uniforms * total).minimum(total.nextafter(torch.zeros_like(total)))
     chosen = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
     return chosen.clamp(max=probs.shape[-1] - 1)  # only NaN exceeds it
-
-
-def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Zero all but the most probable tokens, the fewest whose probabilities reach ``top_p``."""
-    ranked, order = probs.sort(-1, descending=True)
-    kept = ranked.cumsum(-1) - ranked < top_p
-    return torch.zeros_like(probs).scatter(-1, order, ranked * kept)

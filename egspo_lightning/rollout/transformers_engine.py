@@ -143,7 +143,8 @@ class _DecodeState:
 
 def _prefill(lm: Any, requests: list[Request], pad_id: int, device: torch.device) -> _DecodeState:
     """Run each distinct prompt once, padded on the left, and repeat its cache for its completions."""
-    prompts, repeats = _distinct([request.prompt_ids for request in requests])
+    runs = [(prompt, len(list(run))) for prompt, run in groupby(request.prompt_ids for request in requests)]
+    prompts, repeats = zip(*runs, strict=True)
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -160,12 +161,5 @@ def _prefill(lm: Any, requests: list[Request], pad_id: int, device: torch.device
     )
     index = torch.repeat_interleave(torch.tensor(repeats, device=device))
     cache.batch_select_indices(index)
-    return _DecodeState(
-        cache, output.logits[index, -1], mask[index] if is_padded else None, lengths[index].unsqueeze(1)
-    )
-
-
-def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
-    """Runs of equal prompts as (prompts, lengths of the runs)."""
-    runs = [(prompt, len(list(run))) for prompt, run in groupby(prompts)]
-    return [prompt for prompt, _ in runs], [length for _, length in runs]
+    mask = mask[index] if is_padded else None
+    return _DecodeState(cache, output.logits[index, -1], mask, lengths[index].unsqueeze(1))

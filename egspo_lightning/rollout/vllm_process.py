@@ -12,10 +12,7 @@ import torch
 from egspo_lightning.checkpointing.random_state import random_state, restore_random_state
 from egspo_lightning.errors import UserError
 
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 """Environment variables set before vLLM is imported, unless the user has set them."""
 
 CPU_CACHE_GIB = 1
