@@ -161,5 +161,5 @@ def _prefill(lm: Any, requests: list[Request], pad_id: int, device: torch.device
     )
     index = torch.repeat_interleave(torch.tensor(repeats, device=device))
     cache.batch_select_indices(index)
-    mask = mask[index] if is_padded else None
-    return _DecodeState(cache, output.logits[index, -1], mask, lengths[index].unsqueeze(1))
+    repeated = mask[index] if is_padded else None
+    return _DecodeState(cache, output.logits[index, -1], repeated, lengths[index].unsqueeze(1))
