@@ -120,7 +120,7 @@ class Answerer:
             "top_p": sampling.top_p,
             "max_completion_length": sampling.max_completion_length,
             "seed": self.seed,
-            "engine": type(self.engine).__name__.removeprefix("LazyInstance_"),  # from jsonargparse, for a default
+            "engine": type(self.engine).__name__,
             **self.grader.settings(),
         }
 
@@ -135,8 +135,10 @@ class Answerer:
         prompts = [Prompt(p, encoder.encode(p), f"{self.seed}/{batch.benchmark}/{p.id}") for p in new]
         n = batch.num_samples
         samples = sample(policy, self.engine, prompts, n, batch.sampling)
-        asked = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
-        graded = self._grade(new, samples, decode(policy, samples), asked) if samples else []
+        graded: list[Answer] = []
+        if samples:
+            asked = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
+            graded = self._grade(new, samples, decode(policy, samples), asked)
         fresh = {problem.id: graded[i * n : (i + 1) * n] for i, problem in enumerate(new)}
         return [answer for problem in batch.problems for answer in earlier.get(problem.id) or fresh[problem.id]]
 

@@ -27,7 +27,7 @@ YIELD_FROM = 0.25
 """Dropped rows are yielded for grading once they are at least this share of the batch as it began."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class TransformersEngine(RolloutEngine):
     """Samples with the training model itself, so weights never need to be synchronized.
 
