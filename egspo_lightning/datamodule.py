@@ -2,7 +2,7 @@
 
 All sizes in its config are global: of one optimizer step or one rollout batch, over all ranks and accumulated
 micro-batches. More ranks, ``--trainer.accumulate_grad_batches`` or ``max_tokens_per_micro_batch`` change speed and
-memory, never the optimizer step.
+memory. The optimizer step stays the same up to rounding.
 """
 
 from typing import Any, Literal
@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from egspo_lightning.data.expert_pool import ExpertPool
 from egspo_lightning.data.prompts import PromptEncoder, PromptTemplate
 from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
@@ -30,8 +29,8 @@ from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from egspo_lightning.training.fit_loop import count_epochs, forget
-from egspo_lightning.training.lazy_defaults import built
+from egspo_lightning.training.fit_loop import restore_accumulation, resume_with_next_epoch
+from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
 from egspo_lightning.training.rollout_phase import Phases, PhaseSizes, Process
 from egspo_lightning.training.setup_rules import require_positions, require_run
 from egspo_lightning.types import Count, NonNegativeInt, ProblemBatch, UnitInterval
@@ -54,15 +53,15 @@ class HybridDataModule(LightningDataModule):
         num_generations: Completions of each problem.
         expert_fraction: Share of the problems of a rollout batch that come from the demonstrations. Their groups also
             hold the expert's solution, as an off-policy sample (LUFFY).
-        max_resampling: Most rounds that replace flat groups, whose rewards are all equal, by groups of other problems
-            (DAPO's dynamic sampling). 0 keeps flat groups; optimizer steps skip them.
+        max_resampling: Maximum number of rounds that replace flat groups, whose rewards are all equal, by groups of
+            other problems (DAPO's dynamic sampling). 0 keeps flat groups.
         num_ppo_epochs: Passes over a rollout batch.
         num_minibatches: Optimizer steps of a pass.
         max_tokens_per_micro_batch: Token budget, prompts and completions, of one forward and backward pass on a device.
-            A packed pass adds little padding to it. Each phase takes the fewest micro-batches that keep the budget,
-            split by length. null takes the number from trainer.accumulate_grad_batches.
-        max_staleness: Rollout batches that the sampling policy may be behind the trained one. 0 samples, then trains.
-            1 samples the next rollout batch in a thread while this one is trained on.
+            Padding is not counted; a packed pass adds little. Each phase uses the fewest micro-batches within the
+            budget, split by length. null takes their number from trainer.accumulate_grad_batches.
+        max_staleness: Maximum lag of the sampling policy, in rollout batches. 0 samples, then trains. 1 samples the
+            next rollout batch in a thread while the policy trains on this one.
         max_prompt_length: Longest prompt in tokens; demonstrations with longer ones are dropped.
         long_problems: For training problems with longer prompts: "error", or "drop" to drop and count them.
         max_completion_length: Longest completion in tokens, EOS included; longer demonstrations are dropped.
@@ -99,7 +98,8 @@ class HybridDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        engine, reward, evaluation_grader = built(engine), built(reward), built(evaluation_grader)
+        engine, reward = instantiate_lazy_default(engine), instantiate_lazy_default(reward)
+        evaluation_grader = instantiate_lazy_default(evaluation_grader)
         self.demonstrations, self.problems, self.benchmarks = demonstrations, problems, benchmarks or []
         self.engine, self.reward, self.prompt = engine, WeightedReward.of(reward), prompt
         self.num_problems, self.num_generations = num_problems, num_generations
@@ -112,7 +112,7 @@ class HybridDataModule(LightningDataModule):
         self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
         self.eval_batch_size, self.seed, self.long_problems = eval_batch_size, seed, long_problems
         self.num_duplicates = 0
-        """Training problems and demonstrations that a benchmark contains; they are dropped."""
+        """Number of training problems and demonstrations that were dropped because a benchmark contains them."""
         self.answerer = Answerer(
             self.benchmarks, engine, evaluation_grader, predict_sampling, self.max_completion_length, seed
         )
@@ -124,7 +124,7 @@ class HybridDataModule(LightningDataModule):
             engine=self.engine,
             reward=self.reward,
             draw=self.problems.draw,
-            draw_experts=lambda start, count: self._pool.solutions(start, count) if count else [],
+            draw_experts=lambda start, count: self.phases.loaded_pool.solutions(start, count) if count else [],
             encode=lambda problem: self.encoder.encode(problem),
             num_problems=self.num_problems,
             num_experts=self.num_experts,
@@ -146,7 +146,7 @@ class HybridDataModule(LightningDataModule):
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
         if stage == TrainerFn.FITTING:
-            count_epochs(self._trainer)
+            resume_with_next_epoch(self._trainer)
             require_run(self._trainer, self._policy, self)
             if self.phases.pool is None:
                 self._load_training_data()
@@ -154,7 +154,7 @@ class HybridDataModule(LightningDataModule):
         require_positions(module.policy_config.max_positions(), self.max_prompt_length, self._completion_limits(stage))
 
     def _completion_limits(self, stage: str) -> list[tuple[str, int]]:
-        """Config field and value of each limit of a completion that a stage samples, in tokens."""
+        """Completion length limits of a stage, as (config field, tokens)."""
         fields = {
             benchmark.name: f"max_completion_length of benchmark {benchmark.name!r}" for benchmark in self.benchmarks
         }
@@ -177,29 +177,29 @@ class HybridDataModule(LightningDataModule):
             pool.require_answers()
         self.phases.pool = pool
         rank_zero_info(
-            f"Data: {len(pool.demonstrations)} demonstrations (dropped: {num_asked} that a benchmark asks, "
-            f"{pool.num_dropped} that are too long). Training problems dropped because a benchmark asks them: "
+            f"Data: {len(pool.demonstrations)} demonstrations (dropped: {num_asked} that a benchmark contains, "
+            f"{pool.num_dropped} that are too long). Training problems dropped because a benchmark contains them: "
             f"{dropped[0]}; because they are too long: {dropped[1]}."
         )
 
     def teardown(self, stage: str) -> None:
         """End sampling ahead, the graders' processes, and the engine."""
         self.answerer.close()
-        forget(self._trainer)
+        restore_accumulation(self._trainer)
         self._end_sampling()
         if isinstance(self.engine, ClosingEngine):
             self.engine.close()
 
     def on_exception(self, exception: BaseException) -> None:
         """End sampling ahead: no thread outlives the run."""
-        forget(self._trainer)
+        restore_accumulation(self._trainer)
         self._end_sampling()
 
     def _end_sampling(self) -> None:
         self.phases.ahead.cancel()
-        self.reward.close()  # ends a thread that waits for grades
+        self.reward.close()  # unblocks a sampling thread that waits for grades
         self.phases.drop_ahead()
-        self.reward.close()  # the thread may have started new workers before it ended
+        self.reward.close()  # stops workers that the thread started meanwhile
 
     # Training
 
@@ -207,12 +207,12 @@ class HybridDataModule(LightningDataModule):
         """The loader of the next phase, by the policy's stage."""
         num_micro_batches, samples_ahead = self._trainer.accumulate_grad_batches, self.max_staleness > 0
         return self.phases.loader(
-            self._policy, self._process, num_micro_batches, samples_ahead=samples_ahead and self._is_followed
+            self._policy, self._process, num_micro_batches, samples_ahead=samples_ahead and self._has_next_phase
         )
 
     @property
-    def _is_followed(self) -> bool:
-        """Whether another phase follows the one whose loader Lightning asks for, as far as it can be known."""
+    def _has_next_phase(self) -> bool:
+        """Whether another phase follows the one whose loader is built. Ignores max_time and early stopping."""
         trainer = self._trainer
         steps = trainer.global_step + self.num_ppo_epochs * self.num_minibatches
         has_epochs = trainer.max_epochs in (None, -1) or trainer.current_epoch + 1 < trainer.max_epochs
@@ -269,11 +269,6 @@ class HybridDataModule(LightningDataModule):
         return self.trainer
 
     @property
-    def _pool(self) -> ExpertPool:
-        assert self.phases.pool is not None, "setup has not run"
-        return self.phases.pool
-
-    @property
     def _process(self) -> Process:
         return Process(self._trainer.global_rank, self._trainer.world_size)
 
@@ -295,7 +290,7 @@ class HybridDataModule(LightningDataModule):
         return self.phases.num_rollout_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Positions in the data, and the rollouts of a phase that is not done. Collective."""
+        """Data positions, the unfinished rollout batch and the one sampled ahead. Call it on all ranks."""
         progress: Any = self._trainer.fit_loop.epoch_progress.current
         return self.phases.state_dict(self._policy, is_running=progress.ready > progress.processed)
 
@@ -305,11 +300,11 @@ class HybridDataModule(LightningDataModule):
             self.phases.load_state_dict(state_dict, self._process, samples_ahead=self.max_staleness > 0)
             if state_dict.get("ahead") and not self.phases.ahead.is_there:
                 rank_zero_info(
-                    "The checkpoint holds rollouts that were sampled ahead, on another number of ranks or with another "
-                    "data.max_staleness: their problems are sampled anew."
+                    "The checkpoint holds rollouts that were sampled ahead on another number of ranks or with another "
+                    "data.max_staleness. They are dropped, and their problems are sampled again."
                 )
 
 
 def _loader(batches: list[ProblemBatch]) -> SizedLoader:
-    """Batches as a loader: Lightning takes a list of batches for a list of loaders."""
+    """A loader of given batches: Lightning would read a plain list as several loaders."""
     return SizedLoader(len(batches), lambda: iter(batches))

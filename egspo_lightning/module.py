@@ -25,8 +25,8 @@ from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 from egspo_lightning.training.advantage_and_gate import AdvantageAndGate
-from egspo_lightning.training.fit_loop import settle
-from egspo_lightning.training.lazy_defaults import built
+from egspo_lightning.training.fit_loop import set_epoch_length
+from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
 from egspo_lightning.training.nonfinite_updates import FiniteUpdates, NonFiniteError, Part, describe, pack
 from egspo_lightning.training.policy_module import PolicyModule
 from egspo_lightning.training.rollout_checks import first_ratio_gap, require_version
@@ -56,12 +56,13 @@ class EGSPOModule(PolicyModule):
         critic: Estimates values; only GAE needs it.
         kl_reward: KL to the reference policy as a part of the reward; none by default.
         entropy_bonus: Term for the policy's entropy in the loss; none by default.
-        temperature: Sampling temperature of the rollouts; old, new and reference log-probabilities are taken at it.
+        temperature: Sampling temperature. All log-probabilities of rollouts in training use it.
         optimizer: The optimizer, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimizer steps; constant by default.
         initial_stage: sft, or egspo to start with rollouts at once.
         max_bad_updates: Stop after this number of optimizer steps in a row with a non-finite loss or gradient. Each
-            is skipped and counted. Weights and batch of the last go to nonfinite.ckpt, for ``egspo replay``.
+            step is skipped and counted. At the limit, weights and batch are saved to nonfinite.ckpt, for
+            ``egspo replay``.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class EGSPOModule(PolicyModule):
         initial_stage: Literal["sft", "egspo"] = "sft",
         max_bad_updates: PositiveInt = 5,
     ) -> None:
-        gate, attenuation, advantage = built(gate), built(attenuation), built(advantage)
+        gate, attenuation, advantage = map(instantiate_lazy_default, (gate, attenuation, advantage))
         has_reference = objective.beta > 0 or kl_reward is not None
         super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
         self.advantage_and_gate = AdvantageAndGate(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
@@ -104,7 +105,7 @@ class EGSPOModule(PolicyModule):
     # Training
 
     def on_train_epoch_start(self) -> None:
-        """Begin a phase: its rollouts come from the policy as it is now or, sampled ahead, as it was one phase ago."""
+        """Start a phase. Its rollouts come from the current policy, or from the previous phase's if sampled ahead."""
         self._previous_version, self._phase_version = self._phase_version, self.policy_version
         self._phase.add({"stage": float(self.stage == Stage.EGSPO)})
 
@@ -115,13 +116,15 @@ class EGSPOModule(PolicyModule):
             UserError: no token budget can bound this model's passes.
         """
         require_bounded_passes(self._policy.passes)
-        settle(self.trainer, number, num_updates)
+        set_epoch_length(self.trainer, number, num_updates)
         self._phase.add({"update/micro_batches": float(number)}, "max")
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Loss of a micro-batch, scaled so that its mean over micro-batches and ranks is that of the optimizer step."""
+        """Loss of a micro-batch, times ranks and micro-batches, because DDP and Lightning average over them."""
         if batch.stage != self.stage:
-            raise RuntimeError(f"A batch of stage {batch.stage} came in stage {self.stage}: a loader was not renewed.")
+            raise RuntimeError(
+                f"A batch of stage {batch.stage} came in stage {self.stage}: the loader was not reloaded."
+            )
         if batch.stage == Stage.SFT:
             assert batch.expert is not None
             weights = None
@@ -146,7 +149,7 @@ class EGSPOModule(PolicyModule):
     ) -> tuple[Tensor, Metrics]:
         self._require_fresh(rollout)
         if weights.mu == 0:
-            expert = None  # a schedule may end there
+            expert = None  # a schedule of mu may decay to 0
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
         current, expert_loss = self._egspo_forward(rollout, expert, with_entropies=self._needs_entropies)
         self._check_first_ratio(current.logprobs.detach(), rollout)
@@ -194,7 +197,7 @@ class EGSPOModule(PolicyModule):
         return self._egspo_loss(current, rollout, expert_loss, weights)[0], current
 
     def _untouched(self, values: Tensor | None) -> Tensor | float:
-        """0, with a gradient of 0 for a critic that this step does not train: DDP waits for every gradient."""
+        """A zero loss that touches a critic that this step does not train: DDP waits for every gradient."""
         if values is not None:
             return 0.0 * values.sum()
         if self.critic is None or self.device_mesh is not None or self.trainer.world_size == 1:
@@ -219,9 +222,12 @@ class EGSPOModule(PolicyModule):
         return critic is not None and self.global_step - self.entered_step < critic.warmup_steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Drop gradients that this step must not apply: momentum and weight decay then move nothing either."""
+        """Set gradients to None in a skipped step, and those of an untrained network.
+
+        Momentum and weight decay then do not apply either.
+        """
         policy, critic = self._trained_parameters()
-        scaled = str(self.trainer.precision) == "16-mixed"  # its scaler skips, and lowers the scale
+        scaled = str(self.trainer.precision) == "16-mixed"  # GradScaler skips the step and lowers its scale
         is_bad = self._finite.judge([*policy, *critic], self.sum_over_ranks, scaled=scaled)
         self._phase.add({"fault/nonfinite_updates": float(self._finite.num_bad)}, "max")
         self._skip_update = self._skip_update or is_bad
@@ -244,7 +250,7 @@ class EGSPOModule(PolicyModule):
     def log_phase(self, values: Mapping[str, float]) -> None:
         """Log metrics of a phase, equal on all ranks, after its last optimizer step.
 
-        Logs at once: Lightning would log after the phase's checkpoint, and a kill in between would lose the metrics.
+        Lightning would log after the phase's checkpoint is saved. A kill in between would then lose these metrics.
         """
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in self.loggers:
@@ -268,28 +274,28 @@ class EGSPOModule(PolicyModule):
         raise NonFiniteError(
             f"{self._finite.num_in_a_row} updates in a row had a loss or gradient that is not finite, the last at "
             f"{describe(part)} after {self.global_step} optimizer steps, phase {self.trainer.current_epoch + 1}. They "
-            f"were skipped; the weights are those of before. To see which tokens: egspo replay {path}. Lower the "
+            f"were skipped; the weights are unchanged. To see which tokens: egspo replay {path}. Lower the "
             "learning rate, clip the gradient (trainer.gradient_clip_val), or look at the data, then resume."
         )
 
     def _require_fresh(self, rollout: RolloutBatch) -> None:
-        """Accept rollouts of the policy at the start of this phase or, by data.max_staleness, of the phase before."""
+        """Accept rollouts of this phase's policy or, with data.max_staleness 1, of the previous phase's."""
         allowed = {self._phase_version}
         if getattr(self.trainer.datamodule, "max_staleness", 0) > 0:  # type: ignore[attr-defined]
-            allowed.add(max(self._previous_version, self.entered_step))  # never of stage SFT
+            allowed.add(max(self._previous_version, self.entered_step))  # never from before stage EGSPO
         require_version(rollout.policy_version, allowed, self._phase_version)
 
     def _check_first_ratio(self, logprobs: Tensor, rollout: RolloutBatch) -> None:
-        """Before the first optimizer step pi is pi_old, so every ratio must be 1 within the precision in use.
+        """Check that every ratio is 1, within the precision in use, before the first optimizer step on a rollout batch.
 
-        Rollouts that were sampled ahead have no such step and are not checked. The first rollout batch of the stage
-        always is, and scored log-probabilities are compared with the engine's.
+        The check is skipped for rollouts sampled ahead, because the policy has changed since. The first rollout batch
+        of the stage is never sampled ahead, so it is always checked.
         """
         mask = rollout.sampled_mask
         ratios = log_ratio(logprobs, rollout.old_logprobs).masked_fill(~mask, 0.0)
         self._phase.add({"policy/ratio_max": ratios.max().exp()}, "max")
         if self.policy_version == rollout.policy_version:
-            is_mean = self.takes_sampled_statistics  # pi_old is then the engine's own word
+            is_mean = self.takes_sampled_statistics  # pi_old are then the engine's log-probabilities
             gap = first_ratio_gap(ratios, mask, is_mean=is_mean, is_full_precision=self.is_full_precision)
             self._phase.add({"policy/first_ratio_gap": gap}, "max")
 
@@ -302,7 +308,7 @@ class EGSPOModule(PolicyModule):
         self._phase.add(metrics | {name: torch.where(n > 0, total / n, total) for name, (total, n) in counted})
         return rollout
 
-    # Evaluation: the datamodule samples and grades; its answers are passed on unread
+    # Evaluation: the datamodule samples and grades; these hooks only forward its answers
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Answer a batch of benchmark problems."""
@@ -332,7 +338,7 @@ class EGSPOModule(PolicyModule):
         """Also restore the state of gate and adaptive coefficients, and the metrics of the phase."""
         super().on_load_checkpoint(checkpoint)
         self.advantage_and_gate.load_state_dict(checkpoint["egspo"]["advantage_and_gate"])
-        metrics, rank = checkpoint["egspo"].get("metrics", []), self.trainer.global_rank
+        metrics, rank = checkpoint["egspo"]["metrics"], self.trainer.global_rank
         if len(metrics) == self.trainer.world_size:
             self._phase.load_state_dict(metrics[rank])
         if "finite" in checkpoint["egspo"]:

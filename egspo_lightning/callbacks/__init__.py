@@ -1,4 +1,4 @@
-"""Lightning callbacks. StageTransition ends SFT and HFExport exports the policy; all others only observe training."""
+"""Lightning callbacks: stage transition, evaluation, checkpoints and export, guards, and observers of training."""
 
 from egspo_lightning.callbacks.dashboard import Dashboard
 from egspo_lightning.callbacks.entropy_histogram import EntropyHistogram

@@ -34,16 +34,16 @@ class StageTransition(CheckpointedCallback):
 
     Args:
         after_epochs: Maximum number of SFT epochs; null leaves it to the monitored metric.
-        monitor: Name of a logged metric, such as loss/sft. A metric of MathBenchmark (eval/...) is judged when it is
-            measured, so math_benchmark.every_n_epochs must be set.
+        monitor: Name of a logged metric, such as loss/sft. Metrics of MathBenchmark (eval/...) exist only if
+            math_benchmark.every_n_epochs is above 0, and are judged in the epochs that measure them.
         mode: Whether smaller (min) or larger (max) values are better.
         target: Value of the metric that ends SFT.
         patience: Epochs without an improvement after which SFT ends.
         min_delta: Smallest change that counts as an improvement.
-        reset_optimizer: Forget the optimizer's moments and start its schedule anew.
+        reset_optimizer: Clear the optimizer's moments and restart its schedule.
         learning_rate: Learning rate of stage EGSPO; null keeps that of the optimizer's config. Needs reset_optimizer.
         save_checkpoint: Whether to write sft.ckpt into the log folder.
-        enabled: Whether SFT ends at all; false trains by SFT alone.
+        enabled: false trains by SFT only.
     """
 
     checkpointed = ("num_epochs", "num_bad_epochs", "best")
@@ -81,11 +81,11 @@ class StageTransition(CheckpointedCallback):
         """Check settings against each other.
 
         Raises:
-            UserError: SFT alone would begin after SFT, or the monitored benchmark is not measured during SFT.
+            UserError: enabled is false with model.initial_stage egspo, or no benchmark measures the monitored metric.
         """
         if stage == TrainerFn.FITTING and not self.enabled and module_of(pl_module).stage == Stage.EGSPO:
             raise UserError(
-                "stage_transition.enabled: false trains by SFT alone, but model.initial_stage: egspo leaves SFT out. "
+                "stage_transition.enabled: false trains by SFT only, but model.initial_stage: egspo skips SFT. "
                 "Change one of them."
             )
         benchmark = _benchmark(trainer)
@@ -97,12 +97,15 @@ class StageTransition(CheckpointedCallback):
             )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """SFT alone stays in stage SFT, also from a checkpoint at which another run left it."""
+        """With enabled false, stay in stage SFT, even if the checkpoint is at the transition."""
         if not self.enabled:
             module_of(pl_module).stage = Stage.SFT
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that starts at the end of SFT uses its own reference policy, critic and learning rate."""
+        """At the start of stage EGSPO, set up reference policy, critic and optimizer from this run's config.
+
+        This is the case for a run that starts from ``sft.ckpt`` or with ``initial_stage: egspo``.
+        """
         module = module_of(pl_module)
         has_left_sft = module.stage == Stage.EGSPO or module.entered_step > 0
         if has_left_sft and module.entered_step == trainer.global_step:
@@ -112,20 +115,21 @@ class StageTransition(CheckpointedCallback):
             rank_zero_warn(
                 f"trainer.max_epochs = {trainer.max_epochs} ends within stage SFT (stage_transition.after_epochs = "
                 f"{self.after_epochs}), so no phase of EGSPO follows. Raise max_epochs, or set "
-                "stage_transition.enabled: false to train by SFT alone."
+                "stage_transition.enabled: false to train by SFT only."
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide the stage of the next epoch; its loader is asked for before that epoch starts."""
+        """Decide the stage of the next epoch here: Lightning requests its loader before ``on_train_epoch_start``."""
         if not self.enabled or module_of(pl_module).stage != Stage.SFT:
             return
         self.num_epochs += 1
         reason = self._reason_to_end_sft(trainer)
+        # this project's metrics are equal on all ranks, but a user's own may differ
         if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
-            self._end_sft(trainer, module_of(pl_module), reason or "another rank decided so")
+            self._end_sft(trainer, module_of(pl_module), reason or "decided by another rank")
 
     def _end_sft(self, trainer: Trainer, module: EGSPOModule, reason: str) -> None:
-        """SFT ends here: the next epoch trains stage EGSPO."""
+        """End SFT: the next epoch trains stage EGSPO."""
         module.stage = Stage.EGSPO
         self.sft_end_reason = reason
         self._branch_off(module)

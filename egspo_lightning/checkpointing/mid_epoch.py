@@ -1,4 +1,4 @@
-"""Mid-epoch resume state: how far a phase has come, and whether a resumed run can continue it as it began."""
+"""Mid-epoch resume state: position in the phase, and checks that the config still matches."""
 
 import json
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from egspo_lightning.errors import UserError
 
 
 @dataclass
-class PhaseProgress:
+class MidEpochPosition:
     """Position within one phase.
 
     Args:
         num_micro_batches: Micro-batches of each optimizer step, on each rank.
         length: Micro-batches of the whole phase.
         max_tokens: Token budget of a micro-batch, if any.
-        num_given: Micro-batches that the trainer has received.
-        rollouts: In a loaded checkpoint, this rank's rollout batch; None in stage SFT.
+        num_given: Micro-batches given to the trainer so far.
+        rollouts: This rank's rollout batch, when read from a checkpoint of stage EGSPO; otherwise None.
     """
 
     num_micro_batches: int = 0
@@ -27,7 +27,7 @@ class PhaseProgress:
 
     @property
     def is_within(self) -> bool:
-        """Whether some micro-batches of the phase are done and others are left."""
+        """Whether the position is inside the phase: some micro-batches are done and others are left."""
         return 0 < self.num_given < self.length
 
     def state_dict(self, rollouts: list[dict[str, Any] | None]) -> dict[str, Any]:
@@ -41,8 +41,8 @@ class PhaseProgress:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], rank: int, world_size: int) -> "PhaseProgress":
-        """The progress that a checkpoint holds for one rank.
+    def from_state_dict(cls, state: dict[str, Any], rank: int, world_size: int) -> "MidEpochPosition":
+        """Read the position, and one rank's rollout batch, from a checkpoint.
 
         Raises:
             UserError: the checkpoint was saved on another number of ranks.
@@ -50,31 +50,31 @@ class PhaseProgress:
         saved = len(state["collections"])
         if saved != world_size:
             raise UserError(
-                f"ckpt_path: the checkpoint was made within a phase whose data {saved} ranks shared, and this run has "
-                f"{world_size}. Resume on {saved}, or from a checkpoint of the end of a phase."
+                f"ckpt_path: this is a mid-epoch checkpoint from {saved} ranks, and this run has {world_size}. Resume "
+                f"on {saved}, or from a checkpoint of the end of an epoch."
             )
-        parts, max_tokens = state.get("parts", 0), state.get("max_tokens")  # older checkpoints have no budget
-        return cls(parts, state["length"], max_tokens, state["num_given"], state["collections"][rank])
+        rollouts = state["collections"][rank]
+        return cls(state["parts"], state["length"], state["max_tokens"], state["num_given"], rollouts)
 
-    def resume(self, num_steps: int, num_micro_batches: int, max_tokens: int | None) -> "PhaseProgress":
-        """The same position in a phase of this config: ``num_micro_batches`` a step where there is no token budget.
+    def resume(self, num_steps: int, num_micro_batches: int, max_tokens: int | None) -> "MidEpochPosition":
+        """The same position in this config's phase; a token budget keeps the saved ``num_micro_batches`` of a step.
 
         Raises:
-            UserError: this config splits the phase in another way than the checkpoint's.
+            UserError: this config has a different number of optimizer steps or micro-batches than the checkpoint.
         """
         if max_tokens != self.max_tokens:
             raise UserError(
-                "ckpt_path: the checkpoint was made within a phase whose micro-batches were cut with "
-                f"data.max_tokens_per_micro_batch = {json.dumps(self.max_tokens)}, and this config has "
-                f"{json.dumps(max_tokens)}. Resume with the checkpoint's, or from a checkpoint of the end of a phase."
+                "ckpt_path: this is a mid-epoch checkpoint of a run with data.max_tokens_per_micro_batch = "
+                f"{json.dumps(self.max_tokens)}, and this config has {json.dumps(max_tokens)}. Resume with the "
+                "checkpoint's value, or from a checkpoint of the end of an epoch."
             )
         number = num_micro_batches if max_tokens is None else self.num_micro_batches
         if num_steps * number != self.length:
             flags = "data.num_minibatches or trainer.accumulate_grad_batches differ"
             raise UserError(
-                f"ckpt_path: the checkpoint was made within a phase of {self.length} micro-batches a rank, and with "
-                f"this config a phase has {num_steps * number}: the demonstrations, data.sft_batch_size, "
+                f"ckpt_path: this is a mid-epoch checkpoint of a phase of {self.length} micro-batches per rank, and "
+                f"with this config a phase has {num_steps * number}: the demonstrations, data.sft_batch_size, "
                 f"data.num_ppo_epochs, {flags if max_tokens is None else 'or data.num_minibatches differ'}. Resume "
-                "with those of the checkpoint, or from a checkpoint of the end of a phase."
+                "with the checkpoint's values, or from a checkpoint of the end of an epoch."
             )
-        return PhaseProgress(number, self.length, max_tokens, self.num_given)
+        return MidEpochPosition(number, self.length, max_tokens, self.num_given)

@@ -55,8 +55,8 @@ def require_one_method(paths: Sequence[str]) -> None:
     methods = [path for path in paths if Path(path).parent.name == "methods"]
     if len(methods) > 1:
         raise UserError(
-            f"config: {' and '.join(methods)} are methods, which do not add up: each holds what differs from the "
-            "defaults. Give one of them, and put further values into a file of your own or into flags."
+            f"config: {' and '.join(methods)} are both method overlays, and only one can be used. Give one of them, "
+            "and put further values into a file of your own or into flags."
         )
 
 

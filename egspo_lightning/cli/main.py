@@ -1,4 +1,4 @@
-"""Command line built on LightningCLI; the only place where module, data and callbacks meet.
+"""Command line built on LightningCLI: puts module, data and callbacks together.
 
 Every constructor argument is a flag and a config key, and every Lightning flag works. ``egspo`` is the short form of
 ``python -m egspo_lightning``.
@@ -51,7 +51,7 @@ from egspo_lightning.training.strategies import require_known, require_strategy
 from egspo_lightning.training.trainer import RunTrainer
 
 CALLBACKS: dict[str, type] = {
-    # MathBenchmark stands before StageTransition: what it logs at the end of an epoch can decide the stage
+    # MathBenchmark comes before StageTransition, which may read its metrics at the end of an epoch
     "math_benchmark": MathBenchmark,
     "stage_transition": StageTransition,
     "dashboard": Dashboard,
@@ -63,13 +63,13 @@ CALLBACKS: dict[str, type] = {
     "hf_export": HFExport,
     "predictions": PredictionWriter,
     "progress": PhaseProgress,
-    "interruption": Interruption,  # last, so that what a phase leaves behind is written when the run ends after it
+    "interruption": Interruption,  # last: all other callbacks have written their files before it stops the run
 }
 """Config key to callback. Each can be switched off, by an argument of its own or by Lightning's flag for its kind."""
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
-    "reload_dataloaders_every_n_epochs": 1,  # an epoch is a phase, and each has a loader of its own
+    "reload_dataloaders_every_n_epochs": 1,  # one epoch is one phase, with new data
     "num_sanity_val_steps": 0,  # MathBenchmark measures before training
     "log_every_n_steps": 1,
     "enable_model_summary": False,
@@ -95,20 +95,20 @@ class EgspoCLI(LightningCLI):
         )
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Add Lightning's subcommands, ``plan``, which reads the configs of fit, and ``replay``."""
+        """Add ``plan``, which reads the configs of fit, and ``replay`` to Lightning's subcommands."""
         super()._add_subcommands(parser, **kwargs)
         plan = self.init_parser(description="Estimate the memory that a run needs on each device, before it is run.")
         self._add_arguments(plan)
         plan.add_function_arguments(plan_run, skip={"model", "data", "flags"})
-        again = Parser(description="Compute a micro-batch that was not finite again, and report what is not finite.")
-        again.add_argument("file", type=str, help="The nonfinite.ckpt that the stopped run has written.")
+        replay_parser = Parser(description="Recompute a non-finite micro-batch, and report what is not finite.")
+        replay_parser.add_argument("file", type=str, help="The nonfinite.ckpt that the stopped run has written.")
         assert parser._subcommands_action is not None
-        for name, added in {"plan": plan, "replay": again}.items():
+        for name, added in {"plan": plan, "replay": replay_parser}.items():
             self._subcommand_parsers[name] = added
             parser._subcommands_action.add_subcommand(name, added, help=added.description)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser whose errors are not buried under the list of all options; ``--help`` still gives it."""
+        """Build a parser with a short usage line in errors; ``--help`` still lists all options."""
         parser = super().init_parser(allow_abbrev=False, **kwargs)
         if "prog" not in kwargs:  # a subcommand's
             parser.usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
@@ -117,7 +117,7 @@ class EgspoCLI(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would take the model's arguments from the checkpoint here, silently; ours hold none of them."""
+        """Disabled: Lightning would silently override model arguments by the checkpoint's hyperparameters."""
 
     def _set_seed(self) -> None:
         seed = self.config[self.config.subcommand].get("seed_everything")
@@ -148,12 +148,14 @@ class EgspoCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; Lightning's errors about impossible flags become errors of the user."""
-        require_known(self.config[self.subcommand].trainer.strategy)  # before Lightning says only: not on a CPU
+        require_known(
+            self.config[self.subcommand].trainer.strategy
+        )  # checked first: Lightning's own error only mentions the CPU
         if self.subcommand == "plan":  # the planned devices need not be here
             return RunTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         try:
             trainer = super().instantiate_trainer(**kwargs)
-            require_strategy(trainer)  # before one that would pickle the module
+            require_strategy(trainer)  # checked before ddp_spawn pickles the module
             return trainer
         except UserError:
             raise
@@ -164,7 +166,7 @@ class EgspoCLI(LightningCLI):
             raise UserError(f"trainer: {error} Change one of what was given: {shown}.") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """``--ckpt_path last`` is the last checkpoint of the latest run, whose folder a resumed run goes on in."""
+        """Resolve ``--ckpt_path last``: the latest run's last checkpoint. A resumed run logs into that run's folder."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") != "last":
             return kwargs
@@ -177,7 +179,7 @@ class EgspoCLI(LightningCLI):
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, unwanted)])
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run Lightning's subcommand, or print the plan or the replay; a failing rank ends the others, which wait."""
+        """Run a subcommand. On an exception, stop the other ranks, which would hang."""
         config = self.config[subcommand]
         if subcommand == "replay":
             print(*replay(Path(config.file)), sep="\n")
@@ -192,14 +194,14 @@ class EgspoCLI(LightningCLI):
             raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give each callback a key of its own, so that a config changes one argument without repeating the list."""
+        """Give each callback its own config key, so that one argument can be changed without repeating the list."""
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_epochs": 10})
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def before_fit(self) -> None:
-        """Tell the dashboard the hyperparameters, which only the config knows as the user wrote them."""
+        """Pass the config's values, as the user wrote them, to the dashboard."""
         callback_of(self.trainer, Dashboard).hyperparameters = hyperparameters(self.config["fit"].as_dict())
 
     def after_fit(self) -> None:
@@ -226,7 +228,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if stopped.code:
             print(f"error: {stopped}", file=sys.stderr)
         raise
-    except (Exception, SIGTERMException) as error:  # the latter where nothing is trained: Lightning's exit code is 0
+    except (Exception, SIGTERMException) as error:  # SIGTERM outside fit: Lightning would exit with 0
         sys.exit(end(error, debug=DEBUG in arguments))
 
 
@@ -236,5 +238,5 @@ def run(args: Sequence[str] | None = None) -> EgspoCLI:
     disable_progress_bar()
     require_ranks(os.environ)
     arguments = use_configs(sys.argv[1:] if args is None else args)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own do not survive a fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads are unsafe after a fork
     return EgspoCLI(arguments)

@@ -3,7 +3,7 @@ r"""The loss of one optimizer step in stage EGSPO, from top to bottom::
     L        = (1 - mu) L_EGSPO  +  mu L_SFT  +  beta KL(pi || pi_ref)  +  c_v L_V  -  c_h H
     L_EGSPO  = -(1/N) sum_t  g_t min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )
     r_t      = pi(y_t | x_t) / pi_old(y_t | x_t)
-    g_t      = s_t + (1 - s_t) phi_t,   s_t = 1 if H_t >= tau else 0
+    g_t      = s_t + (1 - s_t) phi_t,   s_t = 1 if H_t >= tau else 0   (or a sigmoid, with gate_width)
     L_SFT    = -(1/N_expert) sum_t log pi(y*_t | x*_t)
     L_V      = (1/N) sum_t 1/2 (V_t - R_t)^2, clipped
 
@@ -15,8 +15,8 @@ Source: EGSPO (arXiv 2602.03309), implemented from the abstract. Config values s
   detached.
 - The gate multiplies the surrogate alone. A_t enters both branches ungated, after any whitening, so a wrong trajectory
   also lowers the probability of its confident tokens. (``low_branch: nll`` is the ablation without A_t.)
-- phi below 1 shrinks the surrogate relative to mu, beta and gradient clipping. ``rescale_weights`` divides g_t by its
-  mean over the rollout batch.
+- phi below 1 shrinks the surrogate relative to the SFT and KL terms and to gradient clipping. ``rescale_weights``
+  divides g_t by its mean over the rollout batch.
 - ``sampler_correction`` weights the surrogate where an engine did not sample from pi_old, see ``ops.correction``. It is
   off by default.
 - N counts the whole optimizer step: the completion tokens (or sequences, by ``aggregation``) of all micro-batches and
@@ -56,13 +56,13 @@ class Coefficients(NamedTuple):
     """Weights of the loss terms at one optimizer step, from schedules and adaptive coefficients."""
 
     mu: float
-    """of the expert data"""
+    """Weight of the SFT loss."""
     policy: float = 1.0
-    """of every term that trains the policy: 0 during the critic's warm-up"""
+    """Factor of all policy losses: 0 during the critic's warm-up."""
     value: float = 0.0
-    """c_v"""
+    """c_v, weight of the value loss; the module adds that loss."""
     entropy: float = 0.0
-    """c_h"""
+    """c_h, weight of the entropy bonus."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Objective:
         low_branch_epsilon_low: Lower clip for low-entropy tokens; null is epsilon_low.
         low_branch_epsilon_high: Upper clip for low-entropy tokens; null is epsilon_high.
         dual_clip: Bound of the ratio where A < 0, above 1; null sets none.
-        gate_entropy: Which policy's entropy the gate uses: sampling, or current, which differs from the second
-            optimizer step on a rollout batch on. tau and the gate's metrics always use the sampling policy.
+        gate_entropy: Which policy's entropy the gate uses: sampling or current. They are equal in the first optimizer
+            step on a rollout batch. tau and the gate's metrics always use the sampling policy.
         gate_width: Width of a soft gate, in nats: the share of a token that takes the full update is
             sigmoid((H - tau) / width). 0 is a hard gate.
-        rescale_weights: Divide the gate's weights by their mean over the rollout batch, at the entropies of the
-            sampling policy.
-        low_branch: Loss of low-entropy tokens: ppo is the method; nll trains them towards themselves, whatever the
-            advantage, which is an ablation.
+        rescale_weights: Divide the gate's weights by their mean over the rollout batch. The mean is computed with the
+            sampling policy's entropies.
+        low_branch: Loss of low-entropy tokens. ppo is the method. nll (ablation) maximizes their likelihood and
+            ignores the advantage.
         mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT; or CHORD's schedule of it.
         expert_weighting: plain, or confidence, which weights the expert's tokens by CHORD's p (1 - p).
         expert_shaping: gamma of LUFFY's p / (p + gamma), for expert solutions among the rollouts, above 0.
@@ -104,7 +104,7 @@ class Objective:
     gate_width: NonNegativeFloat = 0.0
     rescale_weights: bool = False
     low_branch: Literal["ppo", "nll"] = "ppo"
-    mu: ChordMu | UnitInterval = 0.1  # in this order: jsonargparse reports the errors of a union in its order
+    mu: ChordMu | UnitInterval = 0.1  # order matters: jsonargparse shows the errors in this order
     expert_weighting: Literal["plain", "confidence"] = "plain"
     expert_shaping: PositiveFloat = 0.1
     beta: NonNegativeFloat = 0.0
@@ -131,7 +131,7 @@ class Objective:
         return max(self.mu.peak, self.mu.valley) > 0 if isinstance(self.mu, ChordMu) else self.mu > 0
 
     @property
-    def low_branch_settings(self) -> list[str]:
+    def changed_gate_settings(self) -> list[str]:
         """Names of the changed fields that have no effect without a gate."""
         defaults = {field.name: field.default for field in fields(self)}
         names = ("low_branch", "low_branch_epsilon_low", "low_branch_epsilon_high", "gate_width", "gate_entropy")
@@ -154,7 +154,10 @@ class Objective:
         expert_loss: Tensor | None,
         weights: Coefficients,
     ) -> tuple[Tensor, Metrics]:
-        """L without its value term, and metrics, for a micro-batch of rollouts and the SFT loss of its expert data."""
+        """Return L without the value loss, and metrics, for one micro-batch.
+
+        ``expert_loss`` is the SFT loss of its demonstrations; None leaves the SFT term out.
+        """
         size, mask = rollout.update_size, rollout.sampled_mask
         terms = {"loss/egspo": (1 - weights.mu, self.egspo_loss(current, rollout, attenuation))}
         if expert_loss is not None:
@@ -176,7 +179,8 @@ class Objective:
         low = self._low_branch(current.logprobs, rollout, high)
         per_token = self._corrected(high_weight * high + low_weight * low, rollout)
         size = rollout.update_size
-        if size.num_sampled_tokens < size.num_active_tokens:
+        has_expert_rows = size.num_sampled_tokens < size.num_active_tokens
+        if has_expert_rows:
             expert = off_policy(current.logprobs, rollout.advantages, shaping=self.expert_shaping)
             per_token = torch.where(rollout.is_expert.unsqueeze(1), expert, per_token)
         return self._reduce(per_token, rollout.completion_mask, size)

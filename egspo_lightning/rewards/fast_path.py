@@ -40,7 +40,7 @@ _MAX_LENGTH = 4096
 def compare_fast(answer: str, gold: str) -> Verdict:
     r"""Return whether an answer equals the gold answer; None where that needs algebra.
 
-    The table in ``rewards.grading`` states the policies.
+    The table in ``rewards.grading`` states the grading rules.
     """
     if answer == gold and answer.strip():
         return True

@@ -1,7 +1,7 @@
 r"""Grader: extracts answers and compares them with gold answers, in this process or with math-verify in workers.
 
 Public graders disagree on the cases below; this grader decides them as the table says. Each line has its test cases
-in ``tests/rewards/test_policies.py``.
+in ``tests/rewards/test_grading_rules.py``.
 
 ==================  =====================================================================================
 several boxes       the last counts; boxes with only commas, "and", "or" and spacing between are one answer, the list
@@ -45,8 +45,8 @@ from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
 from egspo_lightning.rewards.workers import Outcome, WorkerPool
 from egspo_lightning.types import Count, PositiveFloat
 
-_POLICIES = 3
-"""Version of the policies. Increase it whenever a verdict may change: stored verdicts of older versions are dropped."""
+_RULES_VERSION = 3
+"""Version of the grading rules. Increase it if a verdict may change: stored verdicts of older versions are dropped."""
 
 
 class Grade(NamedTuple):
@@ -130,12 +130,12 @@ class MathGrader:
         return equivalence.equivalence_classes(bare, self._compare)
 
     def settings(self) -> dict[str, Any]:
-        """Return all that verdicts depend on, with the versions of math-verify and of the policies."""
+        """Return all that verdicts depend on, with the versions of math-verify and of the grading rules."""
         return {
             "extraction": self.extraction,
             "deadline_s": self.deadline_s,
             "memory_limit_mb": self.memory_limit_mb,
-            "grading": f"{_POLICIES}, math-verify {version('math-verify')}",
+            "grading": f"{_RULES_VERSION}, math-verify {version('math-verify')}",
         }
 
     def close(self) -> None:

@@ -75,9 +75,9 @@ class ScoredGroups(NamedTuple):
     rollouts: ScoredRollouts
     measurements: Measurements
     numbers: list[int]
-    """As those of a ``CollectedRollouts``."""
+    """Places of this rank's problems in the rollout batch, in the order of their groups."""
     num_drawn: int
-    """Problems drawn so far, with its own, over all ranks."""
+    """Problems drawn so far, those of this rollout batch included, over all ranks."""
 
 
 class CollectedRollouts(NamedTuple):
@@ -86,7 +86,6 @@ class CollectedRollouts(NamedTuple):
     completions: list[Completion]
     """In the order of the rows: G for each problem, then the expert solutions."""
     batch: RolloutBatch
-    measurements: Measurements
     numbers: list[int]
     """Places of this rank's problems in the rollout batch, in the order of their groups."""
     expert_groups: list[int]
@@ -104,16 +103,14 @@ def pack(record: ScoredGroups | CollectedRollouts) -> dict[str, Any]:
     """
     plain: dict[str, Any] = {name: to_plain(value) for name, value in record._asdict().items() if name in _TENSORS}
     completions = [_pack_completion(completion) for completion in record.completions]
-    measurements = {name: list(pair) for name, pair in record.measurements.items()}
-    return {**record._asdict(), **plain, "completions": completions, "measurements": measurements}
+    return {**record._asdict(), **plain, "completions": completions}
 
 
 def unpack(kind: type[RecordT], state: dict[str, Any], device: Any) -> RecordT:
     """Restore a rollout batch, its tensors on a device."""
     tensors = {name: from_plain(part, state[name], device) for name, part in _TENSORS.items() if name in state}
     completions = [Completion(**{**it, "problem": Problem(*it["problem"])}) for it in state["completions"]]
-    measurements = {name: tuple(pair) for name, pair in state["measurements"].items()}
-    return kind(**{**state, **tensors, "completions": completions, "measurements": measurements})
+    return kind(**{**state, **tensors, "completions": completions})
 
 
 def _pack_completion(completion: Completion) -> dict[str, Any]:

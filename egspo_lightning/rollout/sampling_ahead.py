@@ -48,7 +48,7 @@ class SamplingAhead:
 
         self._policy, self._making = policy, Future()
         # a daemon: a reward that hangs does not keep the process alive
-        self._thread = threading.Thread(target=make, args=(self._making,), name="lookahead", daemon=True)
+        self._thread = threading.Thread(target=make, args=(self._making,), name="sampling-ahead", daemon=True)
         self._thread.start()
 
     def check(self) -> None:

@@ -1,1 +1,1 @@
-"""How training hangs on Lightning: base modules, the rollout phase, the gate, strategies, fit-loop overrides."""
+"""Training on Lightning: rollout phase, advantages and gate, minibatches, base module, strategies, fit loop."""

@@ -1,4 +1,4 @@
-"""Fit-loop overrides: gradient accumulation and length of an epoch, and epoch counting on resume.
+"""Fit-loop overrides: gradient accumulation and length of an epoch, and resume at the end of an epoch.
 
 Lightning reads ``trainer.accumulate_grad_batches`` anew at every batch, as its GradientAccumulationScheduler needs. But
 it asks a loader for its length before ``on_train_epoch_start`` and, at the start of a run, before ``on_train_start``.
@@ -8,11 +8,11 @@ those hooks. Until then Lightning has used them only to see that the epoch is no
 
 from typing import Any
 
-_GIVEN = "_egspo_given_parts"
+_GIVEN = "_egspo_given_accumulation"
 """Attribute of the fit loop that keeps the user's value of accumulate_grad_batches."""
 
 
-def settle(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
+def set_epoch_length(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
     """Set the length of the epoch that begins: ``num_updates`` optimizer steps of ``num_micro_batches`` batches."""
     loop, length = trainer.fit_loop, num_updates * num_micro_batches
     assert hasattr(loop, "max_batches")
@@ -27,17 +27,17 @@ def settle(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
         loop._data_fetcher.length = length  # is_last_batch is derived from it
 
 
-def forget(trainer: Any) -> None:
-    """Restore the user's accumulate_grad_batches, if ``settle`` has changed it."""
+def restore_accumulation(trainer: Any) -> None:
+    """Restore the user's accumulate_grad_batches, if ``set_epoch_length`` has changed it."""
     if hasattr(trainer.fit_loop, _GIVEN):
         trainer.accumulate_grad_batches = getattr(trainer.fit_loop, _GIVEN)
         delattr(trainer.fit_loop, _GIVEN)
 
 
-def count_epochs(trainer: Any) -> None:
-    """Let a resumed run begin with the next epoch, also if ``trainer.max_steps`` bounds it.
+def resume_with_next_epoch(trainer: Any) -> None:
+    """Make a run that resumes at the end of an epoch begin with the next epoch, also under ``trainer.max_steps``.
 
-    Lightning counts no epochs in such a run: resumed at the end of an epoch, it would skip the next one.
+    With max_steps, Lightning resumes by iteration: at the end of an epoch, it would skip the next one.
     """
     assert hasattr(trainer.fit_loop, "_iteration_based_training")
     trainer.fit_loop._iteration_based_training = lambda: False

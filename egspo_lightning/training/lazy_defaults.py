@@ -1,12 +1,12 @@
-"""Lazy defaults: parts that a signature names and does not build, so that ``--print_config`` shows them."""
+"""Lazy defaults: default arguments that are built on use, so that ``--print_config`` can show their settings."""
 
 from typing import TypeVar
 
 PartT = TypeVar("PartT")
 
 
-def built(part: PartT) -> PartT:
-    """Return a given part as it is, and build a lazy default anew.
+def instantiate_lazy_default(part: PartT) -> PartT:
+    """Build a new object from a lazy default; return any other object unchanged.
 
     The command line builds its parts itself. In Python, ``jsonargparse``'s lazy default has no attributes before its
     first method call, and all objects with the same signature would share it, state included.

@@ -10,7 +10,7 @@ from egspo_lightning.types import Stage, TrainingBatch
 
 
 class StepShare(NamedTuple):
-    """One rank's rows of an optimizer step: rollouts in stage EGSPO, and demonstrations in SFT and where mu > 0."""
+    """One rank's rows of an optimizer step: rollouts, demonstrations or both."""
 
     rollouts: RolloutShare | None
     experts: ExpertShare | None
@@ -28,9 +28,9 @@ class StepShare(NamedTuple):
         return max(len(batches_within(self.lengths, room)), 1)
 
     def micro_batches(self, number: int) -> Iterator[TrainingBatch]:
-        """Split into ``number`` micro-batches with balanced token counts, of rows of similar length.
+        """Split into ``number`` micro-batches, balanced by tokens, of rows of similar length.
 
-        Rollouts and demonstrations share the passes through the policy, so they are split together.
+        Rollouts and demonstrations of a micro-batch go through one forward pass, so they are split together.
         """
         num_rollouts = 0 if self.rollouts is None else len(self.rollouts.rows)
         for places in balanced_batches(self.lengths, number):

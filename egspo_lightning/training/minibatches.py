@@ -1,7 +1,8 @@
 """Plan of the optimizer steps over a rollout batch: PPO epochs, minibatches, and one rank's rows of each.
 
 The minibatch of a completion is a pure function of (seed, epoch, problem), so an optimizer step holds the same
-completions on one rank or many. Each step takes an even share of every group, which keeps its mean advantage near 0.
+completions on one rank or many. Each group is spread evenly over the minibatches, so that the mean advantage of each
+minibatch is near 0.
 """
 
 import random
@@ -16,7 +17,7 @@ from egspo_lightning.ops.padding import row_lengths
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
 BLANK_TOKENS = 2
-"""Tokens of the row with nothing to train on that a micro-batch without rows has, so that every rank steps."""
+"""Length of the masked row that stands in for an empty micro-batch: every rank must run forward and backward."""
 
 
 def plan_optimizer_steps(
@@ -31,13 +32,13 @@ def plan_optimizer_steps(
     """Rows of this rank's rollout batch for each optimizer step, in the order of the steps.
 
     Args:
-        problem_numbers: number of each problem of this rank within the whole rollout batch. Its completions are the
-            rows ``i * num_generations`` to ``(i + 1) * num_generations - 1``; experts' solutions follow all of them
+        problem_numbers: index of each of this rank's problems in the whole rollout batch. The rows of the rank's i-th
+            problem are ``i * num_generations`` to ``(i + 1) * num_generations - 1``; the expert rows come last
         num_generations: G
         num_minibatches: optimizer steps of a PPO epoch
         num_ppo_epochs: passes over the rollout batch, each in a different order
         seed: names the random orders
-        expert_groups: for each expert's solution, which of this rank's problems it solves
+        expert_groups: for each expert row, the local index of its problem on this rank
     """
     first_expert = len(problem_numbers) * num_generations
     steps: list[list[int]] = [[] for _ in range(num_ppo_epochs * num_minibatches)]
@@ -45,7 +46,7 @@ def plan_optimizer_steps(
         for i, number in enumerate(problem_numbers):
             group = list(range(i * num_generations, (i + 1) * num_generations))
             random.Random(f"{seed}/{epoch}/{number}").shuffle(group)
-            for k, row in enumerate(group):
+            for k, row in enumerate(group):  # even shares; ``number`` rotates which minibatch gets the first one
                 minibatch = (k * num_minibatches // num_generations + number) % num_minibatches
                 steps[epoch * num_minibatches + minibatch].append(row)
         for e, i in enumerate(expert_groups):
@@ -58,13 +59,13 @@ class RolloutShare(NamedTuple):
     """One rank's rollouts of an optimizer step."""
 
     rollout: RolloutBatch
-    """this rank's whole rollout batch"""
+    """This rank's whole rollout batch."""
     rows: list[int]
-    """those of its rows that take part"""
+    """Its rows in this step."""
     lengths: list[int]
-    """tokens of each row, prompt included"""
+    """Tokens of each row, prompt included."""
     size: UpdateSize
-    """of the optimizer step, over all ranks"""
+    """Size of the optimizer step, summed over ranks."""
 
     def batch(self, places: Sequence[int]) -> RolloutBatch:
         """Select a micro-batch, cut to its longest row; without rows it is one blank row.
@@ -85,8 +86,8 @@ def share_optimizer_steps(
 ) -> list[RolloutShare]:
     """This rank's share of each optimizer step of a plan, with the size of the step over all ranks.
 
-    Rows of advantage 0 contribute nothing to the surrogate. They are left out unless ``keep_inactive``; the normalizer
-    counts them in any case. Rows without tokens are always left out.
+    Rows of advantage 0 contribute nothing to the surrogate. They are left out unless ``keep_inactive``, and still count
+    in the normalizer N. Rows without tokens are always left out.
 
     Args:
         rollout: this rank's rollout batch
@@ -108,8 +109,7 @@ def share_optimizer_steps(
 def count_steps(rollout: RolloutBatch, plan: Sequence[Sequence[int]], *, keep_inactive: bool) -> Tensor:
     """This rank's part of the size of each optimizer step, (number of steps, 4) float64.
 
-    The columns are completion tokens, sequences, tokens of the rows that take part, and those of them that the policy
-    sampled.
+    The columns are tokens, sequences, active tokens, and active tokens that the policy sampled.
     """
     lengths = rollout.completion_mask.sum(-1).tolist()
     kept = _kept_rows(rollout, keep_inactive)
@@ -127,7 +127,7 @@ def count_steps(rollout: RolloutBatch, plan: Sequence[Sequence[int]], *, keep_in
 
 
 def _kept_rows(rollout: RolloutBatch, keep_inactive: bool) -> set[int]:
-    """Rows with a token to train on: any completion token or, where inactive rows go, one of nonzero advantage."""
+    """Rows to train on: those with a completion token or, if inactive rows are dropped, one of nonzero advantage."""
     tokens = rollout.completion_mask if keep_inactive else (rollout.advantages != 0) & rollout.completion_mask
     return set(tokens.any(-1).nonzero().flatten().tolist())
 

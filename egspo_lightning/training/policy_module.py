@@ -60,14 +60,16 @@ class PolicyModule(LightningModule):
         super().__init__()
         self.policy_config, self.critic_config, self.has_reference = policy, critic, has_reference
         self.base_is_reference = has_reference and policy.lora is not None and stage == Stage.EGSPO
-        """Whether the reference policy is the model without its adapter, as in runs that begin with stage EGSPO."""
+        """Whether the reference policy is the base model without LoRA, as in runs without SFT."""
         self.temperature = float(temperature)
         self.stage = stage
         self.policy: Policy | None = None
         self.reference: Policy | None = None
         self.critic: Critic | None = None
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._phase_version = self._previous_version = 0  # optimizer steps at the start of this phase and of the last
+        self._phase_version = self._previous_version = (
+            0  # optimizer steps at the start of this phase and of the previous one
+        )
         self.entered_step = 0
         """Optimizer steps taken when stage EGSPO was entered."""
         self.loaded_step = 0
@@ -94,7 +96,7 @@ class PolicyModule(LightningModule):
         self.policy_config.require_vocabulary(self.tokenizer)
         is_training = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
         critic = self.critic_config if is_training else None
-        is_adapted = self.policy_config.lora is not None  # the reference is then the policy's own model
+        is_adapted = self.policy_config.lora is not None  # with LoRA, policy and reference share one model
         self.policy = self.policy_config.build(
             with_value_head=critic is not None and critic.trunk == "shared",
             with_reference=is_adapted and self.has_reference and is_training and not self.base_is_reference,
@@ -134,7 +136,7 @@ class PolicyModule(LightningModule):
         return [p for p in self._policy.lm.parameters() if p.requires_grad], critic
 
     def branch_off(self) -> None:
-        """Copy the policy to the reference policy and to a separate critic's trunk: stage EGSPO starts here."""
+        """Start stage EGSPO: copy the policy to the reference policy and to a separate critic's trunk."""
         self.entered_step = self.global_step
         with torch.no_grad():
             if self.critic is not None:
@@ -181,9 +183,10 @@ class PolicyModule(LightningModule):
 
     @property
     def takes_sampled_statistics(self) -> bool:
-        """Whether the engine's statistics can replace ``score``: in float32 the two differ by rounding alone.
+        """Whether to skip ``score`` and use the engine's log-probabilities and entropies.
 
-        A reference policy or a critic must score in any case. TF32 matrix products are not float32.
+        This holds in float32 without TF32, where the two differ by rounding alone. A reference policy or a critic must
+        score anyway.
         """
         is_exact = self.is_full_precision and torch.get_float32_matmul_precision() == "highest"
         return is_exact and not self.has_reference and self.critic_config is None
@@ -192,7 +195,7 @@ class PolicyModule(LightningModule):
     def sampling(self) -> Iterator[Any]:
         """The causal language model in eval mode, without gradients, in the precision of training.
 
-        May be entered again within itself. With a sharded policy, all ranks must enter it together.
+        It is re-entrant. With a sharded policy, all ranks must enter it together.
         """
         with self._inferring([self._policy]):
             yield self._policy.lm
@@ -222,7 +225,7 @@ class PolicyModule(LightningModule):
         return self._snapshot
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
-        """Score given sequences with the policy and, where there are such, the reference policy and the critic."""
+        """Score given sequences with the policy and, if present, the reference policy and the critic."""
         with self.scoring():
             return self.networks.score(input_ids.to(self.device), completion_mask.to(self.device))
 
@@ -259,9 +262,9 @@ class PolicyModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the stage, the optimizer steps at the start of phase and stage, and every rank's random state.
+        """Save the stage, step counters and the random state of each rank.
 
-        Weights that adapters leave frozen are not saved.
+        Base weights under LoRA are not saved if they reload from the pretrained model.
         """
         for name in self._left_out():
             checkpoint["state_dict"].pop(name, None)
@@ -282,7 +285,7 @@ class PolicyModule(LightningModule):
         state = checkpoint["egspo"]
         self.stage, self.entered_step = Stage(state["stage"]), state["entered_step"]
         self.loaded_step, self._phase_version = checkpoint["global_step"], state["phase_version"]
-        self._previous_version = state.get("previous_version", self._phase_version)
+        self._previous_version = state["previous_version"]
         is_entry = self.stage == Stage.EGSPO and self.loaded_step == self.entered_step
         is_fit = self.trainer.state.fn == TrainerFn.FITTING  # evaluation needs the policy alone
         if is_fit and self.has_reference and self.policy_config.lora is not None:
@@ -308,13 +311,13 @@ class PolicyModule(LightningModule):
         require_same_tokenizer(checkpoint["egspo"].get("tokenizer"), self._tokenizer_digest)
 
     def on_train_start(self) -> None:
-        """Restore the random state of the resumed run: starting has drawn random numbers until here."""
+        """Restore the random state of the resumed run here, because startup code also draws random numbers."""
         if self._random_state is not None:
             restore_random_state(self._random_state)
             self._random_state = None
 
     def _left_out(self) -> set[str]:
-        """Names of the weights that checkpoints leave out: frozen under adapters, and not random."""
+        """Names of weights left out of checkpoints: base weights under LoRA, which reload from the pretrained model."""
         config, critic = self.policy_config, self.critic_config
         is_own = critic is not None and critic.model is not None and critic.model.from_scratch
         if config.lora is None or config.from_scratch or is_own:

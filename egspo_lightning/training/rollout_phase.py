@@ -1,17 +1,18 @@
-"""The training loop's data, top to bottom: problems, rollouts, advantages, gate, optimizer steps, micro-batches.
+"""Training data pipeline: problems, rollouts, advantages, gate, optimizer steps, micro-batches.
 
-A phase is one Lightning epoch: an SFT pass over the demonstrations (stage 1), or one rollout batch with its PPO epochs
-and minibatches (stages 2 and 3). ``Phases.rollout_phase`` is the whole rollout phase in order.
+A phase is one Lightning epoch: an SFT pass over the demonstrations, or one rollout batch with its PPO epochs and
+minibatches. ``Phases.rollout_phase`` is the whole rollout phase in order. All ranks must call the methods
+marked as collective.
 
-The data of a phase are a pure function of the seed and the phase's number, so a resumed run continues with the same.
-Only a rollout batch that is being trained on, or was sampled ahead, must be in the checkpoint.
+The order of the data depends only on the seed and the phase's number, so a resumed run draws the same data. Only a
+rollout batch that is being trained on, or was sampled ahead, must be in the checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from egspo_lightning.checkpointing.mid_epoch import PhaseProgress
+from egspo_lightning.checkpointing.mid_epoch import MidEpochPosition
 from egspo_lightning.data.expert_pool import ExpertPool, ExpertShare
 from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.rollout.collector import Collector
@@ -33,7 +34,8 @@ class PhaseSizes:
         expert_batch_size: Demonstrations of an optimizer step in stage EGSPO, where mu > 0.
         num_ppo_epochs: Passes over a rollout batch.
         num_minibatches: Optimizer steps of a pass.
-        max_tokens: Token budget of a micro-batch, which sets their number for each phase; None takes a given number.
+        max_tokens: Token budget of a micro-batch. The number of micro-batches then varies by phase. None takes it from
+            trainer.accumulate_grad_batches.
     """
 
     sft_batch_size: int
@@ -69,22 +71,22 @@ class Phases:
         """The demonstrations, once they are loaded."""
         self.ahead = SamplingAhead()
         """The next rollout batch, where it is sampled while this one is trained on."""
-        self._num_drawn = 0  # problems of the rollout batches started; sampling ahead has drawn more
-        self._progress = PhaseProgress()
-        self._saved: PhaseProgress | None = None  # of a mid-epoch checkpoint, until its phase continues
+        self._num_drawn = 0  # problems used so far; collector.num_drawn also counts those sampled ahead
+        self._progress = MidEpochPosition()
+        self._saved: MidEpochPosition | None = None  # of a mid-epoch checkpoint, until its phase continues
 
-    # The rollout phase: stages 2 and 3
+    # The rollout phase, in stage EGSPO
 
     def rollout_phase(
-        self, policy: TrainedPolicy, process: Process, saved: PhaseProgress | None, samples_ahead: bool
+        self, policy: TrainedPolicy, process: Process, saved: MidEpochPosition | None, samples_ahead: bool
     ) -> Iterator[TrainingBatch]:
-        """Make a rollout batch (stage 2), then give the micro-batches of each optimizer step on it (stage 3).
+        """Make a rollout batch, then give the micro-batches of each optimizer step on it.
 
         Args:
             policy: the policy in training
             process: this process among the ranks
             saved: position of a mid-epoch checkpoint whose phase continues
-            samples_ahead: whether the policy as it is now also samples the next rollout batch, in a thread
+            samples_ahead: whether to sample the next rollout batch in a thread, from a snapshot of the current policy
         """
         if saved is None:
             scored = self.ahead.take(policy.device)
@@ -119,7 +121,6 @@ class Phases:
         return CollectedRollouts(
             completions=scored.completions,
             batch=policy.to_rollout_batch(scored.rollouts, scored.measurements),
-            measurements=scored.measurements,
             numbers=scored.numbers,
             expert_groups=scored.rollouts.expert_groups.tolist(),
         )
@@ -149,20 +150,20 @@ class Phases:
         if not policy.mixes_expert_data:
             return [None] * num_steps
         size, first = self.sizes.expert_batch_size, (self.num_rollout_batches - 1) * num_steps
-        drawn = (self._pool.draw((first + i) * size, size) for i in range(num_steps))
-        return [self._pool.share(demonstrations, *process) for demonstrations in drawn]
+        drawn = (self.loaded_pool.draw((first + i) * size, size) for i in range(num_steps))
+        return [self.loaded_pool.share(demonstrations, *process) for demonstrations in drawn]
 
-    # The SFT phase: stage 1
+    # The SFT phase
 
     def sft_phase(
-        self, policy: TrainedPolicy, process: Process, saved: PhaseProgress | None, samples_ahead: bool
+        self, policy: TrainedPolicy, process: Process, saved: MidEpochPosition | None
     ) -> Iterator[TrainingBatch]:
         """Give the micro-batches of one pass over the demonstrations; arguments as in ``rollout_phase``."""
         self.num_passes += saved is None
-        size, count = self.sizes.sft_batch_size, len(self._pool.demonstrations)
-        order = self._pool.draw((self.num_passes - 1) * count, count)
+        size, count = self.sizes.sft_batch_size, len(self.loaded_pool.demonstrations)
+        order = self.loaded_pool.draw((self.num_passes - 1) * count, count)
         batches = [order[start : start + size] for start in range(0, count, size)]
-        steps = [StepShare(None, self._pool.share(demonstrations, *process)) for demonstrations in batches]
+        steps = [StepShare(None, self.loaded_pool.share(demonstrations, *process)) for demonstrations in batches]
         yield from self.micro_batches(policy, steps, saved)
 
     # Either phase
@@ -176,26 +177,27 @@ class Phases:
             policy: the policy in training
             process: this process among the ranks
             num_micro_batches: micro-batches of each optimizer step, unless a token budget sets it
-            samples_ahead: whether the rollouts of the phase after it are sampled meanwhile, by the policy as it is at
-                the start of this phase
+            samples_ahead: whether to sample the next rollout batch in a thread, from a snapshot of the policy at the
+                start of this phase
 
         Raises:
-            UserError: the config splits the phase in another way than the checkpoint's.
+            UserError: this config has a different number of optimizer steps or micro-batches than the checkpoint.
         """
         sizes, is_sft = self.sizes, policy.stage == Stage.SFT
-        num_sft_steps = -(-len(self._pool.demonstrations) // sizes.sft_batch_size)
+        num_sft_steps = -(-len(self.loaded_pool.demonstrations) // sizes.sft_batch_size)
         num_steps = num_sft_steps if is_sft else sizes.num_ppo_epochs * sizes.num_minibatches
         saved, self._saved = self._saved, None
-        self._progress = PhaseProgress(num_micro_batches, num_steps * num_micro_batches, sizes.max_tokens)
+        self._progress = MidEpochPosition(num_micro_batches, num_steps * num_micro_batches, sizes.max_tokens)
         if saved is not None:
             self._progress = saved.resume(num_steps, num_micro_batches, sizes.max_tokens)
-            if sizes.max_tokens is not None:  # Lightning counts from the saved position once it has the loader
+            if sizes.max_tokens is not None:  # Lightning needs the epoch length as soon as it has the loader
                 policy.settle_micro_batches(self._progress.num_micro_batches, num_steps)
-        phase = self.sft_phase if is_sft else self.rollout_phase
-        return SizedLoader(self._progress.length, lambda: phase(policy, process, saved, samples_ahead))
+        if is_sft:
+            return SizedLoader(self._progress.length, lambda: self.sft_phase(policy, process, saved))
+        return SizedLoader(self._progress.length, lambda: self.rollout_phase(policy, process, saved, samples_ahead))
 
     def micro_batches(
-        self, policy: TrainedPolicy, steps: Sequence[StepShare], saved: PhaseProgress | None
+        self, policy: TrainedPolicy, steps: Sequence[StepShare], saved: MidEpochPosition | None
     ) -> Iterator[TrainingBatch]:
         """Split optimizer steps into micro-batches, leaving out those before a saved position."""
         progress, max_tokens = self._progress, self.sizes.max_tokens
@@ -212,14 +214,15 @@ class Phases:
                 yield batch
 
     @property
-    def _pool(self) -> ExpertPool:
+    def loaded_pool(self) -> ExpertPool:
+        """The demonstrations; ``setup`` must have run."""
         assert self.pool is not None, "setup has not run"
         return self.pool
 
     # Checkpoints
 
     def state_dict(self, policy: TrainedPolicy, *, is_running: bool) -> dict[str, Any]:
-        """Positions in the data and, on every rank, the rollouts of a phase that is not done and those ahead.
+        """Data positions, the unfinished rollout batch and the one sampled ahead, for all ranks.
 
         Collective. Waits for rollouts that are being sampled ahead.
 
@@ -254,9 +257,9 @@ class Phases:
         if samples_ahead and len(ahead) == process.world_size:
             self.ahead.saved = ahead[process.rank]
         if state.get("phase") is not None:
-            self._saved = PhaseProgress.from_state_dict(state["phase"], *process)
+            self._saved = MidEpochPosition.from_state_dict(state["phase"], *process)
 
     def drop_ahead(self) -> None:
-        """Drop rollouts that are being sampled ahead: this run has no phase for them."""
+        """Drop rollouts that were sampled ahead: the run ended before their phase."""
         self.ahead.drop()
         self.collector.num_drawn = self._num_drawn

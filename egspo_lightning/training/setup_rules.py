@@ -1,7 +1,9 @@
-"""Setup rules: which settings of module, data and trainer fit together. All are checked before training starts.
+"""Setup rules: which settings of module, data and trainer fit together.
 
 ``require_method`` checks the module's parts when the module is built. ``require_run`` checks a whole run in the
-datamodule's ``setup``; ``require_positions`` also serves evaluation. Ranges of single fields are in their annotations.
+datamodule's ``setup``; ``require_positions`` also serves evaluation. ``require_bounded_passes`` needs the built policy,
+so it runs when a phase begins. Ranges of single fields are in their annotations, and rules within one part in its
+constructor.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from egspo_lightning.training.minibatches import BLANK_TOKENS
 
 
 def require_method(module: Any) -> None:
-    """Refuse parts of the method that have no effect, or the wrong one, together.
+    """Check that critic, gate, advantage and KL settings fit together.
 
     Args:
         module: the EGSPOModule
@@ -53,15 +55,15 @@ def _require_critic(module: Any) -> None:
 
 
 def _require_gate(module: Any) -> None:
-    """Refuse settings of a low-entropy branch that no token takes, or that has no weight."""
-    low_branch = module.objective.low_branch_settings
-    if isinstance(module.gate, OpenGate) and low_branch:
+    """Refuse low-branch settings without effect: an open gate, or phi = 0."""
+    changed = module.objective.changed_gate_settings
+    if isinstance(module.gate, OpenGate) and changed:
         raise UserError(
-            f"model.objective.{low_branch[0]} has no effect with model.gate OpenGate, which switches the gate off. "
+            f"model.objective.{changed[0]} has no effect with model.gate OpenGate, which switches the gate off. "
             "Leave it out, or choose another gate."
         )
     has_no_weight = isinstance(module.attenuation, ConstantAttenuation) and module.attenuation.value == 0
-    if has_no_weight and "low_branch" in low_branch:
+    if has_no_weight and "low_branch" in changed:
         raise UserError(
             "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
             "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
@@ -85,7 +87,7 @@ def require_precision(trainer: Any) -> None:
 
 
 def _require_phases(trainer: Any) -> None:
-    """Refuse flags under which a Lightning epoch would not be a phase."""
+    """Refuse trainer flags that break the rule that one epoch is one phase."""
     num_micro_batches = trainer.accumulate_grad_batches
     require(num_micro_batches >= 1, "trainer.accumulate_grad_batches", num_micro_batches, "at least 1")
     allowed = "at least 1, or -1 to go on until trainer.max_steps or trainer.max_time"
@@ -93,7 +95,7 @@ def _require_phases(trainer: Any) -> None:
     require(trainer.max_steps != 0, "trainer.max_steps", trainer.max_steps, "at least 1, or -1 for no limit")
     if trainer.reload_dataloaders_every_n_epochs != 1:
         raise UserError(
-            "trainer.reload_dataloaders_every_n_epochs must be 1, since each epoch has a loader of its own, got "
+            "trainer.reload_dataloaders_every_n_epochs must be 1, because each epoch has new data, got "
             f"{trainer.reload_dataloaders_every_n_epochs}."
         )
 
@@ -138,7 +140,7 @@ def require_run(trainer: Any, module: Any, data: Any) -> None:
 
 
 def require_token_budget(data: Any, num_micro_batches: int, *, is_mixed: bool) -> None:
-    """Refuse a token budget that one row may exceed, and one next to a given number of micro-batches.
+    """Refuse a budget below the longest row, and a budget together with accumulate_grad_batches.
 
     Args:
         data: the HybridDataModule
@@ -154,20 +156,20 @@ def require_token_budget(data: Any, num_micro_batches: int, *, is_mixed: bool) -
     if num_micro_batches > 1:
         raise UserError(
             f"trainer.accumulate_grad_batches = {num_micro_batches} gives the number of micro-batches of an optimizer "
-            f"step, and data.max_tokens_per_micro_batch = {max_tokens} has it found from their tokens. Leave out "
+            f"step, and data.max_tokens_per_micro_batch = {max_tokens} derives it from a token budget. Leave out "
             "accumulate_grad_batches to bound tokens, or max_tokens_per_micro_batch to give the number."
         )
     longest = data.max_prompt_length + data.max_completion_length + (BLANK_TOKENS if is_mixed else 0)
     allowed = (
-        f"at least {longest}, the tokens of the longest row that may come with data.max_prompt_length and "
-        "data.max_completion_length, which no micro-batch can cut; raise it, or lower one of these"
+        f"at least {longest}, the longest row that data.max_prompt_length and data.max_completion_length allow; "
+        "raise it, or lower one of these"
     )
     require(max_tokens >= longest, "data.max_tokens_per_micro_batch", max_tokens, allowed)
 
 
 def _require_groups(module: Any, data: Any) -> None:
     """Refuse groups that the advantage estimator cannot use."""
-    allowed = f"0, or large enough to be at least one of the {data.num_problems} problems of data.num_problems"
+    allowed = f"0, or at least 1 / data.num_problems = 1 / {data.num_problems}"
     has_experts = data.expert_fraction > 0
     require(data.num_experts > 0 or not has_experts, "data.expert_fraction", data.expert_fraction, allowed)
     least = module.advantage.min_generations
@@ -175,8 +177,8 @@ def _require_groups(module: Any, data: Any) -> None:
     require(data.num_generations >= least, "data.num_generations", data.num_generations, allowed)
     if has_experts and not isinstance(module.advantage, ExpertAdvantage):
         raise UserError(
-            f"data.expert_fraction = {data.expert_fraction} puts experts' solutions among the rollouts, for which "
-            "model.advantage has no rule. Set expert_fraction to 0, or choose GroupRelative or LeaveOneOut."
+            f"data.expert_fraction = {data.expert_fraction} puts expert solutions among the rollouts, which "
+            "this model.advantage does not support. Set expert_fraction to 0, or choose GroupRelative or LeaveOneOut."
         )
 
 
@@ -195,9 +197,9 @@ def _require_staleness(trainer: Any, data: Any) -> None:
         return
     if data.max_resampling > 0 and trainer.world_size > 1:
         raise UserError(
-            f"data.max_resampling = {data.max_resampling} has {trainer.world_size} ranks agree in each round on the "
-            "groups to replace, which they cannot while they train, as data.max_staleness = "
-            f"{data.max_staleness} asks for. Set one of them to 0, or use one rank."
+            f"data.max_resampling = {data.max_resampling} needs communication between the {trainer.world_size} ranks, "
+            f"which is impossible while they train (data.max_staleness = {data.max_staleness}). Set one of them to 0, "
+            "or use one rank."
         )
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise UserError(
@@ -233,7 +235,7 @@ def require_positions(
 
 
 def require_bounded_passes(passes: Any) -> None:
-    """Refuse a token budget for a model that takes its rows as one padded rectangle, whose size no budget bounds.
+    """Refuse a token budget for a model whose rows go through it padded, because padding breaks the budget.
 
     Args:
         passes: the policy's ``Passes``, once it is built and sharded
@@ -243,8 +245,8 @@ def require_bounded_passes(passes: Any) -> None:
     """
     if not (passes.packs or passes.splits_rows):
         raise UserError(
-            "data.max_tokens_per_micro_batch bounds packed passes, and under trainer.strategy fsdp2 this model's "
-            "rows go through it padded to the longest: it does not take transformers' sdpa attention in a way that "
-            "keeps packed rows apart. Set model.policy.attn_implementation to sdpa where it is something else; or "
+            "data.max_tokens_per_micro_batch: under trainer.strategy fsdp2 this model needs padded batches, so a token "
+            "budget cannot be kept: it does not use transformers' sdpa attention in a way that keeps packed rows "
+            "apart. Set model.policy.attn_implementation to sdpa where it is something else; or "
             "leave the budget out and give trainer.accumulate_grad_batches."
         )

@@ -463,5 +463,5 @@ def test_a_plan_without_a_device_or_memory_is_refused(config, refused, arguments
 def test_two_methods_do_not_add_up(config, refused):
     methods = [f"--config=configs/methods/{name}.yaml" for name in ("ppo", "egspo")]
     message = refused(config, *methods)
-    for word in ("configs/methods/ppo.yaml", "configs/methods/egspo.yaml", "do not add up", "Give one"):
+    for word in ("configs/methods/ppo.yaml", "configs/methods/egspo.yaml", "are both method overlays", "Give one"):
         assert word in message

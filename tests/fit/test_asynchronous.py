@@ -62,9 +62,9 @@ class Calls(TransformersEngine):
 
 def ahead_threads():
     for thread in threading.enumerate():
-        if thread.name == "lookahead":
+        if thread.name == "sampling-ahead":
             thread.join(1.0)  # its last breath
-    return [thread for thread in threading.enumerate() if thread.name.startswith("lookahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("sampling-ahead")]
 
 
 def tokens_of(completions):
@@ -91,7 +91,7 @@ def test_each_collection_but_the_first_is_one_behind_and_says_so(tiny_run):
     assert watch.versions == [0] * 4 + [0] * 4 + [4] * 4 + [8] * 4
     assert [metrics["rollout/staleness"] for metrics in watch.metrics] == [0, 4, 4, 4]  # updates a collection
     assert engine.threads[0] == "MainThread"
-    assert all(name.startswith("lookahead") for name in engine.threads[1:])
+    assert all(name.startswith("sampling-ahead") for name in engine.threads[1:])
     assert len(engine.threads) == 4  # none for a phase that does not come
     assert ahead_threads() == []
 
@@ -329,7 +329,7 @@ class Endless(TransformersEngine):
         object.__setattr__(self, "begun", threading.Event())
 
     def stream(self, lm, *args, **kwargs):
-        if threading.current_thread().name.startswith("lookahead"):
+        if threading.current_thread().name.startswith("sampling-ahead"):
             self.begun.set()
             while True:
                 lm(input_ids=torch.tensor([[1, 2]]))

@@ -144,7 +144,7 @@ def test_the_collection_of_a_cut_off_phase_is_recorded_as_it_was(tiny_run, tmp_p
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"num_minibatches": 1}, "phase of 4 micro-batches a rank, and with this config a phase has 2")],
+    [({"num_minibatches": 1}, "phase of 4 micro-batches per rank, and with this config a phase has 2")],
 )
 def test_a_phase_that_is_cut_otherwise_is_refused(tiny_run, tmp_path, change, words):
     run_of(tiny_run, tmp_path / "whole", Log(), every_n_train_steps=1).fit()

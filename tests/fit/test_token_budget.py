@@ -169,7 +169,7 @@ def test_every_checkpoint_leads_to_the_same_end(tiny_run, tmp_path, method, stal
 def test_a_phase_goes_on_under_its_own_budget_alone(tiny_run, tmp_path, before, after):
     resumable(tiny_run, tmp_path, budget=before, every_n_train_steps=1).fit()
     names = ["null" if value is None else str(value) for value in (before, after)]
-    message = rf"max_tokens_per_micro_batch = {names[0]}, and this config has {names[1]}\. Resume with that"
+    message = rf"max_tokens_per_micro_batch = {names[0]}, and this config has {names[1]}\. Resume with the"
     with pytest.raises(UserError, match=message):
         resumable(tiny_run, tmp_path / "rest", budget=after).fit(ckpt_path=tmp_path / "epoch=2-step=5.ckpt")
 
@@ -189,7 +189,7 @@ def test_between_phases_the_budget_may_change(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("budget", "module", "trainer", "message"),
     [
-        (27, {}, {}, r"data\.max_tokens_per_micro_batch must be at least 28, the tokens of the longest row.* got 27"),
+        (27, {}, {}, r"data\.max_tokens_per_micro_batch must be at least 28, the longest row.* got 27"),
         (25, METHODS["grpo"], {}, r"must be at least 26, .*data\.max_prompt_length .* got 25"),
         (0, {}, {}, r"data\.max_tokens_per_micro_batch must be at least 28"),
         (60, {}, {"accumulate_grad_batches": 2}, r"accumulate_grad_batches = 2 .* Leave out accumulate_grad_batches"),

@@ -165,7 +165,7 @@ flags("flag_without_a_value", "--data.num_problems", words=("data.num_problems",
 flags("stray_word", "stray", words=("stray",))
 flags("config_file_that_is_not_there", "--config=nowhere.yaml", words=("nowhere.yaml",))
 flags("folder_for_a_config", "--config=.", words=("config", "not a file"))
-flags("two_methods", "--config=methods/ppo.yaml", "--config=methods/egspo.yaml", words=("do not add up",))
+flags("two_methods", "--config=methods/ppo.yaml", "--config=methods/egspo.yaml", words=("are both method overlays",))
 
 
 @case("train", "fit")

@@ -1,6 +1,6 @@
 from egspo_lightning import EGSPOModule, GeneratedDemonstrations, GeneratedProblems, HybridDataModule, PolicyConfig
 from egspo_lightning.ops.gate import QuantileGate
-from egspo_lightning.training.lazy_defaults import built
+from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
 
 
 def test_modules_built_in_python_share_no_default():
@@ -20,4 +20,4 @@ def test_datamodules_built_in_python_have_their_parts():
 
 def test_a_given_part_is_kept():
     gate = QuantileGate(0.5)
-    assert built(gate) is gate
+    assert instantiate_lazy_default(gate) is gate

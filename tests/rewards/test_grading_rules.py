@@ -1,4 +1,4 @@
-"""The policies of rewards.grading, each through the grader as it is called."""
+"""The grading rules of rewards.grading, each through the grader as it is called."""
 
 import pytest
 
