@@ -81,7 +81,8 @@ class EGSPOModule(PolicyModule):
         initial_stage: Literal["sft", "egspo"] = "sft",
         max_bad_updates: PositiveInt = 5,
     ) -> None:
-        gate, attenuation, advantage = map(instantiate_lazy_default, (gate, attenuation, advantage))
+        gate, attenuation = instantiate_lazy_default(gate), instantiate_lazy_default(attenuation)
+        advantage = instantiate_lazy_default(advantage)
         has_reference = objective.beta > 0 or kl_reward is not None
         super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
         self.advantage_and_gate = AdvantageAndGate(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
