@@ -1,9 +1,8 @@
 """Setup rules: which settings of module, data and trainer fit together.
 
-``require_method`` checks the module's parts when the module is built. ``require_run`` checks a whole run in the
-datamodule's ``setup``; ``require_positions`` also serves evaluation. ``require_bounded_passes`` needs the built policy,
-so it runs when a phase begins. Ranges of single fields are in their annotations, and rules within one part in its
-constructor.
+``require_method`` runs when the module is built, ``require_run`` in the datamodule's ``setup``, and
+``require_bounded_passes``, which needs the built policy, when a phase begins. ``require_positions`` also serves
+evaluation. Ranges of single fields are in their annotations, and rules within one part in its constructor.
 """
 
 from collections.abc import Sequence
