@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -207,3 +208,15 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
         pytest.skip(missing)
     with chromium(tmp_path / "profile") as session:
         yield session
+
+
+@pytest.fixture
+def overlay(tmp_path):
+    """A config file with the given content, as an argument."""
+
+    def write(content):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return f"--config={path}"
+
+    return write

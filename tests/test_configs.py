@@ -184,18 +184,6 @@ CHORD_MU = "--config=configs/methods/chord_mu.yaml"
 OWN_CRITIC = ["--model.advantage=egspo_lightning.ops.estimators.GAE", "--model.critic.trunk=own"]
 
 
-@pytest.fixture
-def overlay(tmp_path):
-    """A config file with the given content, as an argument."""
-
-    def write(content):
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return f"--config={path}"
-
-    return write
-
-
 def as_mu(value):
     return {"model": {"objective": {"mu": value}}}
 

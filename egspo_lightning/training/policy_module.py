@@ -67,14 +67,13 @@ class PolicyModule(LightningModule):
         self.reference: Policy | None = None
         self.critic: Critic | None = None
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._phase_version = self._previous_version = (
-            0  # optimizer steps at the start of this phase and of the previous one
-        )
+        self._phase_version = self._previous_version = 0  # optimizer steps at the start of this and the last phase
         self.entered_step = 0
         """Optimizer steps taken when stage EGSPO was entered."""
         self.loaded_step = 0
         """Optimizer steps that the latest loaded checkpoint had taken."""
-        self._inference, self._snapshot = InferenceMode(), None  # type: tuple[InferenceMode, Snapshot | None]
+        self._inference = InferenceMode()
+        self._snapshot: Snapshot | None = None
         self._random_state: dict[str, Any] | None = None  # of a resumed checkpoint, until training starts
 
     # Set-up

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import yaml
 
 from egspo_lightning.cli.main import EgspoCLI
 from egspo_lightning.cli.parser import PARTS, class_names
@@ -37,18 +36,6 @@ def parse(parser, repository, monkeypatch):
     """Parses a fit of the quickstart, and gives the config as plain dictionaries."""
     monkeypatch.chdir(repository)
     return lambda *arguments: parser.parse_args(["fit", QUICKSTART, *arguments]).fit.as_dict()
-
-
-@pytest.fixture
-def overlay(tmp_path):
-    """A config file with the given content, as an argument."""
-
-    def write(content):
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return f"--config={path}"
-
-    return write
 
 
 def resolves(spec, name):
