@@ -16,7 +16,8 @@ from egspo_lightning.evaluation.benchmarks import Benchmark, require_different_i
 from egspo_lightning.rewards.extraction import extract_boxed, with_opened_block
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.engine import RolloutEngine, Sample
-from egspo_lightning.rollout.generation import decode, prompt_texts, sample
+from egspo_lightning.rollout.generation import sample
+from egspo_lightning.rollout.grade_rollouts import decode, prompt_texts
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Problem, ProblemBatch, Sampling

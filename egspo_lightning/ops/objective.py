@@ -177,7 +177,8 @@ class Objective:
         high_weight, low_weight = self.branch_weights(rollout, attenuation, current.entropies)
         high = self._surrogate(current.logprobs, rollout, self.epsilon_low, self.epsilon_high)
         low = self._low_branch(current.logprobs, rollout, high)
-        per_token = self._corrected(high_weight * high + low_weight * low, rollout)
+        gated = high_weight * high + low_weight * low  # g_t, the sum of both weights, multiplies the surrogate here
+        per_token = self._corrected(gated, rollout)
         size = rollout.update_size
         has_expert_rows = size.num_sampled_tokens < size.num_active_tokens
         if has_expert_rows:

@@ -13,7 +13,8 @@ import torch
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rollout.engine import RolloutEngine, Sample
-from egspo_lightning.rollout.generation import grade, sample_and_grade
+from egspo_lightning.rollout.generation import sample_and_grade
+from egspo_lightning.rollout.grade_rollouts import grade_rollouts
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import DrawnProblems, Group, Prompt, SampledGroups
 from egspo_lightning.types import ExpertSolution, Problem, Sampling
@@ -75,7 +76,7 @@ class Collector:
         return DrawnProblems(number, prompts, {place: experts[place] for place in places if place < self.num_experts})
 
     def sample_and_grade(self, policy: RolloutPolicy, prompts: Mapping[int, Prompt]) -> SampledGroups:
-        """Sample and grade a group of completions for each prompt, given by place. Collective."""
+        """Sample a group of completions for each prompt, given by place, and grade them. Collective."""
         started = time.perf_counter()
         sampling, size = Sampling(self.max_completion_length, policy.temperature), self.num_generations
         graded, waited = sample_and_grade(policy, self.engine, self.reward, list(prompts.values()), size, sampling)
@@ -107,7 +108,7 @@ class Collector:
         started = time.perf_counter()
         samples = [Sample(s.token_ids, False, [0.0] * len(s.token_ids)) for s in drawn.solutions.values()]
         prompts = [drawn.prompts[place] for place in drawn.solutions]
-        graded = grade(policy, self.reward, prompts, samples, self.max_completion_length)
+        graded = grade_rollouts(policy, self.reward, prompts, samples, self.max_completion_length)
         experts = dict(zip(drawn.solutions, graded, strict=True))
         seconds = time.perf_counter() - started
         return sampled._replace(

@@ -1,12 +1,11 @@
-"""Generation: samples and grades completions of prompts."""
+"""Generation: samples completions of prompts, and has them graded (`grade_rollouts`) at the same time."""
 
 from collections.abc import Iterator, Sequence
 
 from egspo_lightning.rewards.composition import WeightedReward
-from egspo_lightning.rewards.extraction import THINK_MARKS, with_opened_block
-from egspo_lightning.rewards.functions import Details, Reward
+from egspo_lightning.rewards.functions import Reward
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
-from egspo_lightning.rollout.overlapped_grading import OverlappedGrading
+from egspo_lightning.rollout.grade_rollouts import OverlappedGrading, grade_rollouts
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Completion, Sampling
@@ -34,7 +33,7 @@ def sample_and_grade(
     composed = WeightedReward.of(reward)
 
     def grade_some(numbers: Sequence[int], samples: Sequence[Sample]) -> list[Completion]:
-        return grade(policy, composed, [owners[i] for i in numbers], samples, sampling.max_completion_length)
+        return grade_rollouts(policy, composed, [owners[i] for i in numbers], samples, sampling.max_completion_length)
 
     with OverlappedGrading(grade_some, len(owners), num_samples, cancel=composed.grader.close) as grading:
         for batch in _stream(policy, engine, prompts, num_samples, sampling):
@@ -65,62 +64,3 @@ def _stream(
         if requests:
             pad_id = policy.tokenizer.pad_token_id
             yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)
-
-
-def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
-    """Texts of samples without special tokens, except think marks, which some tokenizers declare special."""
-    added = policy.tokenizer.added_tokens_decoder.items()
-    dropped = {number for number, token in added if token.special and token.content not in THINK_MARKS}
-    kept = [[token for token in s.token_ids if token not in dropped] for s in samples]
-    texts: list[str] = policy.tokenizer.batch_decode(kept, skip_special_tokens=False)
-    return texts
-
-
-def grade(
-    policy: RolloutPolicy,
-    reward: WeightedReward,
-    prompts: Sequence[Prompt],
-    samples: Sequence[Sample],
-    max_completion_length: int,
-) -> list[Completion]:
-    """Grade samples, one for each prompt: add texts, verdicts and rewards.
-
-    Raises:
-        UserError: the reward did not give one finite number for each completion.
-    """
-    if not samples:
-        return []
-    texts = decode(policy, samples)
-    asked = prompt_texts(policy, prompts)
-    golds = [prompt.problem.answer for prompt in prompts]
-    judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
-    grades = reward.grader.grade(judged, golds)
-    details = [
-        Details(prompt.problem, text, len(sample.token_ids), max_completion_length, sample.is_truncated, verdict)
-        for prompt, text, sample, verdict in zip(prompts, asked, samples, grades, strict=True)
-    ]
-    scored = reward.score(texts, golds, details)
-    return [
-        Completion(
-            problem=detail.problem,
-            token_ids=sample.token_ids,
-            logprobs=sample.logprobs,
-            text=text,
-            is_truncated=sample.is_truncated,
-            reward=result.reward,
-            correct=detail.grade.correct,
-            extracted=detail.grade.extracted,
-            status=detail.grade.status,
-            reward_terms=result.terms,
-            entropies=sample.entropies,
-        )
-        for sample, text, detail, result in zip(samples, texts, details, scored, strict=True)
-    ]
-
-
-def prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
-    """Texts of prompts with special tokens, since a think mark may be one; each distinct prompt is decoded once."""
-    distinct = {tuple(prompt.token_ids): prompt.token_ids for prompt in prompts}
-    texts = policy.tokenizer.batch_decode(list(distinct.values()), skip_special_tokens=False)
-    by_ids = dict(zip(distinct, texts, strict=True))
-    return [by_ids[tuple(prompt.token_ids)] for prompt in prompts]

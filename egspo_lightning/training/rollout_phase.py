@@ -105,7 +105,7 @@ class Phases:
         yield from self.micro_batches(policy, steps, saved)
 
     def sample_and_score(self, policy: RolloutPolicy, process: Process, number: int) -> ScoredGroups:
-        """Make the scored rollouts of rollout batch ``number``. Collective."""
+        """Sample, grade (``rollout.grade_rollouts``) and score rollout batch ``number``. Collective."""
         collector = self.collector
         drawn = collector.draw_problems(number, *process)
         graded = collector.sample_and_grade(policy, drawn.prompts)

@@ -13,6 +13,7 @@ from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import Sample
 from egspo_lightning.types import ExpertSolution, Problem
+from scripted_policy import BytePolicy
 
 FLAT, SPREAD = "flat", "spread"
 
@@ -31,27 +32,8 @@ def by_gold(completions, golds):
     return [1.0 if gold == FLAT else float(text[-1]) % 2 for text, gold in zip(completions, golds, strict=True)]
 
 
-class Alone:
-    """A policy of which only the tokenizer is asked."""
-
-    temperature = 1.0
-    eos_ids = ()
-    tokenizer = SimpleNamespace(
-        pad_token_id=0,
-        added_tokens_decoder={},
-        batch_decode=lambda rows, skip_special_tokens: [bytes(row).decode() for row in rows],
-    )
-
-    @contextmanager
-    def sampling(self):
-        yield None
-
-    def sum_over_ranks(self, values):
-        return values
-
-
-class OneOfTwo(Alone):
-    """The same on one of two threads, which add up over both; each must enter ``sampling`` as often as the other."""
+class OneOfTwo(BytePolicy):
+    """A policy on one of two threads, which add up over both; each must enter ``sampling`` as often as the other."""
 
     def __init__(self, rank, box, barrier):
         self.rank, self.box, self.barrier = rank, box, barrier
@@ -115,7 +97,7 @@ def test_a_collection_holds_its_problems_in_order_each_with_streams_of_its_own()
     drawn = []
     source = collector(drawn=drawn)
     for number in range(2):
-        sampled = sample(source, Alone(), number, 0, 1)
+        sampled = sample(source, BytePolicy(), number, 0, 1)
         assert ids(sampled.groups) == [str(4 * number + i) for i in range(4)]
         assert [group.number for group in sampled.groups] == [0, 1, 2, 3]
         texts = [completion.text for group in sampled.groups for completion in group.completions]
@@ -137,26 +119,26 @@ def test_a_collection_holds_its_problems_in_order_each_with_streams_of_its_own()
 def test_groups_without_spread_are_replaced_in_their_places_up_to_the_limit(max_resampling, kept, discarded):
     drawn = []
     source = collector({1, 3, 4, 6}, drawn=drawn, max_resampling=max_resampling)
-    sampled = sample(source, Alone(), 0, 0, 1)
+    sampled = sample(source, BytePolicy(), 0, 0, 1)
     assert ids(sampled.groups) == kept
     assert ids(sampled.discarded) == discarded
     assert [group.number for group in sampled.groups] == [0, 1, 2, 3]
-    sample(source, Alone(), 1, 0, 1)
+    sample(source, BytePolicy(), 1, 0, 1)
     assert drawn == list(range(len(drawn)))  # without gaps or repeats
     assert source.num_drawn == len(drawn) >= 8 + len(discarded)
 
 
 def test_every_round_samples_from_streams_of_its_own():
-    sampled = sample(collector({1, 4, 5}, max_resampling=2), Alone(), 3, 0, 1)
+    sampled = sample(collector({1, 4, 5}, max_resampling=2), BytePolicy(), 3, 0, 1)
     groups = [group for group in (*sampled.discarded, *sampled.groups) if group.number == 1]
     assert [group.completions[0].text for group in groups] == ["7/3/1/0", "7/3/1/1/0", "7/3/1/2/0"]
 
 
 def test_a_collector_that_is_put_where_another_was_goes_on_as_it_would_have():
     one, other = (collector({1, 5, 6, 9}, max_resampling=2) for _ in range(2))
-    sample(one, Alone(), 0, 0, 1)
+    sample(one, BytePolicy(), 0, 0, 1)
     other.num_drawn = one.num_drawn
-    assert sample(one, Alone(), 1, 0, 1)[:2] == sample(other, Alone(), 1, 0, 1)[:2]
+    assert sample(one, BytePolicy(), 1, 0, 1)[:2] == sample(other, BytePolicy(), 1, 0, 1)[:2]
 
 
 @pytest.mark.parametrize("flat", [(), (1, 3, 4, 6), (0, 2, 5), range(5), range(99)])
@@ -180,7 +162,7 @@ def test_two_ranks_sample_what_one_does(flat):
     alone_drawn = []
     alone = collector(set(flat), drawn=alone_drawn, **options)
     for number in range(2):
-        whole = sample(alone, Alone(), number, 0, 1)
+        whole = sample(alone, BytePolicy(), number, 0, 1)
         parts = [found[rank][number] for rank in range(2)]
         assert sorted(parts[0].groups + parts[1].groups) == sorted(whole.groups)
         assert sorted(parts[0].discarded + parts[1].discarded) == sorted(whole.discarded)
@@ -194,7 +176,7 @@ def test_experts_problems_come_first_with_their_solutions_graded():
     drawn = []
     source = collector(drawn=drawn, num_experts=2)
     for number in range(2):
-        groups = sample(source, Alone(), number, 0, 1).groups
+        groups = sample(source, BytePolicy(), number, 0, 1).groups
         expected = [f"expert-{2 * number}", f"expert-{2 * number + 1}", str(2 * number), str(2 * number + 1)]
         assert ids(groups) == expected
         assert [group.expert is None for group in groups] == [False, False, True, True]
@@ -210,14 +192,14 @@ def test_experts_problems_come_first_with_their_solutions_graded():
 
 def test_a_group_with_an_expert_is_not_replaced():
     """It can be learned from without spread: the expert's reward is compared with the group's."""
-    sampled = sample(collector(num_experts=2, expert_gold=FLAT, max_resampling=3), Alone(), 0, 0, 1)
+    sampled = sample(collector(num_experts=2, expert_gold=FLAT, max_resampling=3), BytePolicy(), 0, 0, 1)
     assert sampled.groups[0].is_flat
     assert sampled.discarded == []
 
 
 def test_all_problems_may_be_experts():
     drawn = []
-    groups = sample(collector(drawn=drawn, num_experts=4), Alone(), 0, 0, 1).groups
+    groups = sample(collector(drawn=drawn, num_experts=4), BytePolicy(), 0, 0, 1).groups
     assert drawn == []
     assert all(group.expert is not None for group in groups)
 
@@ -230,7 +212,7 @@ def test_sampling_and_grading_are_timed_apart_over_all_rounds(monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr("egspo_lightning.rollout.collector.time", clock)
-    monkeypatch.setattr("egspo_lightning.rollout.overlapped_grading.time", clock)
+    monkeypatch.setattr("egspo_lightning.rollout.grade_rollouts.time", clock)
 
     class Slow(Echo):
         def stream(self, *args, **kwargs):
@@ -242,7 +224,7 @@ def test_sampling_and_grading_are_timed_apart_over_all_rounds(monkeypatch):
         return by_gold(completions, golds)
 
     source = collector({1}, engine=Slow(), reward=WeightedReward.of(slow), num_experts=1, max_resampling=1)
-    sampled = sample(source, Alone(), 0, 0, 1)
+    sampled = sample(source, BytePolicy(), 0, 0, 1)
     assert len(sampled.discarded) == 1
     assert (sampled.seconds, sampled.seconds_grading) == (23.0, 3.0)
 
@@ -259,9 +241,9 @@ def test_the_length_penalty_gives_spread_where_the_rewards_have_none():
 
     options = {"engine": Growing(), "max_completion_length": 12, "max_resampling": 1}
     flat = set(range(4))
-    assert len(sample(collector(flat, **options), Alone(), 0, 0, 1).discarded) == 4
+    assert len(sample(collector(flat, **options), BytePolicy(), 0, 0, 1).discarded) == 4
     reward = WeightedReward({"correctness": by_gold, "length": SoftLengthPenalty(4)})
-    sampled = sample(collector(flat, reward=reward, **options), Alone(), 0, 0, 1)
+    sampled = sample(collector(flat, reward=reward, **options), BytePolicy(), 0, 0, 1)
     # 5 to 12 tokens, two a group: nothing is taken off up to 8
     assert [completion.reward for group in sampled.groups[2:] for completion in group.completions] == pytest.approx(
         [0.75, 0.5, 0.25, 0.0]
@@ -285,7 +267,7 @@ def test_flat_places_are_counted_over_ranks_in_a_tensor():
     """A rank without any flat group still takes part in the sum."""
     calls = []
 
-    class Counting(Alone):
+    class Counting(BytePolicy):
         def sum_over_ranks(self, values):
             calls.append(values.tolist())
             return torch.zeros_like(values)

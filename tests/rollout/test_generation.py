@@ -19,7 +19,8 @@ from egspo_lightning.rewards.functions import CorrectnessReward, Details
 from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.generation import decode, grade, sample, sample_and_grade
+from egspo_lightning.rollout.generation import sample, sample_and_grade
+from egspo_lightning.rollout.grade_rollouts import decode, grade_rollouts
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Problem, Sampling
@@ -93,7 +94,7 @@ def test_sampling_in_batches_is_sampling_at_once(policy, reward, batch_size):
             TransformersEngine().generate(lm, [Request(prompt.token_ids, seed)], sampling, **alone)[0]
             for prompt, seed in requests
         ]
-    expected = grade(policy, reward, [prompt for prompt, _ in requests], samples, LIMIT)
+    expected = grade_rollouts(policy, reward, [prompt for prompt, _ in requests], samples, LIMIT)
     assert len({tuple(completion.token_ids) for completion in expected}) == 12
     assert len({completion.reward for completion in expected}) > 1
     for ours, theirs in zip(found, expected, strict=True):
@@ -143,7 +144,7 @@ def test_rewards_are_told_the_details(policy):
 
     asked = prompts(policy, "2", text="Q")
     sample = Sample(policy.tokenizer.encode(r"\boxed{2}"), True, [0.0] * 9)
-    (completion,) = grade(policy, WeightedReward.of(watch), asked, [sample], 9)
+    (completion,) = grade_rollouts(policy, WeightedReward.of(watch), asked, [sample], 9)
     verdict = Grade(True, "graded", "2", 0.0)
     assert seen == [(r"\boxed{2}", "2", Details(asked[0].problem, "Q", 9, 9, True, verdict))]
     assert completion.correct  # the grader's word, whatever the reward
@@ -161,7 +162,9 @@ def test_rewards_are_told_the_details(policy):
 )
 def test_a_box_in_reasoning_that_the_prompt_has_opened_is_no_answer(policy, reward, prompt, completion, correct):
     asked = prompts(policy, "2", text=prompt)
-    (found,) = grade(policy, reward, asked, [Sample(policy.tokenizer.encode(completion), False, [0.0] * 40)], LIMIT)
+    (found,) = grade_rollouts(
+        policy, reward, asked, [Sample(policy.tokenizer.encode(completion), False, [0.0] * 40)], LIMIT
+    )
     assert found.correct == correct
     assert found.text == completion
 
@@ -185,7 +188,7 @@ def test_the_prompt_is_seen_with_its_special_tokens(policy):
         seen.append(details[0].prompt)
         return [0.0]
 
-    grade(policy, WeightedReward.of(watch), [prompt], [Sample([65], False, [0.0])], 9)
+    grade_rollouts(policy, WeightedReward.of(watch), [prompt], [Sample([65], False, [0.0])], 9)
     assert seen == [f"q{policy.tokenizer.eos_token}"]
 
 
@@ -231,24 +234,12 @@ def test_a_fork_while_the_thread_grades_can_grade_itself(policy, reward):
 
 INTERRUPTED = r"""
 import sys, time, threading
-from types import SimpleNamespace
-from contextlib import contextmanager
 from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.rollout.generation import sample_and_grade
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Problem, Sampling
-
-class Policy:
-    eos_ids = []
-    tokenizer = SimpleNamespace(
-        pad_token_id=0,
-        added_tokens_decoder={},
-        batch_decode=lambda rows, skip_special_tokens: [bytes(row).decode() for row in rows],
-    )
-    @contextmanager
-    def sampling(self):
-        yield None
+from scripted_policy import BytePolicy
 
 reward = CorrectnessReward(deadline_s=1.0)
 
@@ -264,7 +255,7 @@ class Engine:
 
 prompts = [Prompt(Problem(str(i), "q", "1+x"), [65], "s") for i in range(5)]
 try:
-    sample_and_grade(Policy(), Engine(), reward, prompts, 1, Sampling(20))
+    sample_and_grade(BytePolicy(), Engine(), reward, prompts, 1, Sampling(20))
 except KeyboardInterrupt:
     reward.close()
     print([t.name for t in threading.enumerate()], reward.grader.worker_pids(), flush=True)
@@ -273,7 +264,8 @@ except KeyboardInterrupt:
 
 
 def test_ctrl_c_while_both_are_at_work_ends_both():
-    program = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    program = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         pids = [int(pid) for pid in program.stdout.readline().split()]
         assert pids

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from egspo_lightning.rewards.grading import MathGrader
-from egspo_lightning.rollout import overlapped_grading as overlap
+from egspo_lightning.rollout import grade_rollouts as overlap
 from egspo_lightning.rollout.engine import Sample
-from egspo_lightning.rollout.overlapped_grading import OverlappedGrading
+from egspo_lightning.rollout.grade_rollouts import OverlappedGrading
 
 SAMPLES = [Sample([i], False, [0.0]) for i in range(6)]
 LONG_S = 20.0

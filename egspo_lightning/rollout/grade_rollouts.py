@@ -1,7 +1,8 @@
-"""Overlapped grading: a thread grades complete groups while the engine decodes the rest.
+"""Grading of rollouts: adds texts, verdicts and rewards to sampled completions, while others are still sampled.
 
-The grader works in its own processes and the language model on a device, so neither waits for the other. The thread
-takes part in no collective, so ranks stay in step however long grading takes.
+``grade_rollouts`` grades samples. ``OverlappedGrading`` calls it in a thread for complete groups while the engine
+decodes the rest. The grader works in its own processes and the language model on a device, so neither waits for the
+other. The thread takes part in no collective, so ranks stay in step however long grading takes.
 """
 
 import time
@@ -9,13 +10,74 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from egspo_lightning.rewards.composition import WeightedReward
+from egspo_lightning.rewards.extraction import THINK_MARKS, with_opened_block
+from egspo_lightning.rewards.functions import Details
 from egspo_lightning.rollout.engine import Sample
+from egspo_lightning.rollout.policy_protocol import RolloutPolicy
+from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Completion
 
-Grade = Callable[[Sequence[int], Sequence[Sample]], list[Completion]]
-"""Turns request numbers and their samples into completions, in the same order."""
-
 _CANCEL_EVERY_S = 0.1
+
+
+def grade_rollouts(
+    policy: RolloutPolicy,
+    reward: WeightedReward,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sample],
+    max_completion_length: int,
+) -> list[Completion]:
+    """Grade samples, one for each prompt: the grader's verdicts first, then the rewards, which may use them.
+
+    Raises:
+        UserError: the reward did not give one finite number for each completion.
+    """
+    if not samples:
+        return []
+    texts = decode(policy, samples)
+    asked = prompt_texts(policy, prompts)
+    golds = [prompt.problem.answer for prompt in prompts]
+    judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
+    grades = reward.grader.grade(judged, golds)
+    details = [
+        Details(prompt.problem, text, len(sample.token_ids), max_completion_length, sample.is_truncated, verdict)
+        for prompt, text, sample, verdict in zip(prompts, asked, samples, grades, strict=True)
+    ]
+    scored = reward.score(texts, golds, details)
+    return [
+        Completion(
+            problem=detail.problem,
+            token_ids=sample.token_ids,
+            logprobs=sample.logprobs,
+            text=text,
+            is_truncated=sample.is_truncated,
+            reward=result.reward,
+            correct=detail.grade.correct,
+            extracted=detail.grade.extracted,
+            status=detail.grade.status,
+            reward_terms=result.terms,
+            entropies=sample.entropies,
+        )
+        for sample, text, detail, result in zip(samples, texts, details, scored, strict=True)
+    ]
+
+
+def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
+    """Texts of samples without special tokens, except think marks, which some tokenizers declare special."""
+    added = policy.tokenizer.added_tokens_decoder.items()
+    dropped = {number for number, token in added if token.special and token.content not in THINK_MARKS}
+    kept = [[token for token in s.token_ids if token not in dropped] for s in samples]
+    texts: list[str] = policy.tokenizer.batch_decode(kept, skip_special_tokens=False)
+    return texts
+
+
+def prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
+    """Texts of prompts with special tokens, since a think mark may be one; each distinct prompt is decoded once."""
+    distinct = {tuple(prompt.token_ids): prompt.token_ids for prompt in prompts}
+    texts = policy.tokenizer.batch_decode(list(distinct.values()), skip_special_tokens=False)
+    by_ids = dict(zip(distinct, texts, strict=True))
+    return [by_ids[tuple(prompt.token_ids)] for prompt in prompts]
 
 
 class OverlappedGrading:
@@ -25,7 +87,7 @@ class OverlappedGrading:
     ends all grading on exit, also after an exception.
 
     Args:
-        grade: Grades samples; only one call runs at a time.
+        grade: Turns request numbers and their samples into completions, in the same order. One call runs at a time.
         num_requests: Samples to receive.
         group_size: Adjacent requests that are graded together.
         cancel: Makes a running call of ``grade`` raise. Called from another thread after an exception, again and again
@@ -33,7 +95,12 @@ class OverlappedGrading:
     """
 
     def __init__(
-        self, grade: Grade, num_requests: int, group_size: int, *, cancel: Callable[[], None] | None = None
+        self,
+        grade: Callable[[Sequence[int], Sequence[Sample]], list[Completion]],
+        num_requests: int,
+        group_size: int,
+        *,
+        cancel: Callable[[], None] | None = None,
     ) -> None:
         self._grade, self._num_requests, self._group_size = grade, num_requests, group_size
         self._cancel = cancel
