@@ -46,7 +46,7 @@ def main() -> None:
 
 def picture_of_completions(browser: Browser, run: Path, page: Path) -> None:
     """Save the colored completions, with the pointer on a high-entropy token."""
-    write_page(run, page, collection=None, max_completions=8)
+    write_page(run, page, rollout_batch=None, max_completions=8)
     browser.open(page)
     browser.point_at(browser.find("article:nth-of-type(1) .high"))
     save(browser, "completions")

@@ -15,30 +15,30 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m egspo_lightning.analysis", description=__doc__)
     parser.add_argument("run", type=Path, help="log folder, such as logs/lightning_logs/version_0")
     parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="the page to write")
-    parser.add_argument("--collection", type=int, help="number of the only rollout batch to show; by default all")
+    parser.add_argument("--rollout_batch", type=int, help="number of the only rollout batch to show; by default all")
     parser.add_argument(
         "--max_completions", type=int, default=200, help="limit, the latest first (default: %(default)s)"
     )
     options = parser.parse_args(args)
     try:
-        write_page(options.run, options.html, collection=options.collection, max_completions=options.max_completions)
+        write_page(**vars(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"Page: {options.html}")
 
 
-def write_page(run: Path, target: Path, *, collection: int | None, max_completions: int) -> None:
+def write_page(run: Path, html: Path, *, rollout_batch: int | None, max_completions: int) -> None:
     """Write the page of a run.
 
     Raises:
         UserError: the run cannot be read, or the file cannot be written
     """
-    colored = ColoredCompletions(load(run), collection=collection, max_completions=max_completions)
+    colored = ColoredCompletions(load(run), rollout_batch=rollout_batch, max_completions=max_completions)
     try:
-        target.write_text(colored.page(f"Token entropy of {run}"), encoding="utf-8")
+        html.write_text(colored.page(f"Token entropy of {run}"), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--html: {target} cannot be written: {error.strerror}.") from error
+        raise UserError(f"--html: {html} cannot be written: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class ColoredCompletions:
 
     Args:
         records: records of one or several runs
-        collection: number of the only rollout batch to show; by default all
+        rollout_batch: number of the only rollout batch to show; by default all
         max_completions: limit of the completions shown; the latest rollout batches come first
         most: entropy of the full color, nats; by default the 99 % quantile of the tokens shown
 
@@ -70,18 +70,18 @@ class ColoredCompletions:
     """
 
     def __init__(
-        self, records: Records, *, collection: int | None = None, max_completions: int = 8, most: float | None = None
+        self, records: Records, *, rollout_batch: int | None = None, max_completions: int = 8, most: float | None = None
     ) -> None:
         require(max_completions >= 1, "max_completions", max_completions, "at least 1")
         completions = records.completions
-        if collection is not None:
-            known = sorted(completions["collection"].unique().tolist())
+        if rollout_batch is not None:
+            known = sorted(completions["rollout_batch"].unique().tolist())
             allowed = f"one of those recorded: {', '.join(map(str, known))}"
-            require(collection in known, "collection", collection, allowed)
-            completions = completions[completions["collection"] == collection]
+            require(rollout_batch in known, "rollout_batch", rollout_batch, allowed)
+            completions = completions[completions["rollout_batch"] == rollout_batch]
         if completions.empty:
             raise UserError("There are no completions to show. Did a filter remove all of them?")
-        latest_first = completions.sort_values("collection", ascending=False, kind="stable")
+        latest_first = completions.sort_values("rollout_batch", ascending=False, kind="stable")
         self.completions = latest_first.head(max_completions)
         keys = ["run", "completion_id"]
         self.tokens = records.tokens.merge(self.completions[keys], on=keys)
@@ -93,7 +93,7 @@ class ColoredCompletions:
 
     def page(self, title: str) -> str:
         """Make a complete HTML page."""
-        numbers = self.completions["collection"].unique().tolist()
+        numbers = self.completions["rollout_batch"].unique().tolist()
         links = "".join(f'<a href="#c{number}">{number}</a>' for number in numbers)
         return (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_safe(title)}</title>'
@@ -114,7 +114,7 @@ class ColoredCompletions:
         """The completions of each rollout batch, under its heading."""
         several = self.completions["run"].nunique() > 1
         tokens = dict(list(self.tokens.groupby(["run", "completion_id"], sort=False)))
-        for (number, run), part in self.completions.groupby(["collection", "run"], sort=False):
+        for (number, run), part in self.completions.groupby(["rollout_batch", "run"], sort=False):
             yield f'<h2 id="c{number}">Rollout batch {number}{_safe(f" of {run}") if several else ""}</h2>'
             for completion in part.to_dict("records"):
                 rows = tokens.get((run, completion["completion_id"]))

@@ -23,11 +23,11 @@ def _column(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
 
 
 _KEYS = [
-    _column("collection", pa.int32(), "number of the rollout batch, from 0"),
+    _column("rollout_batch", pa.int32(), "number of the rollout batch, from 0"),
     _column("stage", pa.string(), "stage of training: egspo"),
     _column("policy_version", pa.int64(), "optimizer steps that the sampling policy had taken"),
     _column("problem_id", pa.string(), "id of the problem in its source"),
-    _column("completion_id", pa.string(), "collection/rank/row: unique in a run"),
+    _column("completion_id", pa.string(), "rollout batch/rank/row: unique in a run"),
 ]
 
 TOKENS = pa.schema(
@@ -68,9 +68,9 @@ COMPLETIONS = pa.schema(
 )
 
 
-def file_of(log_dir: str | Path, kind: str, collection: int, rank: int) -> Path:
+def file_of(log_dir: str | Path, kind: str, number: int, rank: int) -> Path:
     """Path of a rank's ``tokens`` or ``completions`` of a rollout batch."""
-    return Path(log_dir) / FOLDER / f"{kind}-{collection:06d}-rank-{rank}.parquet"
+    return Path(log_dir) / FOLDER / f"{kind}-{number:06d}-rank-{rank}.parquet"
 
 
 def files_of(log_dir: str | Path, kind: str) -> dict[Path, int]:

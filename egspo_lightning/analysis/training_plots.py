@@ -25,10 +25,10 @@ from egspo_lightning.analysis.plot_axes import (
 
 def entropy_heatmap(tokens: pd.DataFrame, *, bins: int = 40, ax: Axes | None = None) -> Axes:
     """Histograms of token entropy over training, one column a recorded rollout batch, with the threshold."""
-    ax = axes_for(ax, "entropy_heatmap", tokens, ["collection", "entropy", "threshold"], one_run=True)
-    groups = tokens.groupby("collection")
+    ax = axes_for(ax, "entropy_heatmap", tokens, ["rollout_batch", "entropy", "threshold"], one_run=True)
+    groups = tokens.groupby("rollout_batch")
     edges = entropy_edges(tokens["entropy"], bins)
-    inside = tokens["entropy"].clip(upper=edges[-1]).groupby(tokens["collection"])
+    inside = tokens["entropy"].clip(upper=edges[-1]).groupby(tokens["rollout_batch"])
     shares = np.array([np.histogram(part, edges)[0] / len(part) for _, part in inside])
     numbers = np.array(list(groups.groups))
     shown = np.ma.masked_equal(shares.T, 0.0)
@@ -42,18 +42,18 @@ def entropy_heatmap(tokens: pd.DataFrame, *, bins: int = 40, ax: Axes | None = N
 
 def threshold_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Mean threshold tau of the gate in each rollout batch. Runs with an open gate are left out."""
-    ax = axes_for(ax, "threshold_curve", tokens, ["collection", "threshold"])
+    ax = axes_for(ax, "threshold_curve", tokens, ["rollout_batch", "threshold"])
     for run, rows, color in by_run(tokens[np.isfinite(tokens["threshold"])]):
-        ax.plot(rows.groupby("collection")["threshold"].mean(), color=color, marker=".", label=run)
+        ax.plot(rows.groupby("rollout_batch")["threshold"].mean(), color=color, marker=".", label=run)
     ax.set_ylim(bottom=0)
     return finish(ax, x=ROLLOUT_BATCH_LABEL, y="threshold tau (nats)", title="Threshold of the gate")
 
 
 def high_share_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of recorded tokens of high entropy, with 95 % intervals over completions."""
-    ax = axes_for(ax, "high_share_curve", tokens, ["collection", "completion_id", "is_high_entropy"])
+    ax = axes_for(ax, "high_share_curve", tokens, ["rollout_batch", "completion_id", "is_high_entropy"])
     for run, rows, color in by_run(tokens):
-        share = means(rows, ["collection"], "is_high_entropy") * 100
+        share = means(rows, ["rollout_batch"], "is_high_entropy") * 100
         ax.errorbar(share.index, share["mean"], share["half_width"], color=color, marker=".", capsize=2, label=run)
     ax.set_ylim(bottom=0)
     return finish(ax, x=ROLLOUT_BATCH_LABEL, y="high-entropy tokens (%)", title="High-entropy tokens")
@@ -61,12 +61,12 @@ def high_share_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def weight_mass(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Shares of high-entropy and low-entropy tokens in the sum of the weights g_t, and the share of high tokens."""
-    ax = axes_for(ax, "weight_mass", tokens, ["collection", "token_weight", "is_high_entropy"], one_run=True)
-    mass = tokens.pivot_table("token_weight", "collection", "is_high_entropy", aggfunc="sum", fill_value=0.0)
+    ax = axes_for(ax, "weight_mass", tokens, ["rollout_batch", "token_weight", "is_high_entropy"], one_run=True)
+    mass = tokens.pivot_table("token_weight", "rollout_batch", "is_high_entropy", aggfunc="sum", fill_value=0.0)
     mass = mass.reindex(columns=[True, False], fill_value=0.0)
     share = 100 * mass.div(mass.sum(axis=1), axis=0)
     ax.stackplot(share.index, share[True], share[False], colors=[HIGH, LOW], labels=["high tokens", "low tokens"], lw=0)
-    high = 100 * tokens.groupby("collection")["is_high_entropy"].mean()
+    high = 100 * tokens.groupby("rollout_batch")["is_high_entropy"].mean()
     ax.plot(high, color="black", linestyle="--", label="high tokens, share of all")
     ax.set_ylim(0, 100)
     ax.margins(x=0)

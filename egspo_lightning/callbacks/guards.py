@@ -24,7 +24,7 @@ REMEDIES = {
     "truncated": "Raise data.max_completion_length, or set model.objective.mask_truncated.",
     "zero_reward": "Train longer by SFT, choose easier problems, or read in the rollout samples what the reward finds.",
     "flat_rewards": "Choose problems of another difficulty, more data.num_generations, or data.max_resampling. "
-    "guard/flat_collections counts such rollout batches.",
+    "guard/flat_rollout_batches counts such rollout batches.",
     "duplicate_problems": "Problems that differ in wording alone are not found.",
 }
 
@@ -32,7 +32,7 @@ REMEDIES = {
 class Guards(CheckpointedCallback):
     """Checks the metrics of each rollout batch; logs ``guard/*`` as 1 where a guard fires, else 0, and warns once.
 
-    ``guard/flat_collections`` (rollout batches in which all groups are flat) and ``guard/duplicate_problems`` are
+    ``guard/flat_rollout_batches`` (rollout batches in which all groups are flat) and ``guard/duplicate_problems`` are
     counts. The callback neither changes nor stops training.
 
     Args:
@@ -75,7 +75,7 @@ class Guards(CheckpointedCallback):
         self.num_rollout_batches = data.num_rollout_batches
         findings = self._judge({name: float(value) for name, value in trainer.callback_metrics.items()})
         values = {f"guard/{guard}": float(fires) for guard, (fires, _) in findings.items()}
-        values["guard/flat_collections"] = float(self.num_flat)
+        values["guard/flat_rollout_batches"] = float(self.num_flat)
         values["guard/duplicate_problems"] = float(data.num_duplicates)
         module_of(pl_module).log_phase(values)
         findings["duplicate_problems"] = (

@@ -78,7 +78,7 @@ def record(
     chosen = (~rollout.is_expert).nonzero().flatten()[:max_completions]
     completions = [rollouts.completions[row] for row in chosen.tolist()]
     keys: dict[str, list[Any]] = {
-        "collection": [number] * len(completions),
+        "rollout_batch": [number] * len(completions),
         "stage": [str(module.stage)] * len(completions),
         "policy_version": [rollout.policy_version] * len(completions),
         "problem_id": [_storable(completion.problem.id) for completion in completions],

@@ -38,7 +38,7 @@ def shown(text: str) -> str:
 
 def token(text, position, completion="0/0/0", **values):
     row = {
-        "run": "r", "collection": 0, "stage": "egspo", "policy_version": 5, "problem_id": "<p>", "token": text,
+        "run": "r", "rollout_batch": 0, "stage": "egspo", "policy_version": 5, "problem_id": "<p>", "token": text,
         "completion_id": completion, "position": position, "token_id": 7, "entropy": 0.5, "old_logprob": -0.25,
         "is_high_entropy": False, "phi": 0.125, "token_weight": 0.375, "advantage": -1.5, "ratio": 1.0625,
         "entropy_after": 0.4375, "reward": 0.75, "threshold": 0.625,
@@ -48,9 +48,9 @@ def token(text, position, completion="0/0/0", **values):
 
 def completion(name="0/0/0", **values):
     row = {
-        "run": "r", "collection": 0, "stage": "egspo", "policy_version": 5, "problem_id": "<p>", "completion_id": name,
-        "problem": "2<3?", "completion": "", "gold": "yes", "extracted": None, "reward": 0.75, "is_correct": False,
-        "length": 3, "is_truncated": True,
+        "run": "r", "rollout_batch": 0, "stage": "egspo", "policy_version": 5, "problem_id": "<p>",
+        "completion_id": name, "problem": "2<3?", "completion": "", "gold": "yes", "extracted": None, "reward": 0.75,
+        "is_correct": False, "length": 3, "is_truncated": True,
     }  # fmt: skip
     return row | values
 
@@ -165,7 +165,7 @@ def test_the_latest_collections_come_first_and_no_more_than_asked_for(records):
     page = Page(ColoredCompletions(records, max_completions=1000).page("run"))
     assert len(page.texts) == len(tokens)
     assert sum(tag == "article" for tag, _ in page.tags) == len(completions) == 48
-    assert set(ColoredCompletions(records, collection=1).completions["collection"]) == {1}
+    assert set(ColoredCompletions(records, rollout_batch=1).completions["rollout_batch"]) == {1}
 
 
 def test_two_runs_are_not_mixed():
@@ -175,8 +175,8 @@ def test_two_runs_are_not_mixed():
 
 
 def test_what_is_not_there_is_refused(records):
-    with pytest.raises(UserError, match="collection must be one of those recorded: 0, 1, 2, got 5"):
-        ColoredCompletions(records, collection=5)
+    with pytest.raises(UserError, match="rollout_batch must be one of those recorded: 0, 1, 2, got 5"):
+        ColoredCompletions(records, rollout_batch=5)
     with pytest.raises(UserError, match="max_completions must be at least 1, got 0"):
         ColoredCompletions(records, max_completions=0)
     with pytest.raises(UserError, match="no completions to show"):
@@ -184,7 +184,7 @@ def test_what_is_not_there_is_refused(records):
 
 
 def test_the_command_writes_a_page(log_dir, tmp_path, capsys):
-    main([str(log_dir), "--html", str(tmp_path / "out.html"), "--collection", "1"])
+    main([str(log_dir), "--html", str(tmp_path / "out.html"), "--rollout_batch", "1"])
     assert capsys.readouterr().out == f"Page: {tmp_path / 'out.html'}\n"
     page = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
     assert sum(tag == "article" for tag, _ in page.tags) == 16

@@ -69,16 +69,16 @@ def test_the_heat_map_holds_the_share_of_tokens_in_each_bin(records):
     assert shares.shape == (8, 3)
     assert shares.sum(0) == pytest.approx(1.0)
     top = tokens["entropy"].quantile(0.995)
-    first = tokens[tokens["collection"] == 0]["entropy"]
+    first = tokens[tokens["rollout_batch"] == 0]["entropy"]
     assert shares[0, 0] == pytest.approx((first < top / 8).mean())
     assert shares[7, 0] == pytest.approx((first >= top * 7 / 8).mean())
-    taus = tokens.groupby("collection")["threshold"].first()
+    taus = tokens.groupby("rollout_batch")["threshold"].first()
     assert line(ax, "threshold tau").get_ydata().tolist() == pytest.approx(taus.tolist())
 
 
 def test_curves_over_training_are_those_of_the_records(two_runs):
     tokens = two_runs.tokens
-    gated = tokens[tokens["run"] == "gated"].groupby("collection")
+    gated = tokens[tokens["run"] == "gated"].groupby("rollout_batch")
     ax = training_plots.threshold_curve(tokens)
     assert [drawn.get_label() for drawn in ax.get_lines()] == ["gated"]  # an open gate has no threshold
     assert line(ax, "gated").get_ydata().tolist() == pytest.approx(gated["threshold"].first().tolist())
@@ -91,8 +91,8 @@ def test_curves_over_training_are_those_of_the_records(two_runs):
 def test_the_weight_is_divided_between_high_and_low_tokens(records):
     tokens = records.tokens
     ax = training_plots.weight_mass(tokens)
-    high = tokens[tokens["is_high_entropy"]].groupby("collection")["token_weight"].sum()
-    expected = 100 * high / tokens.groupby("collection")["token_weight"].sum()
+    high = tokens[tokens["is_high_entropy"]].groupby("rollout_batch")["token_weight"].sum()
+    expected = 100 * high / tokens.groupby("rollout_batch")["token_weight"].sum()
     vertices = ax.collections[0].get_paths()[0].vertices
     tops = [vertices[vertices[:, 0] == number, 1].max() for number in (0, 1, 2)]
     assert tops == pytest.approx(expected.tolist())

@@ -12,7 +12,7 @@ def test_a_run_is_read_whole(records, log_dir):
     assert list(records.tokens) == ["run", *TOKENS.names]
     assert list(records.completions) == ["run", *COMPLETIONS.names]
     assert set(records.tokens["run"]) == {"gated"}
-    assert sorted(records.tokens["collection"].unique()) == [0, 1, 2]
+    assert sorted(records.tokens["rollout_batch"].unique()) == [0, 1, 2]
     first = pq.read_table(file_of(log_dir, "tokens", 0, 0)).to_pandas()
     assert records.tokens["entropy"].iloc[: len(first)].tolist() == first["entropy"].tolist()
     lengths = records.tokens.groupby("completion_id").size()
@@ -22,7 +22,7 @@ def test_a_run_is_read_whole(records, log_dir):
 def test_metrics_of_the_csv_logger_are_a_row_a_step(records, log_dir):
     rows = records.metrics.dropna(subset=["gate/threshold"])
     assert rows["step"].tolist() == [1, 3, 5]
-    taus = records.tokens.groupby("collection")["threshold"].first()
+    taus = records.tokens.groupby("rollout_batch")["threshold"].first()
     assert rows["gate/threshold"].tolist() == pytest.approx(taus.tolist(), rel=1e-5)
 
 

@@ -69,7 +69,7 @@ LOOSE = {"max_truncated_fraction": 1.0}
 def test_none_fires_in_a_run_that_is_well(guarded):
     metrics, said = guarded(guards=Guards(**LOOSE), module=GENTLE)
     assert said == []
-    assert set(metrics) == NAMES | {"flat_collections", "duplicate_problems"}
+    assert set(metrics) == NAMES | {"flat_rollout_batches", "duplicate_problems"}
     assert all(values == [0, 0, 0] for values in metrics.values())
 
 
@@ -118,7 +118,7 @@ def test_zero_reward_after_n_collections(guarded):
 def test_flat_rewards_are_counted_and_their_updates_skipped(guarded, tiny_run):
     metrics, said = guarded(module=GENTLE, data={"reward": Constant(0.5)})
     assert metrics["flat_rewards"] == [1, 1, 1]
-    assert metrics["flat_collections"] == [1, 2, 3]
+    assert metrics["flat_rollout_batches"] == [1, 2, 3]
     assert metrics["zero_reward"] == [0, 0, 0]
     assert said.count("flat_rewards") == 1
 

@@ -62,7 +62,7 @@ def test_tokens_are_recomputed_from_the_collection(tiny_run):
             }
             assert {name: row.pop(name) for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
             assert row == {
-                "collection": 0,
+                "rollout_batch": 0,
                 "stage": "egspo",
                 "policy_version": 0,
                 "problem_id": completion.problem.id,
@@ -83,7 +83,7 @@ def test_completions_are_those_of_the_collection(tiny_run):
     for number, (row, completion) in enumerate(zip(records(run, "completions"), completions, strict=True)):
         assert row.pop("reward") == pytest.approx(completion.reward)
         assert row == {
-            "collection": 0,
+            "rollout_batch": 0,
             "stage": "egspo",
             "policy_version": 0,
             "problem_id": completion.problem.id,

@@ -84,7 +84,7 @@ def test_counts_are_those_of_what_was_injected(collections):
     assert whole == {n for n, row in collections.items() if row["fault"] == "truncated"}
     flat = {n for n, row in collections.items() if row["metrics"]["rollout/zero_spread_fraction"] == 1}
     assert flat >= {n for n, row in collections.items() if row["fault"] == "flat"}
-    assert last["guard/flat_collections"] == len(flat)
+    assert last["guard/flat_rollout_batches"] == len(flat)
 
 
 @pytest.mark.slow
