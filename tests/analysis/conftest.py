@@ -1,4 +1,4 @@
-"""Real runs with records of three collections."""
+"""Fixtures: real runs with token records of three rollout batches."""
 
 from pathlib import Path
 

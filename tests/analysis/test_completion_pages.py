@@ -27,11 +27,11 @@ HOSTILE = [
     "line\r\nend",
     "",
 ]
-SIGNS = {"\0": "\u2400", "\u202e": "<U+202E>", "\x1b": "\u241b", "\r": "\u240d"}
+VISIBLE = {"\0": "\u2400", "\u202e": "<U+202E>", "\x1b": "\u241b", "\r": "\u240d"}
 
 
 def shown(text: str) -> str:
-    for character, sign in SIGNS.items():
+    for character, sign in VISIBLE.items():
         text = text.replace(character, sign)
     return text.replace("\n", "\u240a\n") or "\u2205"
 
@@ -67,7 +67,7 @@ def hostile() -> Records:
 
 
 class Page(HTMLParser):
-    """Tags, token texts and boxes of a page, as a parser of the standard library sees them."""
+    """Tags, token texts and hover boxes of a page, parsed with the standard library."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("form", ["page", "notebook"])
-def test_hostile_text_is_text(hostile, form):
+def test_hostile_text_is_escaped(hostile, form):
     colored = ColoredCompletions(hostile)
     text = colored.page("<script>title</script>\0") if form == "page" else colored._repr_html_()
     page = Page(text)
@@ -118,7 +118,7 @@ def test_hostile_text_is_text(hostile, form):
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
-def test_color_is_entropy_and_the_underline_is_the_gate():
+def test_color_shows_entropy_and_underline_shows_the_gate():
     values = [(0.0, False), (1.0, False), (2.0, True), (9.0, True)]
     tokens = [token("a", i, entropy=entropy, is_high_entropy=high) for i, (entropy, high) in enumerate(values)]
     page = Page(ColoredCompletions(records_of(tokens, [completion()]), most=2.0).page("run"))
@@ -126,7 +126,7 @@ def test_color_is_entropy_and_the_underline_is_the_gate():
     assert [found["class"] for found in page.tokens] == ["t", "t", "t high", "t high"]
 
 
-def test_the_box_holds_every_value():
+def test_hover_box_lists_every_value():
     page = Page(ColoredCompletions(records_of([token(" 7", 3)], [completion()])).page("run"))
     assert page.tokens[0]["data-v"].split("\n") == [
         "token \u201c\u24237\u201d, id 7",
@@ -152,13 +152,13 @@ def _open_gate() -> str:
     return ColoredCompletions(records_of([row], [completion()])).page("run")
 
 
-def test_a_completion_is_shown_with_what_it_answers():
+def test_completion_is_shown_with_problem_gold_and_verdict():
     page = ColoredCompletions(records_of([token("a", 0)], [completion()])).page("run")
     for text in ('<dd dir="auto">2&lt;3?</dd>', ">none found<", ">yes<", ">wrong, reward 0.75, 3 tokens, cut at the"):
         assert text in page
 
 
-def test_the_latest_collections_come_first_and_no_more_than_asked_for(records):
+def test_latest_rollout_batches_come_first_up_to_max_completions(records):
     tokens, completions, _ = records
     shown_ids = ColoredCompletions(records, max_completions=20).completions["completion_id"].tolist()
     assert shown_ids == [f"2/0/{i}" for i in range(16)] + [f"1/0/{i}" for i in range(4)]
@@ -168,13 +168,13 @@ def test_the_latest_collections_come_first_and_no_more_than_asked_for(records):
     assert set(ColoredCompletions(records, rollout_batch=1).completions["rollout_batch"]) == {1}
 
 
-def test_two_runs_are_not_mixed():
+def test_same_completion_id_in_two_runs_is_not_mixed():
     tokens = [token("a", 0), token("b", 0, run="s")]
     page = Page(ColoredCompletions(records_of(tokens, [completion(), completion(run="s")])).page("run"))
     assert page.texts == ["a", "b"]
 
 
-def test_what_is_not_there_is_refused(records):
+def test_missing_rollout_batch_or_empty_selection_is_refused(records):
     with pytest.raises(UserError, match="rollout_batch must be one of those recorded: 0, 1, 2, got 5"):
         ColoredCompletions(records, rollout_batch=5)
     with pytest.raises(UserError, match="max_completions must be at least 1, got 0"):
@@ -183,7 +183,7 @@ def test_what_is_not_there_is_refused(records):
         ColoredCompletions(records._replace(completions=records.completions[:0]))
 
 
-def test_the_command_writes_a_page(log_dir, tmp_path, capsys):
+def test_command_writes_an_html_page(log_dir, tmp_path, capsys):
     main([str(log_dir), "--html", str(tmp_path / "out.html"), "--rollout_batch", "1"])
     assert capsys.readouterr().out == f"Page: {tmp_path / 'out.html'}\n"
     page = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
@@ -192,7 +192,7 @@ def test_the_command_writes_a_page(log_dir, tmp_path, capsys):
     assert ("meta", policy) in page.tags
 
 
-def test_the_command_tells_mistakes_in_a_line(log_dir, tmp_path, capsys):
+def test_command_prints_user_errors_in_one_line(log_dir, tmp_path, capsys):
     for arguments, told in (
         ([str(tmp_path / "none"), "--html", "x.html"], "no such run"),
         ([str(log_dir), "--html", str(tmp_path / "no" / "x.html")], "cannot be written: No such file or directory"),
@@ -205,7 +205,7 @@ def test_the_command_tells_mistakes_in_a_line(log_dir, tmp_path, capsys):
         assert told in error
 
 
-def test_in_a_browser_nothing_runs_and_hover_shows_the_values(hostile, tmp_path, browser):
+def test_browser_runs_no_script_and_hover_shows_values(hostile, tmp_path, browser):
     more = [token(f"t{i % 50}", i % 50, f"0/0/{1 + i // 50}") for i in range(199 * 50)]
     tokens = pd.concat([hostile.tokens, pd.DataFrame(more)])
     rows = pd.concat([hostile.completions, pd.DataFrame([completion(f"0/0/{i}") for i in range(1, 200)])])
@@ -237,7 +237,7 @@ def test_in_a_browser_nothing_runs_and_hover_shows_the_values(hostile, tmp_path,
         "0/0/199",
     ):
         assert value in box
-    worst = browser.find(".text .t:nth-child(6)")  # the one that would break out of an attribute
+    worst = browser.find(".text .t:nth-child(6)")  # the text that tries to break out of an attribute
     browser.point_at(worst)
     assert "onmouseover" in browser.run(content, worst)
     assert browser.run("return document.title") == "Page"

@@ -1,4 +1,4 @@
-"""The numbers that plots show, read back from their axes."""
+"""Plots: the plotted numbers, read back from the axes."""
 
 import matplotlib as mpl
 import numpy as np
@@ -25,7 +25,7 @@ def line(ax, label):
 
 
 def every_plot(records):
-    """Each plot of one run, by name."""
+    """Every plot for a single run, by name."""
     tokens, completions, metrics = records
     one = {
         "entropy_heatmap": lambda: training_plots.entropy_heatmap(tokens),
@@ -49,20 +49,20 @@ def test_every_plot_returns_labeled_axes_with_units(records, recwarn):
         x, y = ax.get_xlabel(), ax.get_ylabel()
         assert ax.get_title(), name
         for label in (x, y):
-            assert any(unit in label for unit in ("nats", "number", "tokens", "%", "ratio", "token sampled")), (
+            assert any(unit in label for unit in UNITS), (
                 name,
                 label,
             )
     assert not [w for w in recwarn if "glyph" not in str(w.message).lower() and "egspo" in w.filename]
 
 
-def test_every_plot_draws_on_the_axes_that_it_is_given(records):
+def test_plots_draw_on_the_given_axes(records):
     _, ax = plt.subplots()
     assert training_plots.threshold_curve(records.tokens, ax=ax) is ax
     assert token_plots.entropy_by_position(records.tokens, ax=ax) is ax
 
 
-def test_the_heat_map_holds_the_share_of_tokens_in_each_bin(records):
+def test_entropy_heatmap_shows_share_of_tokens_per_bin(records):
     tokens = records.tokens
     ax = training_plots.entropy_heatmap(tokens, bins=8)
     shares = ax.collections[0].get_array().filled(0.0)  # (bins, collections)
@@ -76,7 +76,7 @@ def test_the_heat_map_holds_the_share_of_tokens_in_each_bin(records):
     assert line(ax, "threshold tau").get_ydata().tolist() == pytest.approx(taus.tolist())
 
 
-def test_curves_over_training_are_those_of_the_records(two_runs):
+def test_training_curves_match_the_records(two_runs):
     tokens = two_runs.tokens
     gated = tokens[tokens["run"] == "gated"].groupby("rollout_batch")
     ax = training_plots.threshold_curve(tokens)
@@ -88,7 +88,7 @@ def test_curves_over_training_are_those_of_the_records(two_runs):
     assert found["open"] == pytest.approx([100.0] * 3)
 
 
-def test_the_weight_is_divided_between_high_and_low_tokens(records):
+def test_weight_mass_splits_weight_between_high_and_low_tokens(records):
     tokens = records.tokens
     ax = training_plots.weight_mass(tokens)
     high = tokens[tokens["is_high_entropy"]].groupby("rollout_batch")["token_weight"].sum()
@@ -99,25 +99,25 @@ def test_the_weight_is_divided_between_high_and_low_tokens(records):
     assert ax.collections[0].get_label() == "high tokens"
 
 
-def test_with_an_open_gate_all_weight_is_on_high_tokens(two_runs):
+def test_weight_mass_with_open_gate_is_all_on_high_tokens(two_runs):
     ax = training_plots.weight_mass(two_runs.tokens[two_runs.tokens["run"] == "open"])
     assert ax.collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(100.0)
 
 
-def test_accuracy_stands_against_entropy(records):
+def test_accuracy_is_plotted_against_entropy(records):
     ax = training_plots.accuracy_against_entropy(records.metrics, window=1)
     rows = records.metrics.dropna(subset=["rollout/accuracy"])
     x, y = line(ax, "gated").get_data()
     assert (x.tolist(), y.tolist()) == (rows["policy/entropy"].tolist(), (100 * rows["rollout/accuracy"]).tolist())
 
 
-def test_a_metric_is_smoothed_where_that_is_asked_for(records):
+def test_metric_curves_smooth_over_the_window(records):
     values = records.metrics["policy/entropy"].dropna().to_numpy()
     ax = training_plots.metric_curves(records.metrics, "policy/entropy", unit="nats", window=2)
     assert line(ax, "gated").get_ydata() == pytest.approx([values[0], values[:2].mean(), values[1:3].mean()])
 
 
-def test_entropy_by_position_is_a_mean_over_completions(records):
+def test_entropy_by_position_is_the_mean_over_completions(records):
     tokens = records.tokens
     ax = token_plots.entropy_by_position(tokens, min_count=40)
     counts = tokens.groupby("position").size()
@@ -126,20 +126,20 @@ def test_entropy_by_position_is_a_mean_over_completions(records):
     assert y[0] == pytest.approx(tokens[tokens["position"] == 0]["entropy"].mean())
 
 
-def test_tokens_are_named_counted_and_ordered(records):
+def test_entropy_by_token_labels_counts_and_orders_tokens(records):
     tokens = records.tokens.assign(token=np.where(records.tokens["position"] == 0, "\0 $x^$", "b"), entropy=1.0)
     tokens.loc[tokens["token"] == "b", "entropy"] = 2.0
     ax = token_plots.entropy_by_token(tokens, min_count=1)
     count = (tokens["token"] == "b").sum()
     assert [label.get_text() for label in ax.get_yticklabels()] == [f"b   n = {count}", "\u2400\u2423$x^$   n = 48"]
-    ax.figure.canvas.draw()  # as text: as mathematics it would not parse
+    ax.figure.canvas.draw()  # the label is plain text: as math text it would fail to parse
     by_count = token_plots.entropy_by_token(records.tokens, top=3, order="count", min_count=1)
     first = records.tokens["token"].value_counts().max()
     assert by_count.get_yticklabels()[0].get_text().endswith(f"n = {first}")
     assert len(by_count.get_yticklabels()) == 3
 
 
-def test_right_and_wrong_completions_are_told_apart(records):
+def test_entropy_by_correctness_separates_right_and_wrong_completions(records):
     completions = records.completions.assign(is_correct=records.completions.index % 2 == 0)
     right = set(completions[completions["is_correct"]]["completion_id"])
     ax = token_plots.entropy_by_correctness(records.tokens, completions)
@@ -151,7 +151,7 @@ def test_right_and_wrong_completions_are_told_apart(records):
         assert patch.get_data().values.sum() == pytest.approx(100.0)
 
 
-def test_before_and_after_counts_every_token_once(records):
+def test_entropy_before_after_counts_every_token_once(records):
     ax = token_plots.entropy_before_after(records.tokens, bins=10)
     counts = ax.collections[0].get_array().filled(0)
     assert counts.sum() == len(records.tokens)
@@ -159,10 +159,11 @@ def test_before_and_after_counts_every_token_once(records):
     counts = same.collections[0].get_array().filled(0)
     assert np.trace(counts) == counts.sum()
     more = token_plots.entropy_before_after(records.tokens.assign(entropy_after=0.0), bins=10)
-    assert more.collections[0].get_array().filled(0)[0].sum() == len(records.tokens)  # the lowest row: "after" is up
+    lowest = more.collections[0].get_array().filled(0)[0]  # the y axis is the entropy after the update
+    assert lowest.sum() == len(records.tokens)
 
 
-def test_ratios_are_medians_by_the_sign_of_the_advantage(records):
+def test_ratio_by_entropy_shows_medians_by_sign_of_advantage(records):
     tokens = records.tokens
     ax = token_plots.ratio_by_entropy(tokens, bins=1)
     for sign, label in ((1, "A > 0, median"), (-1, "A < 0, median")):
@@ -171,7 +172,7 @@ def test_ratios_are_medians_by_the_sign_of_the_advantage(records):
         assert (x[0], y[0]) == pytest.approx((rows["entropy"].median(), rows["ratio"].median()))
 
 
-def test_runs_stand_side_by_side_on_one_scale(two_runs):
+def test_side_by_side_plots_share_one_scale(two_runs):
     axes = side_by_side(token_plots.entropy_before_after, two_runs.tokens, bins=5)
     assert [ax.get_title() for ax in axes] == ["gated", "open"]
     totals = [ax.collections[0].get_array().filled(0).sum() for ax in axes]
@@ -181,12 +182,12 @@ def test_runs_stand_side_by_side_on_one_scale(two_runs):
     assert len(axes) == 2
 
 
-def test_plots_of_one_run_refuse_two(two_runs):
+def test_single_run_plots_refuse_two_runs(two_runs):
     with pytest.raises(UserError, match=r"entropy_heatmap draws one run, got gated, open\. Use side_by_side"):
         training_plots.entropy_heatmap(two_runs.tokens)
 
 
-def test_a_frame_that_does_not_fit_is_refused(records):
+def test_unsuitable_frames_are_refused(records):
     with pytest.raises(UserError, match="entropy_by_position: the frame has no rows"):
         token_plots.entropy_by_position(records.tokens[:0])
     with pytest.raises(UserError, match="metric_curves needs the columns loss/none"):

@@ -16,10 +16,10 @@ from egspo_lightning.analysis.token_text import visible
         ("", ""),
     ],
 )
-def test_what_acts_or_shows_as_nothing_becomes_a_sign(text, shown):
+def test_control_and_invisible_characters_become_visible(text, shown):
     assert visible(text) == shown
     shown.encode("utf-8")
 
 
-def test_spaces_get_a_sign_where_that_is_asked_for():
+def test_spaces_become_visible_on_request():
     assert visible(" a ", spaces=True) == "\u2423a\u2423"

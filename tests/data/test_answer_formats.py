@@ -20,11 +20,11 @@ from egspo_lightning.errors import UserError
         (r"\boxed{1} and \boxed{2}", "boxed", "1, 2"),
     ],
 )
-def test_the_answer_is_found_where_the_source_puts_it(text: str, extractor: AnswerExtractor, answer: str) -> None:
+def test_extract_answer_finds_the_answer_in_each_format(text: str, extractor: AnswerExtractor, answer: str) -> None:
     assert extract_answer(text, extractor, "row 1") == answer
 
 
 @pytest.mark.parametrize("extractor", ["framebox", "bold"])
-def test_no_answer_is_an_error_that_names_the_row(extractor: AnswerExtractor) -> None:
+def test_missing_answer_error_names_the_row(extractor: AnswerExtractor) -> None:
     with pytest.raises(UserError, match=f"row 7: answer_extractor='{extractor}' finds no answer"):
         extract_answer("nothing of the kind: 72", extractor, "row 7")

@@ -26,13 +26,13 @@ def lengths(drawn):
     return [len(item.completion_ids) - 1 for item in drawn]
 
 
-def test_each_pass_has_each_demonstration_once_in_an_order_of_its_own(pool):
+def test_each_pass_has_each_demonstration_once_in_a_new_order(pool):
     passes = [lengths(pool.draw(7 * i, 7)) for i in range(4)]
     assert all(sorted(order) == list(range(1, 8)) for order in passes)
     assert len({tuple(order) for order in passes}) > 1
 
 
-def test_what_is_drawn_is_a_function_of_the_position_alone(pool):
+def test_draw_depends_only_on_the_position(pool):
     whole = pool.draw(0, 40)
     assert [pool.draw(i, 1)[0] for i in range(40)] == whole
     assert pool.draw(5, 20) == whole[5:25]
@@ -40,31 +40,31 @@ def test_what_is_drawn_is_a_function_of_the_position_alone(pool):
 
 @pytest.fixture(scope="module")
 def boxed(tokenizer):
-    """Six demonstrations that end in their answers."""
+    """Six demonstrations with boxed answers."""
     demonstrations = [Demonstration(f"d{i}", f"{i}+0=?", f"\\boxed{{{i}}}") for i in range(6)]
     return ExpertPool.encode(demonstrations, PromptEncoder(PLAIN, tokenizer, 8), max_completion_length=16, seed=3)
 
 
-def test_solutions_are_problems_with_their_answers_and_the_tokens_of_the_expert(boxed, tokenizer):
+def test_solutions_pair_problems_and_answers_with_expert_tokens(boxed, tokenizer):
     for problem, token_ids in boxed.solutions(0, 6):
         number = problem.id.removeprefix("d")
         assert (problem.problem, problem.answer) == (f"{number}+0=?", number)
         assert token_ids == [*f"\\boxed{{{number}}}".encode(), tokenizer.eos_token_id]
 
 
-def test_solutions_have_an_endless_order_of_their_own(boxed):
+def test_solutions_have_an_endless_order_different_from_draw(boxed):
     passes = [[problem.id for problem, _ in boxed.solutions(6 * i, 6)] for i in range(4)]
     assert all(sorted(order) == [f"d{i}" for i in range(6)] for order in passes)
     assert boxed.solutions(4, 9) == boxed.solutions(0, 20)[4:13]
     assert passes != [[item.demonstration.id for item in boxed.draw(6 * i, 6)] for i in range(4)]
 
 
-def test_a_solution_without_an_answer_cannot_stand_among_rollouts(pool):
+def test_solution_without_boxed_answer_is_refused(pool):
     with pytest.raises(UserError, match=r"data\.expert_fraction: demonstration '\d' has no answer in \\boxed"):
         pool.solutions(0, 1)
 
 
-def test_what_is_too_long_is_dropped_and_counted(tokenizer):
+def test_too_long_demonstrations_are_dropped_and_counted(tokenizer):
     demonstrations = [
         Demonstration("a", "q", "x" * 7),
         Demonstration("b", "q", "x" * 8),
@@ -78,7 +78,7 @@ def test_what_is_too_long_is_dropped_and_counted(tokenizer):
 
 
 @pytest.mark.parametrize(("world_size", "parts"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 4)])
-def test_the_micro_batches_of_all_ranks_make_the_update(pool, world_size, parts):
+def test_micro_batches_of_all_ranks_cover_the_optimizer_step(pool, world_size, parts):
     update = pool.draw(0, 5)
     shares = [pool.share(update, rank, world_size) for rank in range(world_size)]
     batches = [share.batch(run) for share in shares for run in balanced_batches(share.lengths, parts)]
@@ -90,7 +90,7 @@ def test_the_micro_batches_of_all_ranks_make_the_update(pool, world_size, parts)
         assert batch.update_size.num_tokens == sum(len(item.completion_ids) for item in update)
 
 
-def test_a_batch_is_padded_on_the_right_behind_the_eos(pool, tokenizer):
+def test_expert_batch_is_padded_on_the_right_after_eos(pool, tokenizer):
     batch = pool.share(pool.draw(0, 7), 0, 1).batch(range(7))
     for ids, mask in zip(batch.input_ids.tolist(), batch.completion_mask.tolist(), strict=True):
         end = max(i for i, inside in enumerate(mask) if inside)

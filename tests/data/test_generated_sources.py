@@ -8,7 +8,7 @@ from egspo_lightning.data.tasks.expressions import ExpressionTask
 from egspo_lightning.errors import UserError
 
 
-def test_demonstrations_are_distinct_reproducible_and_of_the_train_split():
+def test_demonstrations_are_distinct_reproducible_and_from_the_train_split():
     demonstrations = GeneratedDemonstrations(num_demonstrations=200).load()
     assert demonstrations == GeneratedDemonstrations(num_demonstrations=200).load()
     assert len({d.problem for d in demonstrations}) == 200
@@ -24,7 +24,7 @@ def test_problems_are_a_pure_function_of_seed_and_position():
     assert all(ArithmeticTask().contains(p.problem, "train") for p in source.draw(0, 200))
 
 
-def test_excluded_problems_are_counted_and_replaced_alone():
+def test_excluded_problems_are_counted_and_only_they_are_replaced():
     free, barred = GeneratedProblems(), GeneratedProblems()
     free.prepare(0, frozenset())
     unbarred = free.draw(0, 50)
@@ -36,19 +36,19 @@ def test_excluded_problems_are_counted_and_replaced_alone():
     assert sum(a != b for a, b in zip(unbarred, drawn, strict=True)) <= 4
 
 
-def test_all_problems_excluded_is_refused_at_once():
+def test_prepare_refuses_excluding_all_problems():
     task = ArithmeticTask(num_digits=1)
     every = frozenset(f"{a}+{b}=?" for a in range(10) for b in range(10))
     with pytest.raises(UserError, match="excluded problems"):
         GeneratedProblems(task).prepare(0, every)
 
 
-def test_drawing_before_preparing_is_a_mistake_of_the_program():
+def test_draw_before_prepare_raises_runtime_error():
     with pytest.raises(RuntimeError, match="before prepare"):
         GeneratedProblems().draw(0, 1)
 
 
-def test_neighboring_positions_differ():
+def test_problems_at_neighboring_positions_differ():
     source = GeneratedProblems()
     source.prepare(0, frozenset())
     problems = source.draw(0, 400)
@@ -56,7 +56,7 @@ def test_neighboring_positions_differ():
     assert len({p.problem for p in problems}) > 350
 
 
-def test_any_family_serves():
+def test_generated_sources_accept_any_problem_family():
     task = ExpressionTask(num_operators=3)
     demonstrations, source = GeneratedDemonstrations(50, task=task).load(), GeneratedProblems(task)
     assert all(task.contains(d.problem, "train") for d in demonstrations)
@@ -65,7 +65,7 @@ def test_any_family_serves():
     assert all(task.contains(p.problem, "train") for p in source.draw(0, 50))
 
 
-def test_the_seed_chooses_problems_and_solutions():
+def test_seed_selects_problems_and_solutions():
     task = ExpressionTask()
     zero, one = (GeneratedDemonstrations(50, seed, task).load() for seed in (0, 1))
     problems = task.distinct("demonstrations/0", "train", 50)

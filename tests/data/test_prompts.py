@@ -15,7 +15,7 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+CHAT_WITHOUT_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
 
 
 @pytest.fixture
@@ -34,29 +34,29 @@ def load() -> Callable[..., object]:
     return load
 
 
-def test_plain_text(load):
+def test_plain_prompt_has_system_and_problem(load):
     template = PromptTemplate(system="Think.")
     assert template.render(load(), "1+1?") == "Think.\n\n1+1?\n\n"
     assert bytes(template.encode(load(), "1+1?")).decode() == "Think.\n\n1+1?\n\n"
 
 
-def test_without_an_instruction_no_blank_lines_lead(load):
+def test_empty_system_adds_no_leading_blank_lines(load):
     assert PromptTemplate(system="").render(load(), "\n1+1?") == "\n1+1?\n\n"
     assert PromptTemplate(system="", plain="Q: {system}{problem}\n").render(load(), "1?") == "Q: 1?\n"
 
 
-def test_a_plain_text_without_the_instruction_leaves_it_out(load):
+def test_plain_template_without_system_placeholder_omits_the_system_text(load):
     assert PromptTemplate(system="Think.", plain="\n{problem}\n").render(load(), "1+1?") == "\n1+1?\n"
 
 
 @pytest.mark.parametrize("text", ["{system} {problem} {x}", "\\frac{1}{2} {", "}}{{ {{ m }}", "{% raw %}"])
-def test_braces_in_a_problem_stay(load, text):
+def test_braces_in_a_problem_are_kept(load, text):
     assert PromptTemplate(system="{problem}!").render(load(), text) == f"{{problem}}!\n\n{text}\n\n"
     chat = PromptTemplate(system="{problem}!").render(load(CHAT), text)
     assert chat == f"<system>{{problem}}!</system><user>{text}</user><assistant>"
 
 
-def test_chat_template(load):
+def test_chat_template_is_used_unless_never_and_required_by_always(load):
     assert PromptTemplate(system="").render(load(CHAT), "1+1?") == "<user>1+1?</user><assistant>"
     never = PromptTemplate(system="Think.", use_chat_template="never")
     assert never.render(load(CHAT), "1+1?") == "Think.\n\n1+1?\n\n"
@@ -64,13 +64,13 @@ def test_chat_template(load):
         PromptTemplate(use_chat_template="always").render(load(), "1+1?")
 
 
-def test_a_chat_template_without_system_messages_is_told(load):
+def test_chat_template_without_system_role_is_refused_with_remedy(load):
     with pytest.raises(UserError, match=r'no system role.*set system to ""'):
-        PromptTemplate().render(load(REFUSING), "1+1?")
-    assert PromptTemplate(system="").render(load(REFUSING), "1+1?") == "<user>1+1?</user><assistant>"
+        PromptTemplate().render(load(CHAT_WITHOUT_SYSTEM), "1+1?")
+    assert PromptTemplate(system="").render(load(CHAT_WITHOUT_SYSTEM), "1+1?") == "<user>1+1?</user><assistant>"
 
 
-def test_bos_is_added_to_plain_text_alone_and_eos_never(load):
+def test_bos_is_added_only_to_plain_text_and_eos_never(load):
     tokenizer = load(bos=True)
     bos_id = tokenizer.bos_token_id
     template = PromptTemplate(system="", plain="{problem}")
@@ -85,7 +85,7 @@ def test_bos_is_added_to_plain_text_alone_and_eos_never(load):
     )
 
 
-def test_a_demonstration_starts_from_the_prompt_of_sampling(load):
+def test_demonstration_prompt_equals_sampling_prompt(load):
     template = PromptTemplate()
     demonstration = Demonstration("1", "47+85=?", "7+5=12 \\boxed{132}")
     prompt, completion = template.encode_demonstration(load(), demonstration)
@@ -95,12 +95,12 @@ def test_a_demonstration_starts_from_the_prompt_of_sampling(load):
 
 
 @pytest.mark.parametrize("plain", ["", "{system}", "{problem} and {problem}"])
-def test_a_plain_text_without_one_problem_is_refused(plain):
+def test_plain_template_without_exactly_one_problem_is_refused(plain):
     with pytest.raises(UserError, match="exactly once"):
         PromptTemplate(plain=plain)
 
 
-def test_an_unknown_use_of_the_chat_template_is_refused():
+def test_unknown_use_chat_template_is_refused():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--prompt", type=PromptTemplate)
     with pytest.raises(ArgumentError, match=r"(?s)use_chat_template.*auto.*always.*never.*sometimes"):

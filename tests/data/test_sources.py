@@ -45,7 +45,7 @@ class TestFiniteProblems:
         assert all(sorted(p) == source.load() for p in passes)
         assert len({tuple(p) for p in passes}) == 5
 
-    def test_drawing_is_pure(self):
+    def test_draw_depends_only_on_seed_and_position(self):
         source, other = Letters(), Letters()
         source.prepare(3, frozenset())
         other.prepare(3, frozenset())
@@ -63,18 +63,18 @@ class TestFiniteProblems:
         assert source.prepare(0, excluded) == 2
         assert Counter(p.answer for p in source.draw(0, 10)) == dict.fromkeys("bdefg", 2)
 
-    def test_nothing_left_is_refused(self):
+    def test_excluding_all_problems_is_refused_with_counts(self):
         everything = frozenset(normalize_problem(p.problem) for p in Letters().load())
         with pytest.raises(UserError, match=r"Letters has no problem.*7 were loaded, and 7 of them"):
             Letters().prepare(0, everything)
 
-    def test_drawing_before_preparing_is_a_mistake_of_the_program(self):
+    def test_draw_before_prepare_raises_runtime_error(self):
         with pytest.raises(RuntimeError, match="before prepare"):
             Letters().draw(0, 1)
 
 
 class TestJsonLinesDemonstrations:
-    def test_gsm8k_marks_are_removed_and_the_answer_boxed(self, tmp_path):
+    def test_gsm8k_annotations_are_removed_and_the_answer_is_boxed(self, tmp_path):
         solution = "He sold 48/2 = <<48/2=24>>24.\nIn all $<<1000+80=1080>>1,080.\n#### 1,080"
         path = write(tmp_path / "a.jsonl", {"problem": "How many?", "solution": solution})
         for solution_format in ("auto", "gsm8k"):
@@ -106,8 +106,7 @@ class TestJsonLinesDemonstrations:
             ("plain", {"solution": "\\boxed{5}"}),
         ],
     )
-    def test_a_demonstration_without_an_answer_is_refused_with_its_line(self, tmp_path, solution_format, row):
-        path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": "\\boxed{1}\n#### 1", "answer": 1}, row)
+    def test_demonstration_without_answer_is_refused_with_line_number(self, tmp_path, solution_format, row):
         path = write(
             tmp_path / "b.jsonl",
             {"problem": "p", "solution": "\\boxed{1}\n#### 1", "answer": 1},
@@ -116,7 +115,7 @@ class TestJsonLinesDemonstrations:
         with pytest.raises(UserError, match=r"b\.jsonl:2: a demonstration must end in its answer"):
             DatasetDemonstrations(path, solution_format=solution_format).load()
 
-    def test_other_field_names_and_a_limit(self, tmp_path):
+    def test_demonstration_fields_can_be_renamed_and_limited(self, tmp_path):
         rows = [{"question": f"q{i}", "response": f"\\boxed{{{i}}}"} for i in range(5)]
         path = write(tmp_path / "a.jsonl", *rows)
         loaded = DatasetDemonstrations(path, problem_field="question", solution_field="response", limit=2).load()
@@ -124,35 +123,31 @@ class TestJsonLinesDemonstrations:
         with pytest.raises(UserError, match=r"a\.jsonl:1: field 'problem'.*question, response"):
             DatasetDemonstrations(path).load()
 
-    def test_a_solution_field_called_answer_is_not_its_own_answer(self, tmp_path):
+    def test_solution_field_named_answer_does_not_supply_the_answer(self, tmp_path):
         path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": "So it is two."})
         with pytest.raises(UserError, match="neither the solution nor an answer field gives the answer"):
             DatasetDemonstrations(path, solution_field="answer").load()
 
-    def test_a_missing_file_is_told(self, tmp_path):
-        with pytest.raises(UserError, match="no such file"):
-            DatasetDemonstrations(str(tmp_path / "none.jsonl")).load()
-
 
 class TestJsonLinesProblems:
-    def test_subject_and_level_are_carried(self, tmp_path):
+    def test_problem_keeps_subject_and_level(self, tmp_path):
         path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": 7, "subject": "Algebra", "level": 3})
         assert DatasetProblems(path).load() == [Problem("a.jsonl:1", "p", "7", "Algebra", "3")]
 
-    def test_a_problem_without_an_answer_is_refused_with_its_line(self, tmp_path):
+    def test_problem_without_answer_is_refused_with_line_number(self, tmp_path):
         path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": "1"}, {"problem": "p"})
         with pytest.raises(UserError, match=r"a\.jsonl:2: field 'answer'"):
             DatasetProblems(path).prepare(0, frozenset())
 
     @pytest.mark.parametrize(("extractor", "answer"), [("boxed", "\\frac{1}{2}"), ("gsm8k", "1080"), ("none", None)])
-    def test_answers_come_out_of_solutions(self, tmp_path, extractor, answer):
+    def test_answer_extractor_reads_the_answer_from_a_solution(self, tmp_path, extractor, answer):
         solution = "\\boxed{1} and then \\boxed{\\frac{1}{2}}\n#### 1,080"
         path = write(tmp_path / "a.jsonl", {"problem": "p", "solution": solution})
         (problem,) = DatasetProblems(path, answer_field="solution", answer_extractor=extractor).load()
         assert problem.answer == (answer or solution)
 
     @pytest.mark.parametrize("extractor", ["boxed", "gsm8k"])
-    def test_a_solution_without_an_answer_is_refused_with_its_line(self, tmp_path, extractor):
+    def test_solution_without_extractable_answer_is_refused_with_line_number(self, tmp_path, extractor):
         path = write(tmp_path / "a.jsonl", {"problem": "p", "answer": "unfinished \\boxed{1 ####"})
         with pytest.raises(UserError, match=rf"a\.jsonl:1: answer_extractor='{extractor}' finds no answer"):
             DatasetProblems(path, answer_extractor=extractor).load()
@@ -175,14 +170,14 @@ class TestHub:
         write(folder / "train.jsonl", *rows)
         return str(folder)
 
-    def test_problems_and_demonstrations_of_a_local_folder(self, folder):
+    def test_local_folder_gives_problems_and_demonstrations(self, folder):
         arguments = {"problem_field": "question", "limit": 2}
         problems = DatasetProblems(folder, answer_extractor="gsm8k", **arguments).load()
         assert problems == [Problem("sums:train:0", "1+1?", "2"), Problem("sums:train:1", "2+2?", "4")]
         demonstrations = DatasetDemonstrations(folder, solution_field="answer", **arguments).load()
         assert [d.solution for d in demonstrations] == ["1+1=2\n\\boxed{2}", "2+2=4\n\\boxed{4}"]
 
-    def test_files_by_type(self, folder):
+    def test_json_file_and_split_slices_are_read(self, folder):
         rows = [row for _, row in read_rows(f"{folder}/train.jsonl")]
         Path(folder, "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         arguments = {"problem_field": "question", "answer_extractor": "gsm8k"}
@@ -192,14 +187,14 @@ class TestHub:
         part = DatasetProblems(f"{folder}/rows.json", split="test[1:]", **arguments).load()
         assert [(p.id, p.answer) for p in part] == [("rows.json:test[1:]:0", "4"), ("rows.json:test[1:]:1", "6")]
 
-    def test_parquet(self, tmp_path):
+    def test_folder_of_parquet_files_is_read(self, tmp_path):
         import datasets
 
         (tmp_path / "p").mkdir()
         datasets.Dataset.from_dict({"problem": ["1+1?"], "answer": ["2"]}).to_parquet(tmp_path / "p" / "test.parquet")
         assert DatasetProblems(str(tmp_path / "p"), split="test").load() == [Problem("p:test:0", "1+1?", "2")]
 
-    def test_patterns(self, tmp_path):
+    def test_glob_patterns_read_files_in_name_order(self, tmp_path):
         import datasets
 
         for i in (2, 1):
@@ -209,7 +204,7 @@ class TestHub:
         assert [p.id for p in lines] == ["1.jsonl:1", "2.jsonl:1"]
         assert [p[1:] for p in lines] == [p[1:] for p in tables] == [("1?", "1", "", ""), ("2?", "2", "", "")]
 
-    def test_folders_that_were_saved_to_disk(self, tmp_path):
+    def test_folders_written_by_save_to_disk_are_read(self, tmp_path):
         import datasets
 
         one = datasets.Dataset.from_dict({"problem": ["1+1?", "2+2?"], "answer": ["2", "4"]})
@@ -219,7 +214,7 @@ class TestHub:
         assert [p.answer for p in DatasetProblems(str(tmp_path / "two")).load()] == ["4"]
         assert [p.answer for p in DatasetProblems(str(tmp_path / "two"), split="test[:1]").load()] == ["2"]
 
-    def test_csv_keeps_the_digits_and_names_the_line(self, tmp_path):
+    def test_csv_keeps_leading_zeros_and_errors_name_the_line(self, tmp_path):
         path = tmp_path / "a.csv"
         path.write_text('problem,answer,level\n"Two\nlines?",007,\nHow much?,1.10,3\n', encoding="utf-8-sig")
         assert DatasetProblems(str(path)).load() == [
@@ -233,19 +228,19 @@ class TestHub:
         with pytest.raises(UserError, match=r"a\.csv:\d+: not valid CSV in UTF-8"):
             DatasetProblems(str(path)).load()
 
-    def test_a_missing_file_is_told(self, tmp_path):
+    def test_missing_file_is_refused(self, tmp_path):
         for suffix in ("csv", "jsonl"):
             with pytest.raises(UserError, match=rf"none\.{suffix}: no such file"):
                 DatasetProblems(str(tmp_path / f"none.{suffix}")).load()
         with pytest.raises(UserError, match=r"none\.parquet'.*could not be loaded.*none\.parquet"):
             DatasetProblems(str(tmp_path / "none.parquet")).load()
 
-    def test_nul_in_a_table_is_refused_with_its_row(self, tmp_path):
+    def test_nul_in_a_table_is_refused_with_row(self, tmp_path):
         (tmp_path / "a.json").write_text(json.dumps([{"problem": "1?", "answer": ["1", "\0"]}]), encoding="utf-8")
         with pytest.raises(UserError, match=r"a\.json:train:0: field 'answer' holds the character NUL"):
             DatasetProblems(str(tmp_path / "a.json")).load()
 
-    def test_an_unknown_column_is_refused_with_those_there_are(self, folder):
+    def test_unknown_column_is_refused_with_available_columns(self, folder):
         with pytest.raises(UserError, match=r"no column 'problem'.*Its columns are question, answer"):
             DatasetProblems(folder).load()
         with pytest.raises(UserError, match="no column 'final'"):
@@ -253,17 +248,17 @@ class TestHub:
         with pytest.raises(UserError, match="no column 'final'"):
             DatasetProblems(folder, problem_field="question", answer_field="final").load()
 
-    def test_a_row_without_an_answer_is_named(self, folder):
+    def test_row_without_answer_is_refused_with_row(self, folder):
         with pytest.raises(UserError, match="sums:train:0: answer_extractor='boxed'"):
             DatasetProblems(folder, problem_field="question", answer_extractor="boxed").load()
 
-    def test_an_unknown_split_or_folder_is_told_with_a_remedy(self, folder, tmp_path):
+    def test_unknown_split_or_folder_is_refused_with_remedy(self, folder, tmp_path):
         with pytest.raises(UserError, match=r"split 'dev'.*could not be loaded"):
             DatasetProblems(folder, split="dev").load()
         with pytest.raises(UserError, match=r"nothing-here'.*could not be loaded.*local folder"):
             DatasetProblems(str(tmp_path / "nothing-here")).load()
 
-    def test_no_network_is_told_with_a_remedy(self, monkeypatch):
+    def test_connection_error_is_reported_with_remedy(self, monkeypatch):
         import datasets
 
         def refuse(*_: object, **__: object) -> None:
@@ -278,7 +273,7 @@ TASKS = "egspo_lightning.data.tasks"
 
 
 class TestConfig:
-    """Each source is a class_path with init_args under the type that the datamodule asks for."""
+    """Each source can be given by class_path and init_args where the datamodule expects its type."""
 
     @pytest.mark.parametrize(
         ("kind", "class_path", "init_args", "expected"),
@@ -298,7 +293,7 @@ class TestConfig:
              DatasetProblems("n", "main")),
         ],
     )  # fmt: skip
-    def test_sources_are_config_values(self, kind, class_path, init_args, expected):
+    def test_sources_are_built_from_config(self, kind, class_path, init_args, expected):
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--source", type=kind)
         value = {"class_path": f"egspo_lightning.data.{class_path}", "init_args": init_args}
@@ -316,7 +311,7 @@ class TestConfig:
             (DemonstrationSource, "DatasetDemonstrations", {"solution_format": "latex"}, "auto.*boxed.*plain.*latex"),
         ],
     )
-    def test_what_does_not_exist_or_is_out_of_range_is_refused(self, kind, name, init_args, message):
+    def test_unknown_or_out_of_range_source_arguments_are_refused(self, kind, name, init_args, message):
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--source", type=kind)
         module, required = ("dataset", {"path": "a"}) if name.startswith("Dataset") else ("generated", {})
@@ -326,7 +321,7 @@ class TestConfig:
 
 
 class TestRealFiles:
-    def test_gsm8k_demonstrations(self):
+    def test_gsm8k_demonstrations_have_boxed_answers(self):
         path = shared("gsm8k_train.jsonl")
         demonstrations = DatasetDemonstrations(path).load()
         answers = [row["answer"].replace(",", "") for _, row in read_rows(path)]
@@ -334,7 +329,7 @@ class TestRealFiles:
         assert [extract_boxed(d.solution) for d in demonstrations] == answers
         assert not any("<<" in d.solution or "####" in d.solution for d in demonstrations)
 
-    def test_math_demonstrations_are_left_as_they_are(self):
+    def test_math_demonstrations_are_unchanged(self):
         path = shared("math_demos.jsonl")
         demonstrations = DatasetDemonstrations(path).load()
         solutions = [row["solution"].strip() for _, row in read_rows(path)]
@@ -348,7 +343,7 @@ class TestRealFiles:
         assert all(answers)
         assert not any(re.fullmatch(r"\$[^$]*\$", answer) for answer in answers if answer)
 
-    def test_training_on_math_drops_the_problems_of_math500(self):
+    def test_prepare_excludes_math500_problems_from_math(self):
         benchmark = DatasetProblems(shared("math500.jsonl")).load()
         excluded = frozenset(normalize_problem(p.problem) for p in benchmark)
         leaky = DatasetProblems(shared("math500.jsonl"), limit=500)

@@ -18,18 +18,18 @@ ODD_TEXTS = [
 
 @given(st.text())
 @settings(max_examples=300, deadline=None)
-def test_any_text_comes_back_unchanged(text):
+def test_tokenizer_round_trips_any_text(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
-def test_odd_texts_come_back_unchanged_as_their_bytes(text):
+def test_tokenizer_encodes_unusual_text_as_its_bytes(text):
     ids = TOKENIZER.encode(text)
     assert ids == TOKENIZER(text).input_ids == list(text.encode("utf-8"))
     assert TOKENIZER.decode(ids) == TOKENIZER.decode(ids, skip_special_tokens=True) == text
 
 
-def test_special_tokens():
+def test_special_tokens_of_tokenizer():
     assert (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id, TOKENIZER.bos_token_id) == (256, 257, None)
     assert len(TOKENIZER) == 258
     assert TOKENIZER.chat_template is None
@@ -37,11 +37,11 @@ def test_special_tokens():
     assert TOKENIZER.decode([52, 256]) == "4<|endoftext|>"
 
 
-def test_invalid_bytes_spoil_nothing_but_themselves():
+def test_invalid_bytes_decode_to_replacement_characters_only():
     assert TOKENIZER.decode([52, 0xF0, 0x9F, 65, 0xFF, 66]) == "4\ufffdA\ufffdB"
 
 
-def test_saving_keeps_the_tokenizer(tmp_path):
+def test_saved_tokenizer_loads_unchanged(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     AutoConfig.from_pretrained(TINY_MODEL).save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -50,7 +50,7 @@ def test_saving_keeps_the_tokenizer(tmp_path):
     assert (again.eos_token_id, again.pad_token_id) == (256, 257)
 
 
-def test_the_model_has_the_announced_size():
+def test_tiny_model_has_the_documented_size():
     config = AutoConfig.from_pretrained(TINY_MODEL)
     assert config.vocab_size == len(TOKENIZER)
     assert (config.eos_token_id, config.pad_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id)
@@ -59,7 +59,7 @@ def test_the_model_has_the_announced_size():
     assert sum(math.prod(p.shape) for p in model.parameters()) == 258 * 96 + 2 * per_layer + 96 == 283_296
 
 
-def test_the_folder_is_what_its_script_writes(tmp_path):
+def test_tiny_model_folder_equals_output_of_build_script(tmp_path):
     spec = importlib.util.spec_from_file_location("build", TINY_MODEL / "build.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Answers to a model whose prompts open a think block, with the real tokenizer, template and grader."""
+"""Answering benchmarks: think blocks opened by the prompt, and batches over ranks."""
 
 from contextlib import contextmanager
 
@@ -18,14 +18,14 @@ THINKING = (
     "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
 COMPLETIONS = [
-    (r"2 + 2 is \boxed{4}, so", None, False),  # cut off, or never closed: all of it is reasoning
+    (r"2 + 2 is \boxed{4}, so", None, False),  # the block is never closed: all of it is reasoning
     (r"2 + 2 is \boxed{5}, no</think>It is \boxed{4}.", "4", True),
     (r"2 + 2 is \boxed{4}</think>as found above", None, False),
 ]
 
 
 class ThinkingPolicy:
-    """What answering sees of a policy; the template of its tokenizer ends in an open block."""
+    """The parts of a policy that the answerer uses, with the given chat template."""
 
     def __init__(self, folder, template):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -38,7 +38,7 @@ class ThinkingPolicy:
 
 
 class Scripted:
-    """An engine that writes these texts, whatever it is asked."""
+    """An engine that returns the given texts for every request."""
 
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts = tokenizer, texts
@@ -49,7 +49,7 @@ class Scripted:
 
 
 @pytest.mark.parametrize("answer", ["4", ""], ids=["reference", "no reference"])
-def test_a_box_in_a_block_that_the_prompt_has_opened_is_no_answer(tiny_model, answer):
+def test_boxed_text_inside_an_open_think_block_is_not_the_answer(tiny_model, answer):
     answers = answers_to(ThinkingPolicy(tiny_model, THINKING), answer)
     assert [a.extracted for a in answers] == [extracted for _, extracted, _ in COMPLETIONS]
     assert [a.answer_class is None for a in answers] == [extracted is None for _, extracted, _ in COMPLETIONS]
@@ -59,7 +59,7 @@ def test_a_box_in_a_block_that_the_prompt_has_opened_is_no_answer(tiny_model, an
         assert [a.status for a in answers] == ["no_answer", "graded", "no_answer"]
 
 
-def test_without_an_open_block_the_same_box_is_the_answer(tiny_model):
+def test_boxed_text_without_think_block_is_the_answer(tiny_model):
     answers = answers_to(ThinkingPolicy(tiny_model, THINKING.replace("<think>\n", "")), "4")
     assert [a.extracted for a in answers] == ["4", "4", None]
 
@@ -103,12 +103,12 @@ class NoLimit:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 12, 13])
-def test_ranks_share_all_problems_in_equally_many_batches(world_size, batch_size, count):
+def test_ranks_share_all_problems_in_equal_numbers_of_batches(world_size, batch_size, count):
     ranks = [batches_of(count, 3, rank, world_size, batch_size) for rank in range(world_size)]
     sampling = Sampling(max_completion_length=7, temperature=0.5)
     assert len({len(batches) for batches in ranks}) == 1
     answered = [problem for batches in ranks for batch in batches for problem in batch.problems]
-    assert sorted(answered) == sorted(problems(count))  # complete, and none twice
+    assert sorted(answered) == sorted(problems(count))  # each problem exactly once
     sizes = [len(batch.problems) for batches in ranks for batch in batches]
     assert max(sizes) <= batch_size
     shares = [sum(len(batch.problems) for batch in batches) for batches in ranks]
@@ -117,7 +117,7 @@ def test_ranks_share_all_problems_in_equally_many_batches(world_size, batch_size
         assert all((batch.benchmark, batch.num_samples, batch.sampling) == ("b", 3, sampling) for batch in batches)
 
 
-def test_batches_by_hand():
+def test_batches_of_two_ranks_by_hand():
     first, second = (batches_of(5, 1, rank, 2, 2) for rank in range(2))
     assert [[p.id for p in batch.problems] for batch in first] == [["0", "2"], ["4"]]
     assert [[p.id for p in batch.problems] for batch in second] == [["1", "3"], []]

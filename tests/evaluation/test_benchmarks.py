@@ -33,7 +33,7 @@ class Empty(Benchmark):
         return []
 
 
-def test_a_benchmark_of_ones_own():
+def test_custom_benchmark():
     benchmark = Two("two", limit=1)
     assert benchmark.load() == [Problem("1", "1+1?", "2")]
     assert benchmark.sampling == AnswerSampling(num_samples=1, temperature=0.0, top_p=1.0, max_completion_length=None)
@@ -49,7 +49,7 @@ def test_a_benchmark_of_ones_own():
         ({"num_samples": 4}, "temperature 0 all samples are the same"),
     ],
 )
-def test_bad_values_are_refused(arguments, message):
+def test_invalid_names_and_sampling_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         Two(**{"name": "two", **arguments})
 
@@ -67,7 +67,7 @@ def test_bad_values_are_refused(arguments, message):
     [("num_samples", 0), ("limit", 0), ("max_completion_length", 0), ("temperature", -0.1), ("temperature", ".nan"),
      ("top_p", 0.0), ("top_p", 1.1)],
 )  # fmt: skip
-def test_values_out_of_range_are_refused_by_the_parser(name, arguments, field, value):
+def test_parser_refuses_out_of_range_sampling_values(name, arguments, field, value):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--benchmark", type=Benchmark)
     given = {"class_path": f"{MODULE}.{name}", "init_args": arguments | {field: value}}
@@ -78,7 +78,7 @@ def test_values_out_of_range_are_refused_by_the_parser(name, arguments, field, v
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("num_problems", 0, "num_problems.*0"), ("split", "dev", "train.*validation.*test.*dev"),
 ])  # fmt: skip
-def test_a_generated_benchmark_has_problems_of_a_split(field, value, message):
+def test_parser_refuses_unknown_split_and_zero_problems(field, value, message):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--benchmark", type=Benchmark)
     given = {"class_path": f"{MODULE}.GeneratedBenchmark", "init_args": {field: value}}
@@ -86,16 +86,16 @@ def test_a_generated_benchmark_has_problems_of_a_split(field, value, message):
         parser.parse_object({"benchmark": given})
 
 
-def test_several_samples_at_a_temperature():
+def test_several_samples_are_accepted_with_positive_temperature():
     assert Two("two", num_samples=4, temperature=0.6).num_samples == 4
 
 
-def test_no_problems_are_refused():
+def test_benchmark_without_problems_is_refused():
     with pytest.raises(UserError, match="benchmark 'empty' has no problems"):
         Empty("empty").load()
 
 
-def test_arithmetic_problems_are_distinct_and_never_trained_on():
+def test_generated_benchmark_is_distinct_and_disjoint_from_training():
     benchmark = {p.problem for p in GeneratedBenchmark().load()}
     assert len(benchmark) == 512
     assert not benchmark & {d.problem for d in GeneratedDemonstrations(num_demonstrations=3000).load()}
@@ -106,7 +106,7 @@ def test_arithmetic_problems_are_distinct_and_never_trained_on():
     assert not benchmark & validation
 
 
-def test_a_generated_benchmark_is_called_by_its_task_or_by_a_name_of_its_own():
+def test_generated_benchmark_is_named_after_its_task_by_default():
     task = ExpressionTask()
     assert GeneratedBenchmark().name == "arithmetic"
     assert GeneratedBenchmark(task=task).name == "expressions"
@@ -116,12 +116,12 @@ def test_a_generated_benchmark_is_called_by_its_task_or_by_a_name_of_its_own():
     assert all(task.contains(p.problem, "validation") for p in GeneratedBenchmark("v", "validation", 9, 0, task).load())
 
 
-def test_too_small_a_task_is_refused():
+def test_task_with_too_few_problems_is_refused():
     with pytest.raises(UserError, match="512 different problems of split 'test'"):
         GeneratedBenchmark(task=ArithmeticTask(num_digits=1)).load()
 
 
-def test_benchmark_of_a_json_lines_file(tmp_path):
+def test_dataset_benchmark_reads_json_lines(tmp_path):
     path = tmp_path / "b.jsonl"
     rows = [{"id": "x", "problem": "1+1?", "answer": "2", "level": 3, "subject": "Sums"}, {"problem": "2+2?"}]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -131,7 +131,7 @@ def test_benchmark_of_a_json_lines_file(tmp_path):
     assert DatasetBenchmark("b", str(path)).load() == [Problem("x", "1+1?", "2", "Sums", "3")]
 
 
-def test_hub_benchmark_of_a_local_folder(tmp_path, monkeypatch):
+def test_dataset_benchmark_reads_a_local_folder(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -146,7 +146,7 @@ def test_hub_benchmark_of_a_local_folder(tmp_path, monkeypatch):
         DatasetBenchmark("gsm8k", str(folder)).load()
 
 
-# The published ones
+# Published benchmarks
 
 
 HUB = {
@@ -208,11 +208,11 @@ HUB = {
         Problem("0", "1+1?", "27.0"),
     ),
 }
-"""Benchmark to its name on the Hub, the configurations with their files, a row with the columns there, its problem."""
+"""For each benchmark: its name on the Hub, its configurations and files, a row with the Hub's columns, the problem."""
 
 
 def hub_folder(root: Path, name: str) -> Path:
-    """The data set as a folder of the layout that the Hub has."""
+    """Write the data set to a folder in the layout of the Hub."""
     dataset, files, row, _ = HUB[name]
     cards = [
         {"config_name": config, "data_files": [{"split": Path(file).name.split(".")[0].split("-")[0], "path": file}]}
@@ -230,7 +230,7 @@ def test_known_benchmarks_are_read_from_folders_in_the_hubs_layout(name, tmp_pat
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)  # the datasets library takes a folder of that name for the data set
+    monkeypatch.chdir(tmp_path)  # the datasets library prefers a local folder of that name
     assert hub_folder(tmp_path, name).relative_to(tmp_path) == Path(KNOWN[name].dataset)
     assert KnownBenchmark(name).load() == [HUB[name][-1]]
 
@@ -245,7 +245,7 @@ def test_known_benchmarks_are_read_from_files_with_the_hubs_columns_or_plain_one
     assert KnownBenchmark(name, str(tmp_path / "plain.jsonl")).load() == [problem._replace(subject="", level="")]
 
 
-def test_known_benchmarks_are_sampled_as_the_field_does():
+def test_known_benchmarks_have_standard_sampling_settings():
     competition = AnswerSampling(num_samples=32, temperature=0.6, top_p=0.95, max_completion_length=32768)
     once = AnswerSampling(num_samples=1, temperature=0.0, top_p=1.0, max_completion_length=2048)
     assert {name: KnownBenchmark(name).sampling for name in KNOWN} == {  # type: ignore[arg-type]
@@ -259,7 +259,7 @@ def test_known_benchmarks_are_sampled_as_the_field_does():
     }
 
 
-def test_every_value_of_a_known_benchmark_can_be_overridden():
+def test_sampling_of_known_benchmarks_can_be_overridden():
     changed = {"num_samples": 4, "temperature": 1.0, "top_p": 0.7, "max_completion_length": 99}
     for name in ("math500", "aime24"):
         benchmark = KnownBenchmark(name, **changed, limit=3)
@@ -270,7 +270,7 @@ def test_every_value_of_a_known_benchmark_can_be_overridden():
         KnownBenchmark("aime24", temperature=0.0)
 
 
-def test_every_known_benchmark_has_a_name_in_the_config():
+def test_config_accepts_exactly_the_known_benchmark_names():
     hints = get_type_hints(KnownBenchmark.__init__)
     assert get_args(hints["name"]) == tuple(KNOWN)
     parser = ArgumentParser(exit_on_error=False)
@@ -279,7 +279,7 @@ def test_every_known_benchmark_has_a_name_in_the_config():
         parser.parse_object({"benchmark": {"class_path": f"{MODULE}.KnownBenchmark", "init_args": {"name": "imo"}}})
 
 
-def test_a_bad_row_of_a_known_benchmark_is_told_by_file_and_line(tmp_path):
+def test_invalid_row_of_known_benchmark_is_refused_with_file_and_line(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"id": 1, "problem": "1+1?", "answer": "2"}\n{"id": 2, "problem": "2+2?"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"mine\.jsonl:2: field 'answer' must be non-empty text, got nothing"):
@@ -289,7 +289,7 @@ def test_a_bad_row_of_a_known_benchmark_is_told_by_file_and_line(tmp_path):
         KnownBenchmark("olympiadbench", str(path)).load()
 
 
-def test_two_problems_of_one_id_are_refused(tmp_path):
+def test_duplicate_problem_ids_are_refused(tmp_path):
     row = {"id": "a", "problem": "1+1?", "answer": "2"}
     path = tmp_path / "b.jsonl"
     path.write_text("\n".join(json.dumps(row) for _ in range(2)), encoding="utf-8")
@@ -309,7 +309,7 @@ def test_two_problems_of_one_id_are_refused(tmp_path):
         ("olympiadbench", 675),
     ],
 )
-def test_real_files(name, count):
+def test_known_benchmarks_read_the_real_files(name, count):
     path = SHARED / f"{'gsm8k_test' if name == 'gsm8k' else name}.jsonl"
     if not path.is_file():
         pytest.skip(f"{path} is absent: real data is kept beside the checkout, not in it")
@@ -322,7 +322,7 @@ def test_real_files(name, count):
         assert all(p.subject for p in problems)
 
 
-def test_benchmarks_and_their_sampling_are_config_values():
+def test_benchmarks_are_built_from_config():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--benchmarks", type=list[Benchmark])
     arithmetic = {"task": {"num_terms": 3}, "num_problems": 7, "num_samples": 4, "temperature": 1.0}

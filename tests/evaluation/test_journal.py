@@ -23,7 +23,7 @@ def journal(folder, rank=0, **settings) -> Journal:
     return made
 
 
-def test_rows_hold_all_of_an_answer_and_come_back(tmp_path):
+def test_journal_rows_round_trip(tmp_path):
     first = journal(tmp_path)
     first.append(answers(0))
     rows = [json.loads(line) for line in (tmp_path / "completions-rank-0.jsonl").read_bytes().splitlines()]
@@ -45,7 +45,7 @@ def test_rows_hold_all_of_an_answer_and_come_back(tmp_path):
     assert journal(tmp_path).read() == {"a": answers(0), "c": answers(2)}
 
 
-def test_the_merged_file_is_the_same_whatever_the_ranks_and_their_order(tmp_path):
+def test_merged_file_does_not_depend_on_ranks_or_order(tmp_path):
     one = journal(tmp_path / "one")
     for i in range(3):
         one.append(answers(i))
@@ -60,7 +60,7 @@ def test_the_merged_file_is_the_same_whatever_the_ranks_and_their_order(tmp_path
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["completions.jsonl", "settings.json"]
 
 
-def test_what_was_read_is_not_written_again(tmp_path):
+def test_answers_read_from_the_journal_are_not_written_again(tmp_path):
     journal(tmp_path).append(answers(0))
     later = journal(tmp_path, rank=3)
     later.read()
@@ -72,7 +72,7 @@ def test_what_was_read_is_not_written_again(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 20, 150])
-def test_a_torn_last_line_is_dropped_and_its_problem_answered_again(tmp_path, cut):
+def test_truncated_last_line_is_dropped_and_answered_again(tmp_path, cut):
     journal(tmp_path).append(answers(0) + answers(1))
     path = tmp_path / "completions-rank-0.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
@@ -84,12 +84,12 @@ def test_a_torn_last_line_is_dropped_and_its_problem_answered_again(tmp_path, cu
     assert len(later.completions.read_bytes().splitlines()) == 4
 
 
-def test_a_problem_with_too_few_answers_is_not_answered(tmp_path):
+def test_problem_with_too_few_answers_counts_as_unanswered(tmp_path):
     journal(tmp_path).append(answers(0, count=1) + answers(1))
     assert journal(tmp_path).read() == {"b": answers(1)}
 
 
-def test_a_broken_line_elsewhere_is_told_by_file_and_line(tmp_path):
+def test_broken_inner_line_is_refused_with_file_and_line(tmp_path):
     journal(tmp_path).append(answers(0))
     path = tmp_path / "completions-rank-0.jsonl"
     path.write_bytes(b"{]\n" + path.read_bytes())
@@ -97,14 +97,14 @@ def test_a_broken_line_elsewhere_is_told_by_file_and_line(tmp_path):
         journal(tmp_path).read()
 
 
-def test_answers_under_other_settings_are_refused_by_name(tmp_path):
+def test_answers_under_other_settings_are_refused_with_setting_names(tmp_path):
     journal(tmp_path)
     journal(tmp_path)
     with pytest.raises(UserError, match=r"holds answers under other settings: seed, weights\. Choose another"):
         journal(tmp_path, seed=2, weights="4567")
 
 
-def test_fingerprints_differ_where_settings_do():
+def test_fingerprint_depends_on_settings_not_their_order():
     assert fingerprint(SETTINGS) == fingerprint(dict(reversed(SETTINGS.items())))
     assert fingerprint(SETTINGS) != fingerprint(SETTINGS | {"seed": 2})
     assert len(fingerprint(SETTINGS)) == 12

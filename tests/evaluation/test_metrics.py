@@ -15,7 +15,7 @@ from egspo_lightning.evaluation.metrics import (
 # pass@k
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample():
     for n in range(1, 8):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
@@ -29,7 +29,7 @@ def test_pass_at_k_of_many_samples():
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
-def test_pass_at_k_refuses_what_cannot_be(n, c, k):
+def test_pass_at_k_refuses_invalid_counts(n, c, k):
     with pytest.raises(ValueError, match="1 <= k <= num_samples"):
         pass_at_k(n, c, k)
 
@@ -38,7 +38,7 @@ def test_pass_at_k_refuses_what_cannot_be(n, c, k):
     ("n", "ks"),
     [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9]), (32, [1, 2, 4, 8, 16, 32])],
 )
-def test_pass_is_reported_at_powers_of_two_and_at_n(n, ks):
+def test_pass_at_k_is_reported_at_powers_of_two_and_at_n(n, ks):
     assert reported_ks(n) == ks
 
 
@@ -54,18 +54,18 @@ def test_pass_is_reported_at_powers_of_two_and_at_n(n, ks):
         (["5", "6", "7"], [False, True, False], 1 / 3),
         (["5", "5", "6", "6", "7"], [True, True, False, False, False], 0.5),
         ([0, 1, 1], [False, True, True], 1.0),  # classes of equivalent answers
-        ([0, 0, 1], [True, False, False], 0.5),  # the grader has failed on one of two equal answers
-        ([None, None, "5"], [False, False, True], 1.0),  # none does not vote
+        ([0, 0, 1], [True, False, False], 0.5),  # the grader failed on one of two equal answers
+        ([None, None, "5"], [False, False, True], 1.0),  # None does not vote
         ([None, None], [False, False], 0.0),
         ([], [], 0.0),
     ],
 )
-def test_the_most_frequent_answer_counts(answers, correct, expected):
+def test_majority_at_k_takes_the_most_frequent_answer(answers, correct, expected):
     assert majority_at_k(answers, correct) == pytest.approx(expected)
     assert majority_at_k(answers[::-1], correct[::-1]) == pytest.approx(expected)
 
 
-def test_as_many_verdicts_as_answers_are_needed():
+def test_majority_at_k_refuses_unequal_lengths():
     with pytest.raises(ValueError, match=r"shorter|longer"):
         majority_at_k(["5", "6"], [True])
 
@@ -73,7 +73,7 @@ def test_as_many_verdicts_as_answers_are_needed():
 # Standard error
 
 
-def test_the_standard_error_by_hand():
+def test_standard_error_by_hand():
     assert standard_error([1.0, 0.0, 0.0, 1.0, 0.0]) == pytest.approx((0.3 / 5) ** 0.5)  # variance 0.3 with P - 1
     assert standard_error([0.25, 0.75]) == pytest.approx(0.25)
     assert standard_error([0.5, 0.5, 0.5]) == 0.0
@@ -81,8 +81,8 @@ def test_the_standard_error_by_hand():
         standard_error([1.0])
 
 
-def test_it_is_clustered_by_problem():
-    """Equation 4 of arXiv 2411.00640 written out over single samples; P / (P - 1) apart."""
+def test_standard_error_is_clustered_by_problem():
+    """Equation 4 of arXiv 2411.00640 over single samples, times P / (P - 1)."""
     samples = [[1, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
     count, mean = 20, 9 / 20
     within = sum((a - mean) * (b - mean) for group in samples for a in group for b in group)
@@ -93,7 +93,7 @@ def test_it_is_clustered_by_problem():
 # Bootstrap
 
 
-def test_the_interval_contains_the_mean_and_narrows_with_more_values():
+def test_bootstrap_interval_contains_the_mean_and_narrows_with_more_values():
     rng = random.Random(0)
     widths = []
     for count in (25, 400):
@@ -101,10 +101,10 @@ def test_the_interval_contains_the_mean_and_narrows_with_more_values():
         low, high = bootstrap_interval(values)
         assert low <= statistics.mean(values) <= high
         widths.append(high - low)
-    assert widths[0] / widths[1] == pytest.approx(4.0, rel=0.2)  # by the root of the count
+    assert widths[0] / widths[1] == pytest.approx(4.0, rel=0.2)  # the width falls with the square root of the count
 
 
-def test_the_interval_is_near_the_normal_one():
+def test_bootstrap_interval_is_close_to_the_normal_interval():
     values = [float(i % 5 < 2) for i in range(500)]  # mean 0.4
     error = (0.4 * 0.6 / 500) ** 0.5
     for confidence, z in ((0.95, 1.96), (0.8, 1.2816)):
@@ -113,17 +113,17 @@ def test_the_interval_is_near_the_normal_one():
         assert high == pytest.approx(0.4 + z * error, abs=0.15 * error)
 
 
-def test_the_interval_covers_the_true_mean_as_often_as_it_says():
+def test_bootstrap_interval_has_its_nominal_coverage():
     rng = random.Random(1)
     num_covering = 0
     for seed in range(200):
         values = [rng.gauss(3.0, 1.0) for _ in range(40)]
         low, high = bootstrap_interval(values, confidence=0.9, num_resamples=200, seed=seed)
         num_covering += low <= 3.0 <= high
-    assert 0.83 <= num_covering / 200 <= 0.95  # a standard deviation is 0.021; the percentile method is a bit narrow
+    assert 0.83 <= num_covering / 200 <= 0.95  # standard deviation 0.021; percentile intervals are slightly narrow
 
 
-def test_the_interval_is_a_function_of_its_seed():
+def test_bootstrap_interval_depends_only_on_its_seed():
     values = [0.0, 1.0, 1.0, 0.0, 1.0, 0.5, 0.25]
     state = random.getstate()
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
@@ -132,11 +132,11 @@ def test_the_interval_is_a_function_of_its_seed():
     assert len(spread) > 1
 
 
-def test_values_without_spread_have_an_interval_of_no_width():
+def test_bootstrap_interval_of_equal_values_has_width_zero():
     assert bootstrap_interval([0.25] * 4) == (0.25, 0.25)
 
 
 @pytest.mark.parametrize(("values", "confidence"), [([], 0.95), ([1.0], 0.0), ([1.0], 1.0), ([1.0], 95)])
-def test_the_interval_refuses_what_cannot_be(values, confidence):
+def test_bootstrap_interval_refuses_invalid_arguments(values, confidence):
     with pytest.raises(ValueError, match="need values and 0 < confidence < 1"):
         bootstrap_interval(values, confidence=confidence)

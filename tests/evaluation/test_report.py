@@ -17,7 +17,7 @@ ONE = torch.tensor([[1, 1, 1, 7, 0, 0, 0], [1, 0, 0, 8, 0, 0, 0], [1, 1, 1, 9, 1
 
 
 def shown(*tables) -> list[list[str]]:
-    """The cells of each line that has some."""
+    """The cells of each printed table row."""
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(*tables)
     lines = console.export_text().splitlines()
@@ -25,7 +25,7 @@ def shown(*tables) -> list[list[str]]:
     return [row for row in rows if row[0] and not set(row[0]) & set("━─┏┡└")]
 
 
-def test_the_tables_in_full():
+def test_score_tables_in_full():
     several = report("aime24", PROBLEMS, 4, FOUR)
     single = report("mine", [p._replace(subject="", level="") for p in PROBLEMS], 1, ONE)
     heads = ["problems", "avg@4", "pass@4", "maj@4", "length", "truncated"]
@@ -50,12 +50,12 @@ def test_the_tables_in_full():
     ]
 
 
-def test_one_sample_each_needs_one_table():
+def test_single_sample_report_has_one_table():
     (only,) = score_tables([report("mine", [p._replace(subject="", level="") for p in PROBLEMS], 1, ONE)])
     assert only.caption == "± is the standard error over problems."
 
 
-def test_milestones_that_a_benchmark_has_not_seen_are_dashes():
+def test_milestones_without_scores_are_dashes():
     metrics = report("mine", PROBLEMS, 1, ONE).metrics
     assert headline(metrics) == "avg@1"
     table = milestones_table({"mine": metrics}, {"before": {}, "after SFT": {"mine": metrics}})
@@ -67,8 +67,8 @@ def test_milestones_that_a_benchmark_has_not_seen_are_dashes():
 
 
 @pytest.mark.parametrize("num_reports", [1, 2])
-def test_a_terminal_of_eighty_columns_shows_every_number(num_reports):
-    """Also beside a long name, which folds, and with counts and lengths as large as the field has them."""
+def test_tables_fit_eighty_columns_and_show_every_number(num_reports):
+    """With a long benchmark name, which wraps, and with realistically large counts and lengths."""
     name = "my_company_olympiad_problems_of_the_year_2026_without_pictures"
     counts = torch.tensor([[1, 4, 1, 4 * 32768, 4, 0, 0], [1, 1, 1, 4 * 32768, 4, 0, 0]], dtype=torch.float64)
     long = report(name, PROBLEMS[:2], 4, counts)
@@ -84,5 +84,6 @@ def test_a_terminal_of_eighty_columns_shows_every_number(num_reports):
     assert max(map(len, text.splitlines())) <= 80
     for number in ("12345", "0.625 ± 0.375", "1.000", "32768.0", "100.0%"):
         assert number in text
-    first = [line.split("│")[1].strip() for line in text.split("One right")[0].splitlines() if line.startswith("│")]
+    first_table = text.split("At least one of")[0].splitlines()
+    first = [line.split("│")[1].strip() for line in first_table if line.startswith("│")]
     assert "".join(first).startswith(name)

@@ -54,7 +54,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("split", [[4], [1, 3], [2, 2], [1, 1, 1, 1], [3, 0, 1]])
-def test_the_metric_by_hand_however_it_is_split_into_batches(split):
+def test_benchmark_metric_by_hand_for_any_split_into_batches(split):
     metric, start = BenchmarkMetric(PROBLEMS, num_samples=3), 0
     for size in split:
         metric.update(list(itertools.chain(*GROUPS[start : start + size])))
@@ -63,24 +63,24 @@ def test_the_metric_by_hand_however_it_is_split_into_batches(split):
 
 
 @pytest.mark.parametrize("shares", [[[0, 2], [1, 3]], [[3, 1, 0], [2]], [[0, 1, 2, 3], []]])
-def test_the_states_of_ranks_add_up(shares):
+def test_benchmark_metric_states_of_ranks_add_up(shares):
     from torchmetrics.utilities import dim_zero_sum
 
     ranks = [BenchmarkMetric(PROBLEMS, num_samples=3) for _ in shares]
     for metric, share in zip(ranks, shares, strict=True):
         metric.update([answer for i in share for answer in GROUPS[i]])
-        assert metric._reductions == {"table": dim_zero_sum}  # what torchmetrics does to it over ranks
+        assert metric._reductions == {"table": dim_zero_sum}  # the reduction that torchmetrics applies over ranks
     assert summary(sum(metric.table for metric in ranks), 3) == pytest.approx(EXPECTED)
 
 
-def test_a_problem_that_comes_twice_is_counted_once():
+def test_repeated_problem_is_counted_once():
     metric = BenchmarkMetric(PROBLEMS, num_samples=3)
     for i in (0, 1, 0, 2, 3, 3):
         metric.update(GROUPS[i])
     assert summary(metric.compute(), 3) == pytest.approx(EXPECTED)
 
 
-def test_a_rank_without_problems_adds_nothing():
+def test_rank_without_problems_has_zero_summary():
     metric = BenchmarkMetric(PROBLEMS, num_samples=3)
     metric.update([])
     empty = summary(metric.compute(), 3)
@@ -93,14 +93,14 @@ def test_one_problem_has_no_standard_error():
     assert "avg@3_se" not in summary(metric.compute(), 3)
 
 
-def test_counts_are_exact():
+def test_token_counts_above_float32_precision_are_exact():
     metric = BenchmarkMetric(PROBLEMS, num_samples=3)
     metric.update([answer._replace(length=2**24 + answer.sample) for answer in GROUPS[0]])
     assert metric.table.dtype == torch.float64
     assert summary(metric.compute(), 3)["length_mean"] == 2**24 + 1
 
 
-def test_too_few_answers_to_a_problem_are_a_mistake_of_ours():
+def test_too_few_answers_to_a_problem_raise_assertion_error():
     with pytest.raises(AssertionError, match="a: 2 of 3 answers"):
         BenchmarkMetric(PROBLEMS, num_samples=3).update(GROUPS[0][:2])
 
@@ -111,7 +111,7 @@ def full_table():
     return metric.compute()
 
 
-def test_subjects_and_levels_by_hand():
+def test_scores_by_subject_and_level_by_hand():
     subjects = by_label(full_table(), [p.subject for p in PROBLEMS], 3)
     assert list(subjects) == ["Products", "Sums"]
     assert {name: (part["avg@3"], part["num_problems"]) for name, part in subjects.items()} == pytest.approx(
@@ -125,11 +125,11 @@ def test_subjects_and_levels_by_hand():
 
 
 @pytest.mark.parametrize("label", ["", "Sums"])
-def test_one_label_for_all_says_nothing(label):
+def test_by_label_with_a_single_label_is_empty(label):
     assert by_label(full_table(), [label] * 4, 3) == {}
 
 
-def test_the_interval_is_over_problems():
+def test_score_interval_is_over_problems():
     assert accuracies(full_table(), 3) == pytest.approx([2 / 3, 1 / 3, 0, 1 / 3])
     low, high = interval(full_table(), 3)
     assert 0 < low < EXPECTED["avg@3"] < high < 2 / 3

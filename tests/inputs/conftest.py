@@ -1,4 +1,4 @@
-"""Runs of the command line as processes, and the smallest config that they all begin with."""
+"""Fixtures that run the command line as a process, and the smallest config that trains."""
 
 import json
 import os
@@ -19,11 +19,11 @@ class Ended(NamedTuple):
     """How a run of the command line ended."""
 
     code: int | None
-    """None where it did not end in time."""
+    """None if the run was killed at its time limit."""
     seconds: float
     output: str
-    left: list[str]
-    """Command lines of processes that outlived it."""
+    orphans: list[str]
+    """Command lines of processes that outlived the run."""
 
 
 Start = Callable[..., Ended]
@@ -59,17 +59,17 @@ def start() -> Iterator[Start]:
 
 @dataclass
 class Run:
-    """A config that runs, in a folder of its own, for a case to spoil."""
+    """A valid config in a folder of its own, which a test then makes invalid."""
 
     folder: Path
     config: Any
-    """A mapping, or what stands in the file in its place."""
+    """A mapping, or the raw bytes of the config file."""
     subcommand: str = "fit"
     arguments: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
     def put(self, key: str, value: Any) -> None:
-        """Set "data.num_problems" and the like."""
+        """Set a config value by its dotted key, as in "data.num_problems"."""
         *parents, last = key.split(".")
         place = self.config
         for parent in parents:
@@ -78,25 +78,25 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """The arguments, with the config as a file."""
+        """Write the config to a file and return the command-line arguments."""
         path = self.folder / "run.yaml"
         path.write_bytes(self.config if isinstance(self.config, bytes) else yaml.safe_dump(self.config).encode())
         return [self.subcommand, f"--config={path}", *self.arguments]
 
 
 def source(class_path: str, **arguments: Any) -> dict[str, Any]:
-    """A class of this package with its arguments, as a config names it."""
+    """Config entry of a class of this package: class_path and init_args."""
     return {"class_path": f"egspo_lightning.{class_path}", "init_args": arguments}
 
 
 @pytest.fixture(scope="session")
 def smallest() -> Callable[[Path, str], Run]:
-    """Gives the run that cases spoil."""
+    """Builds the smallest valid run in a folder, with the given model."""
     return _smallest
 
 
 def _smallest(folder: Path, model: str) -> Run:
-    """An epoch of SFT and one of EGSPO, in seconds."""
+    """One epoch of SFT and one of EGSPO, which take seconds."""
     config = {
         "trainer": {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": str(folder / "logs")},
         "model": {"policy": {"name_or_path": model, "from_scratch": True}},

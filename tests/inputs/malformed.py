@@ -1,6 +1,6 @@
-"""What users give by mistake, as functions that spoil a run which would otherwise do, with the words they must be told.
+"""Malformed inputs: each case makes a valid run invalid and lists the words that the error message must contain.
 
-``CASES`` maps the name of each to its function and words. Files and models come from the real thing, damaged.
+``CASES`` maps the name of a case to its function and words. Damaged files and models are copies of valid ones.
 """
 
 import gzip
@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 
 class Case(NamedTuple):
-    """How a run is spoiled, and what has to stand in the message."""
+    """A function that makes a run invalid, and the words that the error message must contain."""
 
-    spoil: Callable[[Any], None]
+    apply: Callable[[Any], None]
     words: tuple[str, ...]
 
 
@@ -26,36 +26,36 @@ CASES: dict[str, Case] = {}
 
 
 def case(*words: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Register a function of a run under its own name."""
+    """Register a function that changes a run as a case, under the function's name."""
 
-    def register(spoil: Callable[[Any], None]) -> Callable[[Any], None]:
-        CASES[spoil.__name__] = Case(spoil, words)
-        return spoil
+    def register(apply: Callable[[Any], None]) -> Callable[[Any], None]:
+        CASES[apply.__name__] = Case(apply, words)
+        return apply
 
     return register
 
 
 def value(name: str, key: str, given: Any, *words: str) -> None:
-    """A case of one wrong value in the config."""
+    """Register a case with one wrong value in the config."""
     CASES[name] = Case(lambda run: run.put(key, given), words)
 
 
 def flags(name: str, *arguments: str, words: tuple[str, ...]) -> None:
-    """A case of wrong flags."""
+    """Register a case with wrong flags."""
 
-    def spoil(run: Any) -> None:
+    def apply(run: Any) -> None:
         run.arguments = arguments
 
-    CASES[name] = Case(spoil, words)
+    CASES[name] = Case(apply, words)
 
 
 def source(class_path: str, **arguments: Any) -> dict[str, Any]:
-    """A class of this package with its arguments, as a config names it."""
+    """Config entry of a class of this package: class_path and init_args."""
     return {"class_path": f"egspo_lightning.{class_path}", "init_args": arguments}
 
 
 def torch_class(kind: str, name: str, **arguments: Any) -> dict[str, Any]:
-    """A class of torch with its arguments."""
+    """Config entry of a class of torch.optim."""
     return {"class_path": f"torch.optim.{kind}{name}", "init_args": arguments}
 
 
@@ -90,9 +90,9 @@ value(
     {"class_path": "os.system", "init_args": {"command": "touch ran"}},
     "data.reward",
 )
-value("optimizer_with_a_closure", "model.optimizer", torch_class("", "LBFGS", lr=1.0), "model.optimizer", "LBFGS")
+value("optimizer_that_needs_a_closure", "model.optimizer", torch_class("", "LBFGS", lr=1.0), "model.optimizer", "LBFGS")
 value(
-    "scheduler_with_a_metric",
+    "scheduler_that_needs_a_metric",
     "model.lr_scheduler",
     torch_class("lr_scheduler.", "ReduceLROnPlateau"),
     "model.lr_scheduler",
@@ -100,23 +100,27 @@ value(
 )
 value("unknown_precision", "trainer.precision", "8-wrong", "precision", "8-wrong")
 value("half_precision_weights", "trainer.precision", "16-true", "trainer.precision")
-value("no_accumulation", "trainer.accumulate_grad_batches", 0, "accumulate_grad_batches")
-value("budget_below_a_row", "data.max_tokens_per_micro_batch", 10, "max_tokens_per_micro_batch")
-value("no_epoch", "trainer.max_epochs", 0, "max_epochs")
-value("half_a_phase", "trainer.limit_train_batches", 0.5, "trainer.limit_train_batches")
+value("zero_gradient_accumulation", "trainer.accumulate_grad_batches", 0, "accumulate_grad_batches")
+value("token_budget_below_one_row", "data.max_tokens_per_micro_batch", 10, "max_tokens_per_micro_batch")
+value("zero_epochs", "trainer.max_epochs", 0, "max_epochs")
+value("fractional_limit_train_batches", "trainer.limit_train_batches", 0.5, "trainer.limit_train_batches")
 value("negative_seed", "seed_everything", -3, "seed_everything")
-value("wrong_time_limit", "trainer.max_time", "tomorrow", "max_time", "tomorrow")
-value("bad_updates_without_end", "model.max_bad_updates", 0, "model.max_bad_updates", "v>0")
+value("unreadable_time_limit", "trainer.max_time", "tomorrow", "max_time", "tomorrow")
+value("zero_max_bad_updates", "model.max_bad_updates", 0, "model.max_bad_updates", "v>0")
 value("unknown_strategy", "trainer.strategy", "ddpp", "strategy", "ddpp")
 value("unknown_logger", "trainer.logger", "NoLogger", "trainer.logger")
-value("prompt_without_a_place", "data.prompt.plain", "no place", "{problem}")
-value("temperature_of_nothing", "model.temperature", 0.0, "model.temperature")
+value("prompt_without_problem_placeholder", "data.prompt.plain", "no place", "{problem}")
+value("zero_temperature", "model.temperature", 0.0, "model.temperature")
 value("nan_coefficient", "model.objective.beta", float("nan"), "model.objective.beta", "nan")
-value("limits_that_nothing_fits", "data.max_prompt_length", 1, "data.max_prompt_length")
+value("max_prompt_length_below_every_prompt", "data.max_prompt_length", 1, "data.max_prompt_length")
 value(
-    "more_positions_than_the_model_has", "data.max_completion_length", 10**6, "data.max_completion_length", "positions"
+    "max_completion_length_above_model_positions",
+    "data.max_completion_length",
+    10**6,
+    "data.max_completion_length",
+    "positions",
 )
-value("clipping_by_nonsense", "trainer.gradient_clip_algorithm", "norms", "gradient_clip_algorithm")
+value("unknown_gradient_clip_algorithm", "trainer.gradient_clip_algorithm", "norms", "gradient_clip_algorithm")
 
 
 @case("run.yaml", "line 3, column 5")
@@ -135,7 +139,7 @@ def config_that_is_empty(run):
 
 
 @case("run.yaml", "line 3", "'seed'", "line 2")
-def config_with_a_key_twice(run):
+def config_with_duplicate_key(run):
     replace_config(run, b"data:\n  seed: 1\n  seed: 2\n")
 
 
@@ -162,8 +166,8 @@ def replace_config(run, content):
 
 flags("unknown_flag", "--data.num_generation=4", words=("data.num_generation",))
 flags("flag_without_a_value", "--data.num_problems", words=("data.num_problems",))
-flags("stray_word", "stray", words=("stray",))
-flags("config_file_that_is_not_there", "--config=nowhere.yaml", words=("nowhere.yaml",))
+flags("unexpected_argument", "stray", words=("stray",))
+flags("missing_config_file", "--config=nowhere.yaml", words=("nowhere.yaml",))
 flags("folder_for_a_config", "--config=.", words=("config", "not a file"))
 flags("two_methods", "--config=methods/ppo.yaml", "--config=methods/egspo.yaml", words=("are both method overlays",))
 
@@ -174,12 +178,12 @@ def unknown_subcommand(run):
 
 
 @case("data.problems", "never ends")
-def predict_of_an_endless_source(run):
+def predict_on_endless_problems(run):
     run.subcommand = "predict"
 
 
 @case("data.benchmarks", "at least one")
-def test_of_nothing(run):
+def test_without_benchmarks(run):
     run.subcommand = "test"
 
 
@@ -189,13 +193,13 @@ GOOD = b'{"problem": "1+1=?", "solution": "\\\\boxed{2}", "answer": "2"}\n'
 
 
 def rows(name: str, content: bytes, *words: str, kind: str = "demonstrations") -> None:
-    """A case of a data file."""
+    """Register a case with the given content as data file."""
 
-    def spoil(run: Any) -> None:
+    def apply(run: Any) -> None:
         (run.folder / "rows.jsonl").write_bytes(content)
         use_rows(run, kind)
 
-    CASES[name] = Case(spoil, words)
+    CASES[name] = Case(apply, words)
 
 
 def use_rows(run: Any, kind: str = "demonstrations") -> None:
@@ -217,7 +221,7 @@ rows("lone_surrogate", GOOD + GOOD.replace(b"1+1", b"\\ud800"), "rows.jsonl:2", 
 rows("lone_surrogate_in_an_answer", GOOD.replace(b'"2"', b'"\\udc00"'), "rows.jsonl:1", "surrogate", kind="problems")
 rows("list_for_a_row", b"[1, 2]\n", "rows.jsonl:1", "JSON object", "list")
 rows("whole_file_as_one_list", b"[\n" + GOOD.strip() + b",\n" + GOOD + b"]\n", "rows.jsonl:1")
-rows("list_for_a_text", GOOD.replace(b'"1+1=?"', b'["1+1=?"]'), "rows.jsonl:1", "'problem'")
+rows("list_for_a_problem_text", GOOD.replace(b'"1+1=?"', b'["1+1=?"]'), "rows.jsonl:1", "'problem'")
 rows("boolean_for_an_answer", GOOD.replace(b'"2"', b"true"), "rows.jsonl:1", "'answer'", "True", kind="problems")
 rows("nan_for_an_answer", GOOD.replace(b'"2"', b"NaN"), "rows.jsonl:1", "'answer'", "nan", kind="problems")
 rows("huge_integer", GOOD.replace(b'"2"', b"9" * 5000), "rows.jsonl:1", "digits", kind="problems")
@@ -225,13 +229,13 @@ rows("deeply_nested", b"[" * 200_000 + b"\n", "rows.jsonl:1", "nested")
 rows("empty_file", b"", "data.demonstrations", "none")
 rows("empty_problems", b"\n\n", "DatasetProblems", "0 were loaded", kind="problems")
 rows("empty_benchmark", b"", "rows", kind="benchmarks")
-rows("answer_that_is_blank", GOOD.replace(b'"2"', b'"  "'), "rows.jsonl:1", "'answer'", kind="benchmarks")
+rows("blank_answer", GOOD.replace(b'"2"', b'"  "'), "rows.jsonl:1", "'answer'", kind="benchmarks")
 rows("gzip_named_jsonl", gzip.compress(GOOD), "rows.jsonl", "gzip")
-rows("same_id_twice", 2 * GOOD.replace(b"{", b'{"id": "a", ', 1), "'a'", kind="benchmarks")
+rows("duplicate_id", 2 * GOOD.replace(b"{", b'{"id": "a", ', 1), "'a'", kind="benchmarks")
 
 
 @case("nowhere.jsonl", "no such file")
-def data_file_that_is_not_there(run):
+def missing_data_file(run):
     run.put("data.problems", source("data.dataset_sources.DatasetProblems", path="nowhere.jsonl"))
 
 
@@ -242,7 +246,7 @@ def folder_for_a_data_file(run):
 
 
 @case("benchmarks ask all")
-def demonstrations_that_a_benchmark_asks(run):
+def demonstrations_that_are_all_in_a_benchmark(run):
     (run.folder / "rows.jsonl").write_bytes(GOOD)
     use_rows(run)
     use_rows(run, "benchmarks")
@@ -257,16 +261,16 @@ def hub_data_without_a_network(run):
 
 
 def model(*words: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
-    """A case that damages a copy of the model's folder, which has weights."""
+    """Register a case that damages a copy of a model folder with weights."""
 
     def register(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-        def spoil(run: Any) -> None:
+        def apply(run: Any) -> None:
             folder = run.folder / "model"
             shutil.copytree(run.exported, folder)
             damage(folder)
             run.put("model.policy", {"name_or_path": str(folder), "from_scratch": False})
 
-        CASES[damage.__name__] = Case(spoil, ("model.policy.name_or_path", *words))
+        CASES[damage.__name__] = Case(apply, ("model.policy.name_or_path", *words))
         return damage
 
     return register
@@ -314,7 +318,7 @@ def empty_weights(folder):
 
 
 @model("weights")
-def weights_that_are_missing(folder):
+def missing_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
@@ -336,7 +340,7 @@ def unknown_architecture(folder):
 
 
 @model("vit")
-def model_that_is_no_language_model(folder):
+def vision_model(folder):
     edit(folder / "config.json", model_type="vit", architectures=["ViTModel"])
 
 
@@ -353,12 +357,12 @@ def vocabulary_smaller_than_the_tokenizer(folder):
 
 
 @model("hidden_size", "wide")
-def width_that_is_no_number(folder):
+def text_for_the_hidden_size(folder):
     edit(folder / "config.json", hidden_size="wide")
 
 
 @model("trust_remote_code")
-def code_that_comes_with_the_model(folder):
+def model_with_custom_code(folder):
     edit(
         folder / "config.json",
         model_type="mine",
@@ -379,7 +383,7 @@ def hub_model_without_a_network(run):
 
 
 @case("FlashAttention2", "model.policy.attn_implementation")
-def attention_of_a_package_that_is_missing(run):
+def attention_of_a_missing_package(run):
     run.put("model.policy.attn_implementation", "flash_attention_2")
 
 
@@ -387,7 +391,7 @@ def attention_of_a_package_that_is_missing(run):
 
 
 class Bomb:
-    """Runs a command when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -399,10 +403,10 @@ class Bomb:
 def checkpoint(
     *words: str, subcommand: str = "fit"
 ) -> Callable[[Callable[[Any, Path], None]], Callable[[Any, Path], None]]:
-    """A case that writes or damages the checkpoint to start from; the file is a copy of a good one."""
+    """Register a case that damages or replaces a copy of a valid checkpoint, which the run then loads."""
 
     def register(damage: Callable[[Any, Path], None]) -> Callable[[Any, Path], None]:
-        def spoil(run: Any) -> None:
+        def apply(run: Any) -> None:
             path = run.folder / "given.ckpt"
             shutil.copy(run.checkpoint, path)
             damage(run, path)
@@ -410,7 +414,7 @@ def checkpoint(
             run.put("data.benchmarks", [source("evaluation.benchmarks.GeneratedBenchmark", num_problems=2)])
             run.arguments = [f"--ckpt_path={path}"]
 
-        CASES[damage.__name__] = Case(spoil, ("ckpt_path", *words))
+        CASES[damage.__name__] = Case(apply, ("ckpt_path", *words))
         return damage
 
     return register
@@ -422,7 +426,7 @@ def text_for_a_checkpoint(run, path):
 
 
 @checkpoint("given.ckpt", subcommand="validate")
-def text_for_a_checkpoint_to_measure(run, path):
+def text_for_a_checkpoint_in_validate(run, path):
     path.write_text("weights\n")
 
 
@@ -443,12 +447,12 @@ def zip_for_a_checkpoint(run, path):
 
 
 @checkpoint("no such file", subcommand="test")
-def checkpoint_that_is_not_there(run, path):
+def missing_checkpoint(run, path):
     path.unlink()
 
 
 @checkpoint("given.ckpt", "code")
-def checkpoint_that_would_run_code(run, path):
+def checkpoint_that_needs_unsafe_unpickling(run, path):
     torch.save(torch.load(path, weights_only=True) | {"loops": Bomb(run.folder / "ran")}, path)
 
 
@@ -465,7 +469,7 @@ def checkpoint_of_another_program(run, path):
 
 
 @checkpoint("not written by")
-def weights_alone_for_a_checkpoint(run, path):
+def bare_state_dict_for_a_checkpoint(run, path):
     torch.save(torch.load(path, weights_only=True)["state_dict"], path)
 
 
@@ -480,7 +484,7 @@ def checkpoint_of_another_depth(run, path):
 
 
 @checkpoint("shape", subcommand="validate")
-def checkpoint_of_another_width_to_measure(run, path):
+def checkpoint_of_another_width_in_validate(run, path):
     edit_model(run, hidden_size=16)
 
 
@@ -529,33 +533,33 @@ def file_for_the_log_folder(run):
 
 
 @case("default_root_dir")
-def log_folder_that_cannot_be_written(run):
+def unwritable_log_folder(run):
     run.put("trainer.default_root_dir", "/proc/logs")
 
 
 @case("trainer", "accelerator = cuda")
-def gpu_that_is_not_there(run):
+def missing_gpu(run):
     run.put("trainer.accelerator", "cuda")
 
 
 @case("trainer", "devices = 9")
-def devices_that_are_not_there(run):
+def more_devices_than_present(run):
     run.put("trainer.accelerator", "gpu")
     run.put("trainer.devices", 9)
 
 
 @case("trainer", "devices")
-def no_device(run):
+def zero_devices(run):
     run.put("trainer.devices", 0)
 
 
 @case("MASTER_PORT", "abc")
-def port_that_is_no_number(run):
+def text_for_the_port(run):
     ranks(run, MASTER_PORT="abc")
 
 
 @case("MASTER_PORT", "99999999")
-def port_that_is_too_large(run):
+def port_out_of_range(run):
     ranks(run, MASTER_PORT="99999999")
 
 
@@ -566,12 +570,12 @@ def ranks(run, **environment):
 
 
 @case("LOCAL_RANK")
-def rank_that_is_no_number(run):
+def text_for_the_rank(run):
     ranks(run, LOCAL_RANK="first")
 
 
 @case("SLURM")
-def tasks_of_slurm_that_do_not_fit(run):
+def slurm_tasks_that_differ_from_devices(run):
     ranks(
         run,
         SLURM_NTASKS="4",
@@ -585,5 +589,5 @@ def tasks_of_slurm_that_do_not_fit(run):
 
 
 @case("wandb", "pip install")
-def logger_of_a_package_that_is_missing(run):
+def logger_of_a_missing_package(run):
     run.put("trainer.logger", {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True}})

@@ -1,4 +1,4 @@
-"""Faults of the machine while a run writes: one clear message, no process left, the last whole checkpoint usable."""
+"""System faults during a run: one clear message, no orphan process, and the last checkpoint stays valid."""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +11,7 @@ from egspo_lightning.cli.exit_codes import FAULTS, judge
 
 @pytest.fixture
 def resumable(start, smallest, small_model, tmp_path):
-    """A finished run, and how it goes on in the same folders."""
+    """A run set up to resume from its finished checkpoint, and the path of that checkpoint."""
     run = smallest(tmp_path, small_model)
     run.put("checkpoint.dirpath", str(tmp_path / "kept"))
     run.put("token_records.every_n_rollout_batches", 1)
@@ -27,7 +27,7 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_full_disk_while_saving_a_checkpoint(start, resumable):
+def test_full_disk_during_checkpoint_save_keeps_last_checkpoint(start, resumable):
     run, last = resumable
     before = digest(last)
     ended = start(run.folder, *run.command, file_size=100_000)
@@ -35,7 +35,7 @@ def test_a_full_disk_while_saving_a_checkpoint(start, resumable):
     assert "Traceback" not in ended.output
     assert "error: File too large" in ended.output
     assert "ulimit -f" in ended.output
-    assert ended.left == []
+    assert ended.orphans == []
     assert digest(last) == before
     for path in run.folder.rglob("*.ckpt"):
         torch.load(path, weights_only=True)
@@ -45,10 +45,10 @@ def test_a_full_disk_while_saving_a_checkpoint(start, resumable):
     assert max(epochs) == 3
 
 
-def test_a_full_disk_while_writing_token_records(start, resumable):
+def test_full_disk_during_token_records_keeps_last_checkpoint(start, resumable):
     run, last = resumable
     run.put("checkpoint.every_n_epochs", 100)
-    run.put("trainer.logger", False)  # whose thread would find the disk full as well
+    run.put("trainer.logger", False)  # the logger's thread would also hit the full disk
     before = digest(last)
     ended = start(run.folder, *run.command, file_size=6_000)
     assert ended.code == 1
@@ -59,7 +59,7 @@ def test_a_full_disk_while_writing_token_records(start, resumable):
     assert start(run.folder, *run.command).code == 0
 
 
-def test_a_checkpoint_folder_that_turned_into_a_file(start, smallest, small_model, tmp_path):
+def test_file_at_checkpoint_folder_path_prints_one_error(start, smallest, small_model, tmp_path):
     run = smallest(tmp_path, small_model)
     (tmp_path / "kept").write_text("")
     run.put("checkpoint.dirpath", str(tmp_path / "kept"))
@@ -67,11 +67,11 @@ def test_a_checkpoint_folder_that_turned_into_a_file(start, smallest, small_mode
     assert ended.code == 1
     assert "Traceback" not in ended.output
     assert str(tmp_path / "kept") in ended.output
-    assert ended.left == []
+    assert ended.orphans == []
 
 
 @pytest.mark.parametrize("number", FAULTS)
-def test_every_fault_has_a_remedy_and_names_the_file(number):
+def test_every_fault_message_names_file_and_debug_flag(number):
     ending = judge(OSError(number, "what happened", "/some/file"))
     assert ending.code == 1
     assert ending.is_foreseen
@@ -79,7 +79,7 @@ def test_every_fault_has_a_remedy_and_names_the_file(number):
     assert "--debug" in ending.text
 
 
-def test_a_mistake_of_ours_keeps_its_traceback():
+def test_unforeseen_exception_asks_for_a_report():
     for error in (RuntimeError("a"), KeyError("b"), ValueError("c"), AssertionError()):
         ending = judge(error)
         assert not ending.is_foreseen
@@ -89,7 +89,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "silently"), [(0, False), (1, False), (1, True)])
-def test_one_rank_failing_ends_all(start, smallest, small_model, tmp_path, rank, silently):
+def test_failure_of_one_rank_ends_all_ranks(start, smallest, small_model, tmp_path, rank, silently):
     run = smallest(tmp_path, small_model)
     run.put("trainer.strategy", "ddp")
     run.put("trainer.devices", 2)
@@ -98,6 +98,6 @@ def test_one_rank_failing_ends_all(start, smallest, small_model, tmp_path, rank,
     ended = start(tmp_path, *run.command, environment=run.environment, seconds=120)
     assert ended.code not in (None, 0)
     assert silently or f"rank {rank} fails" in ended.output
-    assert ended.left == []
+    assert ended.orphans == []
     at = next(i for i, line in enumerate(ended.output.splitlines()) if "sft -> egspo" in line)
     assert at >= 0  # both ranks were training

@@ -1,7 +1,7 @@
-"""What users get wrong, as real runs of the command line: told in one message, soon, with nothing left behind.
+"""Malformed user input in real command-line runs: one short error message, soon, with no orphan process or file.
 
 ``malformed.CASES`` holds the inputs. Each runs ``python -m egspo_lightning`` in a fork of a process that has imported
-it; the slow test runs some of them in processes started anew, and both must say the same.
+it. A slow test runs some cases in new processes too, and compares the messages.
 """
 
 import importlib.util
@@ -33,43 +33,43 @@ malformed = _load("malformed")
 
 @pytest.fixture(scope="session")
 def finished(start, smallest, small_model, tmp_path_factory):
-    """A run that nothing was wrong with: its log folder."""
+    """Log folder of a valid run that has finished."""
     folder = tmp_path_factory.mktemp("good")
     run = smallest(folder, small_model)
     run.put("hf_export.enabled", True)
     ended = start(folder, *run.command)
     assert ended.code == 0, ended.output
-    assert ended.left == []
+    assert ended.orphans == []
     return folder / "logs" / "lightning_logs" / "version_0"
 
 
 @pytest.fixture
-def spoiled(finished, smallest, small_model, repository, tmp_path):
-    """Makes the run of a case."""
+def malformed_run(finished, smallest, small_model, repository, tmp_path):
+    """Builds the run of a case by name."""
 
-    def spoil(name):
+    def build(name):
         shutil.copytree(repository / "configs" / "methods", tmp_path / "methods")
         run = smallest(tmp_path, small_model)
         run.exported, run.checkpoint = finished / "hf", finished / "checkpoints" / "last.ckpt"
-        malformed.CASES[name].spoil(run)
+        malformed.CASES[name].apply(run)
         return run
 
-    return spoil
+    return build
 
 
-def test_there_are_enough_of_them():
+def test_at_least_100_cases_with_expected_words():
     assert len(malformed.CASES) >= 100
     assert all(case.words for case in malformed.CASES.values())
 
 
-def some_at_a_time(names):
-    """A third of the cases in the fast run, all of them in CI."""
+def mark_two_thirds_slow(names):
+    """Keep a third of the cases in the fast run; CI runs all."""
     return [pytest.param(name, marks=[pytest.mark.slow] if i % 3 else []) for i, name in enumerate(names)]
 
 
-@pytest.mark.parametrize("name", some_at_a_time(malformed.CASES))
-def test_a_malformed_input_is_told(start, spoiled, name):
-    run = spoiled(name)
+@pytest.mark.parametrize("name", mark_two_thirds_slow(malformed.CASES))
+def test_malformed_input_prints_one_error_without_traceback(start, malformed_run, name):
+    run = malformed_run(name)
     given = {path for path in run.folder.rglob("*") if path.is_file()}
     ended = start(run.folder, *run.command, environment=run.environment, seconds=30)
     assert ended.code in (1, 2), ended
@@ -77,16 +77,16 @@ def test_a_malformed_input_is_told(start, spoiled, name):
     for word in malformed.CASES[name].words:
         assert word in ended.output
     assert "error: " in ended.output
-    assert ended.output.count("\nerror: ") + ended.output.startswith("error: ") <= 2  # of each rank
+    assert ended.output.count("\nerror: ") + ended.output.startswith("error: ") <= 2  # one per rank
     assert len(ended.output) < 6000
-    assert ended.left == []
+    assert ended.orphans == []
     assert not (run.folder / "ran").exists()
     written = {path for path in run.folder.rglob("*") if path.is_file()} - given
-    assert_whole(written - {run.folder / "output.txt", run.folder / "run.yaml"})
+    assert_complete(written - {run.folder / "output.txt", run.folder / "run.yaml"})
 
 
-def assert_whole(paths):
-    """No file is half of one: each is read by what reads its kind."""
+def assert_complete(paths):
+    """Read each file with the reader for its format, which fails on a partial file."""
     for path in paths:
         if path.suffix == ".ckpt":
             torch.load(path, weights_only=True)
@@ -97,12 +97,12 @@ def assert_whole(paths):
         elif path.suffix == ".json":
             json.loads(path.read_text())
         else:
-            assert path.name.startswith("events.out.tfevents."), path  # a log, appended to
+            assert path.name.startswith("events.out.tfevents."), path  # an append-only log
 
 
 @pytest.mark.parametrize("name", ["null_task", "broken_json", "text_for_a_checkpoint", "truncated_weights"])
-def test_debug_shows_where_it_was_raised(start, spoiled, name):
-    run = spoiled(name)
+def test_debug_flag_shows_traceback(start, malformed_run, name):
+    run = malformed_run(name)
     ended = start(run.folder, *run.command, "--debug", environment=run.environment)
     assert ended.code == 2
     assert "Traceback" in ended.output
@@ -111,8 +111,8 @@ def test_debug_shows_where_it_was_raised(start, spoiled, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(malformed.CASES)[::10])
-def test_a_process_started_anew_says_the_same(start, spoiled, name):
-    run = spoiled(name)
+def test_new_process_prints_same_error_as_warm_process(start, malformed_run, name):
+    run = malformed_run(name)
     warm = start(run.folder, *run.command, environment=run.environment)
     process = subprocess.run(
         [sys.executable, "-m", "egspo_lightning", *run.command],
@@ -124,8 +124,8 @@ def test_a_process_started_anew_says_the_same(start, spoiled, name):
         check=False,
     )
     assert process.returncode == warm.code
-    assert _last(process.stderr) == _last(warm.output)
+    assert _error(process.stderr) == _error(warm.output)
 
 
-def _last(output):
+def _error(output):
     return output[output.index("error: ") :]

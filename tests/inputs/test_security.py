@@ -1,4 +1,4 @@
-"""What comes from outside is data: checkpoints, model folders and the model's own text run nothing, fetch nothing."""
+"""Untrusted input: checkpoints, model folders and completions run no code and open no connection."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "egspo_lightning"
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -27,14 +27,14 @@ class Bomb:
         return (os.mkdir, (str(self.target),))
 
 
-def test_the_bomb_would_go_off(tmp_path):
+def test_bomb_runs_under_unsafe_load(tmp_path):
     torch.save({"a": Bomb(tmp_path / "ran")}, tmp_path / "bomb.ckpt")
     torch.load(tmp_path / "bomb.ckpt", weights_only=False)
     assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict", "replay"])
-def test_no_command_runs_what_a_checkpoint_holds(start, smallest, small_model, tmp_path, subcommand):
+def test_no_subcommand_runs_code_from_a_checkpoint(start, smallest, small_model, tmp_path, subcommand):
     path = tmp_path / "bomb.ckpt"
     torch.save({"egspo": {}, "pytorch-lightning_version": "2.6.0", "a": Bomb(tmp_path / "ran")}, path)
     run = smallest(tmp_path, small_model)
@@ -45,7 +45,7 @@ def test_no_command_runs_what_a_checkpoint_holds(start, smallest, small_model, t
     assert not (tmp_path / "ran").exists()
 
 
-def test_nor_does_a_part_of_a_sharded_one(tmp_path):
+def test_sharded_checkpoint_metadata_runs_no_code(tmp_path):
     (tmp_path / "sharded").mkdir()
     (tmp_path / "sharded" / ".metadata").touch()
     torch.save({"egspo": Bomb(tmp_path / "ran")}, tmp_path / "sharded" / "meta.pt")
@@ -54,8 +54,8 @@ def test_nor_does_a_part_of_a_sharded_one(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_every_torch_load_and_every_trust_is_explicit():
-    """In the whole package: loads are of weights alone, and code of a model is run only where a config says so."""
+def test_every_torch_load_is_weights_only_and_no_remote_code_is_trusted():
+    """Every torch.load in the package sets weights_only; trust_remote_code is off unless the config sets it."""
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         assert text.count("torch.load(") == text.count("weights_only=True)"), path
@@ -77,7 +77,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("extraction", ["boxed", "lenient"])
-def test_the_models_text_is_never_evaluated(tmp_path, extraction):
+def test_completion_text_is_never_evaluated(tmp_path, extraction):
     target = tmp_path / "ran"
     texts = [text.format(target=target) for text in HOSTILE]
     with MathGrader(num_workers=1, extraction=extraction) as grader:
@@ -97,7 +97,7 @@ main(sys.argv[1:])
 """
 
 
-def test_nothing_is_fetched_offline_and_the_message_says_what_is_missing_where(smallest, tmp_path):
+def test_offline_run_opens_no_connection_and_names_missing_model(smallest, tmp_path):
     run = smallest(tmp_path, "some/model")
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE, *run.command],
@@ -111,4 +111,4 @@ def test_nothing_is_fetched_offline_and_the_message_says_what_is_missing_where(s
     assert "a connection was tried" not in done.stderr
     for words in ("some/model", "config.json", "HF_HUB_OFFLINE is set", str(tmp_path / "cache")):
         assert words in done.stderr
-    assert socket.socket.connect  # of this process: left alone
+    assert socket.socket.connect  # not replaced in this process

@@ -1,14 +1,13 @@
-"""Runs ``python -m egspo_lightning ...`` again and again in forks of one process that has already imported it.
+"""Runs ``python -m egspo_lightning ...`` in forks of one process that has already imported it.
 
     python warm_process.py  < requests  > replies
 
-A request is a JSON line with ``arguments``, ``folder``, ``environment``, ``seconds`` and ``file_size`` (what
-``ulimit -f`` sets, in bytes); its reply has ``code``, ``seconds``, ``output`` and ``left``. Each fork runs the
-package's ``__main__`` by ``runpy``, as ``python -m`` does, in a session and environment of its own, and ends
-as any interpreter ends. What differs from a process started anew is only that torch, transformers and lightning are
-there already: the import is most of its time.
+A request is a JSON line with ``arguments``, ``folder``, ``environment``, ``seconds`` and ``file_size`` (the limit of
+``ulimit -f``, in bytes). The reply has ``code``, ``seconds``, ``output`` and ``orphans``. Each fork runs the package's
+``__main__`` by ``runpy``, as ``python -m`` does, in a session and environment of its own, and exits as an interpreter
+does. A new process would only add the import of torch, transformers and lightning, which is most of its time.
 
-This process is the reaper of whatever its forks leave behind, so ``left`` counts every process that outlives its run.
+This process adopts every process that its forks leave behind, so ``orphans`` holds all that outlive the run.
 """
 
 import ctypes
@@ -24,28 +23,28 @@ from typing import Any
 
 PR_SET_CHILD_SUBREAPER = 36
 SECONDS_TO_VANISH = 3.0
-"""What a process that has been told to end may take for it."""
+"""Time limit for a process to exit after its run has ended."""
 
 
 def serve() -> list[str] | None:
-    """Answer requests until there are none; in a fork, the arguments it has to run."""
+    """Answer requests until input ends; return the command-line arguments in a fork, None in the server."""
     for line in sys.stdin:
         request = json.loads(line)
         log = Path(request["folder"]) / "output.txt"
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            become(request, log)
+            set_up_fork(request, log)
             return list(request["arguments"])
         code = wait(pid, request["seconds"])
         seconds = time.monotonic() - started
-        reply = {"code": code, "seconds": seconds, "output": log.read_text(errors="replace"), "left": left_behind()}
+        reply = {"code": code, "seconds": seconds, "output": log.read_text(errors="replace"), "orphans": kill_orphans()}
         print(json.dumps(reply), flush=True)
     return None
 
 
-def become(request: dict[str, Any], log: Path) -> None:
-    """Be what a shell would have started."""
+def set_up_fork(request: dict[str, Any], log: Path) -> None:
+    """Set up session, folder, environment, streams and limits as a shell would."""
     os.setsid()
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
@@ -57,11 +56,11 @@ def become(request: dict[str, Any], log: Path) -> None:
     os.dup2(1, 2)
     if request["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115  as the interpreter's own, for as long as it lives
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  stays open as long as the interpreter runs
 
 
 def wait(pid: int, seconds: float) -> int | None:
-    """The exit code, that of a shell where a signal ended it; None where it had to be killed."""
+    """Wait for the exit code, as a shell reports it; kill the session and return None after ``seconds``."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -74,8 +73,8 @@ def wait(pid: int, seconds: float) -> int | None:
     return None
 
 
-def left_behind() -> list[str]:
-    """Command lines of processes that the run has left; they are ended."""
+def kill_orphans() -> list[str]:
+    """Kill the processes that the run has left behind and return their command lines."""
     until = time.monotonic() + SECONDS_TO_VANISH
     while (orphans := children()) and time.monotonic() < until:
         time.sleep(0.05)
@@ -87,7 +86,7 @@ def left_behind() -> list[str]:
 
 
 def children() -> list[int]:
-    """Children of this process that run; those that have ended are buried."""
+    """Reap the children that have exited and return the ids of the others."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -97,7 +96,7 @@ def children() -> list[int]:
 
 
 if __name__ == "__main__":
-    import egspo_lightning.cli.main  # noqa: F401  what every run begins with
+    import egspo_lightning.cli.main  # noqa: F401  the import that every run needs
 
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     arguments = serve()

@@ -1,4 +1,4 @@
-"""Adapters against the plain model: where they must, they train as it does."""
+"""LoRA adapters compared with the plain model: forward, training, reference, checkpoints and export."""
 
 import shutil
 from dataclasses import replace
@@ -27,7 +27,7 @@ SFT_LOSS = "loss/sft"
 
 @pytest.fixture(scope="session")
 def with_weights(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The small model with weights beside its config."""
+    """The small model with saved weights."""
     folder = tmp_path_factory.mktemp("with_weights") / "model"
     shutil.copytree(small_model, folder)
     torch.manual_seed(5)
@@ -47,16 +47,16 @@ def layers(lm):
     return dict(lora._layers(lm))
 
 
-def test_at_first_adapters_change_nothing(with_weights):
+def test_new_adapters_do_not_change_the_output(with_weights):
     plain, adapted = PolicyConfig(with_weights).build(), PolicyConfig(with_weights, lora=LoraConfig(rank=4)).build()
     assert torch.equal(plain(*batch()).logprobs, adapted(*batch()).logprobs)
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in adapted.named_parameters() if ".lora_" in name}
-    assert len(layers(adapted.lm)) == 7  # linear maps of the one block, and not the output layer
+    assert len(layers(adapted.lm)) == 7  # linear layers of the only block, without the output layer
 
 
-def test_at_full_rank_a_step_is_that_of_the_plain_model(with_weights):
-    """With A the identity, alpha = r and B = 0, the gradient of B is that of W: one step of SGD moves W + B A by it."""
+def test_full_rank_adapter_step_equals_full_fine_tuning_step(with_weights):
+    """With A = I, alpha = r and B = 0, the gradient of B is that of W, so one SGD step changes W + B A like W."""
     names = ["q_proj", "down_proj"]
     plain = PolicyConfig(with_weights).build()
     rank = 64  # at least the inputs of either layer
@@ -75,7 +75,7 @@ def test_at_full_rank_a_step_is_that_of_the_plain_model(with_weights):
     assert torch.allclose(adapted(*batch()).logprobs, after, atol=1e-6)
 
 
-def test_the_reference_is_the_adapter_of_the_end_of_sft(with_weights):
+def test_reference_adapter_is_a_frozen_copy(with_weights):
     policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4)).build(with_reference=True)
     plain = PolicyConfig(with_weights).build()(*batch()).logprobs
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_reference_is_the_adapter_of_the_end_of_sft(with_weights):
     assert not any(p.requires_grad for name, p in policy.named_parameters() if lora.is_reference(name))
 
 
-def test_merged_weights_are_the_adapted_model(with_weights):
+def test_merged_weights_equal_adapted_model(with_weights):
     policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4, alpha=3.0, rank_stabilized=True)).build()
     for layer in layers(policy.lm).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight)
@@ -106,7 +106,7 @@ def test_merged_weights_are_the_adapted_model(with_weights):
     ("config", "message"),
     [({"target_modules": ["query"]}, "target_modules"), ({"target_modules": ["lm_head"]}, "output layer")],
 )
-def test_layers_that_cannot_be_adapted_are_refused(with_weights, config, message):
+def test_unknown_or_output_target_modules_are_refused(with_weights, config, message):
     with pytest.raises(UserError, match=message):
         PolicyConfig(with_weights, lora=LoraConfig(**config)).build()
 
@@ -116,7 +116,7 @@ def test_layers_that_cannot_be_adapted_are_refused(with_weights, config, message
 
 @pytest.fixture
 def adapted_run(tiny_run, with_weights):
-    """A run with adapters, a reference and a checkpoint a phase."""
+    """Builds runs with adapters, a reference policy and a checkpoint for each epoch."""
 
     def build(folder: Path, *, epochs: int = 3, data: dict | None = None, **module):
         policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4))
@@ -136,7 +136,7 @@ def adapted_run(tiny_run, with_weights):
     "critic",
     [{}, {"critic": CriticConfig("shared"), "advantage": GAE()}, {"critic": CriticConfig("own"), "advantage": GAE()}],
 )
-def test_checkpoints_hold_adapters_alone_and_resume(adapted_run, tmp_path, critic):
+def test_checkpoints_hold_only_adapters_and_resume(adapted_run, tmp_path, critic):
     straight = adapted_run(tmp_path / "a", **critic).fit()
     weights = torch.load(tmp_path / "a" / "epoch=1.ckpt", weights_only=True)["state_dict"]
     assert weights
@@ -148,7 +148,7 @@ def test_checkpoints_hold_adapters_alone_and_resume(adapted_run, tmp_path, criti
     assert straight.module.reference is None
 
 
-def test_a_reference_adapter_gives_the_kl_of_a_reference_network(adapted_run, tiny_run, with_weights, tmp_path):
+def test_reference_adapter_scores_equal_merged_sft_model(adapted_run, tiny_run, with_weights, tmp_path):
     run = adapted_run(tmp_path / "a").fit()
     assert run.trainer.callback_metrics["loss/kl"] > 0
     input_ids, mask = batch()
@@ -162,7 +162,7 @@ def test_a_reference_adapter_gives_the_kl_of_a_reference_network(adapted_run, ti
     assert not torch.allclose(scores.ref_logprobs, scores.logprobs, atol=1e-3)
 
 
-def test_the_export_is_a_plain_model_with_the_adapters_in_it(adapted_run, with_weights, tmp_path):
+def test_export_is_a_plain_model_with_merged_adapters(adapted_run, with_weights, tmp_path):
     run = adapted_run(tmp_path / "a", epochs=2).fit()
     names = load_file(tmp_path / "a" / "hf" / "model.safetensors").keys()
     assert names == load_file(Path(with_weights) / "model.safetensors").keys()
@@ -172,19 +172,19 @@ def test_the_export_is_a_plain_model_with_the_adapters_in_it(adapted_run, with_w
         assert torch.allclose(exported(input_ids).logits, run.module.policy.lm(input_ids).logits, atol=1e-5)
 
 
-def test_another_rank_than_the_checkpoints_is_refused(adapted_run, with_weights, tmp_path):
+def test_resume_with_another_lora_rank_is_refused(adapted_run, with_weights, tmp_path):
     adapted_run(tmp_path / "a", epochs=2).fit()
     other = adapted_run(tmp_path / "b", policy=PolicyConfig(with_weights, lora=LoraConfig(rank=2)))
     with pytest.raises(UserError, match=r"model\.policy\.lora"):
         other.fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
 
 
-# Without SFT: the model without its adapter is the reference
+# Without SFT, the base model without its adapter is the reference policy
 
 RL = {"initial_stage": "egspo"}
 
 
-def test_switched_off_the_adapter_leaves_the_model_and_comes_back_as_it_was(with_weights):
+def test_disabled_adapter_gives_base_model_and_is_restored(with_weights):
     policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4)).build()
     assert lora.changes_nothing(policy.lm)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_switched_off_the_adapter_leaves_the_model_and_comes_back_as_it_was(with
 
 
 class WithCopy(EGSPOModule):
-    """Its reference is a whole model, loaded anew and never trained."""
+    """A module whose reference policy is a separate frozen model."""
 
     @property
     def networks(self):
@@ -211,13 +211,13 @@ class WithCopy(EGSPOModule):
 
 
 class Losses(Callback):
-    """Of every update."""
+    """Records the loss of every optimizer step."""
 
     def __init__(self):
-        self.of_updates = []
+        self.values = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.of_updates.append(float(outputs["loss"]))
+        self.values.append(float(outputs["loss"]))
 
 
 @pytest.mark.parametrize(
@@ -228,30 +228,30 @@ class Losses(Callback):
         ({"kl_reward": KLReward(coefficient=1.0), "advantage": GroupRelative(scale_by_std=False)}, {}),
     ],
 )
-def test_the_losses_are_those_with_a_second_adapter_and_with_a_copy(tiny_run, with_weights, module, data):
+def test_base_reference_gives_losses_of_adapter_and_copied_reference(tiny_run, with_weights, module, data):
     losses, references = {}, {}
-    for way in ("base", "adapter", "copy"):
+    for reference in ("base", "adapter", "copy"):
         spy = Losses()
-        of_run = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4))} | RL | module
-        run = tiny_run(spy, module=of_run, data=data)
-        if way == "copy":
-            run = run._replace(module=WithCopy(**of_run, optimizer=run.module._optimizer))
-        if way == "adapter":
+        module_arguments = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4))} | RL | module
+        run = tiny_run(spy, module=module_arguments, data=data)
+        if reference == "copy":
+            run = run._replace(module=WithCopy(**module_arguments, optimizer=run.module._optimizer))
+        if reference == "adapter":
             run.module.base_is_reference = False
         run.fit()
-        losses[way] = spy.of_updates
-        references[way] = sum(p.numel() for name, p in run.module.named_parameters() if lora.is_reference(name))
+        losses[reference] = spy.values
+        references[reference] = sum(p.numel() for name, p in run.module.named_parameters() if lora.is_reference(name))
     assert len(losses["base"]) == 6
     assert losses["base"] == pytest.approx(losses["adapter"], abs=1e-6)
     assert losses["base"] == pytest.approx(losses["copy"], abs=1e-6)
     assert references == {"base": 0, "adapter": references["adapter"], "copy": 0}
     assert references["adapter"] > 1000
     scores = run.module.score(*batch())
-    assert (scores.ref_logprobs - scores.logprobs).abs().max() > 0.1  # the policy has left it
+    assert (scores.ref_logprobs - scores.logprobs).abs().max() > 0.1  # the policy has moved away from the reference
 
 
 @pytest.mark.parametrize("data", [{}, {"max_staleness": 1}])
-def test_a_run_with_the_base_as_reference_resumes(adapted_run, tmp_path, data):
+def test_run_with_base_as_reference_resumes_exactly(adapted_run, tmp_path, data):
     straight = adapted_run(tmp_path / "a", data=data, **RL).fit()
     resumed = adapted_run(tmp_path / "b", data=data, **RL)
     resumed.fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
@@ -262,7 +262,7 @@ def test_a_run_with_the_base_as_reference_resumes(adapted_run, tmp_path, data):
         assert resumed.trainer.callback_metrics[name] == straight.trainer.callback_metrics[name] != 0
 
 
-def test_a_run_without_a_reference_gets_the_base_as_one_later(adapted_run, tmp_path):
+def test_resume_can_add_base_as_reference(adapted_run, tmp_path):
     adapted_run(tmp_path / "a", epochs=2, objective=Objective(), **RL).fit()
     run = adapted_run(tmp_path / "b", **RL).fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
     assert run.trainer.callback_metrics["loss/kl"] > 0
@@ -273,16 +273,16 @@ def test_a_run_without_a_reference_gets_the_base_as_one_later(adapted_run, tmp_p
     [({}, RL, "initial_stage to sft"), (RL, {}, "initial_stage to egspo")],
 )
 @pytest.mark.parametrize("checkpoint", ["epoch=0.ckpt", "epoch=1.ckpt"])
-def test_a_checkpoint_with_another_reference_is_refused(adapted_run, tmp_path, first, second, remedy, checkpoint):
-    """At the end of SFT, and after it."""
+def test_resume_with_another_kind_of_reference_is_refused(adapted_run, tmp_path, first, second, remedy, checkpoint):
+    """For checkpoints from the end of SFT and from after it."""
     adapted_run(tmp_path / "a", epochs=2, **first).fit()
     start = {"ckpt_path": tmp_path / "a" / checkpoint, "weights_only": True}
     with pytest.raises(UserError, match=remedy):
         adapted_run(tmp_path / "b", **second).fit(**start)
-    adapted_run(tmp_path / "c", **second, objective=Objective()).fit(**start)  # without a reference nothing hangs on it
+    adapted_run(tmp_path / "c", **second, objective=Objective()).fit(**start)  # accepted if no reference is needed
 
 
-def test_a_checkpoint_of_stage_sft_is_refused_as_well(tiny_run, adapted_run, with_weights, tmp_path):
+def test_resume_of_sft_checkpoint_with_base_as_reference_is_refused(tiny_run, adapted_run, with_weights, tmp_path):
     policy = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4)), "objective": Objective(beta=0.01)}
     sft = tiny_run(StageTransition(after_epochs=9), module=policy, trainer={"max_epochs": 1}).fit()
     sft.trainer.save_checkpoint(tmp_path / "within.ckpt")
@@ -290,8 +290,8 @@ def test_a_checkpoint_of_stage_sft_is_refused_as_well(tiny_run, adapted_run, wit
         adapted_run(tmp_path / "b", **RL).fit(ckpt_path=tmp_path / "within.ckpt", weights_only=True)
 
 
-def test_egspo_does_not_begin_with_an_adapter_that_does_something(adapted_run, tmp_path):
-    """As it would after an initialization that moves weights into the adapter."""
+def test_base_as_reference_requires_a_zero_adapter(adapted_run, tmp_path):
+    """Some initializations move weights into the adapter, so that the base differs from the initial policy."""
     run = adapted_run(tmp_path, **RL)
     run.module.configure_model()
     torch.nn.init.normal_(next(p for name, p in run.module.named_parameters() if ".lora_B." in name))
@@ -300,8 +300,8 @@ def test_egspo_does_not_begin_with_an_adapter_that_does_something(adapted_run, t
 
 
 @pytest.mark.parametrize("adapters", [None, LoraConfig(rank=4)])
-def test_gradient_checkpointing_changes_no_loss(tiny_run, with_weights, adapters):
-    """Neither in SFT nor after updates on rollouts."""
+def test_gradient_checkpointing_does_not_change_losses(tiny_run, with_weights, adapters):
+    """In SFT and in optimizer steps on rollouts."""
     metrics = []
     for checkpointing in (False, True):
         policy = PolicyConfig(with_weights, lora=adapters, gradient_checkpointing=checkpointing)

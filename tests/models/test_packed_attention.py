@@ -1,4 +1,4 @@
-"""Sequences that share one row of tokens have the statistics that each has alone."""
+"""Packed sequences have the same token statistics and gradients as unpacked ones."""
 
 import copy
 
@@ -24,29 +24,29 @@ PACKED = {
     "gemma3": transformers.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=4),
     "phi3": transformers.Phi3Config(**GQA),
     "olmo2": transformers.Olmo2Config(**SIZES),
-    "gpt2 with positions of its own": transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4),
+    "gpt2 with learned positions": transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4),
     "qwen2 with experts": transformers.Qwen2MoeConfig(
         **GQA, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
     ),
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
-OTHERS = {
-    "a window that only the mask knows": transformers.Qwen2MoeConfig(
+NOT_PACKED = {
+    "window implemented only in the mask": transformers.Qwen2MoeConfig(
         **GQA, **WINDOW, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
     ),
-    "biases made from the mask": transformers.FalconConfig(
+    "position biases computed from the mask": transformers.FalconConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=True
     ),
     "eager attention": transformers.Qwen2Config(**GQA, attn_implementation="eager"),
-    "attention not taken by name": transformers.FalconConfig(
+    "no attention interface": transformers.FalconConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4
     ),
-    "convolutions between": transformers.Lfm2Config(**GQA, layer_types=["conv", "full_attention"]),
+    "convolution layers": transformers.Lfm2Config(**GQA, layer_types=["conv", "full_attention"]),
 }
 
 
 def lm_of(config, scale=10.0):
-    """Weights large enough for attention to matter."""
+    """A model whose weights are large enough for attention to matter."""
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def lm_of(config, scale=10.0):
     return lm
 
 
-def rows_of_many_lengths():
+def rows_of_various_lengths():
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 50, (9, 14), generator=generator)
     ends = torch.tensor([5, 14, 9, 9, 6, 11, 3, 9, 2])  # the last row has no completion
@@ -64,7 +64,7 @@ def rows_of_many_lengths():
 
 
 def naive(lm, part):
-    """Each row alone, cut to its length, by the model's own logits: log-probabilities and entropies."""
+    """Log-probabilities and entropies from the logits of each row alone, truncated to its length."""
     found = []
     for ids, mask in zip(part.input_ids, part.completion_mask, strict=True):
         end = int(mask.nonzero().max()) + 1 if mask.any() else 1
@@ -76,7 +76,7 @@ def naive(lm, part):
 
 
 def require_equal_to_naive(lm, policy):
-    part = rows_of_many_lengths()
+    part = rows_of_various_lengths()
     expected = naive(lm, part)
     current = policy(*part)
     found = torch.stack([current.logprobs[part.completion_mask], current.entropies[part.completion_mask]], -1)
@@ -93,14 +93,14 @@ def require_equal_to_naive(lm, policy):
 @pytest.mark.parametrize("short", [0, 8, 64], ids=["fused", "some fused", "plain products"])
 @pytest.mark.parametrize("worth", [0, 16, 10**6], ids=["no padding", "some", "one run"])
 @pytest.mark.parametrize("config", PACKED.values(), ids=PACKED)
-def test_packed_sequences_have_the_statistics_and_gradients_of_each_alone(config, worth, short, monkeypatch):
+def test_packed_statistics_and_gradients_equal_unpacked(config, worth, short, monkeypatch):
     monkeypatch.setattr(policy_module, "PACKED_WORTH", worth)
     monkeypatch.setattr(packing, "SHORT", short)
     plain, lm = lm_of(config), lm_of(config)
     policy = Policy(lm)
     assert policy.passes.packs
     assert lm.config._attn_implementation == packing.NAME
-    require_equal_to_naive(lm, policy)  # the same network, asked for its logits: attention without runs is as before
+    require_equal_to_naive(lm, policy)  # a plain forward pass for logits does not use the packed attention
     torch.testing.assert_close(lm(input_ids=ids()).logits, plain(input_ids=ids()).logits, rtol=0, atol=1e-6)
 
 
@@ -108,8 +108,8 @@ def ids():
     return torch.arange(1, 13).view(2, 6)
 
 
-@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
-def test_models_that_cannot_tell_them_apart_make_a_pass_for_each_run(config):
+@pytest.mark.parametrize("config", NOT_PACKED.values(), ids=NOT_PACKED)
+def test_unsupported_models_run_one_pass_per_length_group(config):
     lm = lm_of(config)
     before = lm.config._attn_implementation
     policy = Policy(lm)
@@ -119,19 +119,19 @@ def test_models_that_cannot_tell_them_apart_make_a_pass_for_each_run(config):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_angles_that_the_longest_sequence_decides_on_are_not_shared(kind):
+def test_length_dependent_rope_disables_packing(kind):
     factors = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]} if kind == "longrope" else {}
     rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 8} | factors
     assert not Policy(lm_of(transformers.LlamaConfig(**SIZES, rope_parameters=rope))).passes.packs
 
 
-def test_another_default_dtype_is_no_reason_not_to_pack():
+def test_packing_works_with_another_default_dtype():
     lm = lm_of(PACKED["qwen2"])
     torch.set_default_dtype(torch.float64)
     try:
         policy = Policy(lm)
         assert policy.passes.packs
-        assert policy(*rows_of_many_lengths()).logprobs.dtype == torch.float32
+        assert policy(*rows_of_various_lengths()).logprobs.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -139,7 +139,7 @@ def test_another_default_dtype_is_no_reason_not_to_pack():
 @pytest.mark.parametrize(
     "settings", [{"is_causal": False}, {"dropout": 0.1}, {"position_bias": torch.zeros(1, 4, 3, 3)}]
 )
-def test_short_attention_leaves_alone_what_it_does_not_know(monkeypatch, settings):
+def test_short_attention_is_not_used_for_unknown_settings(monkeypatch, settings):
     monkeypatch.setattr(packing, "_short_attention", None)
     module, run = torch.nn.Module(), packing.Run(2, 3)
     states = [torch.randn(1, 4, 6, 8) for _ in range(3)]
@@ -148,18 +148,18 @@ def test_short_attention_leaves_alone_what_it_does_not_know(monkeypatch, setting
     assert packing._attend(module, run, *states).shape == (1, 6, 4, 8)
 
 
-def test_a_model_in_which_tokens_see_their_neighbors_is_found_out(monkeypatch):
-    monkeypatch.setattr(packing.Runs, "attend", whole_row)
+def test_leak_between_packed_sequences_disables_packing(monkeypatch):
+    monkeypatch.setattr(packing.Runs, "attend", attend_to_whole_row)
     assert not Policy(lm_of(PACKED["llama"])).passes.packs
 
 
-def whole_row(self, module, queries, keys, values, **settings):
-    """Counts as told apart, and is not."""
+def attend_to_whole_row(self, module, queries, keys, values, **settings):
+    """Attend across packed sequences, although the call is counted as a packed one."""
     self.num_uses += 1
     return packing.sdpa_attention_forward(module, queries, keys, values, None, **settings)[0]
 
 
-def test_gradient_checkpointing_tells_them_apart_again():
+def test_packing_works_with_gradient_checkpointing():
     lm = lm_of(PACKED["qwen2"])
     lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(lm)
@@ -167,8 +167,8 @@ def test_gradient_checkpointing_tells_them_apart_again():
     require_equal_to_naive(lm, policy)
 
 
-def test_there_is_one_pass_and_no_more_padding_than_is_worth_it(monkeypatch):
-    policy, part, seen = Policy(lm_of(PACKED["llama"])), rows_of_many_lengths(), []
+def test_packing_runs_one_pass_with_bounded_padding(monkeypatch):
+    policy, part, seen = Policy(lm_of(PACKED["llama"])), rows_of_various_lengths(), []
     policy.lm.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
@@ -182,7 +182,7 @@ def test_there_is_one_pass_and_no_more_padding_than_is_worth_it(monkeypatch):
     assert 2 * num_tokens < nearly <= 2 * num_tokens + 3 * len(part.input_ids) * 2
 
 
-def test_what_is_saved_says_nothing_of_it(tmp_path):
+def test_saved_config_does_not_name_packed_attention(tmp_path):
     lm = lm_of(PACKED["llama"])
     Policy(lm)
     lm.save_pretrained(tmp_path)

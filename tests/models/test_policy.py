@@ -27,7 +27,7 @@ def batch():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_values_and_gradients_are_those_of_the_naive_way(tied):
+def test_policy_statistics_and_gradients_match_naive_computation(tied):
     policy = Policy(qwen2(tie_word_embeddings=tied))
     input_ids, mask = batch()
     stats = policy(input_ids, mask, 0.7)
@@ -49,14 +49,14 @@ def test_values_and_gradients_are_those_of_the_naive_way(tied):
 
 
 def unpacked(policy, *, splits_rows):
-    """Without packing: rows of like length share a pass, or all of them do."""
+    """Turn packing off. Rows of similar length share a pass if ``splits_rows``, else all rows do."""
     policy.lm.set_attn_implementation("sdpa")
     policy.passes.packs, policy.passes.splits_rows = False, splits_rows
     return policy
 
 
 @pytest.mark.parametrize("way", ["packed", "runs", "whole", "value head"])
-def test_batches_together_have_the_statistics_of_each_alone(way):
+def test_together_gives_statistics_of_separate_batches(way):
     lm, plain = qwen2(), unpacked(Policy(qwen2()), splits_rows=False)
     policy = Policy(lm, ValueHead(lm) if way == "value head" else None)
     assert policy.passes.packs
@@ -80,11 +80,11 @@ def test_batches_together_have_the_statistics_of_each_alone(way):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_value_is_that_of_the_state_before_the_token():
+def test_value_is_computed_from_the_state_before_the_token():
     lm = qwen2()
     policy = Policy(lm, ValueHead(lm))
     input_ids, mask = batch()
-    assert not policy(input_ids, mask).values.any()  # it starts at 0
+    assert not policy(input_ids, mask).values.any()  # zero at initialization
     torch.nn.init.normal_(policy.value_head.linear.weight)
     torch.nn.init.constant_(policy.value_head.linear.bias, 0.5)
     values = policy(input_ids, mask).values
@@ -95,7 +95,7 @@ def test_a_value_is_that_of_the_state_before_the_token():
     assert not values[~mask].any()
 
 
-def test_a_critic_of_its_own_gives_the_same_values_where_its_weights_are_the_same():
+def test_separate_critic_with_copied_weights_gives_values_of_shared_trunk():
     policy, critic = Policy(qwen2(), None), Critic(qwen2())
     with torch.no_grad():
         for p in critic.trunk.parameters():
@@ -110,7 +110,7 @@ def test_a_critic_of_its_own_gives_the_same_values_where_its_weights_are_the_sam
     assert {id(p) for p in critic.parameters()}.isdisjoint(id(p) for p in policy.parameters())
 
 
-def test_a_critic_of_another_architecture_is_left_as_it_is():
+def test_critic_of_another_architecture_is_not_initialized_from_policy():
     other = Critic(
         AutoModelForCausalLM.from_config(
             Qwen2Config(**SIZES | {"hidden_size": 8}, num_attention_heads=4, num_key_value_heads=4)
@@ -128,7 +128,7 @@ def test_values_are_float32_under_autocast():
         assert policy(*batch()).values.dtype == critic(*batch()).dtype == torch.float32
 
 
-def test_padding_on_the_right_changes_nothing():
+def test_right_padding_does_not_change_statistics():
     policy = Policy(qwen2())
     input_ids, mask = batch()
     padded = torch.cat([input_ids, torch.full((3, 5), 7)], 1)
@@ -138,7 +138,7 @@ def test_padding_on_the_right_changes_nothing():
     assert (short.logprobs - long.logprobs[:, :9]).abs().max() < 1e-5
 
 
-def test_dropout_is_off_for_good():
+def test_dropout_is_off_in_train_mode():
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.5, attn_pdrop=0.5)
     policy = Policy(AutoModelForCausalLM.from_config(config))
     policy.train()
@@ -147,13 +147,13 @@ def test_dropout_is_off_for_good():
     assert {m.p for m in policy.modules() if isinstance(m, nn.Dropout)} == {0.0}
 
 
-def test_attention_dropout_is_off_too():
+def test_attention_dropout_is_off():
     policy = Policy(qwen2(attention_dropout=0.9))
     input_ids, mask = batch()
     assert torch.equal(policy(input_ids, mask).logprobs, policy(input_ids, mask).logprobs)
 
 
-def test_a_model_that_caps_its_logits_is_refused():
+def test_model_with_logit_softcapping_is_refused():
     config = Gemma2Config(
         **SIZES, num_attention_heads=2, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.1
     )
@@ -161,7 +161,7 @@ def test_a_model_that_caps_its_logits_is_refused():
         Policy(AutoModelForCausalLM.from_config(config))
 
 
-def test_all_declared_ends_of_sequence_count(tiny_model):
+def test_end_of_sequence_ids_combine_generation_config_and_tokenizer(tiny_model):
     tokenizer = PolicyConfig(tiny_model).load_tokenizer()
     lm = qwen2()
     lm.generation_config.eos_token_id = [3, 7]

@@ -1,4 +1,4 @@
-"""Models are built from a folder or from a config alone."""
+"""PolicyConfig builds models from saved weights or from scratch."""
 
 import torch
 from transformers import Qwen2Config
@@ -9,7 +9,7 @@ from egspo_lightning.models.policy_config import PolicyConfig
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 
 
-def test_a_saved_model_is_loaded_with_its_weights(tmp_path):
+def test_saved_model_is_loaded_with_its_weights(tmp_path):
     lm = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2))
     lm.save_pretrained(tmp_path)
     policy = PolicyConfig(str(tmp_path)).build()
@@ -19,7 +19,7 @@ def test_a_saved_model_is_loaded_with_its_weights(tmp_path):
     assert next(half.parameters()).dtype == torch.bfloat16
 
 
-def test_from_scratch_follows_the_global_seed(tiny_model):
+def test_from_scratch_weights_depend_on_the_global_seed(tiny_model):
     weights = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

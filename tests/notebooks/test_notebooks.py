@@ -1,4 +1,4 @@
-"""The notebooks: whole as stored, and run from scratch in order, since later ones look at what the first has made."""
+"""The notebooks: stored outputs are complete, and all run in order, since later ones read the logs of the first."""
 
 import base64
 import json
@@ -39,7 +39,7 @@ def test_all_notebooks_are_tested(repository):
     assert sorted(path.stem for path in (repository / "notebooks").glob("*.ipynb")) == NAMES
 
 
-def test_stored_outputs_are_whole_small_and_of_no_machine(path):
+def test_stored_outputs_are_complete_small_and_without_machine_paths(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.encode()) < MAX_BYTES
     assert [cell["execution_count"] for cell in cells(path)] == list(range(1, len(cells(path)) + 1))
@@ -58,8 +58,8 @@ def test_stored_outputs_are_whole_small_and_of_no_machine(path):
     )
 
 
-def test_notebooks_define_nothing_that_the_package_needs(path):
-    """Only the one that shows how to write a part has classes, and none has functions of its own."""
+def test_notebooks_define_no_functions_and_only_one_defines_classes(path):
+    """The notebook on custom parts is the only one with classes."""
     code = "\n".join("".join(cell["source"]) for cell in cells(path))
     assert not re.search(r"^def ", code, re.MULTILINE)
     assert bool(re.search(r"^class ", code, re.MULTILINE)) == path.stem.startswith("04")
@@ -67,7 +67,7 @@ def test_notebooks_define_nothing_that_the_package_needs(path):
 
 @pytest.mark.slow
 def test_notebooks_run_from_scratch(repository, tmp_path, monkeypatch):
-    """In a folder with the configs and nothing else, so that they neither need nor disturb earlier runs."""
+    """Run them in a folder with only the configs, so that they neither need nor change earlier runs."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(repository))
     (tmp_path / "configs").symlink_to(repository / "configs")

@@ -1,4 +1,4 @@
-"""The pure functions, by hand and against loops over tokens."""
+"""Advantage functions against hand calculations and slow loops over tokens."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_leave_one_out_by_hand():
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 0.3333333, -7.7])
 @pytest.mark.parametrize("estimate", [group_relative, leave_one_out])
-def test_a_group_without_spread_gets_exactly_zero(value, estimate):
+def test_group_with_equal_rewards_has_advantage_zero(value, estimate):
     rewards = torch.tensor([value] * 6 + [1.0, 0.0, 0.0], dtype=torch.float32)
     advantages = estimate(rewards, 3)
     assert advantages[:6].tolist() == [0.0] * 6
@@ -34,7 +34,7 @@ def test_a_group_without_spread_gets_exactly_zero(value, estimate):
 
 
 @pytest.mark.parametrize(("rewards", "group_size"), [([1.0, 2.0, 3.0], 2), ([1.0, 2.0], 1), ([[1.0, 2.0]], 2)])
-def test_what_is_no_row_of_groups_is_refused(rewards, group_size):
+def test_rewards_that_do_not_form_groups_are_refused(rewards, group_size):
     for estimate in (group_relative, leave_one_out):
         with pytest.raises(ValueError, match="group_size"):
             estimate(rewards, group_size)
@@ -52,7 +52,7 @@ def test_against_group_by_hand():
 
 
 def test_gae_by_hand():
-    # one row, gamma 1/2 and lambda 1/2; V = (1, 2, 4), r = (0, 1, 3), the prompt in front is passed over
+    # one row, gamma 1/2 and lambda 1/2; V = (1, 2, 4), r = (0, 1, 3); the prompt token is masked
     # delta_3 = 3 - 4 = -1; delta_2 = 1 + 2 - 2 = 1; delta_1 = 0 + 1 - 1 = 0
     # A_3 = -1; A_2 = 1 - 1/4 = 3/4; A_1 = 0 + 3/16; returns A + V
     rewards, values, mask = [[9.0, 0.0, 1.0, 3.0]], [[9.0, 1.0, 2.0, 4.0]], [[0, 1, 1, 1]]
@@ -73,7 +73,7 @@ def test_reinforce_plus_plus_by_hand():
 
 
 def slow_whiten(rows, mask):
-    """Whitens a list of rows in place of its masked entries; 0 elsewhere."""
+    """Whiten the entries of ``rows`` inside the mask; 0 outside."""
     kept = [x for xs, ms in zip(rows, mask, strict=True) for x, m in zip(xs, ms, strict=True) if m]
     mean = sum(kept) / max(len(kept), 1)
     variance = sum((x - mean) ** 2 for x in kept) / max(len(kept) - 1, 1)
@@ -84,7 +84,7 @@ def slow_whiten(rows, mask):
 
 
 def slow_gae(rewards, values, mask, gamma, lam):
-    """``A_t = sum_k (gamma lam)^k delta_{t+k}`` over the tokens of a row, those outside the mask taken out first."""
+    """``A_t = sum_k (gamma lam)^k delta_{t+k}`` over the tokens of a row inside the mask."""
     raw, returns = ([[0.0] * len(mask[0]) for _ in mask] for _ in range(2))
     for b, row in enumerate(mask):
         tokens = [t for t, m in enumerate(row) if m]
@@ -112,7 +112,7 @@ units = st.sampled_from([0.0, 0.5, 0.95, 1.0])
 
 
 def random_inputs(shape):
-    """Random rewards and values, NaN outside a mask with prompts in front or with holes, and an empty row in three."""
+    """Random rewards and values, NaN outside the mask. The mask has holes or a prompt; a third of its rows is empty."""
     rows, width, seed, kind = shape
     generator = torch.Generator().manual_seed(seed)
     rewards, values = (torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -126,7 +126,7 @@ def random_inputs(shape):
 
 @settings(max_examples=60, deadline=None)
 @given(shapes, units, units)
-def test_gae_against_a_slow_loop(shape, gamma, lam):
+def test_gae_matches_slow_loop(shape, gamma, lam):
     (rewards, values), mask = random_inputs(shape)
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
     expected = slow_gae(rewards.tolist(), values.tolist(), mask.tolist(), gamma, lam)
@@ -136,7 +136,7 @@ def test_gae_against_a_slow_loop(shape, gamma, lam):
 
 @settings(max_examples=60, deadline=None)
 @given(shapes, units)
-def test_reinforce_plus_plus_against_a_slow_loop(shape, gamma):
+def test_reinforce_plus_plus_matches_slow_loop(shape, gamma):
     (rewards, _), mask = random_inputs(shape)
     expected = torch.tensor(slow_to_go(rewards.tolist(), mask.tolist(), gamma), dtype=torch.float64)
     assert_close(reinforce_plus_plus(rewards, mask, gamma=gamma), expected, rtol=1e-6, atol=1e-6)
@@ -150,22 +150,22 @@ def test_an_empty_mask_gives_zeros(shape):
         assert torch.equal(result, torch.zeros(shape))
 
 
-def test_a_single_token_is_no_spread():
+def test_single_token_has_advantage_zero():
     advantages, returns = gae([[0.0, 3.0]], [[0.0, 1.0]], [[0, 1]], gamma=1.0, lam=1.0)
     assert (advantages.tolist(), returns.tolist()) == ([[0.0, 0.0]], [[0.0, 3.0]])
     assert reinforce_plus_plus([[0.0, 3.0]], [[0, 1]], gamma=1.0).tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1.1, -7.7])
-def test_a_batch_without_spread_says_nothing(value):
-    # 1 / sqrt(1e-8) would make noise of 1e-3 of a mean that is off by a rounding
+def test_reinforce_plus_plus_of_equal_rewards_is_exactly_zero(value):
+    # a rounding error in the mean, divided by sqrt(1e-8), would be noise of 1e-3
     rewards = torch.zeros(997, 3)
     rewards[:, -1] = value
     advantages = reinforce_plus_plus(rewards, torch.ones_like(rewards), gamma=1.0)
     assert torch.equal(advantages, torch.zeros_like(rewards))
 
 
-def test_whole_numbers_are_numbers():
+def test_integer_rewards_are_accepted():
     halved = [[0.25, 0.5, 1.0]]
     assert gae([[0, 0, 1]], [[0, 0, 0]], [[1, 1, 1]], gamma=0.5, lam=1.0)[1].tolist() == halved
     to_go = reinforce_plus_plus([[0, 0, 1]], [[1, 1, 1]], gamma=0.5)

@@ -29,7 +29,7 @@ def test_constant_by_hand():
     [
         (2.0, [0.0, 0.25, 0.5, 1.0]),
         (0.5, [0.0, 1.0, 1.0, 1.0]),
-        (0.0, [0.0, 0.0, 0.0, 0.0]),  # nothing is below it
+        (0.0, [0.0, 0.0, 0.0, 0.0]),  # no entropy is below the threshold
         (math.inf, [0.0, 0.0, 0.0, 0.0]),
         (-math.inf, [0.0, 0.0, 0.0, 0.0]),
     ],
@@ -40,14 +40,14 @@ def test_entropy_ratio_by_hand(threshold, expected):
         assert phi.tolist() == [pytest.approx(expected, abs=1e-12)]
 
 
-def test_entropy_ratio_takes_the_threshold_of_each_row():
+def test_entropy_ratio_uses_the_threshold_of_each_row():
     phi = EntropyRatioAttenuation().phi(LOGPROBS, doubles([[0.5, 1.0]] * 3), doubles([[1.0], [2.0], [math.inf]]))
     assert phi.tolist() == [[0.5, 1.0], [0.25, 0.5], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("attenuation", [ConfidenceAttenuation(), ConstantAttenuation(0.3), EntropyRatioAttenuation()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_phi_is_in_the_unit_interval_in_the_dtype_of_the_batch(attenuation, dtype):
+def test_phi_is_in_unit_interval_and_keeps_dtype(attenuation, dtype):
     torch.manual_seed(0)
     logprobs, entropies = -torch.rand(4, 5, dtype=dtype) * 9, torch.rand(4, 5, dtype=dtype) * 3
     phi = attenuation.phi(logprobs, entropies, torch.tensor(1.0, dtype=dtype))

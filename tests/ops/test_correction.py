@@ -1,4 +1,4 @@
-"""The weights that make up for an engine which samples from another distribution than pi_old."""
+"""Importance weights that correct for an engine whose sampling distribution differs from pi_old."""
 
 import math
 
@@ -17,9 +17,9 @@ from egspo_lightning.types import NetworkOutputs
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 PHI = ConfidenceAttenuation()
 
-# Two rows: a prompt token, then ratios 2, 1/4, one that was not told; and 3, 3/2, then padding
+# Two rows: a prompt token, then ratios 2, 1/4 and unknown; a prompt token, then 3, 3/2 and padding
 OLD = torch.tensor([[9.0, 0.5, 0.2, 0.3], [9.0, 0.6, 0.3, 9.0]], dtype=torch.float64).log()
-TOLD = torch.tensor([[1.0, 0.25, 0.8, math.nan], [1.0, 0.2, 0.2, 1.0]], dtype=torch.float64).log()
+SAMPLED = torch.tensor([[1.0, 0.25, 0.8, math.nan], [1.0, 0.2, 0.2, 1.0]], dtype=torch.float64).log()
 MASK = torch.tensor([[False, True, True, True], [False, True, True, False]])
 
 
@@ -35,21 +35,21 @@ MASK = torch.tensor([[False, True, True, True], [False, True, True, False]])
     ],
 )
 def test_weights_by_hand(level, mode, expected):
-    weights = sampler_weights(sampler_ratios(OLD, TOLD, MASK, level=level), mode=mode, cap=2.5)
+    weights = sampler_weights(sampler_ratios(OLD, SAMPLED, MASK, level=level), mode=mode, cap=2.5)
     assert_close(weights, torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
-def test_what_was_changed_by_hand():
+def test_is_corrected_by_hand():
     ratios = [4.0, 2.0, 0.5, 0.25]
     assert is_corrected(ratios, mode="truncated", cap=2.0).tolist() == [True, False, False, False]
     assert is_corrected(ratios, mode="masked", cap=2.0).tolist() == [True, False, False, True]
     assert is_corrected(ratios, mode="off", cap=2.0).tolist() == [False] * 4
 
 
-@pytest.mark.parametrize("told", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("logprob", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_what_is_no_number_counts_as_ratio_one(told, level):
-    sampled = torch.where(MASK, told, 0.0)
+def test_non_finite_sampler_logprob_gives_ratio_one(logprob, level):
+    sampled = torch.where(MASK, logprob, 0.0)
     assert torch.equal(sampler_ratios(OLD, sampled, MASK, level=level), torch.ones_like(OLD))
 
 
@@ -61,13 +61,13 @@ def test_ratios_do_not_overflow():
             assert_close(ratios, torch.full((1, 100), math.exp(sign * 20)), rtol=1e-6, atol=0.0)
 
 
-def told_to(rollout, ratios):
-    """What an engine says which sampled a rollout's tokens at pi_old / ratio."""
+def with_sampler_ratios(rollout, ratios):
+    """The rollout with the log-probabilities of an engine that sampled its tokens at pi_old / ratio."""
     return rollout._replace(sampled_logprobs=rollout.old_logprobs - torch.as_tensor(ratios).log())
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
-def test_the_loss_by_hand_whatever_the_sign_of_the_advantage(make_rollout, advantage):
+def test_corrected_loss_by_hand_for_both_signs_of_advantage(make_rollout, advantage):
     """One row is enough: with the gate open, the loss of two tokens at ratio 1 is -A (c_1 + c_2) / 2."""
     rollout, _ = make_rollout()
     first = rollout._replace(
@@ -88,7 +88,7 @@ def test_the_loss_by_hand_whatever_the_sign_of_the_advantage(make_rollout, advan
     current = NetworkOutputs(first.old_logprobs.clone().requires_grad_(), first.entropies)
     for (level, mode), loss in expected.items():
         objective = Objective(sampler_correction=SamplerCorrection(mode, level, 2.5))
-        ours = objective.egspo_loss(current, told_to(first, ratios), ConstantAttenuation(0.0))
+        ours = objective.egspo_loss(current, with_sampler_ratios(first, ratios), ConstantAttenuation(0.0))
         assert ours.item() == pytest.approx(loss, abs=1e-12), (level, mode)
 
 
@@ -98,10 +98,10 @@ def random_ratios(rollout, seed=0):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("mode", ["truncated", "masked"])
-def test_the_gradient_is_the_uncorrected_one_times_the_weight(make_rollout, mode, level):
-    """So the weights have no gradient of their own, and the normalizer is the uncorrected one's."""
+def test_corrected_gradient_is_plain_gradient_times_weight(make_rollout, mode, level):
+    """The weights carry no gradient, and the correction does not change the normalizer."""
     rollout, current = make_rollout()
-    rollout = told_to(rollout, random_ratios(rollout))
+    rollout = with_sampler_ratios(rollout, random_ratios(rollout))
     rollout = rollout._replace(
         old_logprobs=rollout.old_logprobs.requires_grad_(), sampled_logprobs=rollout.sampled_logprobs.detach()
     )
@@ -121,10 +121,10 @@ def test_the_gradient_is_the_uncorrected_one_times_the_weight(make_rollout, mode
     assert_close(ours[1], plain[1] * weights, **EXACT)
 
 
-def test_other_terms_are_not_weighed(make_rollout):
+def test_kl_sft_and_entropy_terms_are_not_corrected(make_rollout):
     parts = {"objective": Objective(beta=0.1)}
     rollout, current = make_rollout(parts, with_reference=True)
-    rollout = told_to(rollout, random_ratios(rollout))
+    rollout = with_sampler_ratios(rollout, random_ratios(rollout))
     found = {
         mode: Objective(beta=0.1, sampler_correction=SamplerCorrection(mode)).hybrid_loss(
             current, rollout, PHI, torch.tensor(0.7).double(), Coefficients(mu=0.2, entropy=0.3)
@@ -136,32 +136,34 @@ def test_other_terms_are_not_weighed(make_rollout):
     assert found["off"]["loss/egspo"] != found["masked"]["loss/egspo"]
 
 
-def test_experts_solutions_are_not_weighed(make_rollout):
+def test_expert_rows_are_not_corrected(make_rollout):
     rollout, current = make_rollout(expert_groups=[0, 1])
     expert = rollout.is_expert.unsqueeze(1)
     corrected = Objective(sampler_correction=SamplerCorrection("truncated", cap=50.0))
     ratios = torch.where(expert, 7.0, 1.0)
     assert_close(
-        corrected.egspo_loss(current, told_to(rollout, ratios), PHI),
+        corrected.egspo_loss(current, with_sampler_ratios(rollout, ratios), PHI),
         Objective().egspo_loss(current, rollout, PHI),
         **EXACT,
     )
 
 
-def test_off_and_untold_are_the_loss_without(make_rollout):
+def test_mode_off_or_missing_sampler_logprobs_give_the_plain_loss(make_rollout):
     rollout, current = make_rollout()
     plain = Objective().egspo_loss(current, rollout, PHI)
-    assert torch.equal(Objective().egspo_loss(current, told_to(rollout, random_ratios(rollout)), PHI), plain)
+    assert torch.equal(
+        Objective().egspo_loss(current, with_sampler_ratios(rollout, random_ratios(rollout)), PHI), plain
+    )
     corrected = Objective(sampler_correction=SamplerCorrection("masked"))
     assert torch.equal(corrected.egspo_loss(current, rollout, PHI), plain)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_micro_batches_add_up(make_rollout, level):
+def test_corrected_losses_of_micro_batches_add_up(make_rollout, level):
     rollout, current = make_rollout()
-    rollout = told_to(rollout, random_ratios(rollout))
+    rollout = with_sampler_ratios(rollout, random_ratios(rollout))
     objective = Objective(sampler_correction=SamplerCorrection("truncated", level))
-    rollout.input_ids[:, 0] = torch.arange(len(rollout.input_ids))  # tells rows apart
+    rollout.input_ids[:, 0] = torch.arange(len(rollout.input_ids))  # identifies the rows
     whole = objective.egspo_loss(current, rollout, PHI)
     share = RolloutShare(rollout, list(range(8)), row_lengths(rollout.completion_mask).tolist(), rollout.update_size)
     parts = [share.batch(run) for run in balanced_batches(share.lengths, 3)]
@@ -175,12 +177,12 @@ def test_micro_batches_add_up(make_rollout, level):
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_metrics_by_a_slow_loop_over_all_ranks(make_scored, make_gating, split_scored, on_ranks, splits):
+def test_sampler_metrics_match_slow_loop_over_all_ranks(make_scored, make_gating, split_scored, on_ranks, splits):
     scored = make_scored(expert_groups=[0, 1])
     ratios = torch.randn(scored.completion_mask.shape, generator=torch.Generator().manual_seed(1)).double().exp()
-    told = scored.scores.logprobs - ratios.log()
-    told[scored.num_sampled :] = math.nan
-    scored = scored._replace(sampled_logprobs=told)
+    sampled_logprobs = scored.scores.logprobs - ratios.log()
+    sampled_logprobs[scored.num_sampled :] = math.nan
+    scored = scored._replace(sampled_logprobs=sampled_logprobs)
     parts = [scored] if splits == 1 else split_scored(scored, 1)
 
     def admit(rank, part):
@@ -201,6 +203,6 @@ def test_metrics_by_a_slow_loop_over_all_ranks(make_scored, make_gating, split_s
         assert 0 < dropped < len(sampled)
 
 
-def test_there_are_no_metrics_where_pi_old_is_the_engines_own_word(make_scored, make_gating, on_ranks):
+def test_no_sampler_metrics_without_sampler_logprobs(make_scored, make_gating, on_ranks):
     (metrics,) = on_ranks(lambda rank, part: make_gating().to_rollout_batch(part, rank)[1], [make_scored()])
     assert not [name for name in metrics if "sampler" in name]

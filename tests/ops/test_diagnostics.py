@@ -1,4 +1,4 @@
-"""What is logged, by hand."""
+"""Logged diagnostics against hand calculations."""
 
 import math
 
@@ -10,7 +10,7 @@ from egspo_lightning.types import RolloutBatch, UpdateSize
 
 
 def make(**fields):
-    """A row of a prompt and three tokens, and one of an expert, which has no part in most of it."""
+    """One row with a prompt token and three sampled tokens, and one expert row, which most metrics exclude."""
     doubles = {"dtype": torch.float64}
     return RolloutBatch(
         input_ids=torch.zeros(2, 4, dtype=torch.long),
@@ -30,17 +30,17 @@ def make(**fields):
     )._replace(**fields)
 
 
-def test_distances_are_sums_over_the_sampled_tokens_of_the_update():
+def test_policy_metrics_are_divided_by_sampled_tokens_of_the_step():
     rollout = make()
     ratios = torch.tensor([[9.0, 1.5, 0.5, 1.1], [9.0, 9.0, 9.0, 9.0]], dtype=torch.float64)
     metrics = policy_metrics(rollout.old_logprobs + ratios.log(), rollout, 0.2, 0.28)
-    # divided by the four sampled tokens of the update, of which three are here
+    # divided by the four sampled tokens of the optimizer step, three of which are in this micro-batch
     assert metrics["policy/approx_kl"].item() == pytest.approx(-math.log(1.5 * 0.5 * 1.1) / 4, abs=1e-12)
     assert metrics["policy/clip_fraction_low"].item() == 0.25
     assert metrics["policy/clip_fraction_high"].item() == 0.25
 
 
-def test_moved_values_are_counted_over_the_tokens_that_take_part():
+def test_moved_fraction_counts_all_completion_tokens():
     old = torch.zeros(2, 4, dtype=torch.float64)
     values = torch.tensor([[9.0, 0.3, -0.3, 0.1], [0.2, 0.25, 9.0, 9.0]], dtype=torch.float64)
     rollout = make(old_values=old)
@@ -48,7 +48,7 @@ def test_moved_values_are_counted_over_the_tokens_that_take_part():
     assert value_metrics(values, rollout, None) == {}
 
 
-def test_a_collection_by_hand():
+def test_rollout_batch_metrics_by_hand():
     weights = torch.tensor([[9.0, 1.0, 0.25, 0.5], [9.0, 9.0, 9.0, 9.0]])
     metrics = {k: v.item() for k, v in rollout_batch_metrics(rollout_batch_sums(make(), weights)).items()}
     assert metrics == pytest.approx(
@@ -65,18 +65,18 @@ def test_a_collection_by_hand():
     )
 
 
-def test_the_mean_of_thresholds_is_over_the_rows_that_have_one():
+def test_threshold_metric_averages_rows_with_finite_threshold():
     rollout = make(is_expert=torch.tensor([False, False]), threshold=torch.tensor([[1.0], [3.0]]))
     weights = torch.ones(2, 4)
     assert rollout_batch_metrics(rollout_batch_sums(rollout, weights))["gate/threshold"].item() == 2.0
-    gone = rollout._replace(completion_mask=torch.tensor([[True] * 4, [False] * 4]))
-    assert rollout_batch_metrics(rollout_batch_sums(gone, weights))["gate/threshold"].item() == 1.0
+    one_row = rollout._replace(completion_mask=torch.tensor([[True] * 4, [False] * 4]))
+    assert rollout_batch_metrics(rollout_batch_sums(one_row, weights))["gate/threshold"].item() == 1.0
     for infinite in (math.inf, -math.inf):
-        shut = rollout._replace(threshold=torch.full((2, 1), infinite))
-        assert "gate/threshold" not in rollout_batch_metrics(rollout_batch_sums(shut, weights))
+        at_infinity = rollout._replace(threshold=torch.full((2, 1), infinite))
+        assert "gate/threshold" not in rollout_batch_metrics(rollout_batch_sums(at_infinity, weights))
 
 
-def test_the_explained_variance_by_hand():
+def test_explained_variance_by_hand():
     # returns 1, 2, 6 (variance 14/3) and values 0, 2, 4: errors 1, 0, 2 (variance 2/3)
     returns = torch.tensor([[9.0, 1.0, 2.0, 6.0], [9.0] * 4], dtype=torch.float64)
     values = torch.tensor([[0.0, 0.0, 2.0, 4.0], [0.0] * 4], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The estimators of a config: which function each is, and what it may look at."""
+"""Advantage estimators: the function that each one calls, and the inputs that it may read."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def make(rows=12, group_size=4, seed=0):
 
 
 @pytest.mark.parametrize("scale_by_std", [True, False])
-def test_the_reward_of_a_row_is_the_sum_over_its_tokens_and_its_advantage_stands_at_each(scale_by_std):
+def test_group_estimators_sum_rewards_per_row_and_spread_the_advantage_over_tokens(scale_by_std):
     experience = make()
     rewards = [
         sum(r for r, m in zip(*row, strict=True) if m)
@@ -48,7 +48,7 @@ def test_the_reward_of_a_row_is_the_sum_over_its_tokens_and_its_advantage_stands
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.0, 1.0)])
-def test_gae_and_reinforce_plus_plus_pass_their_settings_on(gamma, lam):
+def test_gae_and_reinforce_plus_plus_pass_on_gamma_and_lam(gamma, lam):
     rewards, mask, values, _, _ = experience = make()
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
     estimate = GAE(gamma, lam).estimate(experience)
@@ -63,7 +63,7 @@ def test_gae_and_reinforce_plus_plus_pass_their_settings_on(gamma, lam):
 
 
 @pytest.mark.parametrize("estimator", ALL[:3])
-def test_group_estimators_look_at_one_group_at_a_time(estimator):
+def test_group_estimators_use_one_group_at_a_time(estimator):
     whole = make()
     apart = [
         estimator.estimate(whole._replace(token_rewards=r, mask=m)).advantages
@@ -73,7 +73,7 @@ def test_group_estimators_look_at_one_group_at_a_time(estimator):
 
 
 @pytest.mark.parametrize("estimator", ALL)
-def test_what_lies_outside_the_mask_is_not_looked_at(estimator):
+def test_estimators_ignore_values_outside_the_mask(estimator):
     clean = make()
     rewards, values = (torch.where(clean.mask, x, torch.nan) for x in (clean.token_rewards, clean.values))
     dirty = clean._replace(token_rewards=rewards, values=values)
@@ -87,13 +87,13 @@ def test_what_lies_outside_the_mask_is_not_looked_at(estimator):
 @pytest.mark.parametrize("estimator", ALL)
 @pytest.mark.parametrize("rows", [0, 4])
 @pytest.mark.filterwarnings("ignore:std")
-def test_nothing_at_all_gives_zeros(estimator, rows):
+def test_empty_mask_gives_zeros(estimator, rows):
     nothing = torch.zeros(rows, 5)
     estimate = estimator.estimate(Experience(nothing, nothing.bool(), nothing, 4, lambda values: values))
     assert torch.equal(estimate.advantages, nothing)
 
 
-def test_an_expert_stands_against_the_policys_own_completions():
+def test_expert_advantage_is_relative_to_sampled_completions():
     rewards, groups = torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     scaled = GroupRelative().estimate_expert(rewards, groups)
     assert scaled.tolist() == pytest.approx([1.5, 1.0], abs=1e-5)

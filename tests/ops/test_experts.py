@@ -1,4 +1,4 @@
-"""Experts' solutions among the rollouts (LUFFY): their loss by hand, and what they have no part in."""
+"""Expert rows in the rollout batch (LUFFY): their loss by hand, and the terms that exclude them."""
 
 import math
 
@@ -14,7 +14,7 @@ from egspo_lightning.ops.objective import Coefficients, Objective
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 MIXED = {"num_problems": 2, "expert_groups": (1, 0), "rewards": [1.0, 0.0, 0.0, 0.0] + [0.0] * 4 + [1.0, 1.0]}
-"""Group 0 has the mean 1/4 and the std 1/2, group 1 no spread; their experts stand in the other order."""
+"""Group 0 has mean 1/4 and std 1/2; group 1 has std 0. Their expert rows are in reverse order."""
 
 
 def gradient(loss, leaf):
@@ -23,19 +23,19 @@ def gradient(loss, leaf):
 
 
 @pytest.mark.parametrize(
-    ("advantage", "of_group_0"),
+    ("advantage", "expected"),
     [(GroupRelative(), 1.5), (GroupRelative(scale_by_std=False), 0.75), (LeaveOneOut(), 0.75)],
 )
-def test_their_advantages_stand_against_their_own_group(make_rollout, advantage, of_group_0):
+def test_expert_advantage_is_relative_to_its_own_group(make_rollout, advantage, expected):
     rollout, _ = make_rollout({"advantage": advantage}, **MIXED)
     mask = rollout.completion_mask
     assert rollout.is_expert.tolist() == [False] * 8 + [True] * 2
     assert rollout.advantages[8][mask[8]].tolist() == pytest.approx([1.0] * int(mask[8].sum()), abs=1e-5)
-    assert rollout.advantages[9][mask[9]].tolist() == pytest.approx([of_group_0] * int(mask[9].sum()), abs=1e-5)
+    assert rollout.advantages[9][mask[9]].tolist() == pytest.approx([expected] * int(mask[9].sum()), abs=1e-5)
     assert not rollout.advantages[~mask].any()
 
 
-def test_they_leave_the_policys_own_advantages_alone(make_rollout):
+def test_expert_rows_do_not_change_sampled_advantages(make_rollout):
     with_experts, _ = make_rollout(**MIXED)
     without, _ = make_rollout(**(MIXED | {"expert_groups": (), "rewards": MIXED["rewards"][:8]}))
     own = [with_experts.advantages[b][with_experts.completion_mask[b]].unique().tolist() for b in range(8)]
@@ -44,7 +44,7 @@ def test_they_leave_the_policys_own_advantages_alone(make_rollout):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("settings", [{}, {"low_branch": "nll"}, {"gate_width": 0.3, "dual_clip": 3.0}])
-def test_their_loss_by_hand_is_neither_gated_nor_clipped(make_rollout, mode, settings):
+def test_expert_loss_by_hand_is_neither_gated_nor_clipped(make_rollout, mode, settings):
     objective = Objective(aggregation=mode, expert_shaping=0.25, **settings)
     rollout, current = make_rollout({"objective": objective}, **MIXED)
     far = current.logprobs.detach().clone()
@@ -70,7 +70,7 @@ def test_their_loss_by_hand_is_neither_gated_nor_clipped(make_rollout, mode, set
     assert slopes == pytest.approx([row / 0.75 * 3 / 16 / (7 if mode.endswith("norm") else 1) for row in per_row])
 
 
-def test_metrics_and_entropies_speak_of_the_policys_own_tokens(make_rollout):
+def test_metrics_and_threshold_exclude_expert_tokens(make_rollout):
     rollout, current = make_rollout(**MIXED)
     mask, tau = rollout.sampled_mask, rollout.threshold[0].item()
     assert mask.sum() == rollout.update_size.num_sampled_tokens < rollout.update_size.num_tokens
@@ -89,7 +89,7 @@ def test_metrics_and_entropies_speak_of_the_policys_own_tokens(make_rollout):
     assert metrics["loss/egspo"].item() != others["loss/egspo"].item()
 
 
-def test_the_kl_of_the_loss_is_over_the_policys_own_tokens(make_rollout):
+def test_kl_term_excludes_expert_tokens(make_rollout):
     objective = Objective(beta=1.0, kl_estimator="k1")
     rollout, current = make_rollout({"objective": objective}, with_reference=True, **MIXED)
     _, metrics = objective.hybrid_loss(current, rollout, ConfidenceAttenuation(), None, Coefficients(mu=0.0))
@@ -98,7 +98,7 @@ def test_the_kl_of_the_loss_is_over_the_policys_own_tokens(make_rollout):
 
 
 @pytest.mark.parametrize("gate", [QuantileGate(0.3), QuantileGate(0.3, over="sequence"), AbsoluteGate(0.7)])
-def test_they_have_no_part_in_the_scale_of_the_weights(make_rollout, gate):
+def test_weight_scale_excludes_expert_tokens(make_rollout, gate):
     objective = Objective(rescale_weights=True)
     rollout, current = make_rollout({"objective": objective, "gate": gate}, **MIXED)
     high, low = objective.branch_weights(rollout, ConfidenceAttenuation(), current.entropies)

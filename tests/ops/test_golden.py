@@ -1,4 +1,4 @@
-"""Our operations against the field's reference implementations (each fixture names its source).
+"""Our operations against reference implementations (each data file names its source).
 
 Everything runs in float64 to 1e-9, and again in float32 to 1e-5.
 """
@@ -20,8 +20,8 @@ from egspo_lightning.types import ExpertBatch, NetworkOutputs, RolloutBatch, Upd
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 
 
-def near(ours, expected, dtype, tolerance):
-    """In the dtype that was asked for, and as near as it allows."""
+def assert_near(ours, expected, dtype, tolerance):
+    """Assert the dtype, and equality within the tolerance."""
     assert ours.dtype == dtype
     expected = torch.tensor(expected, dtype=torch.float64)
     assert_close(ours.detach().double(), expected, rtol=tolerance, atol=tolerance)
@@ -32,7 +32,7 @@ def read(case, dtype, *names):
 
 
 def batch_of(case, dtype, **fields):
-    """A rollout batch whose gate is open, and whose update is itself."""
+    """A rollout batch with an open gate, used whole in one optimizer step."""
     mask = torch.tensor(case["mask"]).bool()
     rows, width = mask.shape
     tokens = float(mask.sum())
@@ -58,8 +58,8 @@ def batch_of(case, dtype, **fields):
 def test_token_stats(golden, dtype, tolerance):
     for case in golden("token_stats"):
         stats = token_stats_from_logits(*read(case, dtype, "logits"), torch.tensor(case["ids"]))
-        near(stats.logprobs, case["logprobs"], dtype, tolerance)
-        near(stats.entropies, case["entropies"], dtype, tolerance)
+        assert_near(stats.logprobs, case["logprobs"], dtype, tolerance)
+        assert_near(stats.entropies, case["entropies"], dtype, tolerance)
 
 
 @PRECISIONS
@@ -71,15 +71,15 @@ def test_ppo_clip_loss_gradient_and_diagnostics(golden, dtype, tolerance):
         per_token = ppo_clip(logprobs, old, advantages, **clip, dual_clip=case["dual_clip"])
         loss = aggregate(per_token, mask, case["aggregation"])
         loss.backward()
-        near(loss, case["loss"], dtype, tolerance)
-        near(logprobs.grad, case["grad_logprobs"], dtype, tolerance)
+        assert_near(loss, case["loss"], dtype, tolerance)
+        assert_near(logprobs.grad, case["grad_logprobs"], dtype, tolerance)
         below, above = clipped_tokens(logprobs.detach(), old, advantages, **clip)
         assert masked_mean((below | above).double(), mask).item() == pytest.approx(case["clip_fraction"], abs=1e-12)
-        near(masked_mean(-log_ratio(logprobs.detach(), old), mask), case["approx_kl"], dtype, tolerance)
+        assert_near(masked_mean(-log_ratio(logprobs.detach(), old), mask), case["approx_kl"], dtype, tolerance)
 
 
 @PRECISIONS
-def test_the_objective_with_an_open_gate_is_that_ppo(golden, dtype, tolerance):
+def test_objective_with_open_gate_equals_ppo_clip(golden, dtype, tolerance):
     for case in golden("ppo_clip"):
         logprobs, old, advantages = read(case, dtype, "logprobs", "old_logprobs", "advantages")
         logprobs.requires_grad_()
@@ -92,8 +92,8 @@ def test_the_objective_with_an_open_gate_is_that_ppo(golden, dtype, tolerance):
         rollout = batch_of(case, dtype, old_logprobs=old, advantages=advantages)
         loss = objective.egspo_loss(NetworkOutputs(logprobs, torch.zeros_like(old)), rollout, ConfidenceAttenuation())
         loss.backward()
-        near(loss, case["loss"], dtype, tolerance)
-        near(logprobs.grad, case["grad_logprobs"], dtype, tolerance)
+        assert_near(loss, case["loss"], dtype, tolerance)
+        assert_near(logprobs.grad, case["grad_logprobs"], dtype, tolerance)
 
 
 def test_ppo_clip_takes_plain_sequences(golden):
@@ -114,7 +114,7 @@ def test_ppo_clip_takes_plain_sequences(golden):
 def test_kl_penalty(golden, dtype, tolerance):
     for case in golden("kl"):
         kl = kl_penalty(*read(case, dtype, "logprobs", "ref_logprobs"), case["estimator"])
-        near(kl, case["kl"], dtype, tolerance)
+        assert_near(kl, case["kl"], dtype, tolerance)
 
 
 @PRECISIONS
@@ -122,13 +122,15 @@ def test_group_relative(golden, dtype, tolerance):
     for case in golden("group_advantage"):
         (rewards,) = read(case, dtype, "rewards")
         advantages = group_relative(rewards, case["group_size"], scale_by_std=case["scale_by_std"], eps=case["eps"])
-        near(advantages, case["advantages"], dtype, tolerance)
+        assert_near(advantages, case["advantages"], dtype, tolerance)
 
 
 @PRECISIONS
 def test_leave_one_out(golden, dtype, tolerance):
     for case in golden("rloo"):
-        near(leave_one_out(*read(case, dtype, "rewards"), case["group_size"]), case["advantages"], dtype, tolerance)
+        assert_near(
+            leave_one_out(*read(case, dtype, "rewards"), case["group_size"]), case["advantages"], dtype, tolerance
+        )
 
 
 @PRECISIONS
@@ -136,15 +138,15 @@ def test_gae(golden, dtype, tolerance):
     for case in golden("gae"):
         inputs = read(case, dtype, "token_rewards", "values", "mask")
         advantages, returns = gae(*inputs, gamma=case["gamma"], lam=case["lam"])
-        near(advantages, case["advantages_whitened"], dtype, tolerance)
-        near(returns, case["returns"], dtype, tolerance)
+        assert_near(advantages, case["advantages_whitened"], dtype, tolerance)
+        assert_near(returns, case["returns"], dtype, tolerance)
 
 
 @PRECISIONS
 def test_reinforce_plus_plus(golden, dtype, tolerance):
     for case in golden("reinforce_plus_plus"):
         advantages = reinforce_plus_plus(*read(case, dtype, "token_rewards", "mask"), gamma=case["gamma"])
-        near(advantages, case["advantages"], dtype, tolerance)
+        assert_near(advantages, case["advantages"], dtype, tolerance)
 
 
 @PRECISIONS
@@ -152,13 +154,13 @@ def test_value_loss(golden, dtype, tolerance):
     for case in golden("value_loss"):
         values, old, returns, mask = read(case, dtype, "values", "old_values", "returns", "mask")
         per_token = value_clip(values, old, returns, clip=case["clip"])
-        near(aggregate(per_token, mask, "token-mean"), case["loss"], dtype, tolerance)
+        assert_near(aggregate(per_token, mask, "token-mean"), case["loss"], dtype, tolerance)
         is_clipped = per_token > value_clip(values, old, returns, clip=None)
         assert masked_mean(is_clipped.double(), mask).item() == pytest.approx(case["clip_fraction"], abs=1e-12)
         rollout = batch_of(case, dtype, old_values=old, returns=returns)
         loss, metrics = value_loss(values, rollout, clip=case["clip"])
-        near(loss, case["loss"], dtype, tolerance)
-        near(metrics["loss/value"], case["loss"], dtype, tolerance)
+        assert_near(loss, case["loss"], dtype, tolerance)
+        assert_near(metrics["loss/value"], case["loss"], dtype, tolerance)
 
 
 @PRECISIONS
@@ -166,7 +168,7 @@ def test_quantile_threshold_and_high_entropy_mask(golden, dtype, tolerance):
     for case in golden("high_entropy_mask"):
         entropies, mask = *read(case, dtype, "entropies"), torch.tensor(case["mask"])
         threshold = quantile_threshold(entropies, mask, case["top_fraction"])
-        near(threshold, case["threshold"], dtype, tolerance)
+        assert_near(threshold, case["threshold"], dtype, tolerance)
         high = high_entropy_mask(entropies, mask, threshold)
         assert high.tolist() == [[bool(v) for v in row] for row in case["is_high_entropy"]]
 
@@ -185,9 +187,9 @@ def test_chord_phi(golden, dtype, tolerance):
     for case in golden("chord_phi_sft"):
         logprobs, mask = read(case, dtype, "logprobs", "mask")
         phi = confidence_phi(logprobs)
-        near(phi, case["phi"], dtype, tolerance)
-        near(aggregate(phi * nll(logprobs), mask, "token-mean"), case["loss"], dtype, tolerance)
+        assert_near(phi, case["phi"], dtype, tolerance)
+        assert_near(aggregate(phi * nll(logprobs), mask, "token-mean"), case["loss"], dtype, tolerance)
         rollout = batch_of(case, dtype)
         expert = ExpertBatch(rollout.input_ids, rollout.completion_mask, rollout.update_size)
-        near(sft_loss(logprobs, expert, weighting="confidence"), case["loss"], dtype, tolerance)
-        near(sft_loss(logprobs, expert, weighting="plain"), case["nll"], dtype, tolerance)
+        assert_near(sft_loss(logprobs, expert, weighting="confidence"), case["loss"], dtype, tolerance)
+        assert_near(sft_loss(logprobs, expert, weighting="plain"), case["nll"], dtype, tolerance)

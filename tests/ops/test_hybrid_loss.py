@@ -1,4 +1,4 @@
-"""L: its terms and their weights, what has a gradient, and how an update may be split."""
+"""The hybrid loss L: its terms and weights, its gradients, and its sum over micro-batches."""
 
 import math
 from itertools import pairwise
@@ -28,7 +28,7 @@ def expert_batch(mask):
 
 
 def slow_mean(per_token, mask, mode):
-    """``masking.aggregate`` in Python's numbers, with seven tokens a completion at most."""
+    """``masking.aggregate`` as a slow loop, with a maximal completion length of 7."""
     pairs = zip(per_token.tolist(), mask.tolist(), strict=True)
     rows = [[v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in pairs]
     rows = [row for row in rows if row]
@@ -42,7 +42,7 @@ def slow_mean(per_token, mask, mode):
 
 
 @pytest.mark.parametrize("weighting", ["plain", "confidence"])
-def test_mu_one_has_the_gradient_of_sft_and_mu_zero_that_of_pure_rl(make_rollout, weighting):
+def test_mu_interpolates_between_rl_and_sft_gradients(make_rollout, weighting):
     rollout, current = make_rollout()
     objective, expert = Objective(), expert_batch(torch.tensor([[False, True, True], [True, False, False]]))
     theirs = torch.tensor([[0.0, 0.5, 0.9], [0.2, 0.0, 0.0]], dtype=torch.float64).clamp(min=0.1).log()
@@ -67,7 +67,7 @@ def test_mu_one_has_the_gradient_of_sft_and_mu_zero_that_of_pure_rl(make_rollout
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3", "k3+"])
-def test_the_kl_term_by_a_loop_is_not_gated(make_rollout, mode, estimator):
+def test_kl_term_matches_slow_loop_and_is_not_gated(make_rollout, mode, estimator):
     objective = Objective(beta=0.5, kl_estimator=estimator, aggregation=mode)
     rollout, current = make_rollout({"objective": objective}, with_reference=True)
     loss, metrics = objective.hybrid_loss(current, rollout, ConstantAttenuation(0.0), None, Coefficients(mu=0.0))
@@ -79,7 +79,7 @@ def test_the_kl_term_by_a_loop_is_not_gated(make_rollout, mode, estimator):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_entropy_term_by_a_loop_is_not_gated(make_rollout, mode):
+def test_entropy_term_matches_slow_loop_and_is_not_gated(make_rollout, mode):
     objective = Objective(aggregation=mode)
     rollout, current = make_rollout()
     weights = Coefficients(mu=0.0, entropy=0.25)
@@ -94,14 +94,14 @@ def test_the_entropy_term_by_a_loop_is_not_gated(make_rollout, mode):
     assert set(without) == set(metrics) - {"loss/entropy"}
 
 
-def test_the_loss_without_a_reference_has_no_kl(make_rollout):
-    rollout, current = make_rollout(with_reference=True)  # beta is 0: the reference is that of kl_reward
+def test_loss_with_beta_zero_has_no_kl_term(make_rollout):
+    rollout, current = make_rollout(with_reference=True)  # beta is 0: only kl_reward would use the reference
     _, metrics = Objective().hybrid_loss(current, rollout, PHI, None, Coefficients(mu=0.0))
     assert rollout.ref_logprobs is None
     assert "loss/kl" not in metrics
 
 
-def test_a_policy_weight_of_zero_leaves_nothing_for_the_policy(make_rollout):
+def test_policy_weight_zero_trains_only_the_critic(make_rollout):
     objective = Objective(beta=0.5)
     parts = {"objective": objective, "advantage": GAE()}
     rollout, current = make_rollout(parts, with_reference=True, with_values=True)
@@ -113,7 +113,7 @@ def test_a_policy_weight_of_zero_leaves_nothing_for_the_policy(make_rollout):
     leaves = (current.logprobs, current.entropies, theirs, current.values)
     for grad in gradients(loss, *leaves):
         assert not grad.any()
-    assert metrics["loss/egspo"].item() != 0.0  # still told
+    assert metrics["loss/egspo"].item() != 0.0  # still logged
     error, _ = value_loss(current.values, rollout, clip=0.2)
     *policy, critic = gradients(loss + weights.value * error, *leaves)
     assert not any(grad.any() for grad in policy)
@@ -122,7 +122,7 @@ def test_a_policy_weight_of_zero_leaves_nothing_for_the_policy(make_rollout):
 
 @pytest.mark.parametrize("advantage", [GroupRelative(), GroupRelative(scale_by_std=False), LeaveOneOut()])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_group_without_spread_gives_no_gradient(make_rollout, advantage, mode):
+def test_group_with_equal_rewards_has_no_gradient(make_rollout, advantage, mode):
     objective = Objective(aggregation=mode)
     rollout, current = make_rollout({"advantage": advantage}, rewards=[0.3] * 4 + [1.0, 0.0, 0.0, 1.0])
     loss, _ = objective.hybrid_loss(current, rollout, PHI, None, Coefficients(mu=0.0))
@@ -133,7 +133,7 @@ def test_a_group_without_spread_gives_no_gradient(make_rollout, advantage, mode)
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bounds", [[0, 8], [0, 4, 8], [0, 2, 4, 6, 8], list(range(9)), [0, 3, 8]])
-def test_micro_batches_add_up_to_the_update(make_rollout, take, mode, bounds):
+def test_losses_and_gradients_of_micro_batches_add_up(make_rollout, take, mode, bounds):
     objective = Objective(aggregation=mode, beta=0.1, rescale_weights=True, gate_width=0.2)
     parts = {"objective": objective, "advantage": GAE(), "gate": QuantileGate(0.3, over="sequence")}
     rollout, current = make_rollout(parts, with_reference=True, with_values=True)
@@ -158,7 +158,7 @@ def test_micro_batches_add_up_to_the_update(make_rollout, take, mode, bounds):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_lies_outside_the_completion_has_no_part(make_rollout, mode):
+def test_loss_ignores_values_outside_completions(make_rollout, mode):
     objective = Objective(beta=0.1, aggregation=mode)
     parts = {"objective": objective, "advantage": GAE()}
     rollout, current = make_rollout(parts, with_reference=True, with_values=True)
@@ -183,7 +183,7 @@ def test_what_lies_outside_the_completion_has_no_part(make_rollout, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_empty_micro_batch_gives_zeros(make_rollout, mode):
+def test_empty_micro_batch_gives_zeros(make_rollout, mode):
     objective = Objective(beta=0.1, aggregation=mode)
     parts = {"objective": objective, "advantage": GAE()}
     rollout, current = make_rollout(parts, with_reference=True, with_values=True)
@@ -202,7 +202,7 @@ def test_an_empty_micro_batch_gives_zeros(make_rollout, mode):
 
 
 class Learned:
-    """An attenuation of the policy itself, that would let gradients through, and looks at what it is given."""
+    """A trainable attenuation, which also records whether its inputs carry gradients."""
 
     def __init__(self):
         self.strength = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
@@ -228,7 +228,7 @@ def test_no_gradient_flows_through_phi_the_gate_or_the_current_entropies(make_ro
     assert not learned.saw_gradient
 
 
-def test_the_gate_follows_the_entropy_that_it_is_told_to(make_rollout):
+def test_gate_uses_the_entropy_that_gate_entropy_names(make_rollout):
     rollout, current = make_rollout({"attenuation": EntropyRatioAttenuation()})
     tau = rollout.threshold
     for whose, entropies in (("sampling", rollout.entropies), ("current", current.entropies.detach())):
@@ -240,7 +240,7 @@ def test_the_gate_follows_the_entropy_that_it_is_told_to(make_rollout):
 
 
 @pytest.mark.parametrize("clip", [0.2, None])
-def test_the_value_loss_is_token_mean_whatever_the_size_of_the_micro_batch(make_rollout, clip):
+def test_value_loss_is_the_token_mean_of_clipped_errors(make_rollout, clip):
     rollout, current = make_rollout({"advantage": GAE()}, with_values=True)
     loss, metrics = value_loss(current.values, rollout, clip=clip)
     triples = zip(

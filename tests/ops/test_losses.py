@@ -1,4 +1,4 @@
-"""Per-token losses by hand, with their gradients."""
+"""Per-token losses and their gradients against hand calculations."""
 
 import math
 
@@ -22,8 +22,8 @@ def gradient(per_token, leaf):
 PPO = [
     (1.0, 2.0, -2.0, -2.0),
     (1.1, 2.0, -2.2, -2.2),
-    (1.5, 2.0, -2.56, 0.0),  # above, and it should go further: clipped
-    (0.5, 2.0, -1.0, -1.0),  # below, and it should come back: not clipped
+    (1.5, 2.0, -2.56, 0.0),  # above the range with A > 0: clipped
+    (0.5, 2.0, -1.0, -1.0),  # below the range with A > 0: not clipped
     (1.0, -2.0, 2.0, 2.0),
     (1.5, -2.0, 3.0, 3.0),
     (0.5, -2.0, 1.6, 0.0),
@@ -43,23 +43,23 @@ def test_ppo_clip_by_hand():
     assert above.tolist() == [False, False, True] + [False] * 5
 
 
-def test_dual_clip_bounds_the_loss_of_a_wrong_token_alone():
+def test_dual_clip_bounds_the_loss_only_for_negative_advantages():
     logprobs = doubles([math.log(5.0), math.log(5.0), math.log(2.0)]).requires_grad_()
     held = ppo_clip(logprobs, torch.zeros(3), doubles([-2.0, 2.0, -2.0]), clip_low=0.2, clip_high=0.2, dual_clip=3.0)
     assert held.tolist() == pytest.approx([6.0, -2.4, 4.0], abs=1e-12)
     assert gradient(held, logprobs) == pytest.approx([0.0, 0.0, 4.0], abs=1e-12)
 
 
-def test_log_ratios_are_clamped_so_that_nothing_overflows():
+def test_log_ratios_are_clamped_against_overflow():
     assert log_ratio([1000.0, -1000.0, 1.0], [0.0, 0.0, 0.5]).tolist() == [20.0, -20.0, 0.5]
     assert ppo_clip([1000.0], [0.0], [-1.0], clip_low=0.2, clip_high=0.2).isfinite().all()
 
 
 # V, V_old, R, loss, d loss / d V with clip 0.2
 VALUE = [
-    (1.1, 1.0, 3.0, 0.5 * 1.9**2, -1.9),  # within the clip: the plain error
-    (2.0, 1.0, 3.0, 0.5 * 1.8**2, 0.0),  # has moved far enough towards R: held where 1.2 is
-    (2.0, 1.0, 0.0, 0.5 * 2.0**2, 2.0),  # has moved away from R: the plain error is the larger
+    (1.1, 1.0, 3.0, 0.5 * 1.9**2, -1.9),  # within the clip range: the plain error
+    (2.0, 1.0, 3.0, 0.5 * 1.8**2, 0.0),  # moved towards R beyond the clip range: error at 1.2, no gradient
+    (2.0, 1.0, 0.0, 0.5 * 2.0**2, 2.0),  # moved away from R: the plain error is larger
     (0.0, 1.0, -1.0, 0.5 * 1.8**2, 0.0),
 ]
 
@@ -83,8 +83,8 @@ def test_off_policy_by_hand():
     assert gradient(per_token, logprobs) == pytest.approx([-0.5, 0.5, -0.75 * 0.25], abs=1e-12)
 
 
-def test_shaping_lets_unlikely_tokens_learn_fastest():
-    logits = doubles([-4.0, 0.0, 4.0]).requires_grad_()  # of a choice between two tokens
+def test_off_policy_shaping_favors_unlikely_tokens():
+    logits = doubles([-4.0, 0.0, 4.0]).requires_grad_()  # two-token vocabulary
     p = torch.sigmoid(logits)
     shaped = doubles(gradient(off_policy(p.log(), doubles([1.0] * 3), shaping=0.1), logits)).abs()
     plain = doubles(gradient(-torch.sigmoid(logits), logits)).abs()
@@ -107,7 +107,7 @@ def test_k3_is_bounded_and_an_unknown_estimator_names_the_known_ones():
 
 
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
-def test_kl_estimators_average_to_the_kl_or_near_it(estimator):
+def test_mean_of_kl_estimators_is_the_kl(estimator):
     # pi = (1/2, 1/2), reference (0.55, 0.45): KL = -1/2 log(4 * 0.55 * 0.45), to which k1 and k3 are exact
     p, q = doubles([0.5, 0.5]), doubles([0.55, 0.45])
     mean = (p * kl_penalty(p.log(), q.log(), estimator)).sum().item()

@@ -9,7 +9,7 @@ MASK_INDEX = torch.tensor(MASK).bool()
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
-def test_sums_and_means_by_hand():
+def test_masked_sums_and_means_by_hand():
     assert masked_sum(VALUES, MASK).item() == 7.0
     assert masked_sum(VALUES, MASK, -1).tolist() == [3.0, 4.0, 0.0]
     assert masked_mean(VALUES, MASK).item() == pytest.approx(7 / 3, abs=1e-12)
@@ -17,7 +17,7 @@ def test_sums_and_means_by_hand():
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_what_is_masked_has_no_part(poison):
+def test_masked_functions_ignore_non_finite_masked_values(poison):
     values = torch.tensor(VALUES)
     values[~torch.tensor(MASK).bool()] = poison
     assert masked_sum(values, MASK).item() == 7.0
@@ -47,7 +47,7 @@ def test_aggregation_by_hand(mode, expected):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_empty_mask_gives_zero(mode):
+def test_empty_mask_gives_zero(mode):
     values = torch.ones(2, 3, requires_grad=True)
     loss = aggregate(values, torch.zeros(2, 3), mode)
     loss.backward()
@@ -59,7 +59,7 @@ def test_an_empty_mask_gives_zero(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("splits", [[8], [2, 6], [1] * 8])
-def test_parts_with_the_normalizer_of_the_whole_add_up_to_the_whole(mode, splits):
+def test_parts_with_shared_normalizer_add_up_to_the_whole(mode, splits):
     torch.manual_seed(0)
     values, mask = torch.randn(8, 5, dtype=torch.float64), torch.rand(8, 5) < 0.6
     mask[3] = False
@@ -72,7 +72,7 @@ def test_parts_with_the_normalizer_of_the_whole_add_up_to_the_whole(mode, splits
     assert sum(parts).item() == pytest.approx(aggregate(values, mask, mode).item(), abs=1e-12)
 
 
-def test_against_a_slow_loop():
+def test_aggregate_matches_slow_loop():
     torch.manual_seed(1)
     for _ in range(20):
         rows, width = (int(n) for n in torch.randint(1, 7, (2,)))
@@ -92,12 +92,12 @@ def test_against_a_slow_loop():
             assert aggregate(values, mask, mode).item() == pytest.approx(value, abs=1e-12)
 
 
-def test_an_unknown_mode_names_the_known_ones():
+def test_unknown_mode_error_lists_known_modes():
     with pytest.raises(ValueError, match="token-mean, seq-mean-token-mean"):
         aggregate(VALUES, MASK, "mean")
 
 
-def test_whitening_over_ranks_is_that_of_the_whole(on_ranks):
+def test_whitening_over_ranks_equals_whitening_of_the_whole(on_ranks):
     torch.manual_seed(2)
     values, mask = 3 + torch.randn(9, 5, dtype=torch.float64), torch.rand(9, 5) < 0.6
     mask[7:] = False  # a rank without tokens
@@ -109,7 +109,7 @@ def test_whitening_over_ranks_is_that_of_the_whole(on_ranks):
 
 @pytest.mark.parametrize("sizes", [[1000], [300, 700], [999, 1]])
 def test_equal_values_are_whitened_to_exactly_zero(on_ranks, sizes):
-    # a mean that is off by a rounding, divided by sqrt(1e-8), would be noise of 1e-3
+    # a rounding error in the mean, divided by sqrt(1e-8), would be noise of 1e-3
     for value in (0.1, 0.7, 1.1, -7.7):
         parts = [torch.full((size, 1), value) for size in sizes]
         whitened = on_ranks(lambda rank, x: masked_whiten(x, x != 0, total=rank.sum_over_ranks), parts)

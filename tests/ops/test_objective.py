@@ -1,4 +1,4 @@
-"""L_EGSPO: what it is where the gate makes no difference, and what the gate, phi and the branches do to it."""
+"""L_EGSPO: equal to PPO with an open gate, and the effect of gate, phi and low branch."""
 
 import math
 
@@ -29,7 +29,7 @@ def gradient(loss, leaf):
 
 
 def slow_loss(current, rollout, mode, *, low=0.2, high=0.2, weight=lambda b, t: 1.0):
-    """PPO's loss and its gradient by the log-probabilities, a token at a time, in Python's numbers."""
+    """PPO loss and its gradient with respect to the log-probabilities, as a slow loop over tokens."""
     logprobs, old, advantages = (x.tolist() for x in (current.logprobs, rollout.old_logprobs, rollout.advantages))
     mask = rollout.completion_mask.tolist()
     lengths = [sum(row) for row in mask]
@@ -64,7 +64,7 @@ def slow_loss(current, rollout, mode, *, low=0.2, high=0.2, weight=lambda b, t: 
         (AbsoluteGate(0.0), ConstantAttenuation(0.0), 0.0),
     ],
 )
-def test_gate_off_and_phi_one_are_ppo(make_rollout, mode, advantage, gate, attenuation, width):
+def test_open_gate_or_phi_one_equals_ppo(make_rollout, mode, advantage, gate, attenuation, width):
     objective = Objective(aggregation=mode, epsilon_high=0.28, gate_width=width)
     parts = {"gate": gate, "advantage": advantage, "attenuation": attenuation, "objective": objective}
     rollout, current = make_rollout(parts, with_values=True)
@@ -77,7 +77,7 @@ def test_gate_off_and_phi_one_are_ppo(make_rollout, mode, advantage, gate, atten
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("over", ["batch", "sequence"])
-def test_phi_zero_is_a_hard_mask(make_rollout, mode, over):
+def test_phi_zero_masks_low_tokens(make_rollout, mode, over):
     rollout, current = make_rollout({"gate": QuantileGate(0.3, over=over)})
     tau, entropies = rollout.threshold.tolist(), rollout.entropies.tolist()
     loss, grad = slow_loss(current, rollout, mode, weight=lambda b, t: float(entropies[b][t] >= tau[b][0]))
@@ -88,7 +88,7 @@ def test_phi_zero_is_a_hard_mask(make_rollout, mode, over):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_low_branch_is_attenuated_by_phi_token_by_token(make_rollout, mode):
+def test_low_branch_is_scaled_by_phi_per_token(make_rollout, mode):
     rollout, current = make_rollout()
     tau, old, entropies = rollout.threshold[0].item(), rollout.old_logprobs.tolist(), rollout.entropies.tolist()
 
@@ -103,7 +103,7 @@ def test_the_low_branch_is_attenuated_by_phi_token_by_token(make_rollout, mode):
 
 
 def by_hand(**fields):
-    """A prompt and two tokens: a high one (H 2, p = e^-1) and a low one (H 0.25, p = 1/2); A = 2 and tau = 1."""
+    """A prompt, a high token (H = 2, p = e^-1) and a low token (H = 1/4, p = 1/2); A = 2 and tau = 1."""
     doubles = {"dtype": torch.float64}
     rollout = RolloutBatch(
         input_ids=torch.zeros(1, 3, dtype=torch.long),
@@ -126,7 +126,7 @@ def by_hand(**fields):
 
 
 HIGH, LOW = 1.1 * 2, 1.2 * 2  # ratios 1.1 and 1.5, the second clipped at 1.2
-# where the width is 1/2: the shares of the two tokens, and their weights with phi = p (1 - p)
+# with width 1/2: the high shares of the two tokens, and their weights with phi = p (1 - p)
 HIGH_SHARE, LOW_SHARE = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1.5))
 SOFT_HIGH = HIGH_SHARE + (1 - HIGH_SHARE) * math.exp(-1) * (1 - math.exp(-1))
 SOFT_LOW = LOW_SHARE + (1 - LOW_SHARE) * 0.25
@@ -148,14 +148,14 @@ SOFT_LOW = LOW_SHARE + (1 - LOW_SHARE) * 0.25
         ({"gate_width": 0.5}, ConfidenceAttenuation(), {}, SOFT_HIGH * HIGH + SOFT_LOW * LOW),
     ],
 )
-def test_the_loss_by_hand(settings, attenuation, fields, expected):
+def test_egspo_loss_by_hand(settings, attenuation, fields, expected):
     rollout, current = by_hand(**fields)
     loss = Objective(**settings).egspo_loss(current, rollout, attenuation)
     assert loss.item() == pytest.approx(-expected / 2, abs=1e-12)
 
 
-def test_the_low_branch_alone_by_hand_where_the_advantage_is_negative():
-    # ratios 1.1 and 0.5, A = -2: the low token is held at 1 - epsilon_low
+def test_low_branch_with_negative_advantage_by_hand():
+    # ratios 1.1 and 0.5, A = -2: the ratio of the low token is clipped at 1 - epsilon_low
     rollout, current = by_hand(advantages=torch.tensor([[0.0, -2.0, -2.0]]).double())
     logprobs = current.logprobs.detach() + torch.tensor([[0.0, 0.0, math.log(0.5 / 1.5)]])
     for settings, held in (
@@ -167,7 +167,7 @@ def test_the_low_branch_alone_by_hand_where_the_advantage_is_negative():
         assert loss.item() == pytest.approx((1.1 * 2 + 0.25 * held * 2) / 2, abs=1e-12)
 
 
-def test_a_soft_gate_of_no_width_is_the_hard_one(make_rollout):
+def test_loss_with_tiny_gate_width_equals_hard_gate(make_rollout):
     rollout, current = make_rollout()
     hard, soft = (
         Objective(gate_width=width).egspo_loss(current, rollout, ConfidenceAttenuation()) for width in (0.0, 1e-9)
@@ -195,7 +195,7 @@ def test_dual_clip_bounds_both_branches(make_rollout):
 @pytest.mark.parametrize(
     ("settings", "expected"), [({}, False), ({"beta": 0.1}, True), ({"low_branch": "nll"}, True), ({"mu": 1.0}, False)]
 )
-def test_rollouts_of_advantage_zero_are_needed_where_something_trains_on_them(make_rollout, settings, expected):
+def test_needs_every_rollout_iff_zero_advantage_rollouts_have_a_gradient(make_rollout, settings, expected):
     objective = Objective(**settings)
     assert objective.needs_every_rollout is expected
     rollout, current = make_rollout({"objective": objective}, with_reference=True, rewards=[0.5] * 8)

@@ -1,4 +1,4 @@
-"""Values out of range and combinations that mean nothing are refused by the names of their fields."""
+"""Values out of range and contradictory settings are refused with the names of their fields."""
 
 import math
 
@@ -58,14 +58,14 @@ CASES += [
 
 
 def parse(part, settings):
-    """``part`` as the command line builds it."""
+    """Build ``part`` as the command line does."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(part, "part")
     return parser.instantiate(parser.parse_object({"part": settings})).part
 
 
 @pytest.mark.parametrize(("part", "name", "value"), CASES)
-def test_the_parser_refuses_a_value_out_of_range_with_its_field_and_the_range(part, name, value):
+def test_parser_error_on_out_of_range_value_names_field_value_and_range(part, name, value):
     with pytest.raises(ArgumentError) as refusal:
         parse(part, {name: value})
     message = str(refusal.value)
@@ -93,7 +93,7 @@ def test_the_parser_refuses_a_value_out_of_range_with_its_field_and_the_range(pa
         (KLReward, {"estimator": "k3+"}, ["model.kl_reward.estimator", "k3"]),
     ],
 )
-def test_a_combination_that_means_nothing_is_told_with_both_fields(part, settings, fields):
+def test_contradictory_settings_error_names_both_fields(part, settings, fields):
     with pytest.raises(UserError) as refusal:
         part(**settings)
     for name in fields:
@@ -116,13 +116,13 @@ def test_a_combination_that_means_nothing_is_told_with_both_fields(part, setting
         (SamplerCorrection, {"cap": 1.0}),
     ],
 )
-def test_the_parser_accepts_values_at_the_bounds(part, settings):
+def test_parser_accepts_values_at_the_bounds(part, settings):
     built = parse(part, settings)
     assert {name: getattr(built, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("part", [KLReward, EntropyBonus])
-def test_the_state_of_a_parsed_part_is_a_plain_float(part):
+def test_state_of_parsed_part_is_a_plain_float(part):
     """A checkpoint cannot hold the parser's subclasses of float."""
     assert type(parse(part, {"coefficient": 0.5}).state_dict()["current"]) is float
 

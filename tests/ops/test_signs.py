@@ -1,4 +1,4 @@
-"""One gradient step of a tiny softmax policy: which probabilities rise, and which fall."""
+"""One gradient step of a tiny softmax policy: the sign of each change in probability."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
 
 @pytest.fixture
 def step(make_scored, make_gating, sized, on_ranks):
-    """Log-probabilities before and after a step, the low-entropy tokens, and the rows that were right."""
+    """Takes a step; returns changes in log-probability, masks of low and high tokens, and the correct rows."""
 
     def run(advantage, objective, attenuation=None, gate=None):
         torch.manual_seed(0)
         scored = make_scored(rewards=REWARDS)
         rows, width = scored.input_ids.shape
-        temper = 4 * torch.rand(rows, width, 1, dtype=torch.float64)  # sharp contexts and flat ones
+        temper = 4 * torch.rand(rows, width, 1, dtype=torch.float64)  # low and high entropies
         logits = (temper * torch.randn(rows, width, 6, dtype=torch.float64)).requires_grad_()
         with torch.no_grad():
             tokens = logits.softmax(-1).flatten(0, 1).multinomial(1).view(rows, width)
@@ -51,7 +51,7 @@ def step(make_scored, make_gating, sized, on_ranks):
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
 @pytest.mark.parametrize("attenuation", [ConfidenceAttenuation(), ConstantAttenuation(0.1), EntropyRatioAttenuation()])
-def test_a_wrong_trajectory_lowers_its_tokens_and_a_right_one_raises_them(step, advantage, attenuation):
+def test_step_lowers_tokens_of_wrong_rows_and_raises_those_of_right_rows(step, advantage, attenuation):
     moved, low, high, right = step(advantage, Objective(), attenuation)
     for tokens in (low, high):
         assert (moved[tokens & right] > 0).all()
@@ -69,7 +69,7 @@ def test_a_wrong_trajectory_lowers_its_tokens_and_a_right_one_raises_them(step, 
     ],
 )
 @pytest.mark.parametrize("gate", [QuantileGate(0.2), QuantileGate(0.2, over="sequence")])
-def test_so_it_is_in_every_variant_of_the_gate(step, objective, gate):
+def test_step_has_the_same_signs_for_every_gate_and_objective_variant(step, objective, gate):
     moved, low, high, right = step(GroupRelative(), objective, gate=gate)
     for tokens in (low, high):
         assert (moved[tokens & right] > 0).all()
@@ -77,7 +77,7 @@ def test_so_it_is_in_every_variant_of_the_gate(step, objective, gate):
 
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
-def test_the_flaw_of_the_ablation_low_tokens_of_a_wrong_trajectory_rise(step, advantage):
+def test_nll_low_branch_raises_low_tokens_of_wrong_rows(step, advantage):
     moved, low, high, right = step(advantage, Objective(low_branch="nll"))
     assert (moved[low & ~right] > 0).all()
     assert (moved[low & right] > 0).all()
@@ -85,7 +85,7 @@ def test_the_flaw_of_the_ablation_low_tokens_of_a_wrong_trajectory_rise(step, ad
     assert (moved[high & ~right] < 0).all()
 
 
-def test_the_ablation_looks_at_no_advantage_on_low_tokens(make_rollout):
+def test_nll_low_branch_ignores_advantages_of_low_tokens(make_rollout):
     rollout, current = make_rollout()
     low = rollout.completion_mask & (rollout.entropies < rollout.threshold)
     grads = []

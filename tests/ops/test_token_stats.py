@@ -14,7 +14,7 @@ def make(dtype, bias=True):
     return hidden, nn.Linear(5, 11, bias=bias).to(dtype), torch.randint(11, (3, 7))
 
 
-def test_by_hand():
+def test_token_stats_by_hand():
     # p = (1/4, 3/4): log p = log 1/4; H = 1/4 log 4 + 3/4 log 4/3
     stats = token_stats_from_logits(torch.tensor([[0.0, math.log(3)]], dtype=torch.float64), torch.tensor([0]))
     assert stats.logprobs.item() == pytest.approx(-math.log(4), abs=1e-12)
@@ -28,7 +28,7 @@ def test_temperature_divides_the_logits():
 
 @pytest.mark.parametrize(("chunk_size", "vocab_chunk_size"), [(1, None), (4, 3), (100, 1), (None, 4), (None, None)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_tiles_give_the_values_and_gradients_of_the_whole(chunk_size, vocab_chunk_size, bias):
+def test_chunked_values_and_gradients_equal_unchunked(chunk_size, vocab_chunk_size, bias):
     hidden, head, ids = make(torch.float64, bias)
     ours = token_stats(hidden, head, ids, temperature=0.7, chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size)
     naive = token_stats_from_logits(head(hidden), ids, temperature=0.7)
@@ -42,7 +42,7 @@ def test_tiles_give_the_values_and_gradients_of_the_whole(chunk_size, vocab_chun
 
 
 @pytest.mark.parametrize("part", ["logprobs", "entropies"])
-def test_gradient_of_one_output_alone(part):
+def test_gradient_of_a_single_output_matches_autograd(part):
     hidden, head, ids = make(torch.float64)
     leaves = [hidden, *head.parameters()]
     ours = torch.autograd.grad(getattr(token_stats(hidden, head, ids, chunk_size=3), part).sum(), leaves)
@@ -50,7 +50,7 @@ def test_gradient_of_one_output_alone(part):
     assert_close(ours, naive, rtol=1e-10, atol=1e-12)
 
 
-def test_gradcheck():
+def test_token_stats_pass_gradcheck():
     hidden, head, ids = make(torch.float64)
     assert torch.autograd.gradcheck(lambda h, w: token_stats(h, w, ids, chunk_size=4), (hidden, head.weight))
 
@@ -74,7 +74,7 @@ def test_autocast_gives_gradients_in_the_dtype_of_the_weights():
 
 
 @pytest.mark.parametrize("sizes", [{}, {"chunk_size": 3, "vocab_chunk_size": 5}], ids=["one tile", "tiles"])
-def test_gradients_under_autocast_are_those_of_float32_within_bfloat16(sizes):
+def test_autocast_gradients_match_float32_within_bfloat16_precision(sizes):
     hidden, head, ids = make(torch.float32)
     weights = torch.linspace(-1, 1, ids.numel()).view(ids.shape)
 
@@ -89,21 +89,21 @@ def test_gradients_under_autocast_are_those_of_float32_within_bfloat16(sizes):
         assert (ours - theirs).norm() <= 0.02 * theirs.norm()
 
 
-def test_float64_stays_what_it_is_under_autocast():
+def test_float64_is_unchanged_under_autocast():
     hidden, head, ids = make(torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stats = token_stats(hidden, head, ids)
     assert_close(stats, token_stats(hidden, head, ids), rtol=0, atol=0)
 
 
-def test_no_tokens():
+def test_zero_tokens_give_zero_gradients():
     hidden, head, _ = make(torch.float32)
     stats = token_stats(hidden[0, :0], head, torch.zeros(0, dtype=torch.long))
     stats.logprobs.sum().backward()
     assert torch.equal(head.weight.grad, torch.zeros_like(head.weight))
 
 
-def test_a_sharp_distribution_has_finite_values_and_gradients():
+def test_sharp_distribution_has_finite_values_and_gradients():
     logits = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
     stats = token_stats_from_logits(logits, torch.tensor([1]))
     assert stats.logprobs.item() == pytest.approx(-400.0)
@@ -112,7 +112,7 @@ def test_a_sharp_distribution_has_finite_values_and_gradients():
     assert logits.grad.isfinite().all()
 
 
-def test_tokens_without_an_upstream_gradient_have_no_part_in_the_backward_pass():
+def test_tokens_with_zero_upstream_gradient_are_skipped_in_backward():
     hidden, head, ids = make(torch.float64)
     pull = torch.randn(3, 7, dtype=torch.float64)
     pull[0], pull[2, 3:] = 0.0, 0.0
@@ -124,8 +124,8 @@ def test_tokens_without_an_upstream_gradient_have_no_part_in_the_backward_pass()
     assert not of_ours[0][0].any()
 
 
-def test_large_logits_lose_no_more_digits_in_tiles_than_at_once():
-    """A running sum of probabilities times logits would: at logits of 1000 it is off by 1e-4."""
+def test_chunked_entropies_of_large_logits_stay_accurate():
+    """A running sum of probability times logit would be off by 1e-4 at logits of 1000."""
     torch.manual_seed(0)
     hidden, weight = torch.full((6, 1), 1.0), 1000 + torch.randn(50, 1)
     ids = torch.randint(50, (6,))
@@ -135,7 +135,7 @@ def test_large_logits_lose_no_more_digits_in_tiles_than_at_once():
     assert_close(ours.logprobs.double(), exact.logprobs, rtol=0, atol=2e-6)
 
 
-def test_gradients_in_float32_against_the_whole():
+def test_float32_chunked_gradients_match_unchunked():
     torch.manual_seed(0)
     hidden = torch.randn(40, 64, requires_grad=True)
     head, ids, pull = nn.Linear(64, 3000, bias=False), torch.randint(3000, (40,)), torch.randn(2, 40)
@@ -150,7 +150,7 @@ def test_gradients_in_float32_against_the_whole():
         assert ((mine - theirs).abs().max() / theirs.abs().max()).item() < 1e-5
 
 
-def test_a_frozen_head_has_no_gradient_and_changes_none():
+def test_frozen_head_gets_no_gradient_and_changes_no_other():
     torch.manual_seed(0)
     hidden = torch.randn(9, 6, requires_grad=True)
     head, input_ids = torch.nn.Linear(6, 11), torch.randint(11, (9,))
@@ -167,7 +167,7 @@ def test_a_frozen_head_has_no_gradient_and_changes_none():
     assert gradients[0].any()
 
 
-def test_what_is_kept_for_the_backward_pass_serves_it_twice():
+def test_backward_twice_gives_the_same_gradients():
     hidden, head, ids = make(torch.float64)
     pull = torch.randn(3, 7, dtype=torch.float64)
     pull[1] = 0.0

@@ -22,7 +22,7 @@ def value(expression: str) -> int:
     return sum(int(number) for number in re.findall(r"[+-]?\d+", expression))
 
 
-def test_the_solutions_are_these():
+def test_arithmetic_solutions_by_hand():
     problem, solve = Problem("1", "47+85=?", "132"), ArithmeticTask().solve
     assert solve(problem).solution == r"7+5=12 4+8+1=13 \boxed{132}"
     chain = solve(problem._replace(problem="47+85+59=?")).solution
@@ -32,7 +32,7 @@ def test_the_solutions_are_these():
 
 @given(task=TASKS, split=st.sampled_from(sorted(SPLITS)), seed=st.integers(0, 9), index=st.integers(0, 10**9))
 @settings(max_examples=200, deadline=None)
-def test_every_step_and_the_answer_are_true(task, split, seed, index):
+def test_every_step_and_answer_is_correct(task, split, seed, index):
     problem = task.problem(seed, split, index)
     assert re.fullmatch(r"\d+([+-]\d+)+=\?", problem.problem)
     assert problem.answer == str(value(problem.problem))
@@ -51,19 +51,19 @@ def test_every_step_and_the_answer_are_true(task, split, seed, index):
 
 @given(task=TASKS, index=st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
-def test_the_digits_of_the_answer_are_those_of_the_last_steps(task, index):
+def test_answer_digits_come_from_the_last_line_of_steps(task, index):
     last_line = task.solve(task.problem(0, "train", index)).solution.splitlines()[-1]
     columns = re.findall(r"=(\d+)", last_line)
     digits = "".join(column[-1] for column in columns[:-1])[::-1]
     assert int(columns[-1] + digits) == int(extract_boxed(last_line))
 
 
-def test_solutions_are_short():
+def test_solutions_have_at_most_45_characters():
     task = ArithmeticTask()
     assert all(len(task.solve(p).solution) <= 45 for p in task.distinct(0, "train", 800))
 
 
-def test_splits_are_disjoint_and_of_the_announced_size():
+def test_splits_are_disjoint_and_have_the_documented_size():
     task = ArithmeticTask()
     texts = [f"{a}+{b}=?" for a in range(10, 100) for b in range(10, 100)]
     held = {split: {text for text in texts if task.contains(text, split)} for split in SPLITS}
@@ -83,8 +83,8 @@ def test_commuted_problems_share_a_split(text):
         assert chain.contains("47+85-12=?", split) == chain.contains("85-12+47=?", split)
 
 
-def test_the_split_of_a_problem_never_changes():
-    # Literals: another hash would move problems from test to train between two versions.
+def test_first_problem_of_each_split_is_stable():
+    # Literal values: a different hash would move problems from test to train between versions.
     task = ArithmeticTask()
     assert [task.problem(0, split, 0).problem for split in SPLITS] == EXPECTED_FIRST
     assert [s for t in ("47+85=?", "10+10=?", "99+99=?") for s in SPLITS if task.contains(t, s)] == EXPECTED_SPLITS
@@ -97,11 +97,11 @@ EXPECTED_SPLITS = ["train", "train", "train"]
 @pytest.mark.parametrize(
     "text", ["7+85=?", "47+85+12=?", "47-12=?", "47+85", "047+85=?", "47 + 85=?", "12-47=?", "hello"]
 )
-def test_other_texts_are_not_of_the_family(text):
+def test_contains_is_false_for_other_texts(text):
     assert not any(ArithmeticTask().contains(text, split) for split in SPLITS)
 
 
-def test_negative_running_totals_are_not_of_the_family():
+def test_contains_is_false_for_negative_running_totals():
     assert not any(ArithmeticTask(3, 2, "+-").contains("12-47+90=?", split) for split in SPLITS)
 
 
@@ -109,6 +109,6 @@ def test_negative_running_totals_are_not_of_the_family():
     ("arguments", "message"),
     [({"num_terms": 1}, "num_terms"), ({"num_digits": 0}, "num_digits")],
 )
-def test_bad_settings_are_refused(arguments, message):
+def test_invalid_arithmetic_settings_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         ArithmeticTask(**arguments)

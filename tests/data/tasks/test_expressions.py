@@ -18,7 +18,7 @@ EXAMPLE = Problem("1", "3*(5+4)-8-6=?", "13")
 
 
 def value(expression: str) -> int:
-    """By Python's own rules, which know nothing of ours."""
+    """Evaluate the expression with Python, independently of the package."""
     assert re.fullmatch(r"[0-9+*()-]+", expression)
     return int(eval(expression))
 
@@ -28,7 +28,7 @@ def num_operators(expression: str) -> int:
 
 
 def chain(solution: str) -> list[str]:
-    r"""The expressions of a solution, the number in ``\boxed{}`` included."""
+    r"""The expressions of a solution, including the number in ``\boxed{}``."""
     *steps, last = solution.split("=")
     box = re.fullmatch(r"\\boxed\{(-?[0-9]+)\}", last)
     assert box
@@ -39,7 +39,7 @@ def solutions(task: ExpressionTask, problem: Problem, count: int) -> Counter[str
     return Counter(task.solve(problem, seed).solution for seed in range(count))
 
 
-def test_the_solutions_are_these():
+def test_expression_solutions_by_hand():
     assert set(solutions(ExpressionTask(max_number=8, max_value=50), EXAMPLE, 200)) == {
         r"3*9-8-6=27-8-6=19-6=\boxed{13}",
         r"3*9-8-6=27-8-6=27-14=\boxed{13}",
@@ -54,7 +54,7 @@ def test_the_solutions_are_these():
     assert r"4-4+1*1=0+1*1=0+1=\boxed{1}" in solutions(ExpressionTask(), nothing, 200)
 
 
-def test_each_next_step_is_as_likely_as_the_others():
+def test_next_steps_are_equally_likely():
     first = Counter(text.split("=")[0] for text in solutions(ExpressionTask(), EXAMPLE, 1000).elements())
     assert set(first) == {"3*9-8-6", "3*(5+4)-14"}
     assert first["3*9-8-6"] == pytest.approx(500, abs=80)  # five standard deviations
@@ -62,7 +62,7 @@ def test_each_next_step_is_as_likely_as_the_others():
 
 @given(task=TASKS, split=st.sampled_from(sorted(SPLITS)), seed=st.integers(0, 9), index=st.integers(0, 10**9))
 @settings(max_examples=200, deadline=None)
-def test_every_step_is_true_and_an_operation_shorter(task, split, seed, index):
+def test_every_step_is_correct_and_one_operation_shorter(task, split, seed, index):
     problem = task.problem(seed, split, index)
     text = problem.problem.removesuffix("=?")
     assert num_operators(text) == task.num_operators
@@ -74,14 +74,14 @@ def test_every_step_is_true_and_an_operation_shorter(task, split, seed, index):
     assert expressions[-1] == problem.answer
 
 
-def test_a_step_leaves_the_rest_as_it_was():
+def test_a_step_changes_only_the_combined_numbers():
     task = ExpressionTask()
     for problem in task.distinct(0, "train", 200):
         expressions = [problem.problem.removesuffix("=?"), *chain(task.solve(problem).solution)]
         for before, after in pairwise(expressions):
             numbers = [Counter(re.findall(r"[0-9]+", e)) for e in (before, after)]
-            assert sum((numbers[0] - numbers[1]).values()) <= 2  # the two that were combined
-            assert sum((numbers[1] - numbers[0]).values()) <= 1  # what they make
+            assert sum((numbers[0] - numbers[1]).values()) <= 2  # the two combined numbers
+            assert sum((numbers[1] - numbers[0]).values()) <= 1  # their result
 
 
 def test_most_problems_have_several_solutions():
@@ -90,14 +90,14 @@ def test_most_problems_have_several_solutions():
     assert sum(count > 1 for count in counts) > 90
 
 
-def test_answers_of_both_signs_and_products_everywhere():
+def test_answers_have_both_signs_and_problems_have_products():
     problems = ExpressionTask().distinct(0, "train", 500)
     assert 100 < sum(p.answer.startswith("-") for p in problems) < 400
     assert all("*" in p.problem for p in problems)
     assert any("(" in p.problem for p in problems)
 
 
-def test_problems_and_solutions_are_short():
+def test_problems_and_solutions_have_bounded_length():
     task = ExpressionTask()
     problems = task.distinct(0, "train", 2000)
     assert max(len(p.problem) for p in problems) <= 16
@@ -105,15 +105,15 @@ def test_problems_and_solutions_are_short():
 
 
 @pytest.mark.parametrize("text", ["(4+5)*3-8-6", "3*(4+5)-6-8", "(5+4)*3-6-8"])
-def test_problems_in_another_order_share_a_split(text):
+def test_reordered_problems_have_the_same_key(text):
     task = ExpressionTask(max_number=8, max_value=50)
     assert task.key(EXAMPLE.problem) == task.key(f"{text}=?")
     assert task.key(EXAMPLE.problem) != task.key("3*(5-4)-8-6=?")
     assert task.key(EXAMPLE.problem) != task.key("3*(5+4)+8-6=?")
 
 
-def test_the_split_of_a_problem_never_changes():
-    # Literals: another hash would move problems from test to train between two versions.
+def test_first_problem_of_each_split_is_stable():
+    # Literal values: a different hash would move problems from test to train between versions.
     assert [ExpressionTask().problem(0, split, 0).problem for split in SPLITS] == EXPECTED_FIRST
 
 
@@ -125,8 +125,8 @@ EXPECTED_FIRST = ["1*(4+1)+1*3=?", "3*2+(5-2)*4=?", "4*1-2*(4-2)=?"]
     [
         "3*(5+4)-2=?",  # three operations
         "1+1+1+1+1=?",  # no product
-        "3*(4-5)-2-1=?",  # a parenthesis below 0
-        "3*(4+4)-2-1=?",  # 24 on the way
+        "3*(4-5)-2-1=?",  # a negative value in parentheses
+        "3*(4+4)-2-1=?",  # intermediate value 24
         "6*1+1+1+1=?",  # a 6
         "0*1+1+1+1=?",
         "-3*1+1+1+1=?",
@@ -143,13 +143,13 @@ EXPECTED_FIRST = ["1*(4+1)+1*3=?", "3*2+(5-2)*4=?", "4*1-2*(4-2)=?"]
         "=?",
     ],
 )
-def test_other_texts_are_not_of_the_family(text):
+def test_key_is_none_for_other_texts(text):
     assert ExpressionTask().key(text) is None
 
 
 @given(text=st.text("0123459+-*()=?", max_size=12), num_operators=st.integers(1, 3))
 @settings(max_examples=500, deadline=None)
-def test_any_text_is_refused_or_has_pythons_value(text, num_operators):
+def test_answer_of_any_accepted_text_equals_python_eval(text, num_operators):
     task = ExpressionTask(num_operators)
     for expression in (text, f"2*{text}", f"1+{text}*3"):
         if task.key(f"{expression}=?") is not None:
@@ -165,6 +165,6 @@ def test_any_text_is_refused_or_has_pythons_value(text, num_operators):
         ({"max_number": 21}, r"max_value must be at least max_number \(21\), got 20"),
     ],
 )
-def test_bad_settings_are_refused(arguments, message):
+def test_invalid_expression_settings_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         ExpressionTask(**arguments)

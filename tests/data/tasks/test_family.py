@@ -1,4 +1,4 @@
-"""What holds for every family of generated problems."""
+"""Properties shared by all families of generated problems."""
 
 import random
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ each_family = pytest.mark.parametrize("task", FAMILIES, ids=repr)
 
 @dataclass(frozen=True)
 class Doubles(ProblemFamily):
-    """2*0 to 2*99; the odd ones are drawn too, and dropped."""
+    """Problems 2*0 to 2*98; odd factors are drawn too, but have no key."""
 
     name: ClassVar[str] = "doubles"
 
@@ -39,7 +39,7 @@ class Doubles(ProblemFamily):
         return Demonstration(problem.id, problem.problem, f"\\boxed{{{self.answer(problem.problem)}}}")
 
 
-def test_a_family_of_ones_own():
+def test_custom_problem_family():
     problems = Doubles().distinct(0, "train", 20)
     assert len({p.problem for p in problems}) == 20
     assert all(int(p.answer) % 4 == 0 and Doubles().contains(p.problem, "train") for p in problems)
@@ -51,7 +51,7 @@ def test_a_family_of_ones_own():
 @each_family
 @given(seed=st.integers(0, 9), split=st.sampled_from(sorted(SPLITS)), index=st.integers(0, 10**9))
 @settings(max_examples=50, deadline=None)
-def test_problems_are_of_their_split_alone_and_solved(task, seed, split, index):
+def test_problem_is_in_one_split_and_its_solution_is_correct(task, seed, split, index):
     problem = task.problem(seed, split, index)
     assert problem == task.problem(seed, split, index)
     assert [s for s in SPLITS if task.contains(problem.problem, s)] == [split]
@@ -62,7 +62,7 @@ def test_problems_are_of_their_split_alone_and_solved(task, seed, split, index):
 
 
 @each_family
-def test_splits_have_the_announced_sizes(task):
+def test_splits_have_the_documented_sizes(task):
     rng = random.Random(0)
     texts = [text for text in (task.draw(rng) for _ in range(3000)) if task.key(text) is not None]
     shares = {split: sum(task.contains(text, split) for text in texts) / len(texts) for split in SPLITS}
@@ -71,7 +71,7 @@ def test_splits_have_the_announced_sizes(task):
 
 
 @each_family
-def test_distinct_problems_are_distinct_and_a_prefix_of_more(task):
+def test_distinct_problems_are_unique_and_prefix_stable(task):
     problems = task.distinct(0, "test", 200)
     assert len({p.problem for p in problems}) == len({p.id for p in problems}) == 200
     assert task.distinct(0, "test", 50) == problems[:50]
@@ -79,7 +79,7 @@ def test_distinct_problems_are_distinct_and_a_prefix_of_more(task):
 
 
 @each_family
-def test_excluded_problems_give_way_to_the_next_draw(task):
+def test_excluded_problems_are_replaced_by_the_next_draw(task):
     free = [task.problem(0, "train", i) for i in range(50)]
     excluded = frozenset({free[3].problem, free[7].problem})
     barred = [task.problem(0, "train", i, excluded) for i in range(50)]
@@ -87,26 +87,26 @@ def test_excluded_problems_give_way_to_the_next_draw(task):
     assert [i for i in range(50) if free[i] != barred[i]] == [i for i in range(50) if free[i].problem in excluded]
 
 
-def test_other_settings_do_not_move_a_problem_to_another_split():
+def test_settings_do_not_change_the_split_of_a_problem():
     small, large = ExpressionTask(), ExpressionTask(max_number=9, max_value=50)
     for split in SPLITS:
         for problem in small.distinct(0, split, 100):
             assert large.contains(problem.problem, split)
 
 
-def test_the_problems_of_one_family_are_not_of_another():
+def test_families_do_not_share_problems():
     sums, expressions = ArithmeticTask(num_digits=1), ExpressionTask(num_operators=1, max_number=9, max_value=81)
     for split in SPLITS:
         assert not any(expressions.contains(p.problem, split) for p in sums.distinct(0, split, 5))
         assert not any(sums.contains(p.problem, split) for p in expressions.distinct(0, split, 5))
 
 
-def test_too_many_distinct_problems_are_refused_with_numbers():
+def test_too_many_distinct_problems_are_refused_with_counts():
     with pytest.raises(UserError, match=r"100 different problems of split 'test'.*only \d+ came up.*num_digits=1"):
         ArithmeticTask(num_digits=1).distinct(0, "test", 100)
 
 
-def test_all_problems_excluded_is_refused_with_numbers():
+def test_excluding_all_problems_is_refused_with_counts():
     every = frozenset(f"2*{i}=?" for i in range(100))
     with pytest.raises(UserError, match=r"split 'test' in \d+ draws of Doubles\(\) with 100 excluded problems"):
         Doubles().problem(0, "test", 0, every)
