@@ -55,9 +55,9 @@ from egspo_lightning.rewards.format import FormatReward as FormatReward
 from egspo_lightning.rewards.functions import CorrectnessReward as CorrectnessReward
 from egspo_lightning.rewards.functions import Details as Details
 from egspo_lightning.rewards.functions import Reward as Reward
-from egspo_lightning.rewards.grading import Grade as Grade
 from egspo_lightning.rewards.grading import MathGrader as MathGrader
 from egspo_lightning.rewards.length import SoftLengthPenalty as SoftLengthPenalty
+from egspo_lightning.rewards.workers import Grade as Grade
 from egspo_lightning.rollout.engine import Request as Request
 from egspo_lightning.rollout.engine import RolloutEngine as RolloutEngine
 from egspo_lightning.rollout.engine import Sample as Sample

@@ -33,8 +33,8 @@ _WARM_UP = (
 )
 
 
-def grade(answer: str, gold: str, extraction: str) -> dict[str, Any]:
-    """Grade one answer. Returns ``correct`` and ``extracted``, the answer's text or None where there is no answer.
+def grade(answer: str, gold: str, extraction: str) -> tuple[bool, str | None]:
+    """Grade one answer. Returns whether it is correct, and its text, or None where there is no answer.
 
     With extraction "boxed" the answer is bare; with "lenient" math-verify looks for it in free text.
 
@@ -42,10 +42,10 @@ def grade(answer: str, gold: str, extraction: str) -> dict[str, Any]:
         MemoryError: this process has reached its memory limit; there is no verdict.
     """
     if extraction == "boxed":
-        return {"correct": _equal(_parse_bare(gold), _parse_bare(answer)), "extracted": answer}
+        return _equal(_parse_bare(gold), _parse_bare(answer)), answer
     parsed = _parse_text(answer)
     correct = _verify(_parse_gold(gold), parsed, allow_set_relation_comp=False)
-    return {"correct": correct, "extracted": next((part for part in parsed if isinstance(part, str)), None)}
+    return correct, next((part for part in parsed if isinstance(part, str)), None)
 
 
 def warm_up() -> None:

@@ -57,9 +57,9 @@ def _grade_until_end(client: Connection, deadline_s: float, memory_limit_mb: int
             started = time.monotonic()
             # The default action of SIGALRM ends the process even inside C code, where no handler would run.
             signal.setitimer(signal.ITIMER_REAL, deadline_s)
-            reply = _verify.grade(**request)
+            correct, extracted = _verify.grade(*request)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            client.send({**reply, "seconds": time.monotonic() - started})
+            client.send((correct, extracted, time.monotonic() - started))
     finally:  # also out of memory: the client takes an end without a reply for a crash
         os._exit(0)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from egspo_lightning.errors import require
-from egspo_lightning.rewards.grading import Grade, MathGrader
+from egspo_lightning.rewards.grading import MathGrader
+from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.types import Count, PositiveFloat, Problem
 
 

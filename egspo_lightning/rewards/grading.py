@@ -36,30 +36,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from egspo_lightning.errors import require
 from egspo_lightning.rewards import equivalence
 from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, after_reasoning, extract_boxed
 from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
-from egspo_lightning.rewards.workers import Outcome, WorkerPool
+from egspo_lightning.rewards.workers import Grade, WorkerPool
 from egspo_lightning.types import Count, PositiveFloat
 
 _RULES_VERSION = 3
 """Version of the grading rules. Increase it if a verdict may change: stored verdicts of older versions are dropped."""
-
-
-class Grade(NamedTuple):
-    """The verdict on one answer."""
-
-    correct: bool
-    status: str
-    """graded, no_answer (none was found), timeout (past the deadline) or crashed (the worker died or reached its memory
-    limit)"""
-    extracted: str | None
-    """The answer that was found in the text."""
-    seconds: float
-    """Time in a worker; 0 where none was needed."""
 
 
 class MathGrader:
@@ -106,8 +93,8 @@ class MathGrader:
         """
         if self.extraction == "boxed":
             return self._grade(extract_boxed, completions, golds)
-        requests = [_request(after_reasoning(text), gold, "lenient") for text, gold in _pairs(completions, golds)]
-        return [_lenient_grade(outcome) for outcome in self._pool.run(requests)]
+        pairs = zip(completions, golds, strict=True)
+        return self._pool.run([(after_reasoning(text), gold, "lenient") for text, gold in pairs])
 
     def grade_answers(self, answers: Sequence[str], golds: Sequence[str]) -> list[Grade]:
         r"""Grade bare answers, in their order; where one holds a ``\boxed{}``, the content of the box counts.
@@ -151,15 +138,14 @@ class MathGrader:
         return [grade.correct if grade.status == "graded" else None for grade in grades]
 
     def _grade(self, extract: Callable[[str], str | None], texts: Sequence[str], golds: Sequence[str]) -> list[Grade]:
-        pairs = [(extract(text), extract_boxed(gold) or gold) for text, gold in _pairs(texts, golds)]
+        pairs = [(extract(text), extract_boxed(gold) or gold) for text, gold in zip(texts, golds, strict=True)]
         grades = [_grade_fast(answer, gold) for answer, gold in pairs]
-        undecided = [(answer, gold) for (answer, gold), grade in zip(pairs, grades, strict=True) if grade is None]
-        outcomes = self._pool.run([_request(*for_algebra(answer or "", gold), "boxed") for answer, gold in undecided])
-        graded = (
-            Grade(bool(outcome.reply and outcome.reply["correct"]), outcome.status, answer, outcome.seconds)
-            for (answer, _), outcome in zip(undecided, outcomes, strict=True)
-        )
-        return [grade or next(graded) for grade in grades]
+        undecided = [(answer or "", gold) for (answer, gold), grade in zip(pairs, grades, strict=True) if grade is None]
+        by_algebra = iter(self._pool.run([(*for_algebra(*pair), "boxed") for pair in undecided]))
+        return [
+            grade or next(by_algebra)._replace(extracted=answer)
+            for (answer, _), grade in zip(pairs, grades, strict=True)
+        ]
 
 
 def _grade_fast(answer: str | None, gold: str) -> Grade | None:
@@ -169,24 +155,6 @@ def _grade_fast(answer: str | None, gold: str) -> Grade | None:
     return None if correct is None else Grade(correct, "graded", answer, 0.0)
 
 
-def _lenient_grade(outcome: Outcome) -> Grade:
-    if outcome.reply is None:
-        return Grade(False, outcome.status, None, outcome.seconds)
-    extracted = outcome.reply["extracted"]
-    status = "no_answer" if extracted is None else "graded"
-    return Grade(outcome.reply["correct"], status, extracted, outcome.seconds)
-
-
 def _bare(answer: str) -> str | None:
     boxed = extract_boxed(answer) or answer.strip()
     return boxed if 0 < len(boxed) <= MAX_ANSWER_LENGTH else None
-
-
-def _request(answer: str, gold: str, extraction: str) -> dict[str, Any]:
-    return {"answer": answer, "gold": gold, "extraction": extraction}
-
-
-def _pairs(texts: Sequence[str], golds: Sequence[str]) -> zip[tuple[str, str]]:
-    if len(texts) != len(golds):
-        raise ValueError(f"as many gold answers as answers are needed, got {len(golds)} for {len(texts)}")
-    return zip(texts, golds, strict=True)

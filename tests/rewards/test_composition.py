@@ -10,8 +10,9 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.composition import Scored, WeightedReward
 from egspo_lightning.rewards.format import FormatReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Details
-from egspo_lightning.rewards.grading import Grade, MathGrader
+from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rewards.length import SoftLengthPenalty
+from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.types import Problem
 
 TEXTS = [r"\boxed{x+1}", r"\boxed{1+x} \boxed{1+x}", r"\boxed{y}", "x+1"]

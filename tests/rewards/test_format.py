@@ -2,7 +2,7 @@ import pytest
 
 from egspo_lightning.rewards.format import FormatReward, is_well_formed
 from egspo_lightning.rewards.functions import Details
-from egspo_lightning.rewards.grading import Grade
+from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.types import Problem
 
 OPENED = "<|im_start|>assistant\n<think>\n"  # as the templates of reasoning models end

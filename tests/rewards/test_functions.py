@@ -2,7 +2,7 @@ import pytest
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.functions import CorrectnessReward, Details, Reward
-from egspo_lightning.rewards.grading import Grade
+from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.types import Problem
 
 

@@ -3,8 +3,8 @@ from jsonargparse import ArgumentParser
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.functions import Details
-from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.rewards.length import SoftLengthPenalty
+from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.types import Problem
 
 

@@ -66,8 +66,8 @@ def test_equal_values_are_left_open(gold: Any, answer: Any) -> None:
     ],
 )
 def test_what_vanishes_is_zero(answer: str, gold: str, near: str) -> None:
-    assert _verify.grade(answer, gold, "boxed")["correct"]
-    assert not _verify.grade(near, gold, "boxed")["correct"]
+    assert _verify.grade(answer, gold, "boxed")[0]
+    assert not _verify.grade(near, gold, "boxed")[0]
 
 
 def test_out_of_memory_is_never_taken_for_an_answer() -> None:
@@ -83,10 +83,10 @@ def test_what_numbers_cannot_compare_is_still_a_verdict() -> None:
     gold, answer = _verify._parse_bare("5"), _verify._parse_bare(r"5 \mod 7")
     with pytest.raises(TypeError, match="truth value"):
         are_different(gold, answer)
-    assert _verify.grade(r"5 \mod 7", "5", "boxed")["correct"]
-    assert not _verify.grade(r"5 \mod 7", "6", "boxed")["correct"]
+    assert _verify.grade(r"5 \mod 7", "5", "boxed")[0]
+    assert not _verify.grade(r"5 \mod 7", "6", "boxed")[0]
 
 
 def test_an_answer_without_a_parse_equals_nothing() -> None:
-    assert not _verify.grade("((( 5", "5", "boxed")["correct"]
-    assert not _verify.grade("((( 5", "((( 5 +", "boxed")["correct"]
+    assert not _verify.grade("((( 5", "5", "boxed")[0]
+    assert not _verify.grade("((( 5", "((( 5 +", "boxed")[0]

@@ -9,11 +9,11 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from egspo_lightning.rewards._processes import Worker
 from egspo_lightning.rewards.grading import MathGrader
 
 Gone = Callable[[list[int]], None]
@@ -236,13 +236,13 @@ def test_what_stands_behind_a_bomb_in_a_batch_is_graded_all_the_same() -> None:
 
 
 def test_a_timeout_is_one_also_where_the_client_is_held_up_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = Worker.send
+    send = Connection.send
 
-    def send_and_be_held_up(worker: Worker, request: dict[str, str]) -> None:
-        send(worker, request)
+    def send_and_be_held_up(connection: Connection, request: object) -> None:
+        send(connection, request)
         time.sleep(0.1)
 
-    monkeypatch.setattr(Worker, "send", send_and_be_held_up)
+    monkeypatch.setattr(Connection, "send", send_and_be_held_up)
     with MathGrader(deadline_s=0.5) as grader:
         grader.grade_answers(["x+1"], ["1+x"])
         assert grader.grade_answers([BOMB], ["5"])[0].status == "timeout"

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.format import FormatReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Details
-from egspo_lightning.rewards.grading import Grade
 from egspo_lightning.rewards.length import SoftLengthPenalty
+from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.rollout.generation import sample, sample_and_grade
 from egspo_lightning.rollout.grade_rollouts import decode, grade_rollouts
