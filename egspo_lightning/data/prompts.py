@@ -5,6 +5,7 @@ Prompt and completion are tokenized separately, so that a demonstration has exac
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _PROBLEM = "{problem}"
 _SYSTEM = "{system}"
+_FIXED = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict")
+"""Arguments of ``apply_chat_template`` that a prompt template sets itself."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,16 @@ class PromptTemplate:
         plain: The text for models without a chat template. It has "{problem}" exactly once, and "{system}" where the
             instruction belongs. With an empty instruction, blank lines at the beginning are dropped.
         use_chat_template: "auto" (where there is one), "always" (an error where there is none) or "never".
+        chat_template_kwargs: Variables for the chat template, such as {enable_thinking: false} for Qwen3.
 
     Raises:
-        UserError: plain lacks "{problem}" or has it twice.
+        UserError: plain lacks "{problem}" or has it twice, or chat_template_kwargs cannot be used.
     """
 
     system: str = "Please reason step by step, and put your final answer within \\boxed{}."
     plain: str = "{system}\n\n{problem}\n\n"
     use_chat_template: Literal["auto", "always", "never"] = "auto"
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.plain.count(_PROBLEM) != 1:
@@ -47,15 +52,26 @@ class PromptTemplate:
                 f'plain must contain "{_PROBLEM}" exactly once, got {self.plain!r}. '
                 f'Put "{_PROBLEM}" where the question belongs.'
             )
+        if fixed := [name for name in self.chat_template_kwargs or {} if name in _FIXED]:
+            raise UserError(
+                f"chat_template_kwargs sets {fixed[0]}, which the prompt template sets itself. Give variables of the "
+                "chat template, such as enable_thinking."
+            )
 
     def render(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> str:
         """Return the prompt as text.
 
         Raises:
-            UserError: a chat template is asked for and there is none, or it refuses the messages.
+            UserError: a chat template is asked for and there is none, or it does not have the variables of
+                ``chat_template_kwargs``, or it refuses the messages.
         """
         if self._is_chat(tokenizer):
             return self._render_chat(tokenizer, problem_text)
+        if self.chat_template_kwargs:
+            raise UserError(
+                f"chat_template_kwargs = {self.chat_template_kwargs}, but no chat template is used: the tokenizer has "
+                'none, or use_chat_template is "never". Leave chat_template_kwargs out.'
+            )
         before, _, after = self.plain.partition(_PROBLEM)
         before, after = before.replace(_SYSTEM, self.system), after.replace(_SYSTEM, self.system)
         return (before if self.system else before.lstrip("\n")) + problem_text + after
@@ -99,14 +115,25 @@ class PromptTemplate:
         messages = [{"role": "user", "content": problem_text}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
+        variables = self._variables(tokenizer)
         try:
-            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
         except TemplateError as error:
             raise UserError(
                 f"The tokenizer's chat template refuses the prompt: {error}. "
                 'If it has no system message, set system to "", or use_chat_template to "never".'
             ) from error
         return str(rendered)
+
+    def _variables(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """The variables of the chat template; transformers ignores unknown ones."""
+        variables, template = self.chat_template_kwargs or {}, str(tokenizer.chat_template)
+        if unknown := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]:
+            raise UserError(
+                f"chat_template_kwargs sets {unknown[0]}, which the tokenizer's chat template never reads. Correct the "
+                "name, or leave it out."
+            )
+        return variables
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+THINKING = CHAT + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 CHAT_WITHOUT_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
 
 
@@ -68,6 +69,29 @@ def test_chat_template_without_system_role_is_refused_with_remedy(load):
     with pytest.raises(UserError, match=r'no system role.*set system to ""'):
         PromptTemplate().render(load(CHAT_WITHOUT_SYSTEM), "1+1?")
     assert PromptTemplate(system="").render(load(CHAT_WITHOUT_SYSTEM), "1+1?") == "<user>1+1?</user><assistant>"
+
+
+def test_variables_of_the_chat_template(load):
+    """In a prompt, and so in a demonstration."""
+    tokenizer = load(THINKING)
+    assert PromptTemplate(system="").render(tokenizer, "1+1?") == "<user>1+1?</user><assistant>"
+    template = PromptTemplate(system="", chat_template_kwargs={"enable_thinking": False})
+    assert template.render(tokenizer, "1+1?") == "<user>1+1?</user><assistant><think></think>"
+    prompt, _ = template.encode_demonstration(tokenizer, Demonstration("1", "1+1?", "2"))
+    assert bytes(prompt).decode() == template.render(tokenizer, "1+1?")
+
+
+@pytest.mark.parametrize(
+    ("variables", "template", "message"),
+    [
+        ({"enable_thinkin": False}, THINKING, "sets enable_thinkin, which the tokenizer's chat template never reads"),
+        ({"enable_thinking": False}, None, "no chat template is used"),
+        ({"tokenize": True}, THINKING, "sets tokenize, which the prompt template sets itself"),
+    ],
+)
+def test_variables_that_nobody_reads_are_refused(load, variables, template, message):
+    with pytest.raises(UserError, match=message):
+        PromptTemplate(chat_template_kwargs=variables).render(load(template), "1+1?")
 
 
 def test_bos_is_added_only_to_plain_text_and_eos_never(load):

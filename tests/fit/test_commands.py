@@ -1,6 +1,7 @@
 """The commands, on the shipped configs, shortened: fit, validate, test, predict."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,32 @@ def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path
     assert [(row["id"], row["sample"]) for row in twice] == [(row["id"], i) for row in rows for i in range(2)]
     assert all(row["completion"] for row in once)
     assert [row["correct"] is None for row in once] == [False, True, False]
+
+
+CHAT = """{% if thinking is not defined %}{{ raise_exception('thinking is not given') }}{% endif %}\
+{% for message in messages %}{{ message.content }}{% endfor %}"""
+
+
+def test_variables_of_the_chat_template_reach_every_command(small_model, repository, tmp_path, monkeypatch, capsys):
+    """The template refuses any prompt without the variable; the run's config keeps it."""
+    monkeypatch.chdir(repository)
+    model = tmp_path / "chat"
+    shutil.copytree(small_model, model)
+    (model / "chat_template.jinja").write_text(CHAT)
+    root = f"--trainer.default_root_dir={tmp_path}"
+    fit = ["fit", "--config=configs/quickstart.yaml", f"--model.policy.name_or_path={model}", *SHORT, root]
+    with pytest.raises(SystemExit):
+        main(fit)
+    assert "thinking is not given" in capsys.readouterr().err
+    cli = run([*fit, "--data.prompt.chat_template_kwargs.thinking=false"])
+    folder = Path(cli.trainer.log_dir)
+    assert cli.datamodule.num_rollout_batches == 1
+    assert cli.trainer.callback_metrics["eval/arithmetic/avg@1"] >= 0
+    assert "thinking: false" in (folder / "config.yaml").read_text()
+    run(["test", *measuring(folder), root])
+    (tmp_path / "mine.jsonl").write_text('{"problem": "11+11=?", "answer": "22"}')
+    mine = ["--data.problems=DatasetProblems", f"--data.problems.init_args.path={tmp_path / 'mine.jsonl'}"]
+    run(["predict", *measuring(folder), root, *mine])
 
 
 def test_the_console_script_is_the_same_command():
