@@ -1,38 +1,40 @@
-"""What sampling ahead gains (`data.max_staleness`): whole iterations with it and without: `--help`.
+"""Time of an iteration with and without asynchronous sampling (`data.max_staleness`); see `--help`.
 
-While it trains on one collection a run samples the next, in a thread, so it has twice the threads at work. The third
-side is the fair one: no sampling ahead, and as many threads for each operation as the second has in all.
+With `max_staleness 1` a thread samples the next rollout batch while the run trains on the current one, so twice as many
+threads work. The third variant is the fair baseline: no sampling ahead, with twice the threads per operation.
 """
 
 import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from comparison.arguments import told
-from measuring.listeners import IterationTimes, PhaseTimes
-from measuring.report import add_workloads, parse, parser, publish
-from measuring.timing import Reading, in_turn, ratio, seconds, spread
-from measuring.workloads import NAMES, Workload, choose, found, train
+from comparison.arguments import exit_code
+from comparison.callbacks import callback_flag, find_callback
+from measuring.callbacks import IterationTimes, PhaseTimes
+from measuring.report import add_run_flags, add_workloads, parse, parser, publish
+from measuring.timing import Reading, interleave, ratio, seconds, spread
+from measuring.workloads import NAMES, Workload, choose, train
 
 NAME = "asynchronous"
 
 
-class Way(NamedTuple):
-    """How a side runs."""
+class Variant(NamedTuple):
+    """Settings of a run."""
 
     max_staleness: int
     threads: int
 
     def __str__(self) -> str:
-        return f"max_staleness {self.max_staleness}, {self.threads} threads an operation"
+        return f"max_staleness {self.max_staleness}, threads per operation {self.threads}"
 
 
 class Measured(NamedTuple):
-    """An iteration of one run, the median of several; seconds."""
+    """Medians over the iterations of a run, in seconds."""
 
     reading: Reading
     sampling: float
@@ -40,9 +42,9 @@ class Measured(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = parser(NAME, "Time of an iteration with sampling ahead over that without.", rounds=5)
-    flags.add_argument("--iterations", type=int, default=10, help="timed iterations a run (10)")
-    flags.add_argument("--flags", nargs="*", default=[], help="further flags of the project's own command line")
+    flags = parser(NAME, "Time of an iteration with and without asynchronous sampling.", rounds=5)
+    flags.add_argument("--iterations", type=int, default=10, help="timed iterations per run (10)")
+    add_run_flags(flags)
     add_workloads(flags, "quickstart")
     flags.set_defaults(threads=1)
     arguments = parse(flags, argv)
@@ -53,19 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(workload: Workload, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     threads = arguments.threads
-    ways = [Way(0, threads), Way(1, threads), Way(0, 2 * threads)]
-    sides = {str(way): lambda way=way: _measure(workload, way, arguments) for way in ways}
-    return _rows(in_turn(sides, arguments.rounds, measure=lambda run: run()))
+    variants = [Variant(0, threads), Variant(1, threads), Variant(0, 2 * threads)]
+    runs = {str(variant): partial(_measure, workload, variant, arguments) for variant in variants}
+    return _rows(interleave(runs, arguments.rounds, warmup=1))
 
 
-def _measure(workload: Workload, way: Way, arguments: argparse.Namespace) -> Measured:
-    """Without the first iteration, whose rollouts are never sampled ahead, and the last, which samples none."""
-    torch.set_num_threads(way.threads)
-    listeners = [(IterationTimes, {"warmup": 1}), (PhaseTimes, {})]
-    flags = [f"--data.max_staleness={way.max_staleness}", *arguments.flags]
-    cli = train(workload, arguments.iterations + 2, listeners, *flags)
-    readings = found(cli, IterationTimes).readings[:-1]
-    times = found(cli, PhaseTimes).times[1:-1]
+def _measure(workload: Workload, variant: Variant, arguments: argparse.Namespace) -> Measured:
+    """Train, and skip the first iteration, which is never sampled ahead, and the last, which samples nothing ahead."""
+    torch.set_num_threads(variant.threads)
+    callbacks = callback_flag(IterationTimes, warmup=1), callback_flag(PhaseTimes)
+    flags = [f"--data.max_staleness={variant.max_staleness}", *arguments.flags]
+    cli = train(workload, arguments.iterations + 2, *callbacks, *flags)
+    readings = find_callback(cli, IterationTimes).readings[:-1]
+    times = find_callback(cli, PhaseTimes).times[1:-1]
     return Measured(
         Reading(*(statistics.median(column) for column in zip(*readings, strict=True))),
         statistics.median(row["time/sample"] + row["time/grade"] for row in times),
@@ -74,23 +76,23 @@ def _measure(workload: Workload, way: Way, arguments: argparse.Namespace) -> Mea
 
 
 def _rows(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
-    base = [one.reading for one in next(iter(measured.values()))]
+    baseline = [one.reading for one in next(iter(measured.values()))]
     rows = []
-    for way, mine in measured.items():
+    for variant, mine in measured.items():
         readings = [one.reading for one in mine]
         rows.append(
             {
-                "way": way,
+                "variant": variant,
                 "rounds": len(mine),
                 "seconds": str(seconds(readings)),
                 "CPU seconds": str(seconds(readings, "cpu")),
-                "over the first": str(ratio(readings, base)),
+                "time / baseline": str(ratio(readings, baseline)),
                 "sampling and grading, s": str(spread([one.sampling for one in mine])),
-                "waited for it, s": str(spread([one.waiting for one in mine])),
+                "waiting for rollouts, s": str(spread([one.waiting for one in mine])),
             }
         )
     return rows
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(exit_code(main))

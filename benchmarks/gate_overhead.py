@@ -1,7 +1,7 @@
-"""What the gate costs: whole iterations with it, and the same without a gate and without any entropy: `--help`.
+"""Overhead of the gate: time of iterations with the gate, relative to iterations without gate and entropies.
 
-Sample, grade, score, update. Each pair goes through the same iteration from the same weights, so it samples the same
-completions. The paper (arXiv 2602.03309) reports 3.4 %.
+An iteration samples, grades, scores and trains. Both iterations of a pair start from the same weights and sample the
+same completions. The paper (arXiv 2602.03309) reports an overhead of 3.4 %. Flags: `--help`.
 """
 
 import argparse
@@ -11,28 +11,29 @@ from typing import Any
 
 import torch
 
-from comparison.arguments import told
+from comparison.arguments import exit_code
+from comparison.callbacks import callback_flag, find_callback
 from egspo_lightning.models import policy
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.token_stats import TokenStats, token_stats
 from egspo_lightning.rollout import transformers_engine
 from egspo_lightning.rollout.token_sampling import TokenSampler
-from measuring.listeners import Replay
-from measuring.report import add_workloads, parse, parser, publish
+from measuring.callbacks import Replay
+from measuring.report import add_run_flags, add_workloads, parse, parser, publish
 from measuring.timing import Clock, Reading, median_interval, ratios, seconds, spread
-from measuring.workloads import NAMES, Workload, choose, found, train
+from measuring.workloads import NAMES, Workload, choose, train
 
 NAME = "gate_overhead"
 GATED, BARE = "EGSPO", "no gate, no entropy"
 
-_policy: Any = policy  # as Any: the names in these modules are replaced
+_policy: Any = policy  # typed as Any, because functions in these modules are replaced
 _engine: Any = transformers_engine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = parser(NAME, "Time of an iteration with the gate over that without.", rounds=25)
-    flags.add_argument("--flags", nargs="*", default=[], help="further flags of the project's own command line")
+    flags = parser(NAME, "Time of an iteration with the gate, relative to one without.", rounds=25)
+    add_run_flags(flags)
     add_workloads(flags, "quickstart")
     arguments = parse(flags, argv)
     Replay.switches = {GATED: _gated, BARE: _bare}
@@ -42,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(workload: Workload, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    ways = {"ways": [GATED, BARE], "rounds": arguments.rounds}
+    replay_flag = callback_flag(Replay, variants=[GATED, BARE], rounds=arguments.rounds)
     try:
-        cli = train(workload, 2 * (arguments.rounds + 1), [(Replay, ways)], *arguments.flags)
+        cli = train(workload, 2 * (arguments.rounds + 1), replay_flag, *arguments.flags)
     finally:
         _compute_entropies(True)
-    replay: Replay = found(cli, Replay)
+    replay = find_callback(cli, Replay)
     _require_same(replay)
     return _rows(replay.readings)
 
@@ -63,8 +64,8 @@ def _bare(module: Any) -> None:
 
 
 def _compute_entropies(is_on: bool) -> None:
-    """Where a run computes them: in updates and scoring, and while it samples."""
-    _policy.token_stats = token_stats if is_on else logprobs_alone
+    """Switch the entropies of forward passes and of sampling on or off."""
+    _policy.token_stats = token_stats if is_on else logprobs_only
     _engine.TokenSampler = TokenSampler if is_on else TokenSamplerWithoutEntropies
 
 
@@ -73,13 +74,13 @@ def _set_gate(module: Any, gate: Any) -> None:
     object.__setattr__(module.advantage_and_gate, "attenuation", ConfidenceAttenuation())
 
 
-def logprobs_alone(*args: Any, with_entropies: bool, **kwargs: Any) -> TokenStats:
-    """No entropies, whoever asks for them; they are 0."""
+def logprobs_only(*args: Any, with_entropies: bool, **kwargs: Any) -> TokenStats:
+    """``token_stats`` whose entropies are always 0."""
     return token_stats(*args, with_entropies=False, **kwargs)
 
 
 class TokenSamplerWithoutEntropies(TokenSampler):
-    """Draws the same, and does nothing for entropies: a draw leaves its probabilities, whose logarithms are told."""
+    """Draws the same tokens; takes log-probabilities from the probabilities of the draw, and computes no entropies."""
 
     def _probabilities(self, logits: torch.Tensor, place: slice) -> torch.Tensor:
         scaled = logits.float() if self._temperature == 1.0 else logits.float() / self._temperature
@@ -91,28 +92,30 @@ class TokenSamplerWithoutEntropies(TokenSampler):
 
 
 def _require_same(replay: Replay) -> None:
-    one, other = (replay.collections[way].batch for way in (GATED, BARE))
+    one, other = (replay.rollouts[variant].batch for variant in (GATED, BARE))
     if not torch.equal(one.input_ids, other.input_ids):
-        raise RuntimeError("The two ways have sampled different completions, so their times cannot be compared.")
+        raise RuntimeError("The two variants sampled different completions, so their times cannot be compared.")
 
 
 def _rows(readings: dict[str, list[Reading]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for way, mine in readings.items():
-        row = {"way": way, "pairs": len(mine), "seconds": str(seconds(mine)), "CPU seconds": str(seconds(mine, "cpu"))}
+    for variant, mine in readings.items():
+        row = {"variant": variant, "pairs": len(mine), "seconds": str(seconds(mine))}
+        row["CPU seconds"] = str(seconds(mine, "cpu"))
         clocks: dict[str, Clock] = {"overhead, %": "wall", "CPU overhead, %": "cpu"}
         for name, kind in clocks.items():
-            row[name] = "" if way == BARE else _told([100 * (r - 1) for r in ratios(mine, readings[BARE], kind)])
+            overheads = [100 * (ratio - 1) for ratio in ratios(mine, readings[BARE], kind)]
+            row[name] = "" if variant == BARE else _interval(overheads)
         rows.append(row)
     return rows
 
 
-def _told(percents: list[float]) -> str:
-    """Median with its 95 % interval, and quartiles."""
+def _interval(percents: list[float]) -> str:
+    """Median with its 95 % confidence interval, and quartiles."""
     median, low, high = spread(percents)
     interval = " to ".join(f"{end:+.2f}" for end in median_interval(percents))
     return f"{median:+.2f} (95 %: {interval}; quartiles {low:+.2f} and {high:+.2f})"
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(exit_code(main))

@@ -1,6 +1,6 @@
 """Grader throughput: grades per second with one and with two workers; see README.md, "Grader throughput".
 
-Each repetition starts new workers for every side, in turn, so that no side profits from earlier parses.
+Every measurement starts new workers, so that none profits from earlier parses.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from comparison.machine import machine
+from comparison.tables import markdown_table
 from egspo_lightning.data.answer_formats import boxed_solution
 from egspo_lightning.data.reader import read_rows
 from egspo_lightning.rewards.fast_path import compare_fast
 from egspo_lightning.rewards.grading import MathGrader
+from measuring.timing import interleave
 
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "antlr4-python3-runtime")
 
@@ -52,7 +54,7 @@ def completions(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
 
 
 def undecided(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
-    """Pair answers that only math-verify can compare: with another row's, and with themselves over 1."""
+    """Pair answers that only math-verify can compare: with answers of other rows, and with themselves over 1."""
     golds = [gold for _, row in rows if not row["answer"].isdigit() and (gold := row["answer"])]
     others = [Pair(answer, gold) for answer, gold in itertools.pairwise(golds)]
     rewritten = [Pair(rf"\frac{{{gold}}}{{1}}", gold) for gold in golds if not set(gold) & set(",=<>$%") - {""}]
@@ -64,7 +66,7 @@ def undecided(rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair]:
 def measure(
     pairs: Sequence[Pair], num_workers: int, *, first_core: int = 0, ready: Callable[[], object] = lambda: None
 ) -> Measurement:
-    """Time one pass of a new grader, on as many cores as workers where the system lets a process choose cores."""
+    """Time one pass of a new grader, pinned to one core per worker if the system supports it."""
     with _on_cores(first_core, num_workers), MathGrader(num_workers=num_workers) as grader:
         grader.grade([r"\boxed{x+1}"] * 2 * num_workers, ["1+x"] * 2 * num_workers)  # starts the workers
         texts, golds = [pair.completion for pair in pairs], [pair.gold for pair in pairs]
@@ -78,7 +80,7 @@ def measure(
 
 
 def measure_apart(pairs: Sequence[Pair], num_cores: int) -> Measurement:
-    """Time one grader on each core, with one worker and all pairs each: the most that the machine allows."""
+    """Time one grader per core at once, each with one worker and all pairs: an upper bound for this machine."""
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(num_cores), context.SimpleQueue()
 
@@ -96,15 +98,6 @@ def measure_apart(pairs: Sequence[Pair], num_cores: int) -> Measurement:
     return Measurement(wall, sum(cpu) / num_cores if cpu else None, measurements[0].correct)
 
 
-def run(sides: Mapping[str, Callable[[], Measurement]], repetitions: int) -> dict[str, list[Measurement]]:
-    """Measure all sides in turn, ``repetitions`` times."""
-    results: dict[str, list[Measurement]] = {name: [] for name in sides}
-    for _ in range(repetitions):
-        for name, side in sides.items():
-            results[name].append(side())
-    return results
-
-
 def summary(pairs: Sequence[Pair], measurements: Sequence[Measurement]) -> dict[str, Any]:
     rates = [len(pairs) / measurement.wall_s for measurement in measurements]
     cpu = [len(pairs) / measurement.cpu_s for measurement in measurements if measurement.cpu_s]
@@ -119,40 +112,36 @@ def summary(pairs: Sequence[Pair], measurements: Sequence[Measurement]) -> dict[
 
 
 def table(report: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| pairs | workers | grades/s | lowest to highest | grades/CPU s | times 1 worker |",
-        "|---|---|---|---|---|---|",
-    ]
-    for kind, sides in report.items():
-        for workers, side in sides.items():
-            ratio = side["grades_per_s"] / next(iter(sides.values()))["grades_per_s"]
-            cpu = "" if side["grades_per_cpu_s"] is None else f"{side['grades_per_cpu_s']:.0f}"
-            lines.append(
-                f"| {kind} ({side['pairs']}) | {workers} | {side['grades_per_s']:.0f} "
-                f"| {side['lowest']:.0f} to {side['highest']:.0f} | {cpu} | {ratio:.2f} |"
-            )
-    return "\n".join(lines)
+    header = ["pairs", "workers", "grades/s", "lowest to highest", "grades/CPU s", "speedup"]
+    rows = []
+    for kind, variants in report.items():
+        baseline = next(iter(variants.values()))["grades_per_s"]
+        for workers, found in variants.items():
+            cpu = "" if found["grades_per_cpu_s"] is None else f"{found['grades_per_cpu_s']:.0f}"
+            rates = f"{found['grades_per_s']:.0f}", f"{found['lowest']:.0f} to {found['highest']:.0f}"
+            rows.append([f"{kind} ({found['pairs']})", workers, *rates, cpu, f"{found['grades_per_s'] / baseline:.2f}"])
+    return markdown_table(header, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="JSONL with answer and solution")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="numbers of workers to compare")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--limit", type=int, help="pairs of each kind at most")
-    parser.add_argument("--output", type=Path, help="a JSON file for everything that was measured")
+    parser.add_argument("--repetitions", type=int, default=5, help="measurements per variant (5)")
+    parser.add_argument("--limit", type=int, help="maximum number of pairs of each kind")
+    parser.add_argument("--output", type=Path, help="JSON file for all measurements")
     options = parser.parse_args(arguments)
     rows = [(where, row) for path in options.data for where, row in read_rows(path) if row.get("solution")]
     report, raw = {}, {}
     for kind, pairs in {"completions": completions(rows), "undecided": undecided(rows)}.items():
         chosen = pairs[: options.limit]
-        sides = {str(n): partial(measure, chosen, n) for n in options.workers}
-        sides |= {f"{n} apart": partial(measure_apart, chosen, n) for n in options.workers if n > 1}
-        raw[kind] = run(sides, options.repetitions)
+        variants: dict[str, Callable[[], Measurement]] = {str(n): partial(measure, chosen, n) for n in options.workers}
+        variants |= {f"{n} apart": partial(measure_apart, chosen, n) for n in options.workers if n > 1}
+        raw[kind] = interleave(variants, options.repetitions)
         report[kind] = {name: summary(chosen, measurements) for name, measurements in raw[kind].items()}
     print(table(report))
     if options.output is not None:
-        measured = {kind: {name: [vars(m) for m in ms] for name, ms in sides.items()} for kind, sides in raw.items()}
+        measured = {kind: {name: [vars(m) for m in ms] for name, ms in found.items()} for kind, found in raw.items()}
         versions = {package: version(package) for package in PACKAGES}
         everything = {"machine": machine(), "versions": versions, "summary": report, "measurements": measured}
         options.output.write_text(json.dumps(everything, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""How much of an iteration is computation that has to be: `--help`.
+"""Efficiency of optimizer steps and sampling, relative to the bare model passes that they need; see `--help`.
 
-An update over the bare forward and backward pass of the same unpadded tokens; sampling over the bare forward passes
-with which the same completions would be decoded, each step with no more rows than still run.
+Optimizer steps are compared with bare forward and backward passes of the same unpadded tokens. Sampling is compared
+with the bare forward passes that decode the same completions, each over the unfinished rows only.
 """
 
 import argparse
@@ -12,24 +12,25 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from comparison.arguments import told
+from comparison.arguments import exit_code
+from comparison.callbacks import callback_flag, find_callback
 from egspo_lightning.data.generated_sources import GeneratedProblems
 from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Sampling
-from measuring.bare import bare_decode, bare_updates
-from measuring.listeners import UpdateTimes
-from measuring.report import add_workloads, parse, parser, publish
+from measuring.bare import bare_decode, bare_steps
+from measuring.callbacks import StepTimes
+from measuring.report import add_run_flags, add_workloads, parse, parser, publish
 from measuring.timing import Reading, Stopwatch, ratio, seconds
-from measuring.workloads import NAMES, Workload, choose, found, train
+from measuring.workloads import NAMES, Workload, choose, train
 
 NAME = "step_efficiency"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    flags = parser(NAME, "Time of updates and of sampling over the bare passes within them.", rounds=15)
+    flags = parser(NAME, "Time of optimizer steps and of sampling, relative to bare model passes.", rounds=15)
     add_workloads(flags, "quickstart", "random")
-    flags.add_argument("--flags", nargs="*", default=[], help="further flags of the project's own command line")
+    add_run_flags(flags)
     arguments = parse(flags, argv)
     tables = {NAMES[name]: _measure(choose(name, arguments.models), arguments) for name in arguments.workloads}
     publish(NAME, arguments, tables)
@@ -37,20 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(workload: Workload, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    UpdateTimes.bare = staticmethod(bare_updates)
-    cli = train(workload, arguments.rounds + 1, [(UpdateTimes, {})], *arguments.flags)
-    times: UpdateTimes = found(cli, UpdateTimes)
+    StepTimes.bare = staticmethod(bare_steps)
+    cli = train(workload, arguments.rounds + 1, callback_flag(StepTimes), *arguments.flags)
+    times = find_callback(cli, StepTimes)
     samplings, forwards = _sampling(workload, arguments.rounds)
-    num_updates = workload.num_ppo_epochs * workload.num_minibatches
+    num_steps = workload.num_ppo_epochs * workload.num_minibatches
     return [
-        _row(f"{num_updates} updates", times.updates, times.bares),
+        _row(f"{num_steps} optimizer steps", times.steps, times.bare_passes),
         _row(f"sampling {workload.num_rollouts} completions", samplings, forwards),
     ]
 
 
-def _row(what: str, whole: list[Reading], bare: list[Reading]) -> dict[str, Any]:
+def _row(work: str, whole: list[Reading], bare: list[Reading]) -> dict[str, Any]:
     return {
-        "what": what,
+        "work": work,
         "rounds": len(whole),
         "seconds": str(seconds(whole)),
         "bare seconds": str(seconds(bare)),
@@ -60,7 +61,7 @@ def _row(what: str, whole: list[Reading], bare: list[Reading]) -> dict[str, Any]
 
 
 def _sampling(workload: Workload, rounds: int) -> tuple[list[Reading], list[Reading]]:
-    """Sampling, and the bare passes of the completions that it gave."""
+    """Time sampling, and the bare passes for its completions."""
     lm = AutoModelForCausalLM.from_pretrained(workload.folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(workload.folder)
     source = GeneratedProblems()
@@ -88,4 +89,4 @@ def _sampling(workload: Workload, rounds: int) -> tuple[list[Reading], list[Read
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(exit_code(main))

@@ -1,9 +1,9 @@
-"""Which share of an iteration's time token records take.
+"""Share of training time that token records take.
 
     python benchmarks/time_token_records.py --config configs/quickstart.yaml
 
-Trains a few collections without records, then records the last one again and again. CPU time of the process, so that
-neighbors on the machine do not count. An iteration is a collection with its updates, without evaluation.
+Trains a few rollout batches without records, then records the last one repeatedly. All times are CPU times of the
+process, so other processes do not count. An iteration is a rollout batch with its optimizer steps, without evaluation.
 """
 
 import argparse
@@ -12,32 +12,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
+from comparison.callbacks import callback_flag, find_callback
 from egspo_lightning.callbacks import TokenRecords
 from egspo_lightning.callbacks.token_records import record, write
 from egspo_lightning.cli.main import EgspoCLI, run
-from egspo_lightning.types import Stage
+from measuring.callbacks import IterationTimes
+from measuring.timing import seconds
 
 REPEATS = 20
-
-
-class PhaseSeconds(Callback):
-    """CPU seconds of each phase of stage EGSPO."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds: list[float] = []
-        self._started = 0.0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A phase begins."""
-        self._started = time.process_time()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A phase ends; this callback is asked before the project's own."""
-        if pl_module.stage == Stage.EGSPO:
-            self.seconds.append(time.process_time() - self._started)
+SFT_EPOCHS, EPOCHS = 10, 20
 
 
 def main() -> None:
@@ -49,19 +32,17 @@ def main() -> None:
             [
                 "fit",
                 f"--config={config}",
-                "--trainer.max_epochs=20",
-                "--stage_transition.after_epochs=10",
+                f"--trainer.max_epochs={EPOCHS}",
+                f"--stage_transition.after_epochs={SFT_EPOCHS}",
                 f"--trainer.default_root_dir={folder}",
-                f"--trainer.callbacks+={__name__}.{PhaseSeconds.__name__}",
+                callback_flag(IterationTimes, warmup=SFT_EPOCHS + 1),  # without the stage transition
                 "--trainer.enable_progress_bar=false",
                 "--token_records.every_n_rollout_batches=0",
                 "--data.benchmarks=null",
                 "--hf_export.enabled=false",
             ]
         )
-        callbacks: list[Callback] = getattr(cli.trainer, "callbacks", [])
-        phases = next(c for c in callbacks if isinstance(c, PhaseSeconds))
-        iteration = statistics.median(phases.seconds)
+        iteration = seconds(find_callback(cli, IterationTimes).readings, "cpu").median
         once = statistics.median(_record(cli, Path(folder)) for _ in range(REPEATS))
     every = TokenRecords().every_n_rollout_batches
     share = once / every / iteration
@@ -69,7 +50,7 @@ def main() -> None:
 
 
 def _record(cli: EgspoCLI, folder: Path) -> float:
-    """CPU seconds of recording the last collection, files included."""
+    """CPU seconds to record the last rollout batch, including the files."""
     module, data = cli.model, cli.datamodule
     started = time.process_time()
     write(record(data.rollouts, module, 0, 0, TokenRecords().max_completions), folder, 0, 0)

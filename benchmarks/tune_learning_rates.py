@@ -1,7 +1,7 @@
-"""Finds a learning rate for each method from one grid: `python benchmarks/tune_learning_rates.py --help`.
+"""Choose a learning rate for each method from one grid: `python benchmarks/tune_learning_rates.py --help`.
 
-Give problems of their own (benchmarks/validation/*.yaml as a second --config) and seeds of their own: rates that were
-chosen on the held-out problems would flatter them. What is finished is not run again.
+Tune on validation problems (benchmarks/validation/*.yaml as a second --config) and on other seeds than the comparison.
+Rates chosen on the held-out problems would bias its results. Finished runs are kept, so the same command resumes.
 """
 
 import argparse
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import yaml
 
-from comparison.arguments import command, parser, shared_settings, tell_failures, told
-from comparison.campaign import Results, carry_out
-from comparison.plan import Run, require_distinct
+from comparison.arguments import command, exit_code, parser, report_failures, shared_settings
+from comparison.plan import Results, Run, require_distinct
+from comparison.scheduler import run_all
+from comparison.tables import markdown_table
 from egspo_lightning.errors import UserError
 
 Means = dict[str, dict[float, float]]
-"""Method to rate to accuracy, mean over the seeds."""
+"""Mean accuracy over the seeds, by method and learning rate."""
 
 
 def main() -> int:
@@ -32,8 +33,8 @@ def main() -> int:
         for name in arguments.methods
         for rate in arguments.rates
     ]
-    results, failures = carry_out(runs, shared, arguments.jobs)
-    tell_failures(failures, shared.output)
+    results, failures = run_all(runs, shared, arguments.jobs)
+    report_failures(failures, shared.output)
     if failures:
         return 1
     _write(mean_accuracy(results), arguments, shared.output)
@@ -41,14 +42,14 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    result = parser("Find a learning rate for each method.", seeds=(101, 102), output="logs/tune")
+    result = parser("Choose a learning rate for each method.", seeds=(101, 102), output="logs/tune")
     grid = [5e-5, 1e-4, 2e-4, 4e-4]
-    result.add_argument("--rates", type=float, nargs="+", default=grid, help="the grid, the same for all methods")
+    result.add_argument("--rates", type=float, nargs="+", default=grid, help="grid of all methods")
     return result.parse_args()
 
 
 def mean_accuracy(results: Results) -> Means:
-    """Over the seeds, all of which are there."""
+    """Average the accuracy over the seeds; all runs have finished."""
     scores: dict[str, dict[float, list[float]]] = {}
     for run, result in results.items():
         if run.method is not None and run.learning_rate is not None:
@@ -57,7 +58,7 @@ def mean_accuracy(results: Results) -> Means:
 
 
 def best_rate(by_rate: dict[float, float]) -> float:
-    """The rate of the highest accuracy; of equal ones the smallest."""
+    """The rate with the highest accuracy; the smallest one in a tie."""
     return min(by_rate, key=lambda rate: (-by_rate[rate], rate))
 
 
@@ -75,14 +76,14 @@ def _write(means: Means, arguments: argparse.Namespace, output: Path) -> None:
 
 
 def _table(means: Means, best: dict[str, float]) -> str:
-    """Accuracy by method and rate, the best of a method in bold."""
+    """Accuracy by method and rate, with the best rate of each method in bold."""
     rates = sorted({rate for by_rate in means.values() for rate in by_rate})
-    lines = [("method", *(f"{rate:g}" for rate in rates)), ("---", *("---:",) * len(rates))]
-    for name, by_rate in means.items():
-        cells = [f"**{by_rate[r]:.3f}**" if r == best[name] else f"{by_rate[r]:.3f}" for r in rates]
-        lines.append((name, *cells))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    cells = {
+        name: [f"**{by_rate[rate]:.3f}**" if rate == best[name] else f"{by_rate[rate]:.3f}" for rate in rates]
+        for name, by_rate in means.items()
+    }
+    return markdown_table(["method", *(f"{rate:g}" for rate in rates)], [[name, *cells[name]] for name in cells])
 
 
 if __name__ == "__main__":
-    sys.exit(told(main))
+    sys.exit(exit_code(main))

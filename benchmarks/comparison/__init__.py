@@ -1,1 +1,1 @@
-"""Many runs of many methods from the same SFT checkpoints, and the statistics of what came out."""
+"""Comparison of methods: training runs from shared SFT checkpoints, and statistics of their results."""

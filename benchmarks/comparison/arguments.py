@@ -1,4 +1,4 @@
-"""The flags that comparing and tuning share, and how a user's mistake is told."""
+"""Command-line flags of comparison and tuning, and the exit codes of all benchmark scripts."""
 
 import argparse
 import shlex
@@ -19,20 +19,20 @@ def parser(description: str, *, seeds: Sequence[int], output: str) -> argparse.A
     add = result.add_argument
     add("--config", type=Path, nargs="+", required=True, help="config files; a later one overrides an earlier one")
     add("--methods", nargs="+", required=True, metavar="METHOD", help=f"overlays in configs/methods: {known}")
-    add("--seeds", type=int, nargs="+", default=list(seeds), help="seeds; each has an SFT checkpoint of its own")
-    add("--phases", type=int, default=160, help="rollout collections of each run (160)")
+    add("--seeds", type=int, nargs="+", default=list(seeds), help="seeds; each seed has its own SFT checkpoint")
+    add("--phases", type=int, default=160, help="rollout batches per run (160)")
     add("--evaluate_every", type=int, default=20, help="phases between two points of the learning curve (20)")
-    add("--output", type=Path, default=Path(output), help=f"folder of the results ({output})")
-    add("--jobs", type=int, default=num_cores(), help="runs at the same time (the number of cores)")
-    add("--threads", type=int, default=None, help="threads of a run (cores / jobs); figures depend on it by rounding")
+    add("--output", type=Path, default=Path(output), help=f"folder for the results ({output})")
+    add("--jobs", type=int, default=num_cores(), help="runs at the same time (number of cores)")
+    add("--threads", type=int, default=None, help="torch threads per run (cores / jobs); they affect rounding")
     return result
 
 
 def shared_settings(arguments: argparse.Namespace) -> Settings:
-    """The settings of all runs, checked.
+    """Validate the flags and return the settings that all runs share.
 
     Raises:
-        UserError: a value is out of range, or a config or method is not there.
+        UserError: a value is out of range, or a config or method does not exist.
     """
     for flag in ("phases", "evaluate_every", "jobs", "threads"):
         value = getattr(arguments, flag)
@@ -50,30 +50,30 @@ def shared_settings(arguments: argparse.Namespace) -> Settings:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output: cannot make the folder {output}: {error.strerror}. Give another one.") from error
+        raise UserError(f"--output: cannot create the folder {output}: {error.strerror}. Use another one.") from error
     return Settings(tuple(arguments.config), arguments.phases, arguments.evaluate_every, threads, output)
 
 
 def command() -> str:
-    """The command line, from the repository's root and without this machine's folders."""
+    """The command line, relative to the repository root."""
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
-def told(main: Callable[[], int]) -> int:
-    """The exit code: that of ``main``, 2 for a user's mistake, 130 for Ctrl-C."""
+def exit_code(main: Callable[[], int]) -> int:
+    """Run ``main`` and return its exit code; 2 after a UserError, 130 after Ctrl-C."""
     try:
         return main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped. Finished runs are kept: the same command goes on from there.", file=sys.stderr)
+        print("Interrupted. Comparison and tuning keep finished runs; the same command resumes.", file=sys.stderr)
         return 130
 
 
-def tell_failures(failures: dict[Run, Failure], output: Path) -> None:
-    """One line a failed run."""
+def report_failures(failures: dict[Run, Failure], output: Path) -> None:
+    """Print one line per failed run."""
     for run, failure in failures.items():
         print(f"failed: {run.label}, seed {run.seed}: {failure} (see {run.error_file(output)})", file=sys.stderr)
     if failures:
-        print(f"{len(failures)} runs have failed. The same command tries them again.", file=sys.stderr)
+        print(f"{len(failures)} runs failed. The same command tries them again.", file=sys.stderr)

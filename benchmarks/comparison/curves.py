@@ -1,4 +1,4 @@
-"""The learning curves as a picture."""
+"""Plot of the learning curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,19 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from comparison.campaign import Results
-from comparison.plan import AFTER_SFT, Run
+from comparison.plan import AFTER_SFT, Results, Run
 from comparison.statistics import Scores
 
 NUM_POINTS = 81
-"""Points at which curves are drawn; seeds are measured at different phases after their checkpoints."""
+"""Points per curve. Seeds are evaluated at different phases after their checkpoints, so curves are interpolated."""
 STYLES = ("-", "--", "-.", ":")
 
 
 def draw(results: Results, labels: Sequence[str], path: Path) -> None:
-    """One curve a method: accuracy over phases, mean over seeds, with the standard error of the mean as a band."""
+    """Plot one curve per method: accuracy over phases, mean over seeds with a band of its standard error."""
     mpl.use("Agg")
-    from matplotlib import pyplot  # after the choice of the backend
+    from matplotlib import pyplot  # the backend must be chosen before this import
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for i, label in enumerate(labels):
@@ -28,7 +27,7 @@ def draw(results: Results, labels: Sequence[str], path: Path) -> None:
         if curves:
             phases, scores = on_one_grid(curves)
             _band(axes, phases, scores, label=f"{label} ({len(curves)})", style=STYLES[(i // 7) % len(STYLES)])
-    axes.set_xlabel("phases after the SFT checkpoint (rollout collections, or as many updates of SFT)")
+    axes.set_xlabel("phases after the SFT checkpoint (rollout batches, or as many optimizer steps of SFT)")
     axes.set_ylabel("held-out accuracy, share of problems")
     axes.set_title("Mean over seeds, band: standard error over seeds")
     axes.grid(alpha=0.3)
@@ -39,14 +38,18 @@ def draw(results: Results, labels: Sequence[str], path: Path) -> None:
 
 
 def _from_checkpoint(run: Run, results: Results) -> list[tuple[float, float]]:
-    """(phases, accuracy); one that goes on with SFT is not measured before its first pass, but its checkpoint is."""
+    """Pairs of (phases, accuracy). Continued SFT has no evaluation at 0, so its curve takes the checkpoint's."""
     curve = results[run]["curve"]
     start = results.get(Run(AFTER_SFT, None, run.seed))
     return curve if start is None or curve[0][0] == 0 else [(0.0, start["accuracy"]), *curve]
 
 
 def on_one_grid(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[NDArray[np.float64], Scores]:
-    """Curves of several seeds, (S, N), at the same phases (N,), from the start to where the shortest one ends."""
+    """Interpolate the curves of S seeds at N common phases, up to the end of the shortest curve.
+
+    Returns:
+        phases (N,) and values (S, N)
+    """
     phases = np.linspace(0.0, min(curve[-1][0] for curve in curves), NUM_POINTS)
     return phases, np.array([np.interp(phases, *np.array(curve, dtype=np.float64).T) for curve in curves])
 

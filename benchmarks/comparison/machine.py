@@ -1,4 +1,4 @@
-"""Where figures come from: processor, versions, revision."""
+"""Provenance of measurements: processor, library versions, git revision, load."""
 
 import os
 import platform
@@ -10,13 +10,13 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "lightning", "numpy")
 
 
-@cache
 def machine() -> dict[str, str]:
-    """What a table has to name besides its command."""
+    """The machine, the software and the current load."""
     return {
         "processor": f"{_processor()}, {num_cores()} cores",
         "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
         "revision": _revision(),
+        "load": ", ".join(f"{load:.2f}" for load in os.getloadavg()),
     }
 
 
@@ -39,8 +39,9 @@ def _version(package: str) -> str:
         return f"{package} -"
 
 
+@cache
 def _revision() -> str:
-    """The commit, with a plus sign where the checkout has changes of its own."""
+    """The commit, with a plus sign if the checkout has uncommitted changes."""
     root = Path(__file__).parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
     try:

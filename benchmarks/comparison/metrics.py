@@ -1,11 +1,11 @@
-"""What a run has logged, from Lightning's metrics.csv."""
+"""Reader of the metrics.csv that Lightning's CSVLogger writes: sums, means and curves over phases."""
 
 import csv
 import math
 from pathlib import Path
 
 Logged = list[dict[str, str]]
-"""A row a logging call; what it did not log is empty."""
+"""One row per logging call; metrics that the call did not log are empty."""
 
 
 def read(path: Path) -> Logged:
@@ -15,21 +15,21 @@ def read(path: Path) -> Logged:
 
 
 def total(logged: Logged, name: str) -> float | None:
-    """The sum of a metric over the phases; None where it was never logged."""
+    """Sum of a metric over the phases, or None if it was never logged."""
     values = _values(logged, name)
     return math.fsum(values) if values else None
 
 
 def mean(logged: Logged, name: str) -> float | None:
-    """The mean of a metric over the phases; None where it was never logged."""
+    """Mean of a metric over the phases, or None if it was never logged."""
     values = _values(logged, name)
     return math.fsum(values) / len(values) if values else None
 
 
-def curve(logged: Logged, start: int, updates_per_phase: float, name: str) -> list[tuple[float, float]]:
-    """(phases since step ``start``, value) wherever the metric was measured."""
+def curve(logged: Logged, start: int, steps_per_phase: float, name: str) -> list[tuple[float, float]]:
+    """Pairs of (phases since optimizer step ``start``, value) for every logged value from that step on."""
     points = [(int(row["step"]), float(row[name])) for row in logged if row.get(name)]
-    return [((step - start) / updates_per_phase, value) for step, value in points if step >= start]
+    return [((step - start) / steps_per_phase, value) for step, value in points if step >= start]
 
 
 def _values(logged: Logged, name: str) -> list[float]:

@@ -1,6 +1,6 @@
-"""What is to be run: configs, methods, seeds and settings, checked before anything is trained.
+"""Run definitions: configs, methods, seeds and settings, validated before training.
 
-Imports neither torch nor Lightning: the process that plans starts at once, and its workers do the rest.
+This module imports neither torch nor Lightning, so the parent process starts at once.
 """
 
 import json
@@ -15,19 +15,19 @@ from egspo_lightning.errors import UserError
 
 METHODS = Path(__file__).parents[2] / "configs" / "methods"
 AFTER_SFT = "after_sft"
-"""The name under which the SFT checkpoints themselves are reported."""
+"""Label of the SFT checkpoints in reports."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a comparison share.
+    """Settings that all runs of a comparison share.
 
     Args:
         configs: Config files; a later one overrides an earlier one.
-        phases: Rollout collections of each run.
-        evaluate_every: Phases from one point of the learning curve to the next.
-        threads: Threads of torch in each process: figures depend on them, by rounding.
-        output: Folder of the results.
+        phases: Rollout batches per run.
+        evaluate_every: Phases between two points of the learning curve.
+        threads: Torch threads per process; results depend on them by rounding.
+        output: Folder for the results.
     """
 
     configs: tuple[Path, ...]
@@ -39,13 +39,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a method from the SFT checkpoint of a seed, or the SFT that makes the checkpoint.
+    """One training run: a method that starts from the SFT checkpoint of a seed, or the SFT run itself.
 
     Args:
-        label: Its name in tables and folders.
-        method: The overlay; None is the SFT that all methods start from.
-        seed: Of everything.
-        learning_rate: Of what follows the checkpoint; None is that of the config.
+        label: Name in tables and folders.
+        method: Name of the overlay; None for the SFT run that all methods start from.
+        seed: Seed of the run.
+        learning_rate: Learning rate after the checkpoint; None keeps that of the config.
     """
 
     label: str
@@ -55,33 +55,33 @@ class Run:
 
     @property
     def overlay(self) -> Path | None:
-        """The file of the method."""
+        """Config file of the method."""
         return None if self.method is None else METHODS / f"{self.method}.yaml"
 
     @property
     def is_sft(self) -> bool:
-        """Whether it goes on with SFT."""
+        """Whether the method continues SFT."""
         overlay = {} if self.overlay is None else read_yaml(self.overlay)
         return (overlay.get("stage_transition") or {}).get("enabled") is False
 
     def result_file(self, output: Path) -> Path:
-        """Where its result lies, once it is finished."""
+        """Result; exists once the run has finished."""
         return output / "runs" / self.label / f"seed_{self.seed}.json"
 
     def metrics_file(self, output: Path) -> Path:
-        """Where its metrics lie, phase by phase."""
+        """Metrics per phase."""
         return self.result_file(output).with_suffix(".csv")
 
     def error_file(self, output: Path) -> Path:
-        """Where it is told what has stopped it."""
+        """Error message and traceback of a failed run."""
         return self.result_file(output).with_suffix(".error.txt")
 
     def workspace(self, output: Path) -> Path:
-        """Where it works; a run that was stopped leaves it behind."""
+        """Folder of a run in progress; an interrupted run leaves it behind."""
         return output / "unfinished" / self.label / f"seed_{self.seed}"
 
     def settings(self, shared: Settings) -> dict[str, Any]:
-        """All that its result depends on, besides the code."""
+        """All settings that the result depends on, apart from the code."""
         config = {"config": [read_yaml(path) for path in shared.configs], "threads": shared.threads}
         if self.overlay is None:
             return config
@@ -93,13 +93,16 @@ class Run:
         }
 
 
+Results = dict[Run, dict[str, Any]]
+
+
 def checkpoint_file(output: Path, seed: int) -> Path:
     """The SFT checkpoint that all methods of a seed start from."""
     return output / "checkpoints" / f"seed_{seed}.ckpt"
 
 
-def updates_per_phase(configs: Sequence[Path]) -> int:
-    """Updates on one rollout collection: num_ppo_epochs * num_minibatches."""
+def steps_per_phase(configs: Sequence[Path]) -> int:
+    """Optimizer steps per rollout batch: num_ppo_epochs * num_minibatches."""
     data: dict[str, Any] = {}
     for path in configs:
         data |= read_yaml(path).get("data") or {}
@@ -107,15 +110,15 @@ def updates_per_phase(configs: Sequence[Path]) -> int:
 
 
 def sft_runs(seeds: Sequence[int]) -> list[Run]:
-    """The runs that make the checkpoints."""
+    """The SFT runs of these seeds."""
     return [Run(AFTER_SFT, None, seed) for seed in seeds]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        UserError: it is not there or holds something else.
+        UserError: the file cannot be read or holds something else.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -127,28 +130,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def require_methods(names: Sequence[str], flag: str = "--methods") -> None:
-    """Refuse names that are no overlay, and names given twice."""
+    """Raise a UserError for unknown or repeated methods."""
     known = sorted(path.stem for path in METHODS.glob("*.yaml"))
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(
-            f"{flag}: no overlay named {', '.join(unknown)} in configs/methods. There are {', '.join(known)}."
+            f"{flag}: no overlay named {', '.join(unknown)} in configs/methods. Choose from {', '.join(known)}."
         )
     require_distinct(names, flag)
 
 
 def require_distinct(values: Sequence[Any], flag: str) -> None:
-    """Refuse a value that is given twice."""
+    """Raise a UserError for repeated values."""
     twice = sorted({str(value) for value in values if list(values).count(value) > 1})
     if twice:
-        raise UserError(f"{flag}: {', '.join(twice)} given twice. Name each once.")
+        raise UserError(f"{flag}: {', '.join(twice)} given twice. Give each once.")
 
 
 def read_learning_rates(path: Path | None, methods: Sequence[str]) -> dict[str, float]:
-    """Method to learning rate, from a YAML or JSON file; methods that it does not name keep that of the config.
+    """Read learning rates by method from a YAML or JSON file; other methods keep the rate of the config.
 
     Raises:
-        UserError: a value is not a number above 0, or no method of the file is compared.
+        UserError: a value is not a number above 0, or the file names none of the compared methods.
     """
     if path is None:
         return {}
@@ -160,15 +163,15 @@ def read_learning_rates(path: Path | None, methods: Sequence[str]) -> dict[str, 
                 f"--learning_rates: {path} gives {method}: {rate!r}, but a rate is a number above 0 (1.0e-4)."
             )
     if not set(rates) & set(methods):
-        raise UserError(f"--learning_rates: {path} names {', '.join(rates)}, and none of the --methods.")
+        raise UserError(f"--learning_rates: {path} names only {', '.join(rates)}, none of the --methods.")
     return {method: float(rate) for method, rate in rates.items()}
 
 
 def read_result(run: Run, shared: Settings) -> dict[str, Any] | None:
-    """The result of a finished run, None where there is none.
+    """Read the result of a run; None if the run has not finished.
 
     Raises:
-        UserError: there is one with other settings.
+        UserError: the result was made with other settings.
     """
     path = run.result_file(shared.output)
     if not path.exists():
@@ -177,21 +180,21 @@ def read_result(run: Run, shared: Settings) -> dict[str, Any] | None:
     differing = differences(result["settings"], json.loads(json.dumps(run.settings(shared))))
     if differing:
         raise UserError(
-            f"--output: {path} was made with other settings: {'; '.join(differing)}. Results are not mixed: give "
-            "those settings again, another --output, or delete the old results."
+            f"--output: {path} was made with other settings: {'; '.join(differing)}. Use those settings, use "
+            "another --output, or delete the old results."
         )
     return result
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """What differs between two settings, as "key: old there, new now"."""
+    """List the differences between two settings as "key: stored OLD, now NEW"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = sorted({*old, *new})
         pairs = [(f"{name}.{key}" if name else str(key), old.get(key), new.get(key)) for key in keys]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
     else:
-        return [] if old == new else [f"{name}: {_brief(old)} there, {_brief(new)} now"]
+        return [] if old == new else [f"{name}: stored {_brief(old)}, now {_brief(new)}"]
     return [line for key, a, b in pairs for line in differences(a, b, key)]
 
 

@@ -1,4 +1,4 @@
-"""Results as files: one row a run, one row a problem, and the table of methods."""
+"""Result files: one row per run, one row per problem, and the table of methods."""
 
 import csv
 import gzip
@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from comparison.campaign import Results
-from comparison.plan import AFTER_SFT, Run
+from comparison.plan import AFTER_SFT, Results, Run
 from comparison.statistics import NUM_RESAMPLES, Estimate, Scores, mean_interval, paired_difference, share_won
+from comparison.tables import markdown_table
 from egspo_lightning.errors import UserError
 
 COLUMNS = (
     *("method", "seed", "accuracy", "after_sft_accuracy", "wall_seconds", "gate_seconds", "learning_rate"),
-    *("updates", "collections", "policy/entropy", "gate/weight_mean", "rollout/length_mean"),
+    *("optimizer_steps", "rollout_batches", "policy/entropy", "gate/weight_mean", "rollout/length_mean"),
     *("checkpoint", "revision", "finished"),
 )
 
 
 def write_results(results: Results, path: Path) -> None:
-    """``results.csv``: one row a method and seed."""
+    """Write ``results.csv``: one row per method and seed."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -38,7 +38,7 @@ def _row(run: Run, result: dict[str, Any], results: Results) -> dict[str, Any]:
 
 
 def write_problems(results: Results, path: Path) -> None:
-    """``problems.csv.gz``: one row a method, seed and problem of the held-out benchmark."""
+    """Write ``problems.csv.gz``: one row per method, seed and problem of the held-out benchmark."""
     with gzip.open(path, "wt", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("method", "seed", "problem", "correct"))
@@ -47,7 +47,7 @@ def write_problems(results: Results, path: Path) -> None:
 
 
 class Row(NamedTuple):
-    """A method in the table."""
+    """One method of the table."""
 
     label: str
     num_seeds: int
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 def rows(results: Results, labels: Sequence[str], baseline: str) -> list[Row]:
-    """The methods in the order of the labels; pairs are the seeds that method and baseline have both finished."""
+    """Compute the rows in the order of ``labels``; pairs are seeds that both method and baseline have finished."""
     by_label = {label: {run.seed: r for run, r in results.items() if run.label == label} for label in labels}
     _require_same_problems(results)
     _require_same_start(results)
@@ -89,7 +89,7 @@ def _scores(results: dict[int, dict[str, Any]], seeds: Sequence[int]) -> Scores:
 
 def _require_same_problems(results: Results) -> None:
     if len({tuple(result["problems"]) for result in results.values()}) > 1:
-        raise UserError("--output: its runs answered different problems, so that they cannot be paired. Make it anew.")
+        raise UserError("--output: its runs answered different problems and cannot be paired. Delete it and run again.")
 
 
 def _require_same_start(results: Results) -> None:
@@ -97,19 +97,18 @@ def _require_same_start(results: Results) -> None:
         starts = {result["checkpoint"] for run, result in results.items() if run.seed == seed}
         if len(starts) > 1:
             raise UserError(
-                f"--output: the runs of seed {seed} started from different SFT checkpoints, so the code must have "
+                f"--output: the runs of seed {seed} started from different SFT checkpoints; the code has probably "
                 f"changed in between. Delete runs/*/seed_{seed}.json there, and run again."
             )
 
 
 def table(methods: Sequence[Row], baseline: str) -> str:
-    """The methods as a Markdown table."""
-    head: tuple[str, ...] = (
+    """Format the methods as a Markdown table."""
+    header: tuple[str, ...] = (
         *("method", "seeds", "held-out accuracy", "95 % interval", f"minus {baseline}", "95 % interval"),
         *("seeds won", "wall time (median)", "gating, share of wall time"),
     )
-    lines = [head, ("---", *("---:",) * (len(head) - 1)), *map(_cells, methods)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(header, map(_cells, methods))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -128,16 +127,16 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def footer(results: Results, command: str) -> str:
-    """How the figures were made, and what has to be known to read them."""
+    """Definitions and provenance of the figures."""
     methods = {run: result for run, result in results.items() if run.method is not None}
     notes = [
         f"Held-out accuracy on `{next(iter(results.values()))['benchmark']}`, "
         f"{len(next(iter(results.values()))['problems'])} problems, mean over seeds. Intervals: percentile bootstrap "
         f"that resamples seeds and problems, {NUM_RESAMPLES} times; differences are paired by seed and problem. Wall "
-        "time is that of the phases, evaluations left out, with other runs beside it. `after_sft` is the checkpoint "
-        "that all methods of a seed start from.",
-        *_unequal(methods, "updates"),
-        *_unequal({run: result for run, result in methods.items() if not run.is_sft}, "collections"),
+        "time is the time in phases, without evaluations, while other runs share the machine. `after_sft` is the "
+        "checkpoint that all methods of a seed start from.",
+        *_unequal(methods, "optimizer_steps"),
+        *_unequal({run: result for run, result in methods.items() if not run.is_sft}, "rollout_batches"),
         f"Command: `{command}`",
         *(f"{name.capitalize()}: {_distinct(results, name)}" for name in ("processor", "versions", "revision")),
         f"Date: {time.strftime('%Y-%m-%d')}",
@@ -146,14 +145,14 @@ def footer(results: Results, command: str) -> str:
 
 
 def _unequal(results: Results, name: str) -> list[str]:
-    """A warning where methods were not given the same number of something."""
+    """A note if the methods differ in a count."""
     counts: dict[str, list[int]] = {}
     for run, result in results.items():
         counts.setdefault(run.label, []).append(result[name])
     if len({number for numbers in counts.values() for number in numbers}) <= 1:
         return []
     shown = [f"{label} {_span(numbers)}" for label, numbers in counts.items()]
-    return [f"Not the same number of {name}: {', '.join(shown)}."]
+    return [f"Unequal number of {name.replace('_', ' ')}: {', '.join(shown)}."]
 
 
 def _span(numbers: Sequence[int]) -> str:

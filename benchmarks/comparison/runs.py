@@ -1,4 +1,4 @@
-"""One run, in a worker process: train by the project's own command line, then ask which problems are right."""
+"""One run in a worker process: trains through the command line, then grades the benchmark per problem."""
 
 import hashlib
 import json
@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback
 
 from comparison import metrics
-from comparison.listeners import StopAfterSFT, Stopwatch
+from comparison.callbacks import PhaseTimer, StopAfterSFT, callback_flag, find_callback
 from comparison.machine import machine
-from comparison.plan import Run, Settings, checkpoint_file, updates_per_phase
+from comparison.plan import Run, Settings, checkpoint_file, steps_per_phase
 from egspo_lightning.cli.main import EgspoCLI
 from egspo_lightning.cli.main import run as run_cli
 from egspo_lightning.datamodule import HybridDataModule
@@ -33,11 +32,11 @@ QUIET = (
 )
 
 MEANS = ("policy/entropy", "gate/weight_mean", "rollout/length_mean")
-"""Metrics whose mean over the phases is kept."""
+"""Metrics whose mean over the phases goes into the result."""
 
 
 def execute(run: Run, shared: Settings) -> None:
-    """Train, measure, and write the result, whole or not at all."""
+    """Train, evaluate, and write the result atomically."""
     torch.set_num_threads(shared.threads)
     workspace = run.workspace(shared.output)
     shutil.rmtree(workspace, ignore_errors=True)
@@ -48,8 +47,8 @@ def execute(run: Run, shared: Settings) -> None:
 
 
 def _train_sft(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]:
-    """SFT up to the transition, whose checkpoint is kept."""
-    arguments = [*_arguments(run, shared, workspace), f"--trainer.callbacks+={_path(StopAfterSFT)}"]
+    """Train SFT up to the stage transition and keep its checkpoint."""
+    arguments = [*_arguments(run, shared, workspace), callback_flag(StopAfterSFT)]
     cli = run_cli([*arguments, "--stage_transition.save_checkpoint=true", "--math_benchmark.at_start=false"])
     written = workspace / "sft.ckpt"
     if not written.exists():
@@ -59,15 +58,15 @@ def _train_sft(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]:
         )
     target = checkpoint_file(shared.output, run.seed)
     target.parent.mkdir(parents=True, exist_ok=True)
-    result = _measured(cli) | {"updates": cli.trainer.global_step, "checkpoint": _digest(_load(written))}
+    result = _measured(cli) | {"optimizer_steps": cli.trainer.global_step, "checkpoint": _digest(_load(written))}
     written.replace(target)
     return result
 
 
 def _train_method(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]:
-    """A method, from the checkpoint of its seed."""
+    """Train a method from the SFT checkpoint of its seed."""
     path = checkpoint_file(shared.output, run.seed)
-    checkpoint, per_phase = _load(path), updates_per_phase(shared.configs)
+    checkpoint, per_phase = _load(path), steps_per_phase(shared.configs)
     length = _length(run, shared, checkpoint, per_phase)
     arguments = [*_arguments(run, shared, workspace), f"--ckpt_path={path}"]
     arguments.append(f"--trainer.max_epochs={length.max_epochs}")
@@ -78,8 +77,8 @@ def _train_method(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]
     _require_stage(cli, run)
     logged, first_step = metrics.read(workspace / "metrics.csv"), int(checkpoint["global_step"])
     return _measured(cli) | {
-        "updates": cli.trainer.global_step - first_step,
-        "collections": _data(cli).num_rollout_batches,
+        "optimizer_steps": cli.trainer.global_step - first_step,
+        "rollout_batches": _data(cli).num_rollout_batches,
         "learning_rate": cli.trainer.optimizers[0].param_groups[0]["lr"],
         "checkpoint": _digest(checkpoint),
         "gate_seconds": metrics.total(logged, "time/gate"),
@@ -89,18 +88,18 @@ def _train_method(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]
 
 
 class _Length(NamedTuple):
-    """How long a run is, in Lightning's epochs."""
+    """Length of a run and interval of its evaluations, in Lightning epochs."""
 
     max_epochs: int
     evaluate_every: int
 
 
-def _length(run: Run, shared: Settings, checkpoint: dict[str, Any], updates_per_phase: int) -> _Length:
-    """As many updates for each method: one that goes on with SFT has its last pass rounded up."""
+def _length(run: Run, shared: Settings, checkpoint: dict[str, Any], steps_per_phase: int) -> _Length:
+    """Give each method the same number of optimizer steps; SFT rounds its last pass over the data up."""
     passed = int(checkpoint["epoch"]) + 1
     if not run.is_sft:
         return _Length(passed + shared.phases, shared.evaluate_every)
-    passes_per_phase = updates_per_phase * passed / int(checkpoint["global_step"])
+    passes_per_phase = steps_per_phase * passed / int(checkpoint["global_step"])
     evaluate_every = max(round(shared.evaluate_every * passes_per_phase), 1)
     return _Length(passed + math.ceil(shared.phases * passes_per_phase), evaluate_every)
 
@@ -118,21 +117,17 @@ def _arguments(run: Run, shared: Settings, workspace: Path) -> list[str]:
         f"--seed_everything={run.seed}",
         f"--trainer.default_root_dir={workspace}",
         f"--trainer.logger={json.dumps(logger)}",
-        f"--trainer.callbacks+={_path(Stopwatch)}",
+        callback_flag(PhaseTimer),
     ]
 
 
-def _path(callback: type[Callback]) -> str:
-    return f"{callback.__module__}.{callback.__qualname__}"
-
-
 def _require_stage(cli: EgspoCLI, run: Run) -> None:
-    """A run that is called SFT must have been SFT, and the others not."""
+    """Guard against configs whose run ends in another stage than its label says."""
     module = cli.model
     assert isinstance(module, EGSPOModule)
     expected = Stage.SFT if run.is_sft else Stage.EGSPO
     if module.stage != expected:
-        raise RuntimeError(f"{run.label} ended in stage {module.stage}, where {expected} was asked for.")
+        raise RuntimeError(f"{run.label} ended in stage {module.stage}, expected {expected}.")
 
 
 def _data(cli: EgspoCLI) -> HybridDataModule:
@@ -141,23 +136,22 @@ def _data(cli: EgspoCLI) -> HybridDataModule:
 
 
 def _measured(cli: EgspoCLI) -> dict[str, Any]:
-    """Accuracy on the first benchmark, problem by problem, and the time that training took."""
+    """Accuracy on the first benchmark, in total and per problem, and the training time."""
     data = _data(cli)
     if not data.benchmarks:
-        raise UserError("data.benchmarks: none, so there is nothing to compare methods by. Name at least one.")
+        raise UserError("data.benchmarks is empty, but a comparison needs a benchmark. Add at least one.")
     benchmark, num_samples = data.benchmarks[0], data.benchmarks[0].num_samples
     completions = [c for batch in data.benchmark_batches(benchmark) for c in data.answer(batch)]
-    data.teardown("fit")  # the grader has been needed once more
+    data.teardown("fit")  # grading started the workers again
     groups = [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
     problems = {group[0].problem.id: sum(bool(c.correct) for c in group) / num_samples for group in groups}
     accuracy = sum(problems.values()) / len(problems)
     _require_same(accuracy, float(cli.trainer.callback_metrics[_score_name(cli)]))
-    watch = next(c for c in cli.trainer.callbacks if isinstance(c, Stopwatch))  # type: ignore[attr-defined]
     return {
         "benchmark": benchmark.name,
         "accuracy": accuracy,
         "problems": problems,
-        "wall_seconds": watch.seconds,
+        "wall_seconds": find_callback(cli, PhaseTimer).seconds,
     }
 
 
@@ -168,7 +162,7 @@ def _score_name(cli: EgspoCLI) -> str:
 
 def _require_same(ours: float, theirs: float) -> None:
     if abs(ours - theirs) > 1e-6:
-        raise RuntimeError(f"the problems answered one by one give {ours:.4f}, MathBenchmark gave {theirs:.4f}")
+        raise RuntimeError(f"accuracy over single problems is {ours:.4f}, but MathBenchmark logged {theirs:.4f}")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -177,13 +171,13 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _digest(checkpoint: dict[str, Any]) -> str:
-    """Names the weights, so that it can be seen that all methods of a seed have started from the same ones."""
+    """Hash of the weights; shows that all methods of a seed start from the same ones."""
     weights = (t.contiguous().numpy().tobytes() for name, t in sorted(checkpoint["state_dict"].items()))
     return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
 
 
 def _publish(result: dict[str, Any], run: Run, output: Path, workspace: Path) -> None:
-    """The result last, in one step: where it lies, the run is finished."""
+    """Write the result last and atomically: if the file exists, the run has finished."""
     target = run.result_file(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     run.error_file(output).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Pure statistics of methods x seeds x problems; arrays in, numbers out.
+"""Bootstrap statistics over seeds and problems; pure functions of arrays.
 
-Scores are (S, P): a training seed and a problem; entry [s, p] is 1 where the policy of seed s solves problem p (or the
-share of its answers that are right). All methods answer the same problems, and all methods of a seed start from the
-same checkpoint, so that differences are taken pair by pair.
+Scores are (S, P). Entry [s, p] is 1 if the policy of training seed s solves problem p, or the share of its samples that
+are correct. All methods answer the same problems, and all methods of a seed start from the same checkpoint. Therefore
+differences are paired.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ NUM_RESAMPLES = 10_000
 
 
 class Estimate(NamedTuple):
-    """A mean with the bounds of its interval."""
+    """A mean with the bounds of its confidence interval."""
 
     mean: float
     low: float
@@ -26,12 +26,12 @@ class Estimate(NamedTuple):
 def mean_interval(
     scores: Scores, *, confidence: float = 0.95, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """The mean over seeds and problems, with a percentile interval by bootstrap on two levels.
+    """Mean over seeds and problems, with a percentile interval of the two-way bootstrap.
 
-    Each resample draws S seeds and, independently, P problems with replacement, and takes the mean over their
-    product: m* = sum_s sum_p v_s w_p x_sp / (S P), with v and w the multinomial counts of the draws (the pigeonhole
-    bootstrap, Owen 2007, arXiv 0712.1111). It is slightly wide, never narrow, in what seeds and problems have to
-    themselves together; with few seeds, as any bootstrap, it knows only their spread. Of one seed, only problems vary.
+    Each resample draws S seeds and, independently, P problems with replacement, and averages over their product:
+    m* = sum_s sum_p v_s w_p x_sp / (S P), with v and w the multinomial counts of the draws (pigeonhole bootstrap,
+    Owen 2007, arXiv 0712.1111). The interval is slightly conservative for the interaction of seeds and problems. Like
+    any bootstrap it underestimates the variance of few seeds. With one seed it covers the problems only.
 
     Raises:
         ValueError: scores are not (S, P) with S, P >= 1, or not 0 < confidence < 1.
@@ -48,19 +48,19 @@ def mean_interval(
 def paired_difference(
     method: Scores, baseline: Scores, *, confidence: float = 0.95, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """Mean of method - baseline, with the interval of ``mean_interval``: both share the draws of seeds and problems.
+    """Mean of method - baseline, with the interval of ``mean_interval``; both use the same resamples.
 
     Raises:
-        ValueError: the two are not of the same shape.
+        ValueError: the shapes differ.
     """
     method, baseline = _matrix(method), _matrix(baseline)
     if method.shape != baseline.shape:
-        raise ValueError(f"pairs need the same seeds and problems, got {method.shape} and {baseline.shape}")
+        raise ValueError(f"pairs need the same seeds and problems, got the shapes {method.shape} and {baseline.shape}")
     return mean_interval(method - baseline, confidence=confidence, num_resamples=num_resamples, seed=seed)
 
 
 def share_won(method: Scores, baseline: Scores) -> float:
-    """Share of seeds in which the method is better than the baseline; a tie counts half."""
+    """Share of seeds on which the method beats the baseline; a tie counts half."""
     difference = _matrix(method).mean(1) - _matrix(baseline).mean(1)
     is_tie = np.isclose(difference, 0.0, rtol=0.0, atol=1e-12)
     return float(np.where(is_tie, 0.5, difference > 0).mean())
@@ -74,7 +74,7 @@ def _matrix(scores: Scores) -> Scores:
 
 
 def _resampled_means(scores: Scores, num_resamples: int, seed: int) -> Scores:
-    """(R,)"""
+    """Means of R resamples, (R,)."""
     num_seeds, num_problems = scores.shape
     rng = np.random.default_rng(seed)
     seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_resamples)  # (R, S)

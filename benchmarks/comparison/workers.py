@@ -1,7 +1,6 @@
-"""Runs in worker processes: each worker does many, since starting one costs seconds of imports.
+"""Worker processes that train runs; each worker trains many, because a start costs seconds of imports.
 
-The parent waits for the workers' messages and holds no lock with them. A worker that dies takes its run with it and no
-other; a parent that dies, however suddenly, takes its workers with it.
+If a worker dies, only its current run fails. If the parent dies, its workers end too.
 """
 
 import contextlib
@@ -19,27 +18,24 @@ from comparison.plan import Run, Settings
 from egspo_lightning.errors import UserError, cause_of
 
 REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""Lets glibc keep memory instead of mapping each tensor anew: a tenth less time a phase, measured on the quickstart."""
+"""Make glibc reuse memory instead of mapping each tensor anew; a quickstart phase takes a tenth less time."""
 
 SECONDS_TO_END = 5.0
-"""How long a worker may take to end by itself, before it is killed."""
+"""Time in which a worker may end by itself before it is killed."""
 
 Failure = str
-"""What has stopped a run."""
+"""Message that says why a run failed."""
 
 
 class Pool:
-    """Workers that carry out runs.
-
-    Use as a context: on leaving it, for whatever reason, no worker is left.
-    """
+    """Pool of workers. A context manager: its exit ends all workers."""
 
     def __init__(self, shared: Settings, jobs: int) -> None:
         self._shared, self._jobs = shared, jobs
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> "Pool":
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when a worker imports torch
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # torch reads them at import
             os.environ[name] = str(self._shared.threads)
         for name, value in REUSE_MEMORY.items():
             os.environ.setdefault(name, value)
@@ -54,16 +50,16 @@ class Pool:
 
     @property
     def running(self) -> list[Run]:
-        """The runs under way."""
+        """Runs in progress."""
         return [worker.run for worker in self._workers if worker.run is not None]
 
     @property
     def has_room(self) -> bool:
-        """Whether a run can be started."""
+        """Whether another run can start."""
         return len(self.running) < self._jobs
 
     def start(self, run: Run) -> None:
-        """Give a run to an idle worker, or to a new one."""
+        """Send a run to an idle worker, or to a new one."""
         idle = next((worker for worker in self._workers if worker.run is None), None)
         if idle is None:
             idle = _Worker(self._shared)
@@ -71,7 +67,7 @@ class Pool:
         idle.start(run)
 
     def finished(self, timeout: float) -> Iterator[tuple[Run, Failure | None]]:
-        """Runs that have ended within the time, with what has stopped them if anything has."""
+        """Yield the runs that end within ``timeout`` seconds, each with its failure or None."""
         busy = {worker.connection: worker for worker in self._workers if worker.run is not None}
         for connection in wait(list(busy), timeout):
             assert isinstance(connection, Connection)
@@ -85,7 +81,7 @@ class Pool:
 
 
 class _Worker:
-    """A process, and the run that it carries out."""
+    """A process and its current run."""
 
     def __init__(self, shared: Settings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -93,12 +89,12 @@ class _Worker:
         self.run: Run | None = None
         self._process = context.Process(target=_work, args=(theirs, shared), daemon=False)
         self._process.start()
-        theirs.close()  # else its end would not be noticed
+        theirs.close()  # otherwise recv would not notice the end of the process
         self.is_alive = True
 
     def start(self, run: Run) -> None:
         self.run = run
-        with contextlib.suppress(OSError):  # it has died while idle; receive() will tell
+        with contextlib.suppress(OSError):  # it died while idle; receive() reports that
             self.connection.send(run)
 
     def receive(self) -> Failure | None:
@@ -123,8 +119,8 @@ class _Worker:
 
 
 def _work(connection: Connection, shared: Settings) -> None:
-    """A worker's life: a run, its outcome, the next run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who ends its workers
+    """Main loop of a worker: receive a run, train it, send the failure or None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log = shared.output / "logs" / f"worker_{os.getpid()}.log"
     _log_to(log)
@@ -137,19 +133,19 @@ def _work(connection: Connection, shared: Settings) -> None:
 
 
 def _execute(run: Run, shared: Settings) -> None:
-    from comparison.runs import execute  # imports torch, which the parent does without
+    from comparison.runs import execute  # not in the parent: it imports torch
 
     execute(run, shared)
 
 
 def attempt(run: Run, shared: Settings, execute: Callable[[Run, Settings], None], log: Path) -> Failure | None:
-    """Carry out a run; what stops it is told in one line, and in full in its error file."""
+    """Train a run. On failure, return a one-line message and write the traceback to the error file."""
     print(f"=== {run.label}, seed {run.seed}", flush=True)
     start = log.stat().st_size if log.exists() else 0
     try:
         execute(run, shared)
     except (Exception, SystemExit) as error:
-        if _is_asked_to_end(error):
+        if _is_sigterm(error):
             raise
         failure = _printed(log, start) if isinstance(error, SystemExit) else _cause(error)
         path = run.error_file(shared.output)
@@ -159,21 +155,21 @@ def attempt(run: Run, shared: Settings, execute: Callable[[Run, Settings], None]
     return None
 
 
-def _is_asked_to_end(error: BaseException) -> bool:
-    """Whether it is Lightning's answer to SIGTERM, an exit without a code of its own."""
+def _is_sigterm(error: BaseException) -> bool:
+    """Whether Lightning raised this because of SIGTERM; the class is private."""
     return type(error).__name__ == "SIGTERMException"
 
 
 def _printed(log: Path, start: int) -> Failure:
-    """What a parser that ends its process has printed: its last lines, as one."""
+    """The parser's error message, which it prints before SystemExit, as one line."""
     sys.stderr.flush()
     lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
     text = "\n".join(lines).rpartition("error: ")[2]
-    return " ".join(text.split()) or "it ended its process"
+    return " ".join(text.split()) or "its process exited"
 
 
 def _cause(error: Exception) -> str:
-    """The user's mistake where there is one, however deeply wrapped; else the error with its type."""
+    """Message of the UserError among the causes, or else the error with its type."""
     cause = cause_of(error, UserError)
     return str(cause) if cause is not None else f"{type(error).__name__}: {error}"
 
@@ -186,7 +182,7 @@ def _end_with_parent() -> None:
 
 
 def _log_to(path: Path) -> None:
-    """Let all output of this process go to a file, that of libraries included."""
+    """Redirect stdout and stderr of this process, including native libraries, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -195,5 +191,5 @@ def _log_to(path: Path) -> None:
 
 
 def ready(waiting: Sequence[Run], has_checkpoint: Callable[[int], bool]) -> Run | None:
-    """The next run whose checkpoint is there; the SFT that makes one needs none."""
+    """The next run that can start: an SFT run, or a run whose SFT checkpoint exists."""
     return next((run for run in waiting if run.method is None or has_checkpoint(run.seed)), None)

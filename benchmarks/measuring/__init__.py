@@ -1,1 +1,1 @@
-"""What the benchmarks of speed and memory share: clocks, workloads, tables."""
+"""Speed and memory measurements: clocks, workloads, tables."""

@@ -1,4 +1,4 @@
-"""Held-out accuracy of a model, measured in one way for both sides."""
+"""Held-out accuracy of a language model, the same for our trainer and TRL's."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from egspo_lightning.types import Sampling
 
 
 def held_out_accuracy(lm: Any, folder: Path, num_problems: int, max_completion_length: int) -> float:
-    """Share of held-out sums that greedy answers get right; the model is left in the mode that it was in."""
+    """Greedy accuracy on generated held-out sums; keeps the model in train or eval mode."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     problems = GeneratedBenchmark(num_problems=num_problems).load()
     requests = [Request(tokenizer.encode(problem.problem), "") for problem in problems]

@@ -1,4 +1,4 @@
-"""The least that an iteration has to compute: bare passes of the same tokens, without anything around them."""
+"""Lower bound of an iteration's compute: bare model passes over the same tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from egspo_lightning.ops.padding import row_lengths
 from measuring.timing import Reading, Stopwatch
 
 
-def bare_updates(module: Any, batches: Sequence[Any]) -> None:
-    """Forward and backward over the unpadded tokens of an iteration's batches: cross entropy, nothing else.
+def bare_steps(module: Any, batches: Sequence[Any]) -> None:
+    """Forward and backward passes of the cross entropy over as many tokens as an iteration's batches hold.
 
-    A micro-batch becomes a rectangle of as many rows and tokens (up to rounding), so nothing in it is padding.
+    Each micro-batch becomes a rectangle without padding, with the same number of rows and, up to rounding, tokens.
     """
     for batch in batches:
         for part in (batch.rollout, batch.expert):
@@ -35,13 +35,13 @@ def _bare_pass(lm: Any, input_ids: Tensor, mask: Tensor) -> None:
 
 @torch.no_grad()
 def bare_decode(lm: Any, prompts: Tensor, repeats: int, lengths: Sequence[int]) -> Reading:
-    """Time within the forward passes that decoding completions of these lengths takes, and nothing around them.
+    """Time the forward passes that decoding needs for completions of these lengths, and nothing else.
 
     Args:
-        lm: the model
+        lm: language model
         prompts: (P, T) distinct prompts of equal length
-        repeats: completions a prompt
-        lengths: P * repeats lengths, in tokens
+        repeats: completions per prompt
+        lengths: lengths of the P * repeats completions, in tokens
     """
     cache = DynamicCache(config=lm.config)
     watch, left = Stopwatch(), torch.tensor(sorted(lengths, reverse=True))

@@ -1,4 +1,4 @@
-"""Ways from hidden states to log-probabilities and entropies: the plain one, ours, and those of the field."""
+"""Implementations of log-probabilities and entropies from hidden states: naive, chunked, ours, TRL, Liger."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,44 +12,44 @@ from torch.utils.checkpoint import checkpoint
 from egspo_lightning.ops.token_stats import token_stats
 
 Statistics = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""(N, D) hidden states, (V, D) weight, (N,) ids to log-probabilities and, where it has them, entropies."""
+"""(N, D) hidden states, (V, D) weight, (N,) ids to (N,) log-probabilities and (N,) entropies or None."""
 
 
-class Way(NamedTuple):
-    """One of them."""
+class Variant(NamedTuple):
+    """One implementation."""
 
     statistics: Statistics
     logits_held: float
-    """(N, V) float32 tensors that it holds at once, about: to see beforehand whether it fits"""
+    """estimated number of (N, V) float32 tensors held at once, to predict whether it fits into memory"""
     remark: str = ""
     package: str | None = None
 
 
 def naive(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """All at once, as a formula is written down."""
-    return _of_logits(F.linear(hidden, weight), ids)
+    """Materialize all logits."""
+    return _from_logits(F.linear(hidden, weight), ids)
 
 
-def _of_logits(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _from_logits(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     log_probs = logits.float().log_softmax(-1)
     return log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
 
 
 def chunked_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits at once, what is made of them in chunks of 256 tokens that are made anew in the backward pass."""
+    """Materialize all logits, then checkpoint the statistics of chunks of 256 tokens."""
     pairs = zip(F.linear(hidden, weight).split(256), ids.split(256), strict=True)
-    parts = [checkpoint(_of_logits, logits, part, use_reentrant=False) for logits, part in pairs]
+    parts = [checkpoint(_from_logits, logits, part, use_reentrant=False) for logits, part in pairs]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 def ours(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The project's own."""
+    """``token_stats`` of this package."""
     stats = token_stats(hidden, weight, ids)
     return stats.logprobs, stats.entropies
 
 
 def trl_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """TRL's functions of logits."""
+    """TRL's function of materialized logits."""
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
     logprobs, entropies = selective_log_softmax_and_entropy(F.linear(hidden, weight).unsqueeze(0), ids.unsqueeze(0))
@@ -57,7 +57,7 @@ def trl_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Ten
 
 
 def trl_fused(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What TRL's GRPOTrainer computes: tiles over tokens and vocabulary, with the width that TRL sets."""
+    """The fused head of TRL's GRPOTrainer, with tiles over tokens and vocabulary of TRL's size."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as WIDTH
 
@@ -66,24 +66,24 @@ def trl_fused(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tens
 
 
 def liger_chunked(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, None]:
-    """What Liger's fused GRPO loss makes log-probabilities with."""
+    """The log-probabilities of Liger's fused GRPO loss."""
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
     logprobs = LigerFusedLinearPPOBase.chunk_forward(hidden.unsqueeze(0), weight, ids.unsqueeze(0))
     return logprobs[0], None
 
 
-WAYS = {
-    "naive": Way(naive, 6.0),
-    "chunked logits": Way(chunked_logits, 2.5),
-    "ours": Way(ours, 0.1),
-    "TRL, of logits": Way(trl_logits, 5.0, package="trl"),
-    "TRL, fused head": Way(trl_fused, 1.0, package="trl"),
-    "Liger, fused head": Way(liger_chunked, 0.5, "log-probabilities alone", package="liger_kernel"),
+VARIANTS = {
+    "naive": Variant(naive, 6.0),
+    "chunked logits": Variant(chunked_logits, 2.5),
+    "ours": Variant(ours, 0.1),
+    "TRL, from logits": Variant(trl_logits, 5.0, package="trl"),
+    "TRL, fused head": Variant(trl_fused, 1.0, package="trl"),
+    "Liger, fused head": Variant(liger_chunked, 0.5, "log-probabilities only", package="liger_kernel"),
 }
 
 
-def absence(name: str) -> str | None:
-    """Why a way does not run here, or None."""
-    package = WAYS[name].package
-    return None if package is None or find_spec(package) is not None else f"{package} is not installed"
+def missing_package(name: str) -> str | None:
+    """The package that a variant needs and that is not installed, or None."""
+    package = VARIANTS[name].package
+    return package if package is not None and find_spec(package) is None else None

@@ -1,4 +1,4 @@
-"""Peak memory of a call: of a process on the CPU, of the allocator on a GPU."""
+"""Peak memory of a call: resident memory on a CPU, allocator statistics on a GPU."""
 
 import ctypes
 import gc
@@ -14,24 +14,24 @@ MIB = 2**20
 
 
 def peak(run: Callable[[], Any], device: str = "cpu") -> float:
-    """MiB that a call needs at most beyond what was held before it."""
+    """Peak memory of a call in MiB, relative to the memory held before it."""
     return _peak_of_gpu(run) if device.startswith("cuda") else _peak_of_process(run)
 
 
 def available() -> float:
-    """MiB that new processes can have without swapping."""
+    """Memory in MiB that new processes can use without swapping."""
     return _kib(Path("/proc/meminfo"), "MemAvailable") / 1024
 
 
 def _peak_of_process(run: Callable[[], Any]) -> float:
-    """Linux's high-water mark of resident memory, set back before the call."""
+    """Use Linux's high-water mark of resident memory, reset before the call."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be there to be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise reused free memory would not count
     status = Path("/proc/self/status")
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise UserError(f"Peak memory is read from /proc, which this system does not offer: {error}.") from error
+        raise UserError(f"Peak memory needs Linux with /proc/self/clear_refs: {error}.") from error
     before = _kib(status, "VmRSS")
     run()
     return (_kib(status, "VmHWM") - before) / 1024

@@ -1,8 +1,7 @@
-"""Flags, tables and files of the benchmarks of speed and memory."""
+"""Flags, tables and result files of the speed and memory benchmarks."""
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from comparison.arguments import command
 from comparison.machine import machine, num_cores
+from comparison.tables import markdown_table
 from egspo_lightning.errors import UserError
 from measuring.workloads import FOLDER, NAMES
 
@@ -21,30 +21,35 @@ Row = Mapping[str, Any]
 
 
 def parser(name: str, description: str, *, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the flags that all of them have."""
+    """A parser with the shared flags."""
     result = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    result.add_argument("--rounds", type=int, default=rounds, help=f"times that each side is measured ({rounds})")
-    result.add_argument("--threads", type=int, default=num_cores(), help="threads of torch (the number of cores)")
+    result.add_argument("--rounds", type=int, default=rounds, help=f"measurements per variant ({rounds})")
+    result.add_argument("--threads", type=int, default=num_cores(), help="torch threads (number of cores)")
     output = RESULTS / f"{name}.json"
-    result.add_argument("--output", type=Path, default=output, help=f"JSON file of the results ({output.name})")
-    result.add_argument("--note", default="", help="goes into the file, for instance what else the machine was doing")
+    result.add_argument("--output", type=Path, default=output, help=f"JSON file for the results ({output.name})")
+    result.add_argument("--note", default="", help="note for the result file, such as other load on the machine")
     return result
 
 
 def add_workloads(flags: argparse.ArgumentParser, *default: str) -> None:
-    """What is trained."""
-    told = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
-    flags.add_argument("--workloads", nargs="+", choices=list(NAMES), default=list(default), help=told)
+    """Add the flags that choose the trained models."""
+    choices = "; ".join(f"{name}: {description}" for name, description in NAMES.items())
+    flags.add_argument("--workloads", nargs="+", choices=list(NAMES), default=list(default), help=choices)
     add_models(flags)
 
 
 def add_models(flags: argparse.ArgumentParser) -> None:
-    """Where models are kept."""
-    flags.add_argument("--models", type=Path, default=FOLDER, help="folder in which models are kept (logs/speed)")
+    """Add the flag for the folder of models."""
+    flags.add_argument("--models", type=Path, default=FOLDER, help="folder that keeps the models (logs/speed)")
+
+
+def add_run_flags(flags: argparse.ArgumentParser) -> None:
+    """Add the flag that forwards flags to the command line of egspo_lightning."""
+    flags.add_argument("--flags", nargs="*", default=[], help="more flags for `egspo_lightning fit`")
 
 
 def parse(flags: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags, checked, with torch's threads set.
+    """Parse and validate the flags, and set the number of torch threads.
 
     Raises:
         UserError: a number is below 1.
@@ -58,17 +63,16 @@ def parse(flags: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> 
 
 
 def publish(name: str, arguments: argparse.Namespace, tables: Mapping[str, Sequence[Row]], **facts: Any) -> None:
-    """Print the tables and write them with where they come from."""
+    """Print the tables and write them to the result file with their provenance."""
     for title, rows in tables.items():
         print(f"\n{title}\n\n{table(rows)}")
-    settings = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
-    where = machine() | {"load": ", ".join(f"{load:.2f}" for load in os.getloadavg())}
+    where = machine()
     document = {
         "benchmark": name,
         "command": command(),
         "note": arguments.note,
         "machine": where,
-        "settings": settings,
+        "settings": {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)},
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "tables": {title: [dict(row) for row in rows] for title, rows in tables.items()},
         **facts,
@@ -80,10 +84,9 @@ def publish(name: str, arguments: argparse.Namespace, tables: Mapping[str, Seque
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    heads = list(rows[0])
-    lines = [heads, ["---"] * len(heads), *([_cell(row[head]) for head in heads] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """Format rows with the same keys as a Markdown table."""
+    header = list(rows[0])
+    return markdown_table(header, ([_cell(row[name]) for name in header] for row in rows))
 
 
 def _cell(value: Any) -> str:

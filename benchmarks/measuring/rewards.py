@@ -1,4 +1,4 @@
-"""Reward for speed measurements: a policy with random weights earns it sometimes, so few groups are flat."""
+"""Reward for random weights: it varies within groups, so that few groups are flat and skipped."""
 
 from collections.abc import Sequence
 

@@ -1,19 +1,21 @@
-"""Ways of doing the same, timed in turn, and what their readings say."""
+"""Timing: stopwatch, interleaved rounds of variants, medians and ratios."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
+
+K = TypeVar("K")
 
 
 class Reading(NamedTuple):
-    """One run."""
+    """Duration of one measurement."""
 
     wall: float
-    """seconds"""
+    """wall time in seconds"""
     cpu: float
-    """seconds of processor time, all threads of the process: what a busy machine disturbs least"""
+    """CPU time in seconds, over all threads of the process; other processes hardly affect it"""
 
 
 Clock = Literal["wall", "cpu"]
@@ -31,14 +33,14 @@ class Spread(NamedTuple):
 
 
 class Stopwatch:
-    """Adds up what passes between ``start`` and ``stop``."""
+    """Adds up the time between ``start`` and ``stop``."""
 
     def __init__(self) -> None:
         self.total = Reading(0.0, 0.0)
         self._started: Reading | None = None
 
     def start(self) -> None:
-        """Go on."""
+        """Start or continue."""
         self._started = _now()
 
     def stop(self) -> None:
@@ -53,38 +55,28 @@ def _now() -> Reading:
     return Reading(time.perf_counter(), time.process_time())
 
 
-def clock(run: Callable[[], Any]) -> Reading:
-    """Time one call."""
-    watch = Stopwatch()
-    watch.start()
-    run()
-    watch.stop()
-    return watch.total
+def interleave(variants: Mapping[K, Callable[[], Any]], rounds: int, warmup: int = 0) -> dict[K, list[Any]]:
+    """Run each variant once per round, in an order that alternates between rounds, and collect what they return.
 
-
-def in_turn(
-    sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, measure: Callable[..., Any] = clock
-) -> dict[str, list[Any]]:
-    """Each side once a round, in an order that is turned round from one round to the next, after a warm-up.
+    Slow phases of the machine then affect all variants alike.
 
     Args:
-        sides: what to run, by name
-        rounds: rounds that count
-        warmup: rounds before them that do not
-        measure: what becomes of a run; its time by default
+        variants: functions by name
+        rounds: rounds whose results are returned
+        warmup: rounds before them whose results are dropped
     """
-    readings: dict[str, list[Any]] = {name: [] for name in sides}
-    names = list(sides)
+    results: dict[K, list[Any]] = {name: [] for name in variants}
+    names = list(variants)
     for number in range(-warmup, rounds):
         for name in names if number % 2 == 0 else names[::-1]:
-            reading = measure(sides[name])
+            result = variants[name]()
             if number >= 0:
-                readings[name].append(reading)
-    return readings
+                results[name].append(result)
+    return results
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles; of fewer than two values the value itself."""
+    """Median and quartiles; three times the value if there is only one."""
     if len(values) < 2:
         return Spread(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -92,13 +84,14 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where the median of the population lies with at least 95 % confidence, whatever its distribution.
+    """Distribution-free confidence interval of the median (sign test), with at least 95 % confidence.
 
-    Between order statistics r and n + 1 - r, where at most r - 1 of n values lie below it with a probability of no more
-    than 2.5 %, being binomial with 1/2. Fewer than 6 values give their range, and less confidence.
+    The bounds are the order statistics r and n + 1 - r. r is the largest rank for which at most r - 1 of n values lie
+    below the median with a probability of at most 2.5 %, by the binomial distribution with p = 1/2. Fewer than 6 values
+    give their range, with less confidence.
     """
     ranked, count = sorted(values), len(values)
-    rank, below = 1, 1  # below: how many of the 2 ** n ways have fewer than ``rank`` values below the median
+    rank, below = 1, 1  # below: number of the 2**n outcomes with fewer than ``rank`` values below the median
     while 40 * (below + math.comb(count, rank)) <= 2**count:
         below += math.comb(count, rank)
         rank += 1
@@ -106,15 +99,15 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def seconds(readings: Sequence[Reading], kind: Clock = "wall") -> Spread:
-    """Of one side."""
+    """Median and quartiles of the readings, in seconds."""
     return spread([getattr(reading, kind) for reading in readings])
 
 
 def ratio(over: Sequence[Reading], under: Sequence[Reading], kind: Clock = "wall") -> Spread:
-    """Of two sides, round by round: what slows the machine for a while slows both."""
+    """Median and quartiles of the ratios per round."""
     return spread(ratios(over, under, kind))
 
 
 def ratios(over: Sequence[Reading], under: Sequence[Reading], kind: Clock = "wall") -> list[float]:
-    """One a round."""
+    """Ratio of two variants in each round."""
     return [getattr(a, kind) / getattr(b, kind) for a, b in zip(over, under, strict=True)]

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on a workload: same weights, prompts, sizes, reward, optimizer and threads."""
+"""TRL's GRPOTrainer on a workload, with the same weights, prompts, sizes, reward and learning rate as ours."""
 
 import itertools
 from collections.abc import Callable
@@ -13,45 +13,44 @@ from measuring.timing import Reading, Stopwatch
 from measuring.workloads import Workload
 
 DIFFERENCES = (
-    "TRL loads, pads and logs in its own way; its completions are other draws from the same policy.",
-    "TRL's minibatches are drawn from the whole collection, ours take an even share of each group.",
-    "TRL runs a collection's forward and backward passes on all rows; ours leaves out groups without spread, whose "
-    "gradient is 0.",
-    "TRL's optimizer is its default, the fused AdamW of torch; ours is AdamW as the quickstart sets it.",
+    "TRL has its own loading, padding and logging, and samples other completions from the same policy.",
+    "TRL draws minibatches from the whole rollout batch; ours take an equal share of each group.",
+    "TRL computes the passes of all rows; ours skip groups without reward spread, whose gradient is 0.",
+    "TRL uses its default optimizer, torch's fused AdamW; ours is AdamW as in the quickstart.",
 )
 
 
-class CycleEnds(TrainerCallback):
-    """Tells of the end of every collection's last update; a true answer ends the run."""
+class IterationEnd(TrainerCallback):
+    """Calls ``is_finished`` with the model after each iteration, and ends the run if it returns True."""
 
-    def __init__(self, updates_per_cycle: int, ended: Callable[[Any], bool]) -> None:
-        self.updates_per_cycle, self.ended = updates_per_cycle, ended
+    def __init__(self, steps_per_iteration: int, is_finished: Callable[[Any], bool]) -> None:
+        self.steps_per_iteration, self.is_finished = steps_per_iteration, is_finished
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An update ends."""
-        if state.global_step % self.updates_per_cycle == 0 and self.ended(kwargs["model"]):
+        """Check for the last optimizer step of an iteration."""
+        if state.global_step % self.steps_per_iteration == 0 and self.is_finished(kwargs["model"]):
             control.should_training_stop = True
 
 
-def run(workload: Workload, cycles: int, ended: Callable[[Any], bool]) -> None:
-    """Train for so many collections, or until ``ended``, which is given the model after each, says so."""
+def run(workload: Workload, iterations: int, is_finished: Callable[[Any], bool]) -> None:
+    """Train for at most ``iterations`` rollout batches; ``is_finished`` gets the model after each of them."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(workload.folder)
     model = AutoModelForCausalLM.from_pretrained(workload.folder)
-    updates = workload.num_ppo_epochs * workload.num_minibatches
+    steps = workload.num_ppo_epochs * workload.num_minibatches
     source = GeneratedProblems()
     source.prepare(workload.seed, frozenset())
-    problems = source.draw(0, workload.num_problems * cycles)
+    problems = source.draw(0, workload.num_problems * iterations)
     rows = [{"prompt": problem.problem, "answer": problem.answer} for problem in problems]
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=_reward_function(workload),
         train_dataset=Dataset.from_list(rows),
-        args=GRPOConfig(**_settings(workload, cycles * updates)),
-        callbacks=[CycleEnds(updates, ended)],
+        args=GRPOConfig(**_settings(workload, iterations * steps)),
+        callbacks=[IterationEnd(steps, is_finished)],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("ProgressCallback", "PrinterCallback"):
@@ -60,7 +59,7 @@ def run(workload: Workload, cycles: int, ended: Callable[[Any], bool]) -> None:
 
 
 def _settings(workload: Workload, max_steps: int) -> dict[str, Any]:
-    """GRPO with TRL's own fast paths; everything that writes or talks is off."""
+    """GRPO with TRL's fast paths, without logging and checkpoints."""
     return {
         "output_dir": str(workload.folder.parent / "trl"),
         "per_device_train_batch_size": workload.num_rollouts // workload.num_minibatches,
@@ -78,7 +77,7 @@ def _settings(workload: Workload, max_steps: int) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "beta": 0.0,
         "epsilon": 0.2,
-        "loss_type": "dapo",  # token-mean over the update, as ours
+        "loss_type": "dapo",  # token mean over the optimizer step, as in ours
         "seed": workload.seed,
         "shuffle_dataset": False,
         "use_cpu": True,
@@ -102,12 +101,12 @@ def _reward_function(workload: Workload) -> Callable[..., list[float]]:
 
 
 def iteration_times(workload: Workload, iterations: int, warmup: int) -> list[Reading]:
-    """Time from the end of one collection's updates to the end of the next's."""
+    """Time each iteration from the end of the one before, as ``IterationTimes`` does."""
     readings: list[Reading] = []
     watches: list[Stopwatch] = []
     count = itertools.count(1)
 
-    def ended(_: Any) -> bool:
+    def record(_: Any) -> bool:
         if watches:
             watches[-1].stop()
             readings.append(watches[-1].total)
@@ -116,5 +115,5 @@ def iteration_times(workload: Workload, iterations: int, warmup: int) -> list[Re
             watches[-1].start()
         return False
 
-    run(workload, warmup + iterations, ended)
+    run(workload, warmup + iterations, record)
     return readings

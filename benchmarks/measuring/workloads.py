@@ -1,18 +1,18 @@
-"""What is trained in the benchmarks: a folder with weights and tokenizer, and the flags of our command line for it.
+"""Workloads: a folder with weights and tokenizer, the sizes of an iteration, and the command-line flags for both.
 
-Both sides of a comparison load the same folder, so they have the same weights, prompts and sizes.
+All variants of a comparison load the same folder, so they have the same weights, prompts and sizes.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from comparison.listeners import StopAfterSFT
+from comparison.callbacks import StopAfterSFT, callback_flag
 from comparison.runs import QUIET
 from egspo_lightning.cli.main import EgspoCLI
 from egspo_lightning.cli.main import run as run_cli
@@ -24,7 +24,7 @@ FOLDER = REPOSITORY / "logs" / "speed"
 
 
 class Workload(NamedTuple):
-    """A model and the sizes of its iterations."""
+    """A model and the sizes of an iteration."""
 
     folder: Path
     """weights and tokenizer"""
@@ -39,11 +39,11 @@ class Workload(NamedTuple):
 
     @property
     def num_rollouts(self) -> int:
-        """Completions an iteration."""
+        """Completions per iteration."""
         return self.num_problems * self.num_generations
 
     def flags(self) -> list[str]:
-        """Of our command line: the quickstart from this model's weights, in stage EGSPO from the start."""
+        """Flags of the quickstart with this model and these sizes, in stage EGSPO from the start."""
         sizes = ("num_problems", "num_generations", "num_ppo_epochs", "num_minibatches", "max_completion_length")
         return [
             f"--config={QUICKSTART}",
@@ -62,7 +62,7 @@ class Workload(NamedTuple):
 
 
 def quickstart(models: Path = FOLDER, seed: int = 1) -> Workload:
-    """The quickstart in mid-training: after its SFT, which is run once and kept."""
+    """The quickstart after its SFT, which is trained once and kept."""
     folder = models / f"quickstart-{seed}"
     if not (folder / "config.json").exists():
         _publish(folder, lambda partial: _train_sft(partial, seed))
@@ -70,16 +70,15 @@ def quickstart(models: Path = FOLDER, seed: int = 1) -> Workload:
 
 
 def _train_sft(folder: Path, seed: int) -> None:
-    stop = f"{StopAfterSFT.__module__}.{StopAfterSFT.__qualname__}"
     arguments = [f"--config={QUICKSTART}", *QUIET, "--math_benchmark.enabled=false", f"--seed_everything={seed}"]
-    arguments += [f"--trainer.callbacks+={stop}", f"--trainer.default_root_dir={folder}"]
+    arguments += [callback_flag(StopAfterSFT), f"--trainer.default_root_dir={folder}"]
     module: Any = run_cli(["fit", *arguments]).model
     module.policy.lm.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
 
 
 class Shape(NamedTuple):
-    """Of a model with random weights."""
+    """Sizes of a model with random weights."""
 
     hidden: int = 256
     layers: int = 4
@@ -88,7 +87,7 @@ class Shape(NamedTuple):
 
 
 def random_model(models: Path = FOLDER, shape: Shape = Shape(), **sizes: Any) -> Workload:  # noqa: B008
-    """A model with random weights; rewards are those of ``measuring.rewards``, since it gets no problem right."""
+    """A model with random weights. It solves nothing, so its reward is ``EvenCharacters``."""
     folder = models / ("random-" + "-".join(map(str, shape)))
     if not (folder / "config.json").exists():
         _publish(folder, lambda partial: _write_random(partial, shape))
@@ -100,7 +99,7 @@ def _write_random(folder: Path, shape: Shape) -> None:
     entries: dict[str, int] = tokenizer["model"]["vocab"]
     specials = tokenizer["added_tokens"]
     first_special = shape.vocabulary - len(specials)
-    entries |= {f"w{i}": i for i in range(256, first_special)}  # beyond the bytes: words that only a model writes
+    entries |= {f"w{i}": i for i in range(256, first_special)}  # filler beyond the bytes; only the model produces these
     for i, special in enumerate(specials):
         special["id"] = first_special + i
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -121,7 +120,7 @@ def _write_random(folder: Path, shape: Shape) -> None:
 
 
 def _publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """A folder that is there is whole."""
+    """Create the folder atomically: if it exists, it is complete."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -130,32 +129,20 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def choose(name: str, models: Path) -> Workload:
-    """A workload by its name."""
-    if name == "smoke":  # for tests: seconds
+    """The workload with this name."""
+    if name == "smoke":  # takes seconds, for tests
         sizes = {"num_problems": 2, "num_generations": 4, "max_completion_length": 32}
         return random_model(models, Shape(32, 1, 2, 300), **sizes)
     return quickstart(models) if name == "quickstart" else random_model(models)
 
 
 NAMES = {
-    "quickstart": "the quickstart in mid-training",
-    "random": "256 hidden, 4 layers, 32 k vocabulary, random weights",
-    "smoke": "a few tokens, for a test of the script",
+    "quickstart": "quickstart after SFT",
+    "random": "random weights, hidden size 256, 4 layers, 32 k vocabulary",
+    "smoke": "a few tokens, to test the script",
 }
 
 
-def train(workload: Workload, iterations: int, callbacks: Sequence[Any], *more: str) -> EgspoCLI:
-    """Our command line on a workload, with these callbacks as well."""
-    listeners = [f"--trainer.callbacks+={json.dumps(_spec(callback))}" for callback in callbacks]
-    return run_cli(["fit", *workload.flags(), f"--trainer.max_epochs={iterations}", *listeners, *more])
-
-
-def _spec(callback: Any) -> dict[str, Any]:
-    name, arguments = callback if isinstance(callback, tuple) else (callback, {})
-    return {"class_path": f"{name.__module__}.{name.__qualname__}", "init_args": arguments}
-
-
-def found(cli: EgspoCLI, kind: type[Any]) -> Any:
-    """The callback of a finished run, with what it has measured."""
-    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    return next(callback for callback in callbacks if isinstance(callback, kind))
+def train(workload: Workload, iterations: int, *flags: str) -> EgspoCLI:
+    """Train a workload through the command line."""
+    return run_cli(["fit", *workload.flags(), f"--trainer.max_epochs={iterations}", *flags])

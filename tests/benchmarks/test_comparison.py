@@ -1,4 +1,4 @@
-"""The comparison from its command line, in very short form: stopped halfway, resumed, and with a run that fails."""
+"""Short comparisons from the command line: interrupted, resumed, with a killed parent, with failing runs."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import yaml
 
 
 def shortened(config, model, **data):
-    """The quickstart with little of everything."""
+    """The quickstart config with small sizes."""
     config["trainer"]["max_epochs"] = 10
     config["model"]["policy"]["name_or_path"] = model
     config["data"]["demonstrations"]["init_args"]["num_demonstrations"] = 64
@@ -24,7 +24,7 @@ def shortened(config, model, **data):
 
 @pytest.fixture
 def start(repository, small_model, tmp_path):
-    """Starts the script in a process group of its own."""
+    """Start the script in its own process group."""
 
     def with_config(*arguments, **data):
         quickstart = yaml.safe_load((repository / "configs" / "quickstart.yaml").read_text())
@@ -62,7 +62,7 @@ def wait_for(condition, process, seconds=240):
 
 
 def is_gone(group, seconds):
-    """Whether no process of the group is left after so many seconds; Python's resource tracker takes a moment."""
+    """Whether all processes of the group end within ``seconds``; Python's resource tracker ends with a delay."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -74,31 +74,31 @@ def is_gone(group, seconds):
 
 
 @pytest.mark.slow
-def test_stopped_halfway_and_resumed(start, tmp_path):
+def test_an_interrupted_comparison_resumes(start, tmp_path):
     out = tmp_path / "out"
     process = start("--seeds", "1", "2")
     wait_for(lambda: len(finished(out)) >= 3, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 130, told
-    assert "the same command goes on from there" in told
-    assert "Traceback" not in told
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "the same command resumes" in errors
+    assert "Traceback" not in errors
     assert is_gone(process.pid, seconds=5)
     before = finished(out)
     assert 3 <= len(before) < 6
     assert not (out / "table.md").exists()
 
     process = start("--seeds", "1", "2")
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     after = finished(out)
     assert len(after) == 6
-    assert before.items() <= after.items()  # what was finished was not made again
-    assert f"{len(before) + 1}/6 runs ended" in told
+    assert before.items() <= after.items()  # finished runs did not run again
+    assert f"{len(before) + 1}/6 runs ended" in errors
     for name in ("table.md", "results.csv", "problems.csv.gz", "curves.png"):
         assert (out / name).stat().st_size > 0
     results = [json.loads((out / path).read_text()) for path in after]
-    assert {r["updates"] for r in results if r["method"]} == {3 * 4}
+    assert {r["optimizer_steps"] for r in results if r["method"]} == {3 * 4}
     for seed in (1, 2):
         assert len({r["checkpoint"] for r in results if r["seed"] == seed}) == 1
     grpo = next(r for r in results if r["method"] == "grpo")
@@ -108,7 +108,7 @@ def test_stopped_halfway_and_resumed(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_parent_that_is_killed_takes_its_workers_along(start, tmp_path):
+def test_workers_end_when_the_parent_is_killed(start, tmp_path):
     process = start("--seeds", "1")
     wait_for(lambda: any((tmp_path / "out" / "unfinished").glob("*/*")), process)
     process.kill()
@@ -120,14 +120,14 @@ def test_a_parent_that_is_killed_takes_its_workers_along(start, tmp_path):
 @pytest.mark.parametrize(
     ("mistake", "reason"),
     [({"max_prompt_length": 1}, "max_prompt_length"), ({"num_problem": 4}, "num_problem")],
-    ids=["a value that the project refuses", "a key that the parser refuses"],
+    ids=["refused value", "unknown key"],
 )
-def test_a_run_that_fails_is_told(start, tmp_path, mistake, reason):
+def test_failed_runs_are_reported(start, tmp_path, mistake, reason):
     process = start("--seeds", "1", **mistake)
-    _, told = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    line = next(line for line in told.splitlines() if line.startswith("failed: after_sft, seed 1: "))
+    line = next(line for line in errors.splitlines() if line.startswith("failed: after_sft, seed 1: "))
     assert reason in line
-    assert "failed: grpo, seed 1: the SFT that it starts from has failed" in told
-    assert "3 runs have failed. The same command tries them again." in told
+    assert "failed: grpo, seed 1: its SFT run failed" in errors
+    assert "3 runs failed. The same command tries them again." in errors
     assert reason in (tmp_path / "out" / "runs" / "after_sft" / "seed_1.error.txt").read_text()

@@ -10,7 +10,7 @@ ROWS = [("1", "3"), ("x", r"\frac{x}{2}"), ("y", "x+1"), ("z", "(1, y)")]
 
 
 @pytest.mark.slow
-def test_it_measures_both_kinds_and_writes_what_it_measured(tmp_path: Path, capsys) -> None:
+def test_report_has_both_kinds_of_pairs(tmp_path: Path, capsys) -> None:
     data, output = tmp_path / "data.jsonl", tmp_path / "report.json"
     lines = [{"problem": p, "answer": a, "solution": rf"so \boxed{{{a}}}"} for p, a in ROWS]
     data.write_text("\n".join(map(json.dumps, lines)))
@@ -24,7 +24,7 @@ def test_it_measures_both_kinds_and_writes_what_it_measured(tmp_path: Path, caps
     assert "| undecided (" in capsys.readouterr().out
 
 
-def test_undecided_pairs_are_those_that_need_math_verify() -> None:
+def test_undecided_pairs_need_math_verify() -> None:
     rows = [("row", {"answer": answer, "solution": ""}) for _, answer in ROWS]
     pairs = grader_throughput.undecided(rows)
     assert pairs

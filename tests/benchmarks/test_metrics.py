@@ -1,4 +1,4 @@
-"""Sums, means and curves of what Lightning's CSVLogger writes."""
+"""Sums, means and curves of a metrics.csv of Lightning's CSVLogger."""
 
 from comparison import metrics
 
@@ -10,7 +10,7 @@ LOG = """epoch,eval/sums/avg@1,step,time/gate
 """
 
 
-def test_what_is_logged_in_some_rows_alone(tmp_path):
+def test_metrics_logged_in_some_rows_only(tmp_path):
     (tmp_path / "metrics.csv").write_text(LOG)
     logged = metrics.read(tmp_path / "metrics.csv")
     assert metrics.total(logged, "time/gate") == 0.75

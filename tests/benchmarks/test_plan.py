@@ -1,11 +1,10 @@
-"""What is to be run is checked before anything is trained, and results of other settings are not mixed in."""
+"""Runs are validated before training, and results with other settings are refused."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from comparison.campaign import carry_out
 from comparison.plan import (
     METHODS,
     Run,
@@ -14,8 +13,9 @@ from comparison.plan import (
     read_learning_rates,
     read_result,
     require_methods,
-    updates_per_phase,
+    steps_per_phase,
 )
+from comparison.scheduler import run_all
 from comparison.workers import attempt, ready
 from egspo_lightning.errors import UserError
 
@@ -31,17 +31,17 @@ def finish(run, shared, **values):
     path.write_text(json.dumps({"settings": run.settings(shared)} | values))
 
 
-def test_differences_are_named_by_their_place():
+def test_differences_name_the_key():
     old = {"a": {"b": [1, {"c": 2}]}, "d": 1}
     assert differences(old, {"a": {"b": [1, {"c": 3}]}, "e": 1}) == [
-        "a.b[1].c: 2 there, 3 now",
-        "d: 1 there, null now",
-        "e: null there, 1 now",
+        "a.b[1].c: stored 2, now 3",
+        "d: stored 1, now null",
+        "e: stored null, now 1",
     ]
     assert differences(old, json.loads(json.dumps(old))) == []
 
 
-def test_a_finished_run_is_read_again(shared):
+def test_the_result_of_a_finished_run_is_read(shared):
     run = Run("grpo", "grpo", 1, 1e-4)
     assert read_result(run, shared) is None
     finish(run, shared, accuracy=0.5)
@@ -49,59 +49,59 @@ def test_a_finished_run_is_read_again(shared):
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
-        ({"phases": 5}, "phases: 4 there, 5 now"),
-        ({"threads": 2}, "threads: 1 there, 2 now"),
-        ({"evaluate_every": 3}, "evaluate_every: 2 there, 3 now"),
+        ({"phases": 5}, "phases: stored 4, now 5"),
+        ({"threads": 2}, "threads: stored 1, now 2"),
+        ({"evaluate_every": 3}, "evaluate_every: stored 2, now 3"),
     ],
 )
-def test_other_settings_are_told(shared, other, told):
+def test_results_with_other_settings_are_refused(shared, other, message):
     finish(Run("grpo", "grpo", 1), shared)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_result(Run("grpo", "grpo", 1), Settings(**(vars(shared) | other)))
 
 
-def test_other_configs_and_rates_are_told(shared, tmp_path):
+def test_results_with_other_configs_and_rates_are_refused(shared, tmp_path):
     finish(Run("grpo", "grpo", 1), shared)
-    with pytest.raises(UserError, match=r"learning_rate: null there, 0.001 now"):
+    with pytest.raises(UserError, match=r"learning_rate: stored null, now 0.001"):
         read_result(Run("grpo", "grpo", 1, 1e-3), shared)
     config = tmp_path / "other.yaml"
     config.write_text(shared.configs[0].read_text().replace("max_epochs: 180", "max_epochs: 7"))
-    with pytest.raises(UserError, match=r"config\[0\].trainer.max_epochs: 180 there, 7 now"):
+    with pytest.raises(UserError, match=r"config\[0\].trainer.max_epochs: stored 180, now 7"):
         read_result(Run("grpo", "grpo", 1), Settings(**(vars(shared) | {"configs": (config,)})))
 
 
-def test_nothing_is_started_where_all_is_finished(shared):
+def test_finished_runs_do_not_start_again(shared):
     runs = [Run("grpo", "grpo", seed) for seed in (1, 2)]
     for run in (*runs, Run("after_sft", None, 1), Run("after_sft", None, 2)):
         finish(run, shared)
-    results, failures = carry_out(runs, shared, jobs=1)
+    results, failures = run_all(runs, shared, jobs=1)
     assert [(run.label, run.seed) for run in results] == [("after_sft", 1), ("grpo", 1), ("after_sft", 2), ("grpo", 2)]
     assert failures == {}
 
 
-def test_methods_wait_for_the_checkpoint_of_their_seed():
+def test_a_method_waits_for_the_checkpoint_of_its_seed():
     waiting = [Run("grpo", "grpo", 1), Run("egspo", "egspo", 2), Run("after_sft", None, 3)]
     assert ready(waiting, {2}.__contains__) == waiting[1]
     assert ready(waiting, set().__contains__) == waiting[2]
     assert ready(waiting[:1], set().__contains__) is None
 
 
-def test_sft_is_known_by_its_overlay():
+def test_is_sft_reads_the_overlay():
     assert Run("sft", "sft", 1).is_sft
     assert not Run("grpo", "grpo", 1).is_sft
 
 
-def test_updates_are_those_of_the_last_config_that_names_them(repository, tmp_path):
+def test_steps_per_phase_follow_the_last_config(repository, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("data: {num_minibatches: 3}")
-    assert updates_per_phase([repository / "configs" / "quickstart.yaml", overlay]) == 2 * 3
-    assert updates_per_phase([overlay]) == 3
+    assert steps_per_phase([repository / "configs" / "quickstart.yaml", overlay]) == 2 * 3
+    assert steps_per_phase([overlay]) == 3
 
 
-def test_unknown_methods_are_told_with_those_that_are_there():
-    with pytest.raises(UserError, match=r"--methods: no overlay named grop in configs/methods. There are .*grpo"):
+def test_unknown_methods_are_refused():
+    with pytest.raises(UserError, match=r"--methods: no overlay named grop in configs/methods. Choose from .*grpo"):
         require_methods(["grpo", "grop"])
     with pytest.raises(UserError, match="grpo given twice"):
         require_methods(["grpo", "grpo"])
@@ -109,7 +109,7 @@ def test_unknown_methods_are_told_with_those_that_are_there():
 
 
 @pytest.mark.parametrize("text", ["grpo: fast", "grpo: -1.0", "grpo: true", "other: 1.0e-4", "[1]"])
-def test_learning_rates_that_make_no_sense_are_refused(tmp_path, text):
+def test_invalid_learning_rates_are_refused(tmp_path, text):
     path = tmp_path / "rates.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"rates.yaml"):
@@ -124,7 +124,7 @@ def test_learning_rates_are_read_from_yaml_and_json(tmp_path):
     assert read_learning_rates(None, ["grpo"]) == {}
 
 
-def test_what_stops_a_run_is_told_in_short_and_kept_in_full(shared):
+def test_a_failure_has_a_short_message_and_an_error_file(shared):
     def mistaken(run, settings):
         try:
             raise UserError("data.num_problems must be at least 1, got 0.")

@@ -1,30 +1,27 @@
-"""Carries out what is not yet done, and tells how far it is."""
+"""Scheduler of training runs: starts the runs that have no result yet, and shows the progress."""
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
-from comparison.plan import Run, Settings, checkpoint_file, read_result, sft_runs
+from comparison.plan import Results, Run, Settings, checkpoint_file, read_result, sft_runs
 from comparison.workers import Failure, Pool, ready
 
-SECONDS_BETWEEN_LOOKS = 0.5
-
-Results = dict[Run, dict[str, Any]]
+POLL_SECONDS = 0.5
 
 
-def carry_out(runs: Sequence[Run], shared: Settings, jobs: int) -> tuple[Results, dict[Run, Failure]]:
-    """All results of the runs and of the SFT they start from, and what has stopped the others.
+def run_all(runs: Sequence[Run], shared: Settings, jobs: int) -> tuple[Results, dict[Run, Failure]]:
+    """Return the results of the runs and of their SFT runs, and the failures.
 
-    Finished runs are read, the others are made; a run that fails does not stop those that do not need it.
+    Results of finished runs are read from disk. A failed run stops only the runs that need its checkpoint.
     """
     everything = _in_order([*sft_runs(_seeds(runs)), *runs])
     found = {run: read_result(run, shared) for run in everything}
     waiting = [run for run in everything if found[run] is None]
     waiting = _in_order([*_lost_checkpoints(waiting, shared), *waiting])
-    failures = _Campaign(waiting, len(everything), shared, jobs).carry_out() if waiting else {}
+    failures = _Scheduler(waiting, len(everything), shared, jobs).run() if waiting else {}
     results = {run: result for run in everything if (result := read_result(run, shared)) is not None}
     return results, failures
 
@@ -34,20 +31,18 @@ def _seeds(runs: Iterable[Run]) -> list[int]:
 
 
 def _in_order(runs: Iterable[Run]) -> list[Run]:
-    """Seed by seed, SFT first, so that whole seeds are finished early; each once."""
+    """The distinct runs, seed by seed with SFT first, so that whole seeds finish early."""
     distinct = list(dict.fromkeys(runs))
     seeds = _seeds(distinct)
     return sorted(distinct, key=lambda run: (seeds.index(run.seed), run.method is not None))
 
 
 def _lost_checkpoints(waiting: Iterable[Run], shared: Settings) -> list[Run]:
-    """The SFT runs of seeds whose checkpoint is needed and has been deleted."""
+    """The SFT runs whose checkpoint is needed but has been deleted."""
     return [run for run in sft_runs(_seeds(waiting)) if not checkpoint_file(shared.output, run.seed).exists()]
 
 
-class _Campaign:
-    """The runs that are to be made, and how they stand."""
-
+class _Scheduler:
     def __init__(self, waiting: list[Run], num_all: int, shared: Settings, jobs: int) -> None:
         self._waiting, self._shared, self._jobs = waiting, shared, jobs
         self._num_all, self._num_before = num_all, max(num_all - len(waiting), 0)
@@ -57,16 +52,16 @@ class _Campaign:
         self._failures: dict[Run, Failure] = {}
         self._console = Console(stderr=True)
 
-    def carry_out(self) -> dict[Run, Failure]:
+    def run(self) -> dict[Run, Failure]:
         with Pool(self._shared, self._jobs) as pool, Live(console=self._console, auto_refresh=False) as live:
             while self._waiting or pool.running:
-                self._fill(pool)
+                self._start_runs(pool)
                 self._show(live, self._status(pool.running))
-                for run, failure in pool.finished(SECONDS_BETWEEN_LOOKS):
-                    self._note(run, failure)
+                for run, failure in pool.finished(POLL_SECONDS):
+                    self._record(run, failure)
         return self._failures
 
-    def _fill(self, pool: Pool) -> None:
+    def _start_runs(self, pool: Pool) -> None:
         while pool.has_room:
             run = ready(self._waiting, self._ready_seeds.__contains__)
             if run is None:
@@ -75,14 +70,14 @@ class _Campaign:
             pool.start(run)
 
     def _show(self, live: Live, status: str) -> None:
-        """One line that is renewed; where the output is no terminal, a line whenever a run has ended."""
+        """Update the status line; without a terminal, print one line per ended run instead."""
         if self._console.is_terminal:
             live.update(status, refresh=True)
         elif self._num_ended != self._num_shown:
             self._num_shown = self._num_ended
             self._print(status)
 
-    def _note(self, run: Run, failure: Failure | None) -> None:
+    def _record(self, run: Run, failure: Failure | None) -> None:
         self._num_ended += 1
         if failure is not None:
             self._fail(run, failure)
@@ -98,7 +93,7 @@ class _Campaign:
         for other in [other for other in self._waiting if other.seed == run.seed]:
             self._waiting.remove(other)
             self._num_ended += 1
-            self._failures[other] = "the SFT that it starts from has failed"
+            self._failures[other] = "its SFT run failed"
 
     def _status(self, running: Sequence[Run]) -> str:
         done = self._num_before + self._num_ended
@@ -106,10 +101,10 @@ class _Campaign:
         return f"{done}/{self._num_all} runs ended; running: {names}; {self._remaining(len(running))}"
 
     def _remaining(self, num_running: int) -> str:
-        """Time still needed, from the runs that have ended in this session."""
+        """Estimate the remaining time from the runs that this process has finished."""
         left = len(self._waiting) + num_running
         if not self._num_ended or not left:
-            return "remaining time not known yet" if left else "nothing left"
+            return "remaining time unknown" if left else "nothing left"
         seconds = (time.monotonic() - self._started) / self._num_ended * left
         return f"about {seconds / 60:.0f} min left"
 

@@ -1,4 +1,4 @@
-"""Callbacks that time the iterations of a run: an iteration is a collection with all updates on it."""
+"""Callbacks that time iterations. An iteration is a rollout batch with all its optimizer steps."""
 
 import copy
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from measuring.timing import Reading, Stopwatch
 
 
 class IterationTimes(Callback):
-    """Time from the end of one iteration to the end of the next, Lightning's own share included.
+    """Times each iteration from the end of the one before, so Lightning's overhead is included.
 
     Args:
-        warmup: Iterations that do not count.
+        warmup: Number of iterations that are not recorded.
     """
 
     def __init__(self, warmup: int = 2) -> None:
@@ -25,7 +25,7 @@ class IterationTimes(Callback):
         self._watch: Stopwatch | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An iteration ends, and the next one begins."""
+        """Record the iteration and start the clock of the next one."""
         if self._watch is not None:
             self._watch.stop()
             self.readings.append(self._watch.total)
@@ -36,48 +36,48 @@ class IterationTimes(Callback):
 
 
 def _num_tokens(trainer: Trainer) -> int:
-    collection = trainer.datamodule.rollouts  # type: ignore[attr-defined]
-    return sum(len(completion.token_ids) for completion in collection.completions)
+    rollouts = trainer.datamodule.rollouts  # type: ignore[attr-defined]
+    return sum(len(completion.token_ids) for completion in rollouts.completions)
 
 
 class PhaseTimes(Callback):
-    """What a run logs as ``time/...`` of each phase, seconds."""
+    """Keeps the ``time/...`` metrics of each phase, in seconds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.times: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A phase ends."""
+        """Copy the metrics."""
         logged = trainer.callback_metrics.items()
         self.times.append({name: float(value) for name, value in logged if name.startswith("time/")})
 
 
 class Replay(Callback):
-    """Goes through the same iteration again and again, from the same weights and moments, in one way after another.
+    """Repeats one iteration from the same weights and optimizer state, with the variants in interleaved order.
 
-    The same completions are sampled each time, so nothing differs but the ways. Restoring is not timed.
+    Every repetition samples the same completions, so only the variant differs. Restoring the state is not timed.
 
     Args:
-        ways: Names in ``switches``, which are taken in turn.
-        rounds: Iterations of each that count, behind one of each that does not.
+        variants: Names in ``switches``.
+        rounds: Recorded iterations per variant, after one warm-up iteration of each.
     """
 
     switches: ClassVar[dict[str, Callable[[Any], None]]] = {}
-    """Name to what makes the module go that way; a benchmark sets them before its run."""
+    """Functions that switch the module to a variant, by name. A benchmark sets them before its run."""
 
-    def __init__(self, ways: list[str], rounds: int) -> None:
+    def __init__(self, variants: list[str], rounds: int) -> None:
         super().__init__()
-        turns = [ways if number % 2 == 0 else ways[::-1] for number in range(rounds + 1)]
-        self.order = [way for turn in turns for way in turn]
-        self.num_warmup = len(ways)
-        self.readings: dict[str, list[Reading]] = {way: [] for way in ways}
-        self.collections: dict[str, Any] = {}
+        turns = [variants if number % 2 == 0 else variants[::-1] for number in range(rounds + 1)]
+        self.order = [variant for turn in turns for variant in turn]
+        self.num_warmup = len(variants)
+        self.readings: dict[str, list[Reading]] = {variant: [] for variant in variants}
+        self.rollouts: dict[str, Any] = {}
         self._watch = Stopwatch()
         self._state: Any = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Back to the start, and another way."""
+        """Restore the state and switch to the next variant."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         optimizer = trainer.optimizers[0]
         if self._state is None:
@@ -92,41 +92,41 @@ class Replay(Callback):
         self._watch.start()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The iteration ends."""
+        """Record the iteration."""
         self._watch.stop()
-        way = self.order[trainer.current_epoch]
-        self.collections[way] = trainer.datamodule.rollouts  # type: ignore[attr-defined]
+        variant = self.order[trainer.current_epoch]
+        self.rollouts[variant] = trainer.datamodule.rollouts  # type: ignore[attr-defined]
         if trainer.current_epoch >= self.num_warmup:
-            self.readings[way].append(self._watch.total)
+            self.readings[variant].append(self._watch.total)
 
 
-class UpdateTimes(Callback):
-    """Times the updates of each iteration, and right after them a bare forward and backward pass of their tokens.
+class StepTimes(Callback):
+    """Times the optimizer steps of each iteration, and then bare forward and backward passes of the same tokens.
 
-    The time of the updates goes from the start of the first to the end of the last: forward, backward, clipping,
-    optimizer, logging and the cutting of minibatches; sampling and scoring come before.
+    The optimizer steps include forward, backward, clipping, optimizer, logging and the split into minibatches. Sampling
+    and scoring happen before the clock starts.
     """
 
     bare: Callable[[Any, list[Any]], None]
-    """Runs the bare passes on a module and the batches of an iteration; a benchmark sets it before its run."""
+    """Runs the bare passes, given a module and the batches of an iteration. A benchmark sets it before its run."""
 
     def __init__(self, warmup: int = 1) -> None:
         super().__init__()
         self.warmup = warmup
-        self.updates: list[Reading] = []
-        self.bares: list[Reading] = []
+        self.steps: list[Reading] = []
+        self.bare_passes: list[Reading] = []
         self._batches: list[Any] = []
         self._watch = Stopwatch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The first update begins."""
+        """Start the clock at the first batch."""
         if batch_idx == 0:
             self._batches, self._watch = [], Stopwatch()
             self._watch.start()
         self._batches.append(batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last update has ended, and been logged."""
+        """Stop the clock and time the bare passes."""
         self._watch.stop()
         watch = Stopwatch()
         watch.start()
@@ -136,20 +136,20 @@ class UpdateTimes(Callback):
         for parameter in pl_module.parameters():
             parameter.grad = None
         if trainer.current_epoch >= self.warmup:
-            self.updates.append(self._watch.total)
-            self.bares.append(watch.total)
+            self.steps.append(self._watch.total)
+            self.bare_passes.append(watch.total)
 
 
 class UntilAccurate(Callback):
-    """Ends the run when it is accurate enough; time counts without the measuring.
+    """Ends the run at a target accuracy. The clock does not run during evaluation.
 
     Args:
         target: Held-out accuracy.
-        every: Iterations from one measurement to the next.
+        every: Iterations between two evaluations.
     """
 
     accuracy: Callable[[Any], float]
-    """Of a language model; a benchmark sets it before its run."""
+    """Evaluates a language model. A benchmark sets it before its run."""
 
     def __init__(self, target: float, every: int) -> None:
         super().__init__()
@@ -159,18 +159,22 @@ class UntilAccurate(Callback):
         self._watch = Stopwatch()
         self._count = 0
 
+    def begin(self) -> None:
+        """Start the clock."""
+        self._watch.start()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first iteration begins."""
+        """Start the clock at the first iteration."""
         if self._count == 0:
-            self._watch.start()
+            self.begin()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An iteration ends."""
+        """Stop the trainer at the target accuracy."""
         policy: Any = pl_module.policy
-        trainer.should_stop = self.ended(policy.lm)
+        trainer.should_stop = self.is_reached(policy.lm)
 
-    def ended(self, lm: Any) -> bool:
-        """Whether it is accurate enough; for loops that are not Lightning's, which begin with ``begin``."""
+    def is_reached(self, lm: Any) -> bool:
+        """Count an iteration and evaluate if it is time; loops outside Lightning call this after ``begin``."""
         self._count += 1
         if self._count % self.every:
             return False
@@ -178,7 +182,3 @@ class UntilAccurate(Callback):
         self.curve.append((self._count, self._watch.total.wall, type(self).accuracy(lm)))
         self._watch.start()
         return self.curve[-1][2] >= self.target
-
-    def begin(self) -> None:
-        """Start the clock."""
-        self._watch.start()
