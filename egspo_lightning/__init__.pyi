@@ -23,7 +23,7 @@ from egspo_lightning.data.tasks.expressions import ExpressionTask as ExpressionT
 from egspo_lightning.data.tasks.family import ProblemFamily as ProblemFamily
 from egspo_lightning.datamodule import HybridDataModule as HybridDataModule
 from egspo_lightning.errors import UserError as UserError
-from egspo_lightning.evaluation.answer_sampling import AnswerSampling as AnswerSampling
+from egspo_lightning.evaluation.answers import AnswerSampling as AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark as Benchmark
 from egspo_lightning.evaluation.benchmarks import DatasetBenchmark as DatasetBenchmark
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark as GeneratedBenchmark

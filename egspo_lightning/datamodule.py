@@ -17,9 +17,8 @@ from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
 from egspo_lightning.data.training_data import LongProblems, load_demonstrations, prepare_problems
 from egspo_lightning.errors import require
-from egspo_lightning.evaluation.answer_records import Answer
-from egspo_lightning.evaluation.answer_sampling import GREEDY, AnswerSampling
 from egspo_lightning.evaluation.answerer import PREDICT, Answerer
+from egspo_lightning.evaluation.answers import GREEDY, Answer, AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
@@ -184,7 +183,7 @@ class HybridDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """End sampling ahead, the graders' processes, and the engine."""
-        self.answerer.close()
+        self.answerer.grader.close()
         restore_accumulation(self._trainer)
         self._end_sampling()
         if isinstance(self.engine, ClosingEngine):

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from egspo_lightning.datamodule import HybridDataModule
-from egspo_lightning.evaluation.answer_records import Answer
+from egspo_lightning.evaluation.answers import Answer
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.evaluation.journal import METRICS, Journal, fingerprint, write_json
+from egspo_lightning.evaluation.metrics import bootstrap_interval
 from egspo_lightning.evaluation.report import Report, headline, report
-from egspo_lightning.evaluation.scores import BenchmarkMetric, interval
+from egspo_lightning.evaluation.scores import BenchmarkMetric, accuracies
 from egspo_lightning.module import EGSPOModule
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,7 +33,7 @@ class Measurement:
     ) -> None:
         self.journal = None if folder is None else open_journal(benchmark.name, module, data, folder)
         self._benchmark, self._module, self._data = benchmark, module, data
-        self._problems = data.answerer.problems(benchmark.name)
+        self._problems = data.answerer.problems[benchmark.name]
         self._metric = BenchmarkMetric(self._problems, benchmark.num_samples).to(module.device)
 
     def add(self, answers: Sequence[Answer]) -> None:
@@ -49,7 +50,8 @@ class Measurement:
         if self.journal is not None:
             close_journal(self.journal, self._module, self._data)
             if self._module.trainer.is_global_zero:
-                bounds = {f"{headline(found.metrics)}_interval_95": interval(table, num_samples)}
+                interval = bootstrap_interval(accuracies(table, num_samples))
+                bounds = {f"{headline(found.metrics)}_interval_95": interval}
                 origin = _checkpoint(self._module) | {"settings": self.journal.settings}
                 write_json(self.journal.folder / METRICS, found._asdict() | bounds | origin)
         return found
@@ -68,7 +70,7 @@ def open_journal(name: str, module: EGSPOModule, data: HybridDataModule, folder:
     settings |= {"precision": str(trainer.precision), "weights": _weights_digest(module)}
     place = Path(str(folder).replace("{fingerprint}", fingerprint(settings)))
     num_samples, _ = answerer.sampling(name)
-    journal = Journal(place, settings, answerer.problems(name), num_samples, trainer.global_rank)
+    journal = Journal(place, settings, answerer.problems[name], num_samples, trainer.global_rank)
     journal.claim()
     trainer.strategy.barrier()
     earlier = journal.read()

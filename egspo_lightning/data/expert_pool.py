@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from egspo_lightning.data.prompts import PromptEncoder
-from egspo_lightning.data.shuffled_order import EndlessOrder
+from egspo_lightning.data.sources import EndlessOrder
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.padding import pad_right
 from egspo_lightning.rewards.extraction import extract_boxed

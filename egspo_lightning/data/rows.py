@@ -1,11 +1,65 @@
-"""Conversion of a row into a problem or a demonstration."""
+"""Rows of a data set, and their conversion into problems and demonstrations."""
 
 import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from egspo_lightning.data.answer_formats import AnswerExtractor, SolutionFormat, boxed_solution, extract_answer
+from egspo_lightning.data.reader import Row, read_rows
 from egspo_lightning.errors import UserError
-from egspo_lightning.types import Demonstration, Problem
+from egspo_lightning.types import Demonstration, PositiveInt, Problem
+
+
+@dataclass
+class DatasetRows:
+    """Rows of a file, a local folder or the Hugging Face Hub.
+
+    Args:
+        path: A JSON Lines file, another file (.csv, .json, .parquet or .arrow), a pattern of files, a local folder,
+            or a data set's name on the Hub ("openai/gsm8k").
+        config: The data set's configuration ("main"), where it has several.
+        split: The split of a data set, or a part of it ("train[:1000]").
+        problem_field: The field or column that holds the question.
+        answer_field: The field or column that holds the answer, or a solution that ends in it.
+        limit: Only the first rows; null for all.
+
+    Raises:
+        UserError: on loading: the data cannot be read, a column is missing, or a row is malformed or has no answer.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    problem_field: str = "problem"
+    answer_field: str = "answer"
+    limit: PositiveInt | None = None
+
+    def rows(self, columns: Collection[str]) -> Iterable[Row]:
+        """The rows with their places, see ``read_rows``; a data set must have these columns."""
+        return islice(read_rows(self.path, self.config, self.split, columns), self.limit)
+
+
+@dataclass
+class ProblemRows(DatasetRows):
+    r"""Problems from a file, a local folder or the Hugging Face Hub; a row's ``id``, ``subject``, ``level`` are kept.
+
+    Args:
+        answer_extractor: How the answer is found in its field: "none" (all of it), "boxed" (the last "\boxed{}"),
+            "gsm8k" (the text after "####"), "framebox" (the last "\framebox{}", "\fbox{}" or "\boxed{}"), "bold"
+            (the last bold text) or "olympiadbench" (all of it, without "$").
+    """
+
+    answer_extractor: AnswerExtractor = "none"
+
+    def read_problems(self, *, needs_answer: bool = True) -> list[Problem]:
+        """The problems, in the order of the data; a row may lack the answer unless ``needs_answer``."""
+        fields = (self.problem_field, self.answer_field)
+        rows = self.rows(fields[: 1 + needs_answer])
+        return [
+            problem_of(row, where, *fields, self.answer_extractor, needs_answer=needs_answer) for where, row in rows
+        ]
 
 
 def problem_of(

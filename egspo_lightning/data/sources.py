@@ -7,13 +7,38 @@ A source of your own is a subclass with ``load``::
             return [Problem(id="1", problem="What is 6 times 7?", answer="42")]
 """
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from egspo_lightning.data.answer_formats import normalize_problem
-from egspo_lightning.data.shuffled_order import EndlessOrder
 from egspo_lightning.errors import UserError
 from egspo_lightning.types import Demonstration, Problem
+
+ItemT = TypeVar("ItemT")
+
+
+class EndlessOrder(Generic[ItemT]):
+    """An endless order of items: each pass has each of them once, in a new order.
+
+    The order is a pure function of the seed, so resuming is exact.
+    """
+
+    def __init__(self, items: Sequence[ItemT], seed: str) -> None:
+        self.items, self._seed = items, seed
+        self._pass, self._shuffled = -1, list[ItemT]()
+
+    def draw(self, start: int, count: int) -> list[ItemT]:
+        """Return the items number ``start`` to ``start + count - 1``."""
+        return [self._item(position) for position in range(start, start + count)]
+
+    def _item(self, position: int) -> ItemT:
+        pass_number, place = divmod(position, len(self.items))
+        if pass_number != self._pass:
+            self._pass, self._shuffled = pass_number, list(self.items)
+            random.Random(f"{self._seed}/{pass_number}").shuffle(self._shuffled)
+        return self._shuffled[place]
 
 
 class DemonstrationSource(ABC):

@@ -10,13 +10,11 @@ from egspo_lightning.data.answer_formats import normalize_problem
 from egspo_lightning.data.prompts import PromptEncoder
 from egspo_lightning.data.sources import FiniteProblems, ProblemSource
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.evaluation.answer_records import Answer
-from egspo_lightning.evaluation.answer_sampling import AnswerSampling
+from egspo_lightning.evaluation.answers import Answer, AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark, require_different_ids
 from egspo_lightning.rewards.extraction import extract_boxed, with_opened_block
 from egspo_lightning.rewards.grading import MathGrader
-from egspo_lightning.rollout.engine import RolloutEngine, Sample
-from egspo_lightning.rollout.generation import sample
+from egspo_lightning.rollout.engine import RolloutEngine, Sample, sample
 from egspo_lightning.rollout.grade_rollouts import decode, prompt_texts
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Prompt
@@ -46,7 +44,8 @@ class Answerer:
     max_completion_length: int
     seed: int
 
-    _problems: dict[str, list[Problem]] = field(default_factory=dict, init=False, repr=False)
+    problems: dict[str, list[Problem]] = field(default_factory=dict, init=False, repr=False)
+    """The problems of each benchmark by its name, and the user's own under the name ``PREDICT``."""
     _earlier: dict[str, Mapping[str, Sequence[Answer]]] = field(default_factory=dict, init=False, repr=False)
 
     def load(self, encoder: PromptEncoder) -> None:
@@ -55,13 +54,13 @@ class Answerer:
         Raises:
             UserError: two benchmarks have the same name, one cannot be read, or a prompt is too long.
         """
-        if self._problems:
+        if self.problems:
             return
         for benchmark in self.benchmarks:
-            if benchmark.name in self._problems:
+            if benchmark.name in self.problems:
                 raise UserError(f"data.benchmarks: two are named {benchmark.name!r}. Give each a name of its own.")
             require(benchmark.name != PREDICT, "data.benchmarks: a name", repr(PREDICT), "another: that is a command")
-            problems = self._problems[benchmark.name] = benchmark.load()
+            problems = self.problems[benchmark.name] = benchmark.load()
             for problem in problems:
                 encoder.encode(problem)
 
@@ -81,16 +80,12 @@ class Answerer:
         if not problems:
             raise UserError(f"data.problems: {type(source).__name__} holds none, so there is nothing to answer.")
         require_different_ids(problems, "data.problems")
-        self._problems[PREDICT] = problems
+        self.problems[PREDICT] = problems
 
     @property
     def asked(self) -> frozenset[str]:
         """The normalized texts of all benchmark problems, which training leaves out."""
-        return frozenset(normalize_problem(p.problem) for b in self.benchmarks for p in self._problems[b.name])
-
-    def problems(self, name: str) -> list[Problem]:
-        """The problems of a benchmark, or the user's own under the name ``PREDICT``."""
-        return self._problems[name]
+        return frozenset(normalize_problem(p.problem) for b in self.benchmarks for p in self.problems[b.name])
 
     def sampling(self, name: str) -> tuple[int, Sampling]:
         """The number of answers to each problem, and their sampling."""
@@ -103,7 +98,7 @@ class Answerer:
         A rank has every ``world_size``-th problem. All ranks get the same number of batches, since sampling is
         collective; the last one may be empty.
         """
-        problems = self._problems[name]
+        problems = self.problems[name]
         own, num_batches = problems[rank::world_size], -(-len(problems) // (world_size * batch_size))
         parts = [own[i * batch_size : (i + 1) * batch_size] for i in range(num_batches)]
         return [ProblemBatch(name, part, *self.sampling(name)) for part in parts]
@@ -111,7 +106,7 @@ class Answerer:
     def settings(self, name: str, encoder: PromptEncoder) -> dict[str, Any]:
         """All settings that determine the answers, apart from the policy; prompts and gold answers as a hash."""
         num_samples, sampling = self.sampling(name)
-        asked = [(p.id, encoder.encode(p), p.answer) for p in self._problems[name]]
+        asked = [(p.id, encoder.encode(p), p.answer) for p in self.problems[name]]
         return {
             "benchmark": name,
             "num_problems": len(asked),
@@ -161,7 +156,7 @@ class Answerer:
             Answer(
                 problem=asked[i],
                 sample=i % n,
-                text=texts[i],
+                completion=texts[i],
                 extracted=found[i],
                 answer_class=classes[i],
                 correct=grades[i].correct if i in grades else None,
@@ -171,7 +166,3 @@ class Answerer:
             )
             for i, sampled in enumerate(samples)
         ]
-
-    def close(self) -> None:
-        """Stop the grader's processes."""
-        self.grader.close()

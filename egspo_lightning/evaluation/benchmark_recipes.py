@@ -9,7 +9,8 @@ Small sets of competition problems get 32 samples a problem, since one problem o
 from typing import NamedTuple
 
 from egspo_lightning.data.answer_formats import AnswerExtractor
-from egspo_lightning.evaluation.answer_sampling import AnswerSampling
+from egspo_lightning.data.rows import ProblemRows
+from egspo_lightning.evaluation.answers import AnswerSampling
 
 COMPETITION = AnswerSampling(num_samples=32, temperature=0.6, top_p=0.95, max_completion_length=32768)
 """For sets of fewer than a hundred problems."""
@@ -18,33 +19,34 @@ ONCE = AnswerSampling(max_completion_length=2048)
 
 
 class Recipe(NamedTuple):
-    """A published benchmark: its data set on the Hugging Face Hub, its columns there, and its sampling."""
+    """A published benchmark: its rows on the Hugging Face Hub, and its sampling."""
 
-    dataset: str
+    rows: ProblemRows
     sampling: AnswerSampling
-    config: str | None = None
-    split: str = "test"
-    problem_column: str = "problem"
-    answer_column: str = "answer"
-    answer_extractor: AnswerExtractor = "none"
     local_extractor: AnswerExtractor = "none"
     """For the "answer" of local files: a bare answer; OlympiadBench's has dollars."""
 
 
 KNOWN: dict[str, Recipe] = {
-    "math500": Recipe("HuggingFaceH4/MATH-500", ONCE),
-    "gsm8k": Recipe("openai/gsm8k", ONCE, config="main", problem_column="question", answer_extractor="gsm8k"),
-    "minerva": Recipe("math-ai/minervamath", ONCE, problem_column="question"),
-    "olympiadbench": Recipe(
-        "math-ai/olympiadbench",
+    "math500": Recipe(ProblemRows("HuggingFaceH4/MATH-500", split="test"), ONCE),
+    "gsm8k": Recipe(
+        ProblemRows("openai/gsm8k", config="main", split="test", problem_field="question", answer_extractor="gsm8k"),
         ONCE,
-        problem_column="question",
-        answer_column="final_answer",
-        answer_extractor="olympiadbench",
+    ),
+    "minerva": Recipe(ProblemRows("math-ai/minervamath", split="test", problem_field="question"), ONCE),
+    "olympiadbench": Recipe(
+        ProblemRows(
+            "math-ai/olympiadbench",
+            split="test",
+            problem_field="question",
+            answer_field="final_answer",
+            answer_extractor="olympiadbench",
+        ),
+        ONCE,
         local_extractor="olympiadbench",
     ),
-    "aime24": Recipe("HuggingFaceH4/aime_2024", COMPETITION, split="train"),
-    "aime25": Recipe("math-ai/aime25", COMPETITION),
-    "amc23": Recipe("math-ai/amc23", COMPETITION, problem_column="question"),
+    "aime24": Recipe(ProblemRows("HuggingFaceH4/aime_2024", split="train"), COMPETITION),
+    "aime25": Recipe(ProblemRows("math-ai/aime25", split="test"), COMPETITION),
+    "amc23": Recipe(ProblemRows("math-ai/amc23", split="test", problem_field="question"), COMPETITION),
 }
 """The benchmarks that ``KnownBenchmark`` knows by name."""

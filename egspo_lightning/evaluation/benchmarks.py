@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from egspo_lightning.data.answer_formats import AnswerExtractor
 from egspo_lightning.data.reader import read_rows
-from egspo_lightning.data.rows import problem_of
+from egspo_lightning.data.rows import ProblemRows, problem_of
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.family import ProblemFamily, Split, require_family
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.evaluation.answer_sampling import GREEDY, AnswerSampling
+from egspo_lightning.evaluation.answers import GREEDY, AnswerSampling
 from egspo_lightning.evaluation.benchmark_recipes import KNOWN, Recipe
 from egspo_lightning.types import Count, NonNegativeFloat, PositiveInt, PositiveShare, Problem
 
@@ -102,25 +102,12 @@ class GeneratedBenchmark(Benchmark):
         return self.task.distinct(f"benchmark/{self.seed}", self.split, self.num_problems)
 
 
-class DatasetBenchmark(Benchmark):
-    r"""A benchmark from a file, a local folder or the Hugging Face Hub.
-
-    A row's own ``id``, ``subject`` and ``level`` are kept.
+class DatasetBenchmark(Benchmark, ProblemRows):
+    """A benchmark from a file, a local folder or the Hugging Face Hub.
 
     Args:
         name: The name in metrics.
-        path: A JSON Lines file, another file (.csv, .json, .parquet or .arrow), a pattern of files, a local folder,
-            or a data set's name on the Hub ("HuggingFaceH4/MATH-500").
-        config: The data set's configuration ("main"), where it has several.
         split: The split of a data set, or a part of it ("test[:100]").
-        problem_field: The field or column that holds the question.
-        answer_field: The field or column that holds the answer, or a solution that ends in it.
-        answer_extractor: How the answer is found in that field: "none" (all of it), "boxed" (the last "\\boxed{}"),
-            "gsm8k" (the text after "####"), "framebox" (the last "\\framebox{}", "\\fbox{}" or "\\boxed{}"), "bold"
-            (the last bold text) or "olympiadbench" (all of it, without "$").
-
-    Raises:
-        UserError: on loading: the data cannot be read, a column is missing, or a row is malformed or has no answer.
     """
 
     def __init__(
@@ -135,13 +122,11 @@ class DatasetBenchmark(Benchmark):
         **sampling: Any,
     ) -> None:
         super().__init__(name, **sampling)
-        self.path, self.config, self.split = path, config, split
-        self.fields, self.answer_extractor = (problem_field, answer_field), answer_extractor
+        ProblemRows.__init__(self, path, config, split, problem_field, answer_field, self.limit, answer_extractor)
 
     def read(self) -> list[Problem]:
         """The problems, in the order of the data."""
-        rows = read_rows(self.path, self.config, self.split, self.fields)
-        return [problem_of(row, where, *self.fields, self.answer_extractor) for where, row in rows]
+        return self.read_problems()
 
 
 class KnownBenchmark(Benchmark):
@@ -180,14 +165,15 @@ class KnownBenchmark(Benchmark):
     def read(self) -> list[Problem]:
         """The problems, in the order of the data."""
         recipe = KNOWN[self.name]
-        rows = read_rows(self.path or recipe.dataset, recipe.config, recipe.split)
+        rows = read_rows(self.path or recipe.rows.path, recipe.rows.config, recipe.rows.split)
         return [problem_of(row, where, *_fields(row, recipe)) for where, row in rows]
 
 
 def _fields(row: dict[str, Any], recipe: Recipe) -> tuple[str, str, AnswerExtractor]:
     """The fields of problem and answer in a row: the columns of the Hub, or "problem" and "answer"."""
-    if recipe.problem_column in row and recipe.answer_column in row:
-        return recipe.problem_column, recipe.answer_column, recipe.answer_extractor
+    hub = recipe.rows
+    if hub.problem_field in row and hub.answer_field in row:
+        return hub.problem_field, hub.answer_field, hub.answer_extractor
     return "problem", "answer", recipe.local_extractor
 
 

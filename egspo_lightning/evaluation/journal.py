@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.answer_records import Answer
+from egspo_lightning.evaluation.answers import Answer
 from egspo_lightning.types import Problem
 
 COMPLETIONS, SETTINGS, METRICS = "completions.jsonl", "settings.json", "metrics.json"
-_COLUMNS = ("sample", "completion", "extracted", "answer_class", "correct", "status", "length", "is_truncated")
+_COLUMNS = Answer._fields[1:]  # the problem's are named one by one
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -84,7 +84,8 @@ class Journal:
         for path in sorted(self.folder.glob("completions*.jsonl")):
             for row in _rows(path):
                 if (problem := self.problems.get(row["id"])) is not None:
-                    found.setdefault(problem.id, {})[row["sample"]] = _answer(row, problem)
+                    answer = Answer(problem, **{name: row[name] for name in _COLUMNS})
+                    found.setdefault(problem.id, {})[answer.sample] = answer
         complete = {
             identity: [found[identity][i] for i in range(self.num_samples)]
             for identity in self.problems
@@ -112,17 +113,10 @@ class Journal:
             part.unlink()
 
     def _line(self, answer: Answer) -> str:
-        problem, fields = answer.problem, answer._asdict()
-        fields["completion"] = fields["text"]
+        problem = answer.problem
         row = {"benchmark": self.settings["benchmark"], "id": problem.id, "problem": problem.problem}
-        row |= {"answer": problem.answer or None} | {name: fields[name] for name in _COLUMNS}
+        row |= {"answer": problem.answer or None} | {name: getattr(answer, name) for name in _COLUMNS}
         return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _answer(row: dict[str, Any], problem: Problem) -> Answer:
-    """The inverse of ``Journal._line``."""
-    fields = {name: row[name] for name in _COLUMNS}
-    return Answer(problem=problem, text=fields.pop("completion"), **fields)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

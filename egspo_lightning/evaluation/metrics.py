@@ -57,8 +57,6 @@ def standard_error(values: Sequence[float]) -> float:
     Raises:
         ValueError: there are fewer than two values.
     """
-    if len(values) < 2:
-        raise ValueError(f"a standard error needs at least two values, got {len(values)}")
     return statistics.stdev(values) / math.sqrt(len(values))
 
 

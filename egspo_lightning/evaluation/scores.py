@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from egspo_lightning.evaluation.answer_records import Answer
-from egspo_lightning.evaluation.metrics import bootstrap_interval, majority_at_k, pass_at_k, reported_ks, standard_error
+from egspo_lightning.evaluation.answers import Answer
+from egspo_lightning.evaluation.metrics import majority_at_k, pass_at_k, reported_ks, standard_error
 from egspo_lightning.types import Problem
 
 COLUMNS = ("num_seen", "num_correct", "majority", "num_tokens", "num_truncated", "num_timeouts", "num_crashes")
@@ -72,11 +72,6 @@ def summary(table: Tensor, num_samples: int) -> dict[str, float]:
 def accuracies(table: Tensor, num_samples: int) -> list[float]:
     """The share of correct answers to each problem that was answered."""
     return [correct / num_samples for seen, correct, *_ in table.tolist() if seen > 0]
-
-
-def interval(table: Tensor, num_samples: int) -> tuple[float, float]:
-    """95 % bootstrap interval of avg@n, resampling problems."""
-    return bootstrap_interval(accuracies(table, num_samples))
 
 
 def by_label(table: Tensor, labels: Sequence[str], num_samples: int) -> dict[str, dict[str, float]]:

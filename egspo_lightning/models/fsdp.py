@@ -51,26 +51,21 @@ def shard(network: nn.Module, mesh: DeviceMesh, plan: ShardingPlan = ShardingPla
     A value head stays in float32, in which ``ValueHead`` computes.
     """
     names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": plan.reshard_after_forward,
+        "offload_policy": plan.offloading(mesh.device_type),
+    }
     for module in network.modules():
         if isinstance(module, ValueHead):  # whose type may differ from the trunk's
-            _shard(module, mesh, plan, MixedPrecisionPolicy())
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(), **settings)
         elif type(module).__name__ in names:
-            _shard(module, mesh, plan, plan.precision)
-    _shard(network, mesh, plan, plan.precision)
+            fully_shard(module, mp_policy=plan.precision, **settings)
+    fully_shard(network, mp_policy=plan.precision, **settings)
     passes: Any = network.passes
     passes.splits_rows = False
     if isinstance(network, Policy):
         register_fsdp_forward_method(network, Policy.together.__name__)
-
-
-def _shard(module: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, precision: MixedPrecisionPolicy) -> None:
-    fully_shard(
-        module,
-        mesh=mesh,
-        mp_policy=precision,
-        reshard_after_forward=plan.reshard_after_forward,
-        offload_policy=plan.offloading(mesh.device_type),
-    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,6 @@ from torch import Tensor
 
 from egspo_lightning.models.networks import Networks
 from egspo_lightning.types import Scores
-
-
-class CancelledError(Exception):
-    """Ends the forward passes of a snapshot that is no longer needed."""
 
 
 class Snapshot:

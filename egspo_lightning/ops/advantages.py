@@ -31,9 +31,7 @@ def leave_one_out(rewards: Values, group_size: int) -> Tensor:
 
     ``rewards`` and ``group_size`` are those of ``group_relative``.
     """
-    groups = _as_groups(rewards, group_size)
-    centered = (groups - groups.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
-    return torch.where(_has_spread(groups), centered, torch.zeros_like(centered)).flatten()
+    return group_relative(rewards, group_size, scale_by_std=False) * (group_size / (group_size - 1))
 
 
 def against_group(

@@ -4,17 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def pad_right(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
     """``input_ids`` and ``completion_mask``, (B, T), of (prompt, completion) pairs."""
-    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    rows = ((*prompt, *completion) for prompt, completion in pairs)
-    input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.long)
-    starts = torch.tensor([[len(prompt)] for prompt, _ in pairs])
-    ends = torch.tensor([[len(prompt) + len(completion)] for prompt, completion in pairs])
-    positions = torch.arange(width)
-    return input_ids, (positions >= starts) & (positions < ends)
+    rows = [torch.tensor([*prompt, *completion], dtype=torch.long) for prompt, completion in pairs]
+    masks = [torch.arange(len(row)) >= len(prompt) for row, (prompt, _) in zip(rows, pairs, strict=True)]
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id), pad_sequence(masks, batch_first=True)
 
 
 def row_lengths(completion_mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from egspo_lightning.ops.logit_tiles import LogitTiles, columns_of, tile_shape, wide_dtype
 from egspo_lightning.ops.masking import Values, as_tensor
-from egspo_lightning.ops.token_stats_backward import Upstream, active_tokens, head_gradients, select
+from egspo_lightning.ops.token_stats_backward import active_tokens, head_gradients, select
 
 
 class TokenStats(NamedTuple):
@@ -148,7 +148,7 @@ class _TiledTokenStats(torch.autograd.Function):
             temperature, chunk_sizes = ctx.settings
             tiles = LogitTiles(hidden_active, weight, bias, temperature, chunk_sizes, kept)
             trains_head = any(ctx.needs_input_grad[1:3])
-            grad_active, grad_weight, grad_bias = head_gradients(tiles, Upstream(*rest), log_norms.dtype, trains_head)
+            grad_active, grad_weight, grad_bias = head_gradients(tiles, rest, log_norms.dtype, trains_head)
         grad_hidden = grad_active.to(hidden.dtype)
         if active is not None:
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, active, grad_hidden)

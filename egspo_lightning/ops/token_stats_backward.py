@@ -1,6 +1,7 @@
 """Backward pass of ``ops.token_stats.token_stats``, tile by tile."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,16 +10,6 @@ from egspo_lightning.ops.logit_tiles import LogitTiles, columns_of
 
 MOSTLY = 7 / 8
 """Share of tokens with an upstream gradient from which on all tokens are kept: a selection is a copy."""
-
-
-class Upstream(NamedTuple):
-    """Tensors of the forward pass and upstream gradients of each token, (N,) each."""
-
-    input_ids: Tensor
-    log_norms: Tensor
-    entropies: Tensor
-    grad_logprobs: Tensor | None
-    grad_entropies: Tensor | None
 
 
 def active_tokens(like: Tensor, *gradients: Tensor | None) -> Tensor | None:
@@ -37,12 +28,15 @@ def select(tokens: Tensor | slice | None, *tensors: Tensor | None) -> list[Any]:
 
 
 def head_gradients(
-    tiles: LogitTiles, upstream: Upstream, wide: torch.dtype, trains_head: bool
+    tiles: LogitTiles, upstream: Sequence[Any], wide: torch.dtype, trains_head: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias, in dtype ``wide``; empty for a frozen head."""
+    """Gradients of hidden states, weight and bias, in dtype ``wide``; empty for a frozen head.
+
+    ``upstream`` holds input_ids, log_norms, entropies, grad_logprobs and grad_entropies of all tokens, (N,) each.
+    """
     hidden, weight = tiles.hidden, tiles.weight
     if tiles.is_single:
-        grad = _grad_logits(tiles, tiles.tokens[0], tiles.entries[0], upstream)
+        grad = _grad_logits(tiles, tiles.tokens[0], tiles.entries[0], *upstream)
         grad_bias = grad.sum(0) if tiles.bias is not None else weight.new_empty(0, dtype=wide)
         grad = grad.to(weight.dtype)
         return (grad @ weight).to(wide), (grad.T @ hidden if trains_head else weight.new_empty(0)).to(wide), grad_bias
@@ -50,9 +44,9 @@ def head_gradients(
     grad_weight = torch.zeros_like(weight, dtype=wide) if trains_head else weight.new_empty(0, dtype=wide)
     grad_bias = weight.new_zeros(weight.shape[0], dtype=wide)
     for tokens in tiles.tokens:
-        part = Upstream(*select(tokens, *upstream))
+        part = select(tokens, *upstream)
         for entries in tiles.entries:
-            grad = _grad_logits(tiles, tokens, entries, part)
+            grad = _grad_logits(tiles, tokens, entries, *part)
             if tiles.bias is not None:
                 grad_bias[entries] += grad.sum(0)
             grad = grad.to(weight.dtype)
@@ -62,9 +56,17 @@ def head_gradients(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _grad_logits(tiles: LogitTiles, tokens: slice, entries: slice, upstream: Upstream) -> Tensor:
+def _grad_logits(
+    tiles: LogitTiles,
+    tokens: slice,
+    entries: slice,
+    input_ids: Tensor,
+    log_norms: Tensor,
+    entropies: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropies: Tensor | None,
+) -> Tensor:
     """Gradient with respect to the head's output in one tile, before the division by the temperature, (n, v)."""
-    input_ids, log_norms, entropies, grad_logprobs, grad_entropies = upstream
     if grad_entropies is None:
         grad_logprobs = torch.zeros_like(log_norms) if grad_logprobs is None else grad_logprobs
         factors = (-grad_logprobs / tiles.temperature).unsqueeze(-1)

@@ -13,8 +13,7 @@ import torch
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rollout.engine import RolloutEngine, Sample
-from egspo_lightning.rollout.generation import sample_and_grade
-from egspo_lightning.rollout.grade_rollouts import grade_rollouts
+from egspo_lightning.rollout.grade_rollouts import grade_rollouts, sample_and_grade
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import DrawnProblems, Group, Prompt, SampledGroups
 from egspo_lightning.types import ExpertSolution, Problem, Sampling

@@ -1,8 +1,10 @@
-"""Rollout engine interface: what transformers, vLLM or a user's own engine must offer."""
+"""Rollout engine interface, for transformers, vLLM or a user's own engine, and sampling of completions with it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from egspo_lightning.rollout.policy_protocol import RolloutPolicy
+from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Sampling
 
 
@@ -56,3 +58,28 @@ class ClosingEngine(Protocol):
 
     def close(self) -> None:
         """Release the resources; the next call of ``stream`` starts the engine again."""
+
+
+def sample(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> list[Sample]:
+    """Sample ``num_samples`` completions of each prompt; those of a prompt are adjacent. Collective.
+
+    Statistics, which take 64 bytes a token, are left out.
+
+    All ranks must call it equally often, with or without prompts.
+    """
+    batches = stream_samples(policy, engine, prompts, num_samples, sampling)
+    done = {i: found._replace(logprobs=[], entropies=None) for batch in batches for i, found in batch}
+    return [done[i] for i in range(len(prompts) * num_samples)]
+
+
+def stream_samples(
+    policy: RolloutPolicy, engine: RolloutEngine, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling
+) -> Iterator[list[tuple[int, Sample]]]:
+    """Yield batches of (request number, sample) within the policy's sampling context."""
+    requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
+    with policy.sampling() as lm:
+        if requests:
+            pad_id = policy.tokenizer.pad_token_id
+            yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)

@@ -13,12 +13,41 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.extraction import THINK_MARKS, with_opened_block
 from egspo_lightning.rewards.functions import Details
-from egspo_lightning.rollout.engine import Sample
+from egspo_lightning.rollout.engine import RolloutEngine, Sample, stream_samples
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Prompt
-from egspo_lightning.types import Completion
+from egspo_lightning.types import Completion, Sampling
 
 _CANCEL_EVERY_S = 0.1
+
+
+def sample_and_grade(
+    policy: RolloutPolicy,
+    engine: RolloutEngine,
+    reward: WeightedReward,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    sampling: Sampling,
+) -> tuple[list[Completion], float]:
+    """Sample and grade ``num_samples`` completions of each prompt, while sampling and grading overlap. Collective.
+
+    All ranks must call it equally often, with or without prompts.
+
+    Returns:
+        The completions, those of a prompt adjacent, and the seconds spent waiting for grades once sampling had ended.
+
+    Raises:
+        UserError: the reward did not give one finite number for each completion.
+    """
+    owners = [prompt for prompt in prompts for _ in range(num_samples)]
+
+    def grade_some(numbers: Sequence[int], samples: Sequence[Sample]) -> list[Completion]:
+        return grade_rollouts(policy, reward, [owners[i] for i in numbers], samples, sampling.max_completion_length)
+
+    with OverlappedGrading(grade_some, len(owners), num_samples, cancel=reward.grader.close) as grading:
+        for batch in stream_samples(policy, engine, prompts, num_samples, sampling):
+            grading.add(batch)
+        return grading.finish(), grading.seconds_waited
 
 
 def grade_rollouts(
@@ -73,11 +102,9 @@ def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
 
 
 def prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
-    """Texts of prompts with special tokens, since a think mark may be one; each distinct prompt is decoded once."""
-    distinct = {tuple(prompt.token_ids): prompt.token_ids for prompt in prompts}
-    texts = policy.tokenizer.batch_decode(list(distinct.values()), skip_special_tokens=False)
-    by_ids = dict(zip(distinct, texts, strict=True))
-    return [by_ids[tuple(prompt.token_ids)] for prompt in prompts]
+    """Texts of prompts with special tokens, since a think mark may be one."""
+    texts: list[str] = policy.tokenizer.batch_decode([p.token_ids for p in prompts], skip_special_tokens=False)
+    return texts
 
 
 class OverlappedGrading:

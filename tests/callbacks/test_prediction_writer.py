@@ -7,7 +7,7 @@ import torch
 from egspo_lightning.callbacks import PredictionWriter
 from egspo_lightning.data.dataset_sources import DatasetProblems
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.answer_sampling import AnswerSampling
+from egspo_lightning.evaluation.answers import AnswerSampling
 
 ROWS = [{"id": f"p{i}", "problem": f"{i}+{i + 1}=?", "answer": str(2 * i + 1)} for i in range(5)]
 ROWS[3] = {"id": "p3", "problem": "3+4=?"}  # the user does not know

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from egspo_lightning.data.prompts import PromptEncoder, PromptTemplate
-from egspo_lightning.evaluation.answer_sampling import AnswerSampling
 from egspo_lightning.evaluation.answerer import Answerer
+from egspo_lightning.evaluation.answers import AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.engine import Sample
@@ -53,7 +53,7 @@ def test_boxed_text_inside_an_open_think_block_is_not_the_answer(tiny_model, ans
     answers = answers_to(ThinkingPolicy(tiny_model, THINKING), answer)
     assert [a.extracted for a in answers] == [extracted for _, extracted, _ in COMPLETIONS]
     assert [a.answer_class is None for a in answers] == [extracted is None for _, extracted, _ in COMPLETIONS]
-    assert [a.text for a in answers] == [text for text, _, _ in COMPLETIONS]
+    assert [a.completion for a in answers] == [text for text, _, _ in COMPLETIONS]
     if answer:
         assert [a.correct for a in answers] == [correct for _, _, correct in COMPLETIONS]
         assert [a.status for a in answers] == ["no_answer", "graded", "no_answer"]

@@ -9,7 +9,7 @@ from egspo_lightning.data.generated_sources import GeneratedDemonstrations, Gene
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.expressions import ExpressionTask
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.answer_sampling import AnswerSampling
+from egspo_lightning.evaluation.answers import AnswerSampling
 from egspo_lightning.evaluation.benchmark_recipes import KNOWN
 from egspo_lightning.evaluation.benchmarks import (
     Benchmark,
@@ -231,7 +231,7 @@ def test_known_benchmarks_are_read_from_folders_in_the_hubs_layout(name, tmp_pat
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)  # the datasets library prefers a local folder of that name
-    assert hub_folder(tmp_path, name).relative_to(tmp_path) == Path(KNOWN[name].dataset)
+    assert hub_folder(tmp_path, name).relative_to(tmp_path) == Path(KNOWN[name].rows.path)
     assert KnownBenchmark(name).load() == [HUB[name][-1]]
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.evaluation.answer_records import Answer
+from egspo_lightning.evaluation.answers import Answer
 from egspo_lightning.evaluation.journal import Journal, fingerprint
 from egspo_lightning.types import Problem
 

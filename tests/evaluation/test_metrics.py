@@ -77,7 +77,7 @@ def test_standard_error_by_hand():
     assert standard_error([1.0, 0.0, 0.0, 1.0, 0.0]) == pytest.approx((0.3 / 5) ** 0.5)  # variance 0.3 with P - 1
     assert standard_error([0.25, 0.75]) == pytest.approx(0.25)
     assert standard_error([0.5, 0.5, 0.5]) == 0.0
-    with pytest.raises(ValueError, match="at least two values, got 1"):
+    with pytest.raises(ValueError, match="at least two data points"):
         standard_error([1.0])
 
 

@@ -3,8 +3,9 @@ import itertools
 import pytest
 import torch
 
-from egspo_lightning.evaluation.answer_records import Answer
-from egspo_lightning.evaluation.scores import BenchmarkMetric, accuracies, by_label, interval, summary
+from egspo_lightning.evaluation.answers import Answer
+from egspo_lightning.evaluation.metrics import bootstrap_interval
+from egspo_lightning.evaluation.scores import BenchmarkMetric, accuracies, by_label, summary
 from egspo_lightning.types import Problem
 
 PROBLEMS = [
@@ -131,5 +132,5 @@ def test_by_label_with_a_single_label_is_empty(label):
 
 def test_score_interval_is_over_problems():
     assert accuracies(full_table(), 3) == pytest.approx([2 / 3, 1 / 3, 0, 1 / 3])
-    low, high = interval(full_table(), 3)
+    low, high = bootstrap_interval(accuracies(full_table(), 3))
     assert 0 < low < EXPECTED["avg@3"] < high < 2 / 3

@@ -18,9 +18,8 @@ from egspo_lightning.rewards.format import FormatReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Details
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rewards.workers import Grade
-from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.generation import sample, sample_and_grade
-from egspo_lightning.rollout.grade_rollouts import decode, grade_rollouts
+from egspo_lightning.rollout.engine import Request, Sample, sample
+from egspo_lightning.rollout.grade_rollouts import decode, grade_rollouts, sample_and_grade
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Problem, Sampling
@@ -199,7 +198,7 @@ def test_a_reward_that_fails_ends_sampling_and_leaves_no_thread(policy, batch_si
 
     engine = Scripted(policy, ["x"] * 6, batch_size)
     with pytest.raises(RuntimeError, match=r"data\.reward: broken .* raised ZeroDivisionError: mine"):
-        sample_and_grade(policy, engine, broken, prompts(policy, *GOLDS), 2, Sampling(LIMIT))
+        sample_and_grade(policy, engine, WeightedReward.of(broken), prompts(policy, *GOLDS), 2, Sampling(LIMIT))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("grading")]
 
 
@@ -234,14 +233,15 @@ def test_a_fork_while_the_thread_grades_can_grade_itself(policy, reward):
 
 INTERRUPTED = r"""
 import sys, time, threading
+from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.generation import sample_and_grade
+from egspo_lightning.rollout.grade_rollouts import sample_and_grade
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Problem, Sampling
 from scripted_policy import BytePolicy
 
-reward = CorrectnessReward(deadline_s=1.0)
+reward = WeightedReward.of(CorrectnessReward(deadline_s=1.0))
 
 class Engine:
     def stream(self, lm, requests, sampling, *, eos_ids, pad_id):

@@ -1,9 +1,10 @@
-"""Sampling of the answers in evaluation."""
+"""Answers in evaluation: how they are sampled, and the records of them, with verdicts."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.types import NonNegativeFloat, PositiveInt, PositiveShare, Sampling
+from egspo_lightning.types import NonNegativeFloat, PositiveInt, PositiveShare, Problem, Sampling
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,25 @@ class AnswerSampling:
 
 GREEDY = AnswerSampling()
 """Source of the default values."""
+
+
+class Answer(NamedTuple):
+    """One sampled answer to a problem."""
+
+    problem: Problem
+    sample: int
+    """Number among the problem's samples, from 0."""
+    completion: str
+    """The text, without special tokens."""
+    extracted: str | None
+    """The answer that was found in it."""
+    answer_class: int | None
+    """Equal for equivalent answers to one problem, so that majority votes count values; None for no answer."""
+    correct: bool | None
+    """None where the problem has no gold answer."""
+    status: str
+    """The grader's: graded, no_answer, timeout or crashed; no_reference where the problem has no gold answer."""
+    length: int
+    """Tokens, with the EOS."""
+    is_truncated: bool
+    """The length limit was reached before an EOS."""
