@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from comparison.callbacks import callback_flag, find_callback
-from egspo_lightning.callbacks import TokenRecords
+from egspo_lightning import TokenRecords
 from egspo_lightning.callbacks.token_records import record, write
 from egspo_lightning.cli.main import EgspoCLI, run
 from measuring.callbacks import IterationTimes

@@ -6,7 +6,7 @@ import math
 import pytest
 import yaml
 
-from egspo_lightning.callbacks import StageTransition
+from egspo_lightning import StageTransition
 from egspo_lightning.cli.main import EgspoCLI, run
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.expressions import ExpressionTask

@@ -1,12 +1,12 @@
 """Colored completions: HTML pages, without scripts, that color each token by its entropy.
 
-Text of models and data sets may be hostile. ``token_text.visible`` replaces control characters, then the text is
-escaped, and the page's content security policy forbids scripts and external content.
+Text of models and data sets may be hostile. ``token_text.visible`` replaces control characters, jinja2 escapes the
+text, and the page's content security policy forbids scripts and external content.
 """
 
-from collections.abc import Iterator
-from html import escape
 from typing import Any
+
+from jinja2 import Environment
 
 from egspo_lightning.analysis.record_reading import Records
 from egspo_lightning.analysis.token_text import visible
@@ -34,23 +34,55 @@ STYLE = """
  unicode-bidi:isolate;background:#1c1c1c;color:#fff;font:12px/1.45 ui-monospace,monospace;padding:.5em .7em;
  border-radius:4px;pointer-events:none}
 """
+TEMPLATE = """
+{%- if title is none %}<style>{{ style | safe }}</style><div class="egspo">
+{%- else %}<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title | text }}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><style>{{ style | safe }}</style></head>
+<body><main class="egspo"><h1>{{ title | text }}</h1><nav>Rollout batches:
+{%- for number in completions | map(attribute="rollout_batch") | unique %} <a href="#c{{ number }}">{{ number }}</a>
+{%- endfor %}</nav>
+{%- endif %}
+<div class="key"><span>entropy 0<span class="bar"></span>{{ "%.2f" | format(most) }} nats and more</span>
+<span><span class="t high" style="--h:0">underlined</span>: high entropy, full update</span>
+<span>{{ completions | length }} completions, {{ num_tokens }} tokens; hover over one</span></div>
+{%- for c in completions %}
+{%- set verdict = "right" if c.is_correct else "wrong" %}
+{%- set number = c.rollout_batch %}
+{%- if loop.changed(number, c.run) -%}
+<h2 id="c{{ number }}">Rollout batch {{ number }}{% if has_runs %} of {{ c.run | text }}{% endif %}</h2>
+{%- endif -%}
+<article class="{{ verdict }}"><dl>
+<div><dt>problem</dt><dd dir="auto">{{ c.problem | text }}</dd></div>
+<div><dt>answer</dt><dd dir="auto">{{ c.extracted | text if c.extracted is string else "none found" }}</dd></div>
+<div><dt>gold answer</dt><dd dir="auto">{{ c.gold | text }}</dd></div>
+<div><dt>verdict</dt><dd dir="auto">{{ verdict }}, reward {{ "%g" | format(c.reward) }}, {{ c.length }} tokens
+{%- if c.is_truncated %}, cut at the length limit{% endif %}</dd></div></dl><div class="text" dir="auto">
+{%- for t in tokens[c.run, c.completion_id] %}
+{%- set opacity = darkest * ([[t.entropy / most, 0.0] | max, 1.0] | min) -%}
+<span class="t{{ " high" if t.is_high_entropy }}" style="--h:{{ "%.2f" | format(opacity) }}" data-v="{{ t | values }}">
+{{- t.token | text or "\u2205" }}</span>
+{%- endfor %}</div></article>
+{%- endfor %}
+{{- "</div>" | safe if title is none else "</main></body></html>" | safe }}"""
+"""The page; without a title only the part that a notebook shows."""
 DARKEST = 0.85
 """Background opacity of the highest entropy; dark text on it keeps a contrast above 5 to 1."""
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
-_SHOWN = {
-    "entropy": ("entropy", "nats"),
-    "threshold": ("threshold", "nats"),
-    "old_logprob": ("log-probability", "nats"),
-    "phi": ("phi", ""),
-    "token_weight": ("weight", ""),
-    "advantage": ("advantage", ""),
-    "ratio": ("ratio after update", ""),
-    "entropy_after": ("entropy after update", "nats"),
-    "reward": ("reward", ""),
-}
-"""Column to name and unit, for the box that opens over a token."""
+VALUES = """token \u201c{token}\u201d, id {token_id}
+position             {position}
+gate                 {gate}
+entropy              {entropy:.4g} nats
+threshold            {threshold:.4g} nats
+log-probability      {old_logprob:.4g} nats
+phi                  {phi:.4g}
+weight               {token_weight:.4g}
+advantage            {advantage:.4g}
+ratio after update   {ratio:.4g}
+entropy after update {entropy_after:.4g} nats
+reward               {reward:.4g}
+problem {problem_id}, completion {completion_id}"""
+"""The box that opens over a token."""
 
 
 class ColoredCompletions:
@@ -89,71 +121,32 @@ class ColoredCompletions:
 
     def _repr_html_(self) -> str:
         """HTML for notebooks."""
-        return f"<style>{STYLE}</style><div class='egspo'>{self._key()}{''.join(self._sections())}</div>"
+        return self.page(None)
 
-    def page(self, title: str) -> str:
-        """Make a complete HTML page."""
-        numbers = self.completions["rollout_batch"].unique().tolist()
-        links = "".join(f'<a href="#c{number}">{number}</a>' for number in numbers)
-        return (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_safe(title)}</title>'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-            f'<body><main class="egspo"><h1>{_safe(title)}</h1>{self._key()}<nav>Rollout batches: {links}</nav>'
-            f"{''.join(self._sections())}</main></body></html>"
+    def page(self, title: str | None) -> str:
+        """Make a complete HTML page; without a title only the part that a notebook shows."""
+        environment = Environment(autoescape=True)
+        environment.filters |= {"text": _text, "values": _values}
+        groups = self.tokens.groupby(["run", "completion_id"], sort=False)
+        return environment.from_string(TEMPLATE).render(
+            title=title,
+            style=STYLE,
+            darkest=DARKEST,
+            most=self.most,
+            completions=self.completions.to_dict("records"),
+            tokens={key: rows.to_dict("records") for key, rows in groups},
+            num_tokens=f"{len(self.tokens):,}",
+            has_runs=self.completions["run"].nunique() > 1,
         )
 
-    def _key(self) -> str:
-        return (
-            f'<div class="key"><span>entropy 0<span class="bar"></span>{self.most:.2f} nats and more</span>'
-            '<span><span class="t high" style="--h:0">underlined</span>: high entropy, full update</span>'
-            f"<span>{len(self.completions)} completions, {len(self.tokens):,} tokens; hover over one</span></div>"
-        )
 
-    def _sections(self) -> Iterator[str]:
-        """The completions of each rollout batch, under its heading."""
-        several = self.completions["run"].nunique() > 1
-        tokens = dict(list(self.tokens.groupby(["run", "completion_id"], sort=False)))
-        for (number, run), part in self.completions.groupby(["rollout_batch", "run"], sort=False):
-            yield f'<h2 id="c{number}">Rollout batch {number}{_safe(f" of {run}") if several else ""}</h2>'
-            for completion in part.to_dict("records"):
-                rows = tokens.get((run, completion["completion_id"]))
-                yield self._article(completion, [] if rows is None else rows.to_dict("records"))
-
-    def _article(self, completion: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
-        verdict = "right" if completion["is_correct"] else "wrong"
-        cut = ", cut at the length limit" if completion["is_truncated"] else ""
-        extracted = completion["extracted"]
-        facts = {
-            "problem": completion["problem"],
-            "answer": extracted if isinstance(extracted, str) else "none found",  # pandas has NaN for null
-            "gold answer": completion["gold"],
-            "verdict": f"{verdict}, reward {completion['reward']:g}, {completion['length']} tokens{cut}",
-        }
-        head = "".join(f'<div><dt>{key}</dt><dd dir="auto">{_safe(text)}</dd></div>' for key, text in facts.items())
-        text = "".join(self._token(token) for token in tokens)
-        return f'<article class="{verdict}"><dl>{head}</dl><div class="text" dir="auto">{text}</div></article>'
-
-    def _token(self, token: dict[str, Any]) -> str:
-        opacity = DARKEST * min(max(token["entropy"] / self.most, 0.0), 1.0)
-        kind = "t high" if token["is_high_entropy"] else "t"
-        text, values = _safe(token["token"]) or "\u2205", escape(_values(token), quote=True)
-        return f'<span class="{kind}" style="--h:{opacity:.2f}" data-v="{values}">{text}</span>'
+def _text(text: str) -> str:
+    """Replace control characters by printable signs; a line end becomes a sign and a line end."""
+    return visible(text).replace("\u240a", "\u240a\n")
 
 
 def _values(token: dict[str, Any]) -> str:
-    """Recorded values of a token, one a line, with control characters replaced but not escaped."""
+    """Recorded values of a token, one a line, with control characters replaced."""
     gate = "high: full update" if token["is_high_entropy"] else "low: attenuated"
-    lines = [
-        f"token \u201c{visible(token['token'], spaces=True)}\u201d, id {token['token_id']}",
-        f"position             {token['position']}",
-        f"gate                 {gate}",
-        *(f"{name:20} {token[column]:.4g} {unit}".rstrip() for column, (name, unit) in _SHOWN.items()),
-        f"problem {visible(token['problem_id'])}, completion {token['completion_id']}",
-    ]
-    return "\n".join(lines)
-
-
-def _safe(text: str) -> str:
-    """Escape text, also for quoted attributes; a line end becomes a printable sign and a line end."""
-    return escape(visible(text).replace("\u240a", "\u240a\n"), quote=True)
+    texts = {"token": visible(token["token"], spaces=True), "problem_id": visible(token["problem_id"]), "gate": gate}
+    return VALUES.format(**token | texts)

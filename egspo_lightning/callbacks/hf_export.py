@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
-from egspo_lightning.callbacks.trainer_access import module_of
+from egspo_lightning.callbacks.trainer_access import log_folder, module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.lora import merged
 
@@ -56,10 +56,9 @@ class HFExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the weights on all ranks, and write them on the first."""
-        log_dir = trainer.log_dir
-        if not self.enabled or (self.folder is None and log_dir is None):
+        if not self.enabled:
             return
-        target = Path(self.folder) if self.folder is not None else Path(log_dir or ".") / "hf"
+        target = Path(self.folder) if self.folder is not None else log_folder(trainer) / "hf"
         module = module_of(pl_module)
         lm, options = module.networks.policy.lm, StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Any] = get_model_state_dict(lm, options=options)

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint, is_between_optimizer_steps, save_whole
+from egspo_lightning.callbacks.trainer_access import callbacks_of
 from egspo_lightning.errors import RunStopped
 
 
@@ -117,8 +118,7 @@ def _requeue_signals(trainer: Trainer) -> set[int]:
 
 def _save(trainer: Trainer) -> str | None:
     """Save ``last.ckpt`` and return its path; None where checkpoints are switched off."""
-    checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, PhaseCheckpoint)), None)
-    return None if checkpoint is None else checkpoint.save_now(trainer)
+    return next((checkpoint.save_now(trainer) for checkpoint in callbacks_of(trainer, PhaseCheckpoint)), None)
 
 
 def _save_and_requeue(trainer: Trainer) -> str:

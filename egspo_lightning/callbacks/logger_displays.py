@@ -6,9 +6,10 @@ A logger that cannot show one of them gets another form where one exists; a mess
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 SHOWS_HISTOGRAMS = (TensorBoardLogger, WandbLogger)
@@ -22,10 +23,9 @@ def note_once(trainer: Trainer, key: str, able: tuple[type[Logger], ...], instea
         rank_zero_info(f"{key}: {', '.join(others)} {instead}")
 
 
+@rank_zero_only
 def log_histograms(trainer: Trainer, histograms: Mapping[str, Tensor]) -> None:
     """Log values as histograms, or as the metrics of ``summary`` where a logger has none. First rank only."""
-    if not trainer.is_global_zero:
-        return
     step = trainer.global_step
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -41,10 +41,9 @@ def log_histograms(trainer: Trainer, histograms: Mapping[str, Tensor]) -> None:
             logger.log_metrics(numbers, step)
 
 
+@rank_zero_only
 def log_text(trainer: Trainer, tag: str, text: str) -> None:
     """Log Markdown to the loggers that keep text. First rank only."""
-    if not trainer.is_global_zero:
-        return
     step = trainer.global_step
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -62,9 +61,9 @@ def summary(values: Tensor) -> dict[str, float]:
     Args:
         values: (N,) with N > 0
     """
-    ordered = values.detach().float().cpu().sort().values
-    shares = {f"p{percent}": ordered[-(-percent * len(ordered) // 100) - 1].item() for percent in (10, 50, 90)}
-    return {"mean": ordered.mean().item()} | shares
+    array = values.detach().float().cpu().numpy()
+    p10, p50, p90 = np.quantile(array, (0.1, 0.5, 0.9), method="inverted_cdf").tolist()
+    return {"mean": array.mean().item(), "p10": p10, "p50": p50, "p90": p90}
 
 
 def tensorboard_of(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from egspo_lightning.callbacks.answer_journal import Measurement
 from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
-from egspo_lightning.callbacks.trainer_access import data_of, module_of, resumes_in
+from egspo_lightning.callbacks.trainer_access import data_of, log_folder, module_of, resumes_in
 from egspo_lightning.evaluation.report import Report, headline
 from egspo_lightning.types import NonNegativeInt, Stage
 
@@ -92,8 +92,7 @@ class MathBenchmark(CheckpointedCallback):
 
     def _drop_later_rows(self, trainer: Trainer) -> None:
         """Remove the rows of optimizer steps that a resumed run takes again."""
-        log_dir = trainer.log_dir  # every rank must ask: it is broadcast
-        path = Path(log_dir or trainer.default_root_dir) / FIT_FILE
+        path = log_folder(trainer) / FIT_FILE
         if trainer.is_global_zero and path.is_file() and resumes_in(trainer, path.parent):
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= trainer.global_step]
@@ -119,8 +118,7 @@ class MathBenchmark(CheckpointedCallback):
         """Measure the policy, at most once for each number of optimizer steps."""
         if not self.enabled or self.latest_step == trainer.global_step:
             return
-        data, log_dir = data_of(trainer), trainer.log_dir  # every rank must ask for log_dir: it is broadcast
-        place = Path(log_dir or trainer.default_root_dir)
+        data, place = data_of(trainer), log_folder(trainer)
         measurements = []
         for benchmark in data.benchmarks:
             folder = place / "evaluation" / f"{benchmark.name}-step-{trainer.global_step}-{{fingerprint}}"

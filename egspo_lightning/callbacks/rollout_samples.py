@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from html import escape
 from math import isfinite
+from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from egspo_lightning.analysis.record_schema import files_of
 from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.callbacks.logger_displays import SHOWS_TEXT, log_text, note_once
-from egspo_lightning.callbacks.trainer_access import due_rollout_batch, module_of
+from egspo_lightning.callbacks.trainer_access import due_rollout_batch, log_folder, module_of
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.types import Completion, NonNegativeInt, PositiveInt
@@ -48,7 +49,7 @@ class RolloutSamples(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the rollout batch of the ending phase."""
         rollouts = due_rollout_batch(trainer, self.every_n_rollout_batches)
-        log_dir = trainer.log_dir  # every rank must ask: it is broadcast
+        log_dir = log_folder(trainer)
         if rollouts is not None and trainer.is_global_zero:
             num_shown = min(self.num_samples, len(rollouts.completions))
             samples = [self._sample(rollouts, row, module_of(pl_module)) for row in range(num_shown)]
@@ -89,10 +90,10 @@ def _verdict(completion: Completion) -> str:
     return f"{reward}, answer {found}, gold {completion.problem.answer}, {completion.status}"
 
 
-def _legend(log_dir: str | None) -> str:
+def _legend(log_dir: Path) -> str:
     """The meaning of bold tokens, and the command that shows all recorded tokens in color."""
     legend = "Bold: high-entropy token, takes the full update."
-    if log_dir is None or not files_of(log_dir, "tokens"):
+    if not files_of(log_dir, "tokens"):
         return legend
     command = f"python -m egspo_lightning.analysis {log_dir} --html completions.html"
     return f"{legend}\nAll recorded tokens, colored by entropy:\n\n{_block(command)}"

@@ -1,14 +1,17 @@
 """RunConfig: saves the run's config in log folder and checkpoints, and prints what a resumed run changes."""
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
+import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 KEY = "egspo_config"
-NOT_TRAINING = ("config", "ckpt_path", "weights_only", "trainer.default_root_dir")
+NOT_TRAINING = ("ckpt_path", "weights_only", "trainer.default_root_dir")
 """Fields that say where a run is, not what it trains."""
 
 
@@ -18,26 +21,34 @@ class RunConfig(SaveConfigCallback):
     A resumed run uses its own values, and prints each that differs from the checkpoint's.
     """
 
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The config as plain data."""
+        return plain(self.parser, self.config)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the config into the checkpoint."""
-        checkpoint[KEY] = plain(self.config.as_dict())
+        checkpoint[KEY] = self.values
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Print the fields that have changed."""
         if KEY not in checkpoint:
             rank_zero_info("The checkpoint holds no config, so changes since then cannot be listed.")
             return
-        changed = differences(checkpoint[KEY], plain(self.config.as_dict()))
+        changed = differences(checkpoint[KEY], self.values)
         if changed:
-            rank_zero_info("Changed against the checkpoint; the values of this run hold:")
-        for line in changed:
-            rank_zero_info(f"  {line}")
+            rank_zero_info("\n  ".join(["Changed against the checkpoint; the values of this run hold:", *changed]))
+
+
+def plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """A config as in ``config.yaml``: numbers, strings, lists and dictionaries alone, which ``weights_only`` loads."""
+    return yaml.safe_load(parser.dump(config, skip_none=False))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``field: old -> new`` for every field in which two configs differ, in alphabetical order."""
     old, new = dict(flatten(before)), dict(flatten(now))
-    names = [n for n in sorted(old.keys() | new.keys()) if n not in NOT_TRAINING and not n.startswith("config.")]
+    names = sorted((old.keys() | new.keys()).difference(NOT_TRAINING))
     shown = ((name, old.get(name, "absent"), new.get(name, "absent")) for name in names)
     return [f"{name}: {was!r} -> {is_now!r}" for name, was, is_now in shown if was != is_now]
 
@@ -65,16 +76,5 @@ def flatten_by_class(config: Mapping[str, Any]) -> dict[str, str | float]:
         if last == "class_path":
             value = value.rpartition(".")[2]
         if value is not None and value != {}:
-            values[name] = plain(value) if isinstance(value, str | bool | int | float) else str(value)
+            values[name] = value if isinstance(value, str | bool | int | float) else str(value)
     return values
-
-
-def plain(value: Any) -> Any:
-    """A config as numbers, strings, lists and dictionaries alone, which ``weights_only`` loads."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    if value is None:
-        return None
-    return next((kind for kind in (bool, int, float) if isinstance(value, kind)), str)(value)  # may be a subclass

@@ -1,7 +1,6 @@
 """StageTransition: decides when SFT ends, and starts stage EGSPO."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
 from egspo_lightning.callbacks.phase_checkpoint import save_whole
-from egspo_lightning.callbacks.trainer_access import module_of
+from egspo_lightning.callbacks.trainer_access import log_folder, module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.types import PositiveFloat, PositiveInt, Stage
@@ -133,9 +132,8 @@ class StageTransition(CheckpointedCallback):
         module.stage = Stage.EGSPO
         self.sft_end_reason = reason
         self._branch_off(module)
-        log_dir = trainer.log_dir
-        if self.save_checkpoint and log_dir is not None:
-            save_whole(trainer, Path(log_dir) / "sft.ckpt")
+        if self.save_checkpoint:
+            save_whole(trainer, log_folder(trainer) / "sft.ckpt")
         module.print(f"Stage sft -> egspo after phase {trainer.current_epoch + 1}: {reason}.")
 
     def _branch_off(self, module: EGSPOModule) -> None:

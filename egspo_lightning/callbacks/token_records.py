@@ -1,6 +1,6 @@
 """TokenRecords: Parquet files of sampled tokens with entropy, gate weight, advantage and ratio."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, file_of, files_of
-from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, module_of, resumes_in
+from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, log_folder, module_of, resumes_in
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
@@ -42,10 +42,9 @@ class TokenRecords(Callback):
         Raises:
             UserError: the folder holds records of another run.
         """
-        log_dir = trainer.log_dir  # every rank must ask: it is broadcast
-        first = data_of(trainer).num_rollout_batches
-        if log_dir is None or not self.every_n_rollout_batches:
+        if not self.every_n_rollout_batches:
             return
+        log_dir, first = log_folder(trainer), data_of(trainer).num_rollout_batches
         stale = [p for kind in ("tokens", "completions") for p, n in files_of(log_dir, kind).items() if n >= first]
         if stale and not resumes_in(trainer, log_dir):
             raise UserError(
@@ -61,10 +60,11 @@ class TokenRecords(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the rollout batch of the ending phase."""
-        rollouts, log_dir = due_rollout_batch(trainer, self.every_n_rollout_batches), trainer.log_dir
-        if rollouts is not None and log_dir is not None:
+        rollouts = due_rollout_batch(trainer, self.every_n_rollout_batches)
+        if rollouts is not None:
             number, rank = data_of(trainer).num_rollout_batches - 1, trainer.global_rank
-            write(record(rollouts, module_of(pl_module), number, rank, self.max_completions), log_dir, number, rank)
+            tables = record(rollouts, module_of(pl_module), number, rank, self.max_completions)
+            write(tables, log_folder(trainer), number, rank)
 
 
 def record(
@@ -77,29 +77,27 @@ def record(
     rollout = rollouts.batch
     chosen = (~rollout.is_expert).nonzero().flatten()[:max_completions]
     completions = [rollouts.completions[row] for row in chosen.tolist()]
-    keys: dict[str, list[Any]] = {
+    whole: dict[str, list[Any]] = {
         "rollout_batch": [number] * len(completions),
         "stage": [str(module.stage)] * len(completions),
         "policy_version": [rollout.policy_version] * len(completions),
-        "problem_id": [_storable(completion.problem.id) for completion in completions],
+        "problem_id": _storable(completion.problem.id for completion in completions),
         "completion_id": [f"{number}/{rank}/{row}" for row in chosen.tolist()],
-    }
-    whole = keys | {
-        "problem": [_storable(completion.problem.problem) for completion in completions],
-        "completion": [_storable(completion.text) for completion in completions],
-        "gold": [_storable(completion.problem.answer) for completion in completions],
-        "extracted": [None if c.extracted is None else _storable(c.extracted) for c in completions],
+        "problem": _storable(completion.problem.problem for completion in completions),
+        "completion": _storable(completion.text for completion in completions),
+        "gold": _storable(completion.problem.answer for completion in completions),
+        "extracted": _storable(completion.extracted for completion in completions),
         "reward": rollout.rewards[chosen].tolist(),
         "is_correct": [completion.correct for completion in completions],
         "length": [len(completion.token_ids) for completion in completions],
         "is_truncated": [completion.is_truncated for completion in completions],
     }
-    rows = rollout.sampled_mask[chosen].nonzero()[:, 0].tolist()
-    tokens = {name: [values[row] for row in rows] for name, values in keys.items()}
-    columns = {name: column.cpu() for name, column in _token_columns(rollout, module, chosen).items()}
-    texts = {token_id: module.tokenizer.decode([token_id]) for token_id in set(columns["token_id"].tolist())}
-    tokens["token"] = [texts[token_id] for token_id in columns["token_id"].tolist()]
-    return {"completions": _table(whole, COMPLETIONS), "tokens": _table(tokens | columns, TOKENS)}
+    tokens = {name: values.cpu().numpy() for name, values in _token_columns(rollout, module, chosen).items()}
+    token_ids, rows = tokens["token_id"].tolist(), rollout.sampled_mask[chosen].nonzero()[:, 0].tolist()
+    texts = {token_id: module.tokenizer.decode([token_id]) for token_id in set(token_ids)}
+    shared = {name: [whole[name][row] for row in rows] for name in TOKENS.names if name in whole}
+    shared["token"] = [texts[token_id] for token_id in token_ids]
+    return {"completions": pa.table(whole, COMPLETIONS), "tokens": pa.table(shared | tokens, TOKENS)}
 
 
 def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -> dict[str, Tensor]:
@@ -120,7 +118,6 @@ def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -
         "advantage": rollout.advantages[chosen],
         "ratio": log_ratio(after.logprobs, rollout.old_logprobs[chosen]).exp(),
         "entropy_after": after.entropies,
-        "reward": rollout.rewards[chosen].unsqueeze(1).expand_as(mask),
         "threshold": rollout.threshold[chosen].expand_as(mask),
     }
     return {name: values[mask].detach() for name, values in aligned.items()}
@@ -135,17 +132,12 @@ def _outputs_now(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> Networ
     return NetworkOutputs(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
 
 
-def _storable(text: str) -> str:
+def _storable(texts: Iterable[str | None]) -> list[str | None]:
     """Replace lone surrogates, which JSON allows and UTF-8 does not: they must not stop training."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return [None if text is None else text.encode("utf-8", "replace").decode("utf-8") for text in texts]
 
 
-def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
-    arrays = {name: column.numpy() if isinstance(column, Tensor) else column for name, column in columns.items()}
-    return pa.table({name: pa.array(arrays[name], schema.field(name).type) for name in schema.names}, schema=schema)
-
-
-def write(tables: Mapping[str, pa.Table], log_dir: str | Path, number: int, rank: int) -> None:
+def write(tables: Mapping[str, pa.Table], log_dir: Path, number: int, rank: int) -> None:
     """Write the tables to files by renaming, so that readers never see half a file."""
     for kind, table in tables.items():
         path = file_of(log_dir, kind, number, rank)

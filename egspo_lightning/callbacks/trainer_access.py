@@ -1,13 +1,16 @@
-"""Typed accessors used by callbacks: the module, the datamodule, and the rollout batch to look at."""
+"""Typed accessors used by callbacks: module, datamodule, other callbacks, log folder, rollout batch."""
 
 from pathlib import Path
+from typing import TypeVar
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
+
+CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 def module_of(pl_module: LightningModule) -> EGSPOModule:
@@ -33,6 +36,16 @@ def data_of(trainer: Trainer) -> HybridDataModule:
     return datamodule
 
 
+def callbacks_of(trainer: Trainer, kind: type[CallbackT]) -> list[CallbackT]:
+    """The trainer's callbacks of this class."""
+    return [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, kind)]
+
+
+def log_folder(trainer: Trainer) -> Path:
+    """The folder of the run's files. Collective: Lightning broadcasts it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 def due_rollout_batch(trainer: Trainer, every_n: int) -> CollectedRollouts | None:
     """The rollout batch that the ending phase trained on, if it is one of every n; ``every_n`` 0 gives none."""
     data = data_of(trainer)
@@ -40,9 +53,9 @@ def due_rollout_batch(trainer: Trainer, every_n: int) -> CollectedRollouts | Non
     return data.rollouts if is_due else None
 
 
-def resumes_in(trainer: Trainer, folder: str | Path) -> bool:
+def resumes_in(trainer: Trainer, folder: Path) -> bool:
     """Whether the run resumes the run that wrote its files into a folder, instead of starting a new one there."""
     if trainer.ckpt_path is None:
         return False
     checkpoint = Path(trainer.ckpt_path)
-    return checkpoint.name.startswith("hpc_ckpt_") or Path(folder).resolve() in checkpoint.resolve().parents
+    return checkpoint.name.startswith("hpc_ckpt_") or folder.resolve() in checkpoint.resolve().parents

@@ -90,15 +90,10 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def _load(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 ({error.reason} at byte {error.start}). Re-encode it.") from error
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{path}: not valid YAML: {' '.join(str(error).split())}. Mind indents and brackets."
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply to be a config.") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML in UTF-8: {reason}. Mind indents and brackets.") from error

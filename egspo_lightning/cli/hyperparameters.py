@@ -6,8 +6,8 @@ from egspo_lightning.callbacks.run_config import flatten_by_class
 
 HYPERPARAMETERS = ("seed_everything", "model", "data", "stage_transition")
 """Sections of the config that are hyperparameters as a whole, but for ``ONLY_EVALUATION``."""
-ONLY_EVALUATION = ("benchmarks", "eval_batch_size", "evaluation_grader", "predict_sampling", "seed")
-"""Keys of ``data`` that are left out; its seed is seed_everything."""
+ONLY_EVALUATION = ("benchmarks", "eval_batch_size", "evaluation_grader", "predict_sampling")
+"""Keys of ``data`` that are left out."""
 TRAINER_HYPERPARAMETERS = (
     "max_epochs",
     "max_steps",

@@ -17,21 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
-from egspo_lightning.callbacks import (
-    Dashboard,
-    EntropyHistogram,
-    Guards,
-    HFExport,
-    Interruption,
-    MathBenchmark,
-    PhaseCheckpoint,
-    PhaseProgress,
-    PredictionWriter,
-    RolloutSamples,
-    StageTransition,
-    TokenRecords,
-)
-from egspo_lightning.callbacks.run_config import RunConfig
+import egspo_lightning
+from egspo_lightning.callbacks.run_config import RunConfig, plain
+from egspo_lightning.callbacks.trainer_access import callbacks_of
 from egspo_lightning.checkpointing.load import open_checkpoint
 from egspo_lightning.cli.config_files import require_one_method, shipped_path, use_configs
 from egspo_lightning.cli.environment import require_ranks, require_writable
@@ -42,7 +30,7 @@ from egspo_lightning.cli.plan import plan_run
 from egspo_lightning.cli.process_exit import end_other_ranks
 from egspo_lightning.cli.replay import replay
 from egspo_lightning.cli.resume import resume_path
-from egspo_lightning.cli.run_summary import callback_of, print_answers_path, print_fit_summary, print_scores
+from egspo_lightning.cli.run_summary import print_answers_path, print_fit_summary, print_scores
 from egspo_lightning.cli.suppressed_warnings import silence_noise
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import RunStopped, UserError
@@ -52,18 +40,18 @@ from egspo_lightning.training.trainer import RunTrainer
 
 CALLBACKS: dict[str, type] = {
     # MathBenchmark comes before StageTransition, which may read its metrics at the end of an epoch
-    "math_benchmark": MathBenchmark,
-    "stage_transition": StageTransition,
-    "dashboard": Dashboard,
-    "entropy_histogram": EntropyHistogram,
-    "guards": Guards,
-    "token_records": TokenRecords,
-    "rollout_samples": RolloutSamples,
-    "checkpoint": PhaseCheckpoint,
-    "hf_export": HFExport,
-    "predictions": PredictionWriter,
-    "progress": PhaseProgress,
-    "interruption": Interruption,  # last: all other callbacks have written their files before it stops the run
+    "math_benchmark": egspo_lightning.MathBenchmark,
+    "stage_transition": egspo_lightning.StageTransition,
+    "dashboard": egspo_lightning.Dashboard,
+    "entropy_histogram": egspo_lightning.EntropyHistogram,
+    "guards": egspo_lightning.Guards,
+    "token_records": egspo_lightning.TokenRecords,
+    "rollout_samples": egspo_lightning.RolloutSamples,
+    "checkpoint": egspo_lightning.PhaseCheckpoint,
+    "hf_export": egspo_lightning.HFExport,
+    "predictions": egspo_lightning.PredictionWriter,
+    "progress": egspo_lightning.PhaseProgress,
+    "interruption": egspo_lightning.Interruption,  # last: it stops the run after all others have written their files
 }
 """Config key to callback. Each can be switched off, by an argument of its own or by Lightning's flag for its kind."""
 
@@ -172,11 +160,11 @@ class EgspoCLI(LightningCLI):
             return kwargs
         return kwargs | {"ckpt_path": resume_path(self.trainer, starts_anew=subcommand == "fit")}
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    def _instantiate_trainer(self, config: dict[str, Any], added: list[Callback]) -> Trainer:
         """Leave out the callbacks that Lightning's own flags switch off."""
-        flags = {"enable_progress_bar": PhaseProgress, "enable_checkpointing": ModelCheckpoint}
+        flags = {"enable_progress_bar": egspo_lightning.PhaseProgress, "enable_checkpointing": ModelCheckpoint}
         unwanted = tuple(kind for flag, kind in flags.items() if config.get(flag) is False)
-        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, unwanted)])
+        return super()._instantiate_trainer(config, [part for part in added if not isinstance(part, unwanted)])
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a subcommand. On an exception, stop the other ranks, which would hang."""
@@ -202,7 +190,9 @@ class EgspoCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Pass the config's values, as the user wrote them, to the dashboard."""
-        callback_of(self.trainer, Dashboard).hyperparameters = hyperparameters(self.config["fit"].as_dict())
+        values = plain(self._parser("fit"), self.config["fit"])
+        for dashboard in callbacks_of(self.trainer, egspo_lightning.Dashboard):
+            dashboard.hyperparameters = hyperparameters(values)
 
     def after_fit(self) -> None:
         """Print the scores, and the paths of logs and model."""

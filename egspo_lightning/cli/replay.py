@@ -61,25 +61,24 @@ def _report(path: Path, part: Part, loss: Tensor, current: NetworkOutputs, modul
         f"loss {loss.item():.6g} (in training {part.loss.item():.6g})",
         *_some("weights", weights),
         *_some("gradients", gradients),
-        *_some("tokens", [_describe(part, module, *token) for token in _bad_tokens(part, current)]),
+        *_some("tokens", _bad_tokens(part, current, module)),
     ]
 
 
-def _bad_tokens(part: Part, current: NetworkOutputs) -> list[tuple[int, int, str, float]]:
-    rollout, expert = part.batch.rollout, part.batch.expert
-    named = [("logprob", current.logprobs), ("entropy", current.entropies), ("value", current.values)]
-    if rollout is None:
-        assert expert is not None
-        return bad_tokens(expert.completion_mask, named)
-    given = ("old_logprobs", "entropies", "ref_logprobs", "advantages", "returns")
-    return bad_tokens(rollout.completion_mask, named + [(name, getattr(rollout, name)) for name in given])
-
-
-def _describe(part: Part, module: EGSPOModule, row: int, position: int, name: str, value: float) -> str:
-    batch = part.batch.rollout or part.batch.expert
+def _bad_tokens(part: Part, current: NetworkOutputs, module: EGSPOModule) -> list[str]:
+    """The tokens that have a value that is not finite, with its name."""
+    rollout = part.batch.rollout
+    batch = rollout or part.batch.expert
     assert batch is not None
-    token = int(batch.input_ids[row, position])
-    return f"row {row}, position {position}, token {token} {module.tokenizer.decode([token])!r}: {name} is {value}"
+    named = [("logprob", current.logprobs), ("entropy", current.entropies), ("value", current.values)]
+    if rollout is not None:
+        given = ("old_logprobs", "entropies", "ref_logprobs", "advantages", "returns")
+        named += [(name, getattr(rollout, name)) for name in given]
+    ids, decode = batch.input_ids.tolist(), module.tokenizer.decode
+    return [
+        f"row {row}, position {at}, token {ids[row][at]} {decode([ids[row][at]])!r}: {name} is {value}"
+        for row, at, name, value in bad_tokens(batch.completion_mask, named)
+    ]
 
 
 def _some(what: str, found: list[str]) -> list[str]:

@@ -1,54 +1,51 @@
 """Summary printed at the end of a run: scores, and the paths of logs, model and answers."""
 
 import sys
-from typing import TypeVar
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from egspo_lightning.callbacks import HFExport, MathBenchmark, PredictionWriter
+from egspo_lightning.callbacks.hf_export import HFExport
 from egspo_lightning.callbacks.logger_displays import tensorboard_of
+from egspo_lightning.callbacks.math_benchmark import MathBenchmark
+from egspo_lightning.callbacks.prediction_writer import PredictionWriter
+from egspo_lightning.callbacks.trainer_access import callbacks_of, log_folder
 from egspo_lightning.evaluation.report import milestones_table, score_tables
-
-CallbackT = TypeVar("CallbackT", bound=Callback)
 
 CHARTS_ADDRESS = "http://localhost:6006/#custom_scalars"
 
 
-def callback_of(trainer: Trainer, kind: type[CallbackT]) -> CallbackT:
-    """The trainer's callback of this class."""
-    return next(c for c in getattr(trainer, "callbacks", []) if isinstance(c, kind))
-
-
 def print_fit_summary(trainer: Trainer) -> None:
     """Print the table of scores and the paths of logs and model. Collective: every rank calls it, one prints."""
-    log_dir = trainer.log_dir  # broadcast, so every rank asks for it
+    folder = log_folder(trainer)
     if not trainer.is_global_zero:
         return
-    benchmark, export = callback_of(trainer, MathBenchmark), callback_of(trainer, HFExport)
-    if benchmark.milestones:
-        _wide_console().print(milestones_table(benchmark.latest, benchmark.milestones))
-    _print_line(f"Logs:  {log_dir}")
+    for benchmark in callbacks_of(trainer, MathBenchmark):
+        if benchmark.milestones:
+            _wide_console().print(milestones_table(benchmark.latest, benchmark.milestones))
+    _print_line(f"Logs:  {folder}")
     if tensorboard_of(trainer):
         _print_line(f"See:   tensorboard --logdir {trainer.default_root_dir}, then {CHARTS_ADDRESS}")
-    if export.exported is not None:
-        _print_line(f"Model: {export.exported}")
+    for export in callbacks_of(trainer, HFExport):
+        if export.exported is not None:
+            _print_line(f"Model: {export.exported}")
 
 
+@rank_zero_only
 def print_scores(trainer: Trainer) -> None:
     """Print the scores of validate or test, and the folders of the answers."""
-    if not trainer.is_global_zero:
-        return
-    benchmark = callback_of(trainer, MathBenchmark)
-    _wide_console().print(*score_tables(benchmark.reports))
-    for folder in benchmark.written:
-        _print_line(f"Written: {folder}")
+    for benchmark in callbacks_of(trainer, MathBenchmark):
+        _wide_console().print(*score_tables(benchmark.reports))
+        for folder in benchmark.written:
+            _print_line(f"Written: {folder}")
 
 
+@rank_zero_only
 def print_answers_path(trainer: Trainer) -> None:
     """Print the path of the answers of predict."""
-    if trainer.is_global_zero:
-        _print_line(f"Answers: {callback_of(trainer, PredictionWriter).path}")
+    for writer in callbacks_of(trainer, PredictionWriter):
+        _print_line(f"Answers: {writer.path}")
 
 
 def _print_line(text: str) -> None:

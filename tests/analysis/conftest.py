@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
+from egspo_lightning import TokenRecords
 from egspo_lightning.analysis.record_reading import Records, load
-from egspo_lightning.callbacks import TokenRecords
 from egspo_lightning.ops.gate import OpenGate
 
 OPTIONS = {"initial_stage": "egspo"}

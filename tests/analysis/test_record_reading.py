@@ -2,9 +2,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from egspo_lightning import TokenRecords
 from egspo_lightning.analysis.record_reading import load, runs_below
 from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, VERSION_KEY, file_of
-from egspo_lightning.callbacks import TokenRecords
 from egspo_lightning.errors import UserError
 
 

@@ -6,8 +6,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from browser import ALL_TEXT, tensorboard
+from egspo_lightning import Dashboard, MathBenchmark, RolloutSamples, StageTransition, TokenRecords
 from egspo_lightning.analysis.record_reading import load
-from egspo_lightning.callbacks import Dashboard, MathBenchmark, RolloutSamples, StageTransition, TokenRecords
 from egspo_lightning.callbacks.dashboard import BENCHMARKS, CHARTS
 from egspo_lightning.callbacks.run_config import flatten_by_class
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask

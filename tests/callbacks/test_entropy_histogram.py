@@ -1,6 +1,6 @@
 import pytest
 
-from egspo_lightning.callbacks import EntropyHistogram, StageTransition
+from egspo_lightning import EntropyHistogram, StageTransition
 
 ONE_COLLECTION = {"module": {"initial_stage": "egspo"}, "trainer": {"max_epochs": 1}, "logger": True}
 

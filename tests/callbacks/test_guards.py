@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import Guards, StageTransition
+from egspo_lightning import Guards, StageTransition
 from egspo_lightning.data.dataset_sources import DatasetProblems
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from egspo_lightning.callbacks import HFExport, StageTransition
+from egspo_lightning import HFExport, StageTransition
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout.engine import Request

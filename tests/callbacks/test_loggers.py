@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from egspo_lightning.callbacks import Dashboard, EntropyHistogram, RolloutSamples, StageTransition
+from egspo_lightning import Dashboard, EntropyHistogram, RolloutSamples, StageTransition
 from egspo_lightning.callbacks.logger_displays import summary
 from egspo_lightning.cli.main import run
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from egspo_lightning.callbacks import MathBenchmark, StageTransition
+from egspo_lightning import MathBenchmark, StageTransition
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.errors import UserError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from egspo_lightning.callbacks import (
+from egspo_lightning import (
     Dashboard,
     EntropyHistogram,
     MathBenchmark,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from egspo_lightning.callbacks import PhaseCheckpoint
+from egspo_lightning import PhaseCheckpoint
 
 
 @pytest.mark.parametrize(("epochs", "saved"), [(3, [2, 3]), (4, [2, 4])])

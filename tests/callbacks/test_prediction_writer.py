@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egspo_lightning.callbacks import PredictionWriter
+from egspo_lightning import PredictionWriter
 from egspo_lightning.data.dataset_sources import DatasetProblems
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.answers import AnswerSampling

@@ -4,7 +4,8 @@ import re
 import pytest
 from rich.console import Console
 
-from egspo_lightning.callbacks import PhaseProgress, StageTransition, progress
+from egspo_lightning import PhaseProgress, StageTransition
+from egspo_lightning.callbacks import progress
 
 BAR = {"trainer": {"max_epochs": 3, "enable_progress_bar": True}}
 

@@ -3,7 +3,7 @@
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
-from egspo_lightning.callbacks import (
+from egspo_lightning import (
     EntropyHistogram,
     Guards,
     MathBenchmark,

@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from egspo_lightning import RolloutSamples, StageTransition, TokenRecords
 from egspo_lightning.analysis.__main__ import main
 from egspo_lightning.analysis.token_text import visible
-from egspo_lightning.callbacks import RolloutSamples, StageTransition, TokenRecords
 from egspo_lightning.callbacks.rollout_samples import SEPARATOR
 from egspo_lightning.data.sources import FiniteProblems
 from egspo_lightning.ops.gate import OpenGate

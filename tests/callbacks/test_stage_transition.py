@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import MathBenchmark, StageTransition
+from egspo_lightning import MathBenchmark, StageTransition
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark

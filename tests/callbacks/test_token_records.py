@@ -6,8 +6,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from egspo_lightning import TokenRecords
 from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, VERSION, VERSION_KEY
-from egspo_lightning.callbacks import TokenRecords
 from egspo_lightning.data.sources import FiniteProblems
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from egspo_lightning.callbacks import Guards, MathBenchmark, PhaseCheckpoint, StageTransition
+from egspo_lightning import Guards, MathBenchmark, PhaseCheckpoint, StageTransition
 from egspo_lightning.cli.main import main
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.models.critic import CriticConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import PhaseCheckpoint
+from egspo_lightning import PhaseCheckpoint
 from egspo_lightning.ops.correction import SamplerCorrection
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.rollout.transformers_engine import TransformersEngine

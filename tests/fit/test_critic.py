@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import StageTransition
+from egspo_lightning import StageTransition
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.models.policy_config import PolicyConfig

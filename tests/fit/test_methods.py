@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.testing import assert_close
 
-from egspo_lightning.callbacks import StageTransition
+from egspo_lightning import StageTransition
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.estimators import GroupRelative, LeaveOneOut, ReinforcePlusPlus

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import StageTransition
+from egspo_lightning import StageTransition
 from egspo_lightning.cli.main import main, run
 from egspo_lightning.cli.replay import replay
 from egspo_lightning.training.nonfinite_updates import NonFiniteError

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+from egspo_lightning import PhaseCheckpoint, StageTransition, TokenRecords
 from egspo_lightning.analysis.record_schema import file_of
-from egspo_lightning.callbacks import PhaseCheckpoint, StageTransition, TokenRecords
 from egspo_lightning.errors import UserError
 from spies import METHODS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import PhaseCheckpoint, StageTransition
+from egspo_lightning import PhaseCheckpoint, StageTransition
 from egspo_lightning.errors import UserError
 from egspo_lightning.models import policy as policy_module
 from egspo_lightning.models.critic import CriticConfig

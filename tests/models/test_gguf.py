@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from egspo_lightning.callbacks import HFExport, StageTransition
+from egspo_lightning import HFExport, StageTransition
 from egspo_lightning.cli.main import run
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.critic import CriticConfig

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from egspo_lightning.callbacks import HFExport, StageTransition
+from egspo_lightning import HFExport, StageTransition
 from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint
 from egspo_lightning.errors import UserError
 from egspo_lightning.models import lora

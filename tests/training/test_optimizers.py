@@ -10,7 +10,7 @@ from torch.distributed import HashStore, destroy_process_group, init_process_gro
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from egspo_lightning.callbacks import StageTransition
+from egspo_lightning import StageTransition
 from egspo_lightning.cli.main import main
 from egspo_lightning.cli.parser import missing_package
 from egspo_lightning.cli.plan import workload
