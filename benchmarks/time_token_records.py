@@ -53,7 +53,7 @@ def _record(cli: EgspoCLI, folder: Path) -> float:
     """CPU seconds to record the last rollout batch, including the files."""
     module, data = cli.model, cli.datamodule
     started = time.process_time()
-    write(record(data.rollouts, module, 0, 0, TokenRecords().max_completions), folder, 0, 0)
+    write(record(data.phases.rollouts, module, 0, 0, TokenRecords().max_completions), folder, 0, 0)
     return time.process_time() - started
 
 

@@ -26,11 +26,10 @@ from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
-from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from egspo_lightning.training.fit_loop import restore_accumulation, resume_with_next_epoch
+from egspo_lightning.training.fit_loop import resume_with_next_epoch
 from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
-from egspo_lightning.training.rollout_phase import Phases, PhaseSizes, Process
+from egspo_lightning.training.rollout_phase import Phases
 from egspo_lightning.training.setup_rules import require_positions, require_run
 from egspo_lightning.types import Count, NonNegativeInt, ProblemBatch, UnitInterval
 
@@ -70,6 +69,8 @@ class HybridDataModule(LightningDataModule):
         seed: Seed of the data order and the rollouts; the command line sets it to seed_everything.
     """
 
+    trainer: Trainer  # Lightning attaches it before it calls any hook
+
     def __init__(
         self,
         demonstrations: DemonstrationSource,
@@ -106,8 +107,7 @@ class HybridDataModule(LightningDataModule):
         self.max_resampling, self.max_staleness = max_resampling, max_staleness
         self.num_ppo_epochs, self.num_minibatches = num_ppo_epochs, num_minibatches
         self.max_prompt_length, self.max_completion_length = max_prompt_length, int(max_completion_length)
-        max_tokens = None if max_tokens_per_micro_batch is None else int(max_tokens_per_micro_batch)
-        self.max_tokens_per_micro_batch = max_tokens
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch and int(max_tokens_per_micro_batch)
         self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
         self.eval_batch_size, self.seed, self.long_problems = eval_batch_size, seed, long_problems
         self.num_duplicates = 0
@@ -115,15 +115,16 @@ class HybridDataModule(LightningDataModule):
         self.answerer = Answerer(
             self.benchmarks, engine, evaluation_grader, predict_sampling, self.max_completion_length, seed
         )
-        sizes = PhaseSizes(sft_batch_size, expert_batch_size, num_ppo_epochs, num_minibatches, max_tokens)
-        self.phases = Phases(self._collector(), sizes, seed)
+        sizes = (sft_batch_size, expert_batch_size, num_ppo_epochs, num_minibatches, self.max_tokens_per_micro_batch)
+        self.phases = Phases(self._collector(), *sizes, seed)
+        """Progress of training, and the latest rollout batch of this rank."""
 
     def _collector(self) -> Collector:
         return Collector(
             engine=self.engine,
             reward=self.reward,
             draw=self.problems.draw,
-            draw_experts=lambda start, count: self.phases.loaded_pool.solutions(start, count) if count else [],
+            draw_experts=lambda start, count: self.phases.pool.solutions(start, count) if count else [],
             encode=lambda problem: self.encoder.encode(problem),
             num_problems=self.num_problems,
             num_experts=self.num_experts,
@@ -145,23 +146,21 @@ class HybridDataModule(LightningDataModule):
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
         if stage == TrainerFn.FITTING:
-            resume_with_next_epoch(self._trainer)
-            require_run(self._trainer, self._policy, self)
-            if self.phases.pool is None:
+            resume_with_next_epoch(self.trainer)
+            require_run(self.trainer, self._policy, self)
+            self.phases.rank, self.phases.world_size = self.trainer.global_rank, self.trainer.world_size
+            if not hasattr(self.phases, "pool"):
                 self._load_training_data()
-        module: Any = self._trainer.lightning_module
+        module: Any = self.trainer.lightning_module
         require_positions(module.policy_config.max_positions(), self.max_prompt_length, self._completion_limits(stage))
 
-    def _completion_limits(self, stage: str) -> list[tuple[str, int]]:
-        """Completion length limits of a stage, as (config field, tokens)."""
-        fields = {
-            benchmark.name: f"max_completion_length of benchmark {benchmark.name!r}" for benchmark in self.benchmarks
-        }
+    def _completion_limits(self, stage: str) -> dict[str, int]:
+        """Completion length limits of a stage, in tokens, by config field."""
+        fields = {b.name: f"max_completion_length of benchmark {b.name!r}" for b in self.benchmarks}
         if stage == TrainerFn.PREDICTING:
             fields = {PREDICT: "data.predict_sampling.max_completion_length"}
-        limits = [(field, self.answerer.sampling(name)[1].max_completion_length) for name, field in fields.items()]
-        trained = [("data.max_completion_length", self.max_completion_length)] if stage == TrainerFn.FITTING else []
-        return trained + limits
+        trained = {"data.max_completion_length": self.max_completion_length} if stage == TrainerFn.FITTING else {}
+        return trained | {f: self.answerer.sampling(name)[1].max_completion_length for name, f in fields.items()}
 
     def _load_training_data(self) -> None:
         excluded, length = self.answerer.asked, self.max_completion_length
@@ -184,17 +183,17 @@ class HybridDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """End sampling ahead, the graders' processes, and the engine."""
         self.answerer.grader.close()
-        restore_accumulation(self._trainer)
-        self._end_sampling()
+        self._end_training()
         if isinstance(self.engine, ClosingEngine):
             self.engine.close()
 
     def on_exception(self, exception: BaseException) -> None:
         """End sampling ahead: no thread outlives the run."""
-        restore_accumulation(self._trainer)
-        self._end_sampling()
+        self._end_training()
 
-    def _end_sampling(self) -> None:
+    def _end_training(self) -> None:
+        if self.max_tokens_per_micro_batch is not None and hasattr(self.phases, "pool"):
+            self.trainer.accumulate_grad_batches = 1  # as given: every phase with a token budget sets its own
         self.phases.ahead.cancel()
         self.reward.close()  # unblocks a sampling thread that waits for grades
         self.phases.drop_ahead()
@@ -204,52 +203,43 @@ class HybridDataModule(LightningDataModule):
 
     def train_dataloader(self) -> SizedLoader:
         """The loader of the next phase, by the policy's stage."""
-        num_micro_batches, samples_ahead = self._trainer.accumulate_grad_batches, self.max_staleness > 0
-        return self.phases.loader(
-            self._policy, self._process, num_micro_batches, samples_ahead=samples_ahead and self._has_next_phase
-        )
+        samples_ahead, number = self.max_staleness > 0 and self._has_next_phase, self.trainer.accumulate_grad_batches
+        return self.phases.loader(self._policy, number, samples_ahead=samples_ahead)
 
     @property
     def _has_next_phase(self) -> bool:
         """Whether another phase follows the one whose loader is built. Ignores max_time and early stopping."""
-        trainer = self._trainer
-        steps = trainer.global_step + self.num_ppo_epochs * self.num_minibatches
-        has_epochs = trainer.max_epochs in (None, -1) or trainer.current_epoch + 1 < trainer.max_epochs
-        return has_epochs and (trainer.max_steps == -1 or steps < trainer.max_steps)
+        max_epochs, max_steps = self.trainer.max_epochs, self.trainer.max_steps
+        num_steps = self.trainer.global_step + self.num_ppo_epochs * self.num_minibatches
+        has_epochs = max_epochs is None or max_epochs == -1 or self.trainer.current_epoch + 1 < max_epochs
+        return has_epochs and (max_steps == -1 or num_steps < max_steps)
 
     # Evaluation
 
     def val_dataloader(self) -> list[SizedLoader]:
         """The benchmarks, one loader each; none in fit, where MathBenchmark evaluates."""
-        return [] if self._trainer.state.fn == TrainerFn.FITTING else self.test_dataloader()
+        return [] if self.trainer.state.fn == TrainerFn.FITTING else self.test_dataloader()
 
     def test_dataloader(self) -> list[SizedLoader]:
         """The benchmarks, one loader each."""
         require(bool(self.benchmarks), "data.benchmarks", "none", "at least one, or there is nothing to measure")
-        return [_loader(self.benchmark_batches(benchmark)) for benchmark in self.benchmarks]
+        return [self.problems_of(benchmark.name) for benchmark in self.benchmarks]
 
     def predict_dataloader(self) -> SizedLoader:
         """The problems of a finite source, once each, in order."""
-        return _loader(self._share_of(PREDICT))
+        return self.problems_of(PREDICT)
 
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Leave problems where they are: they are text, and Lightning refuses their frozen ``Sampling``."""
-        if isinstance(batch, ProblemBatch):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-    def benchmark_batches(self, benchmark: Benchmark) -> list[ProblemBatch]:
-        """This rank's share of a benchmark."""
-        return self._share_of(benchmark.name)
+    def problems_of(self, name: str) -> SizedLoader:
+        """This rank's share of a benchmark, or of the problems of predict, as batches."""
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        batches = self.answerer.batches(name, rank, world_size, self.eval_batch_size)
+        return SizedLoader(len(batches), lambda: iter(batches))  # Lightning would read a list as several loaders
 
     def answer(self, batch: ProblemBatch) -> list[Answer]:
         """Sample and grade answers to a batch of problems. Waits until the engine is free, unless it is re-entrant."""
         if not getattr(self.engine, "is_reentrant", False):
             self.phases.ahead.packed()
         return self.answerer.answer(self._policy, self.encoder, batch)
-
-    def _share_of(self, name: str) -> list[ProblemBatch]:
-        return self.answerer.batches(name, *self._process, self.eval_batch_size)
 
     # Parts of the run
 
@@ -260,50 +250,16 @@ class HybridDataModule(LightningDataModule):
 
     @property
     def _policy(self) -> TrainedPolicy:
-        return self._trainer.lightning_module  # type: ignore[return-value]
+        return self.trainer.lightning_module  # type: ignore[return-value]
 
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.trainer is not None, "no trainer is attached"
-        return self.trainer
-
-    @property
-    def _process(self) -> Process:
-        return Process(self._trainer.global_rank, self._trainer.world_size)
-
-    # Progress of training
-
-    @property
-    def rollouts(self) -> CollectedRollouts | None:
-        """The latest rollout batch of this rank, for callbacks."""
-        return self.phases.rollouts
-
-    @property
-    def num_passes(self) -> int:
-        """Number of SFT passes started."""
-        return self.phases.num_passes
-
-    @property
-    def num_rollout_batches(self) -> int:
-        """Number of rollout batches started."""
-        return self.phases.num_rollout_batches
+    # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Data positions, the unfinished rollout batch and the one sampled ahead. Call it on all ranks."""
-        progress: Any = self._trainer.fit_loop.epoch_progress.current
+        progress: Any = self.trainer.fit_loop.epoch_progress.current
         return self.phases.state_dict(self._policy, is_running=progress.ready > progress.processed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the positions in the data; evaluation does not need them."""
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            self.phases.load_state_dict(state_dict, self._process, samples_ahead=self.max_staleness > 0)
-            if state_dict.get("ahead") and not self.phases.ahead.is_there:
-                rank_zero_info(
-                    "The checkpoint holds rollouts that were sampled ahead on another number of ranks or with another "
-                    "data.max_staleness. They are dropped, and their problems are sampled again."
-                )
-
-
-def _loader(batches: list[ProblemBatch]) -> SizedLoader:
-    """A loader of given batches: Lightning would read a plain list as several loaders."""
-    return SizedLoader(len(batches), lambda: iter(batches))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.phases.load_state_dict(state_dict, samples_ahead=self.max_staleness > 0)

@@ -18,18 +18,17 @@ from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.models.policy import Sequences
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
-from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics, Reduction
+from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics
 from egspo_lightning.ops.estimators import Advantage, GroupRelative
 from egspo_lightning.ops.gate import Gate, QuantileGate
-from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 from egspo_lightning.training.advantage_and_gate import AdvantageAndGate
 from egspo_lightning.training.fit_loop import set_epoch_length
 from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
-from egspo_lightning.training.nonfinite_updates import FiniteUpdates, NonFiniteError, Part, describe, pack
+from egspo_lightning.training.nonfinite_updates import FiniteUpdates, RecordedMicroBatch
 from egspo_lightning.training.policy_module import PolicyModule
-from egspo_lightning.training.rollout_checks import first_ratio_gap, require_version
+from egspo_lightning.training.rollout_checks import ratio_metrics, require_version
 from egspo_lightning.training.setup_rules import require_bounded_passes, require_method
 from egspo_lightning.types import (
     ExpertBatch,
@@ -107,112 +106,129 @@ class EGSPOModule(PolicyModule):
 
     def on_train_epoch_start(self) -> None:
         """Start a phase. Its rollouts come from the current policy, or from the previous phase's if sampled ahead."""
-        self._previous_version, self._phase_version = self._phase_version, self.policy_version
+        self.previous_version, self.phase_version = self.phase_version, self.policy_version
         self._phase.add({"stage": float(self.stage == Stage.EGSPO)})
 
-    def settle_micro_batches(self, number: int, num_updates: int) -> None:
-        """Set and log the number of micro-batches of each optimizer step of this phase.
+    def set_num_micro_batches(self, number: int, num_steps: int) -> None:
+        """Set and log the number of micro-batches of each of this phase's ``num_steps`` optimizer steps.
 
         Raises:
             UserError: no token budget can bound this model's passes.
         """
         require_bounded_passes(self._policy.passes)
-        set_epoch_length(self.trainer, number, num_updates)
+        set_epoch_length(self.trainer, number, num_steps)
         self._phase.add({"update/micro_batches": float(number)}, "max")
+
+    def add_advantages_and_gate(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
+        """Add advantages and the gate's threshold to scored rollouts, and keep the metrics of the rollout batch."""
+        rollout, metrics = self.advantage_and_gate.apply(rollouts, self)
+        metrics["rollout/staleness"] = torch.tensor(float(self.policy_version - rollouts.policy_version))
+        pairs = self.sum_over_ranks(torch.tensor(list(measurements.values()), device=self.device))
+        counted = zip(measurements, pairs, strict=True)
+        self._phase.add(metrics | {name: torch.where(n > 0, total / n, total) for name, (total, n) in counted})
+        return rollout
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Loss of a micro-batch, times ranks and micro-batches, because DDP and Lightning average over them."""
-        if batch.stage != self.stage:
-            raise RuntimeError(
-                f"A batch of stage {batch.stage} came in stage {self.stage}: the loader was not reloaded."
-            )
-        if batch.stage == Stage.SFT:
+        assert batch.stage == self.stage, "the loader was not reloaded"
+        weights = None
+        if batch.rollout is None:
             assert batch.expert is not None
-            weights = None
             loss, metrics = self._sft_step(batch.expert)
         else:
-            assert batch.rollout is not None
             weights = self._coefficients()
-            loss, metrics = self._egspo_step(batch.rollout, batch.expert, weights)
-        self._finite.note(Part(batch_idx, batch, weights, loss.detach()))
+            if weights.mu == 0:
+                batch = batch._replace(expert=None)  # a schedule of mu may decay to 0
+            loss, metrics = self._egspo_step(batch, weights)
+        self._finite.micro_batches.append(RecordedMicroBatch(batch_idx, batch, weights, loss.detach()))
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         self._phase.add({name: value * scale for name, value in (metrics | {"loss/total": loss.detach()}).items()})
         return loss * scale
 
     def _sft_step(self, expert: ExpertBatch) -> tuple[Tensor, Metrics]:
         self._skip_update = False
-        stats = self._policy(expert.input_ids, expert.completion_mask, with_entropies=False)
-        loss = sft_loss(stats.logprobs, expert, weighting="plain")
-        return loss + self._untouched(stats.values), {"loss/sft": loss.detach()}
+        loss, current = self._plain_sft_loss(expert, with_entropies=False)
+        return loss + self._zero_critic_loss(current.values), {"loss/sft": loss.detach()}
 
-    def _egspo_step(
-        self, rollout: RolloutBatch, expert: ExpertBatch | None, weights: Coefficients
-    ) -> tuple[Tensor, Metrics]:
-        self._require_fresh(rollout)
-        if weights.mu == 0:
-            expert = None  # a schedule of mu may decay to 0
+    def _egspo_step(self, batch: TrainingBatch, weights: Coefficients) -> tuple[Tensor, Metrics]:
+        rollout, expert = batch.rollout, batch.expert
+        assert rollout is not None
+        require_version(rollout.policy_version, self._allowed_versions)
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
-        current, expert_loss = self._egspo_forward(rollout, expert, with_entropies=self._needs_entropies)
-        self._check_first_ratio(current.logprobs.detach(), rollout)
+        uses_entropies = self.objective.gate_entropy == "current" or self.entropy_bonus is not None
+        loss, metrics, current = self._egspo_loss(rollout, expert, weights, with_entropies=uses_entropies)
+        ratios = ratio_metrics(
+            current.logprobs.detach(),
+            rollout,
+            is_same_policy=self.policy_version == rollout.policy_version,  # not if the rollouts were sampled ahead
+            is_mean=self.takes_sampled_statistics,  # pi_old are then the engine's log-probabilities
+            is_full_precision=self.is_full_precision,
+        )
+        self._phase.add(ratios, "max")
         self._phase.add({"policy/mu": weights.mu})
-        return self._egspo_loss(current, rollout, expert_loss, weights)
+        return loss, metrics
 
     @property
-    def _needs_entropies(self) -> bool:
-        """Whether the loss needs entropies of the current policy; the gate normally uses those of sampling."""
-        return self.objective.gate_entropy == "current" or self.entropy_bonus is not None
+    def _allowed_versions(self) -> set[int]:
+        """Policy versions of this phase's rollouts: its own or, with data.max_staleness 1, the previous phase's too."""
+        if getattr(self.trainer.datamodule, "max_staleness", 0) == 0:  # type: ignore[attr-defined]
+            return {self.phase_version}
+        return {self.phase_version, max(self.previous_version, self.egspo_start_step)}  # none from before the stage
 
-    def _egspo_forward(
-        self, rollout: RolloutBatch, expert: ExpertBatch | None, *, with_entropies: bool
-    ) -> tuple[NetworkOutputs, Tensor | None]:
-        """Network outputs on the rollouts, and the loss on the demonstrations, which share the policy's passes."""
+    # Losses
+
+    def _plain_sft_loss(self, expert: ExpertBatch, *, with_entropies: bool) -> tuple[Tensor, NetworkOutputs]:
+        current = self._policy(expert.input_ids, expert.completion_mask, with_entropies=with_entropies)
+        return sft_loss(current.logprobs, expert, weighting="plain"), current
+
+    def _egspo_loss(
+        self, rollout: RolloutBatch, expert: ExpertBatch | None, weights: Coefficients, *, with_entropies: bool
+    ) -> tuple[Tensor, Metrics, NetworkOutputs]:
+        """L, metrics, and network outputs on the rollouts; demonstrations share the policy's passes with them."""
         rows = [Sequences(rollout.input_ids, rollout.completion_mask, self.temperature, with_entropies)]
         if expert is not None:
             rows.append(Sequences(expert.input_ids, expert.completion_mask, with_entropies=False))
         current, *others = self._policy.together(*rows)
+        expert_loss = None
+        if expert is not None:
+            expert_loss = sft_loss(others[0].logprobs, expert, weighting=self.objective.expert_weighting)
+            if others[0].values is not None:
+                expert_loss = expert_loss + self._zero_critic_loss(others[0].values)
         if self.critic is not None:
             current = current._replace(values=self.critic(rollout.input_ids, rollout.completion_mask))
-        if expert is None:
-            return current, None
-        (stats,) = others
-        loss = sft_loss(stats.logprobs, expert, weighting=self.objective.expert_weighting)
-        return current, loss if stats.values is None else loss + self._untouched(stats.values)
-
-    def _egspo_loss(
-        self, current: NetworkOutputs, rollout: RolloutBatch, expert_loss: Tensor | None, weights: Coefficients
-    ) -> tuple[Tensor, Metrics]:
         loss, metrics = self.objective.hybrid_loss(current, rollout, self.attenuation, expert_loss, weights)
-        if self.critic_config is None or current.values is None:
-            return loss, metrics
-        error, value_metrics = value_loss(current.values, rollout, clip=self.critic_config.clip)
-        return loss + weights.value * error, metrics | value_metrics
+        if self.critic_config is not None and current.values is not None:
+            error, value_metrics = value_loss(current.values, rollout, clip=self.critic_config.clip)
+            loss, metrics = loss + weights.value * error, metrics | value_metrics
+        return loss, metrics, current
 
-    def replay(self, part: Part) -> tuple[Tensor, NetworkOutputs]:
-        """Loss of a saved micro-batch, and the network outputs on its tokens, with gradient."""
-        rollout, expert, weights = part.batch.rollout, part.batch.expert, part.coefficients
-        if rollout is None or weights is None:
-            assert expert is not None
-            stats = self._policy(expert.input_ids, expert.completion_mask)
-            return sft_loss(stats.logprobs, expert, weighting="plain"), stats
-        current, expert_loss = self._egspo_forward(rollout, expert if weights.mu > 0 else None, with_entropies=True)
-        return self._egspo_loss(current, rollout, expert_loss, weights)[0], current
+    def _zero_critic_loss(self, values: Tensor | None) -> Tensor | float:
+        """A loss of 0 over the critic, which this batch does not train: DDP waits for the gradient of each parameter.
 
-    def _untouched(self, values: Tensor | None) -> Tensor | float:
-        """A zero loss that touches a critic that this step does not train: DDP waits for every gradient."""
+        ``values`` are those of a value head on the policy, if there is one.
+        """
         if values is not None:
             return 0.0 * values.sum()
         if self.critic is None or self.device_mesh is not None or self.trainer.world_size == 1:
             return 0.0
         return 0.0 * torch.stack([p.flatten()[0] for p in self.critic.parameters()]).sum()
 
+    def replay(self, recorded: RecordedMicroBatch) -> tuple[Tensor, NetworkOutputs]:
+        """Loss of a saved micro-batch, and the network outputs on its tokens, with gradient."""
+        rollout, expert, weights = recorded.batch.rollout, recorded.batch.expert, recorded.coefficients
+        if rollout is None or weights is None:
+            assert expert is not None
+            return self._plain_sft_loss(expert, with_entropies=True)
+        loss, _, current = self._egspo_loss(rollout, expert, weights, with_entropies=True)
+        return loss, current
+
     def _coefficients(self) -> Coefficients:
         """Weights of the loss terms at this step of stage EGSPO."""
-        step = self.global_step - self.entered_step
         critic, bonus = self.critic_config, self.entropy_bonus
         return Coefficients(
-            mu=self.objective.mu_at(step),
+            mu=self.objective.mu_at(self.global_step - self.egspo_start_step),
             policy=0.0 if self._is_warming_up else 1.0,
-            value=0.0 if critic is None else critic.coefficient,
+            value=0.0 if critic is None else float(critic.coefficient),
             entropy=0.0 if bonus is None else bonus.current,
         )
 
@@ -220,7 +236,9 @@ class EGSPOModule(PolicyModule):
     def _is_warming_up(self) -> bool:
         """Whether only the critic is trained so far."""
         critic = self.critic_config
-        return critic is not None and self.global_step - self.entered_step < critic.warmup_steps
+        return critic is not None and self.global_step - self.egspo_start_step < critic.warmup_steps
+
+    # Optimizer steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Set gradients to None in a skipped step, and those of an untrained network.
@@ -243,10 +261,11 @@ class EGSPOModule(PolicyModule):
         Metrics are logged once a phase because Lightning's ``log`` takes longer than computing them.
         """
         if self._finite.must_stop:
-            self._stop_for_bad_updates()
-        if not (self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done):
-            return
-        self.log_phase(self._over_ranks(self._phase.take()))
+            path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "nonfinite.ckpt"
+            self.trainer.save_checkpoint(path, weights_only=False)
+            raise self._finite.error(path, self.global_step, self.current_epoch + 1)
+        if self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done:
+            self.log_phase(self.reduce_over_ranks(self._phase.take()))
 
     def log_phase(self, values: Mapping[str, float]) -> None:
         """Log metrics of a phase, equal on all ranks, after its last optimizer step.
@@ -257,71 +276,16 @@ class EGSPOModule(PolicyModule):
         for logger in self.loggers:
             logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
 
-    def _over_ranks(self, metrics: Mapping[Reduction, Metrics]) -> dict[str, float]:
-        """Means and maxima over all ranks, in one collective."""
-        keys = sorted((reduction, name) for reduction, found in metrics.items() for name in found)
-        own = torch.stack([metrics[reduction][name].to(self.device) for reduction, name in keys])
-        ranks = own.unsqueeze(0) if self.trainer.world_size == 1 else self._all_gather(own)
-        means, maxima = ranks.mean(0).tolist(), ranks.amax(0).tolist()
-        both = zip(keys, means, maxima, strict=True)
-        return {name: largest if reduction == "max" else mean for (reduction, name), mean, largest in both}
-
-    def _stop_for_bad_updates(self) -> None:
-        """Save weights and batch as a checkpoint, and end the run. Collective."""
-        part, log_dir = self._finite.bad_part, self.trainer.log_dir
-        assert part is not None
-        path = Path(log_dir or self.trainer.default_root_dir) / "nonfinite.ckpt"
-        self.trainer.save_checkpoint(path, weights_only=False)
-        raise NonFiniteError(
-            f"{self._finite.num_in_a_row} updates in a row had a loss or gradient that is not finite, the last at "
-            f"{describe(part)} after {self.global_step} optimizer steps, phase {self.trainer.current_epoch + 1}. They "
-            f"were skipped; the weights are unchanged. To see which tokens: egspo replay {path}. Lower the "
-            "learning rate, clip the gradient (trainer.gradient_clip_val), or look at the data, then resume."
-        )
-
-    def _require_fresh(self, rollout: RolloutBatch) -> None:
-        """Accept rollouts of this phase's policy or, with data.max_staleness 1, of the previous phase's."""
-        allowed = {self._phase_version}
-        if getattr(self.trainer.datamodule, "max_staleness", 0) > 0:  # type: ignore[attr-defined]
-            allowed.add(max(self._previous_version, self.entered_step))  # never from before stage EGSPO
-        require_version(rollout.policy_version, allowed, self._phase_version)
-
-    def _check_first_ratio(self, logprobs: Tensor, rollout: RolloutBatch) -> None:
-        """Check that every ratio is 1, within the precision in use, before the first optimizer step on a rollout batch.
-
-        The check is skipped for rollouts sampled ahead, because the policy has changed since. The first rollout batch
-        of the stage is never sampled ahead, so it is always checked.
-        """
-        mask = rollout.sampled_mask
-        ratios = log_ratio(logprobs, rollout.old_logprobs).masked_fill(~mask, 0.0)
-        self._phase.add({"policy/ratio_max": ratios.max().exp()}, "max")
-        if self.policy_version == rollout.policy_version:
-            is_mean = self.takes_sampled_statistics  # pi_old are then the engine's log-probabilities
-            gap = first_ratio_gap(ratios, mask, is_mean=is_mean, is_full_precision=self.is_full_precision)
-            self._phase.add({"policy/first_ratio_gap": gap}, "max")
-
-    def to_rollout_batch(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
-        """Add advantages and the gate's threshold to scored rollouts, and keep the metrics of the rollout batch."""
-        rollout, metrics = self.advantage_and_gate.to_rollout_batch(rollouts, self)
-        metrics["rollout/staleness"] = torch.tensor(float(self.policy_version - rollouts.policy_version))
-        pairs = self.sum_over_ranks(torch.tensor(list(measurements.values()), device=self.device))
-        counted = zip(measurements, pairs, strict=True)
-        self._phase.add(metrics | {name: torch.where(n > 0, total / n, total) for name, (total, n) in counted})
-        return rollout
-
     # Evaluation: the datamodule samples and grades; these hooks only forward its answers
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Answer a batch of benchmark problems."""
-        return {"completions": self._answer(batch)}
+        return {"completions": self.predict_step(batch, batch_idx)}
 
     test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Answer a batch of problems."""
-        return self._answer(batch)
-
-    def _answer(self, batch: Any) -> Any:
         return self.trainer.datamodule.answer(batch)  # type: ignore[attr-defined]  # Lightning sets it late
 
     # Checkpoints
@@ -329,18 +293,17 @@ class EGSPOModule(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also save the state of gate and adaptive coefficients, and the metrics of the phase."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["egspo"]["advantage_and_gate"] = self.advantage_and_gate.state_dict()
-        checkpoint["egspo"]["metrics"] = self.collect_over_ranks(self._phase.state_dict())
-        checkpoint["egspo"]["finite"] = self._finite.state_dict()
-        if self._finite.must_stop and self._finite.bad_part is not None:
-            checkpoint["egspo"]["bad_part"] = pack(self._finite.bad_part)
+        checkpoint["egspo"] |= {
+            "advantage_and_gate": self.advantage_and_gate.state_dict(),
+            "metrics": self.collect_over_ranks(self._phase.state_dict()),
+            "finite": self._finite.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also restore the state of gate and adaptive coefficients, and the metrics of the phase."""
         super().on_load_checkpoint(checkpoint)
-        self.advantage_and_gate.load_state_dict(checkpoint["egspo"]["advantage_and_gate"])
-        metrics, rank = checkpoint["egspo"]["metrics"], self.trainer.global_rank
-        if len(metrics) == self.trainer.world_size:
-            self._phase.load_state_dict(metrics[rank])
-        if "finite" in checkpoint["egspo"]:
-            self._finite.load_state_dict(checkpoint["egspo"]["finite"])
+        state, rank = checkpoint["egspo"], self.trainer.global_rank
+        self.advantage_and_gate.load_state_dict(state["advantage_and_gate"])
+        self._finite.load_state_dict(state["finite"])
+        if len(state["metrics"]) == self.trainer.world_size:
+            self._phase.load_state_dict(state["metrics"][rank])

@@ -10,7 +10,6 @@ the state before it. ``completion_mask`` is true on the completion and its EOS, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -83,19 +82,15 @@ class ExpertSolution(NamedTuple):
     """Solution tokens, with the EOS."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings of completions.
-
-    Args:
-        max_completion_length: Length limit in tokens, EOS included.
-        temperature: Logits are divided by it; 0 is greedy.
-        top_p: Keep the fewest tokens whose probabilities add up to it (nucleus sampling); for evaluation only.
-    """
+class Sampling(NamedTuple):
+    """Sampling settings of completions."""
 
     max_completion_length: PositiveInt
+    """Length limit in tokens, EOS included."""
     temperature: NonNegativeFloat = 1.0
+    """Logits are divided by it; 0 is greedy."""
     top_p: PositiveShare = 1.0
+    """Keep the fewest tokens whose probabilities add up to it (nucleus sampling); for evaluation only."""
 
 
 class ProblemBatch(NamedTuple):
@@ -157,7 +152,7 @@ class ExpertBatch(NamedTuple):
 
 
 class NetworkOutputs(NamedTuple):
-    """Outputs of policy and critic in training, with gradient; all (B, T), 0 outside the completions."""
+    """Outputs of the networks for given sequences; all (B, T) float32, 0 outside the completions."""
 
     logprobs: Tensor
     """nats"""
@@ -165,17 +160,8 @@ class NetworkOutputs(NamedTuple):
     """nats"""
     values: Tensor | None = None
     """of the critic, if there is one; in units of the return"""
-
-
-class Scores(NamedTuple):
-    """Outputs of policy, reference policy and critic for given sequences, without gradient; all (B, T) float32."""
-
-    logprobs: Tensor
-    entropies: Tensor
     ref_logprobs: Tensor | None = None
-    """of the reference policy, if there is one"""
-    values: Tensor | None = None
-    """of the critic, if there is one"""
+    """of the reference policy, if there is one, and only where rollouts are scored"""
 
 
 class ScoredRollouts(NamedTuple):
@@ -185,7 +171,8 @@ class ScoredRollouts(NamedTuple):
     """(B, T) int64"""
     completion_mask: Tensor
     """(B, T) bool"""
-    scores: Scores
+    scores: NetworkOutputs
+    """without gradient"""
     rewards: Tensor
     """(B,) float32"""
     is_truncated: Tensor

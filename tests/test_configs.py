@@ -170,9 +170,9 @@ def test_methods_train(repository, tmp_path, monkeypatch, small_model, method):
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     assert all(map(math.isfinite, metrics.values())), metrics
     if method == "sft":
-        assert (cli.datamodule.num_passes, cli.datamodule.num_rollout_batches) == (3, 0)
+        assert (cli.datamodule.phases.num_passes, cli.datamodule.phases.num_rollout_batches) == (3, 0)
         return
-    assert (cli.datamodule.num_passes, cli.datamodule.num_rollout_batches) == (1, 2)
+    assert (cli.datamodule.phases.num_passes, cli.datamodule.phases.num_rollout_batches) == (1, 2)
     assert cli.trainer.global_step == 2 + 2 * 4
     assert ("loss/sft" in metrics and metrics["policy/mu"] > 0) == METHODS[method].get("mixes_expert_data", True)
     assert ("loss/value" in metrics) == ("critic" in METHODS[method])
@@ -279,5 +279,5 @@ def test_real_recipes_run_with_the_tiny_model(repository, tmp_path, monkeypatch,
             "--data.max_completion_length=16",
         ]
     )
-    assert cli.datamodule.num_rollout_batches == 1
+    assert cli.datamodule.phases.num_rollout_batches == 1
     assert cli.trainer.callback_metrics["eval/local/avg@2"] == 0.0

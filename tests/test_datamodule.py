@@ -132,4 +132,4 @@ def test_the_loader_knows_its_length_and_samples_when_asked(tiny_run):
     run = tiny_run(module={"initial_stage": "egspo"}, data={"num_ppo_epochs": 3}, trainer={"max_epochs": 1}).fit()
     loader = run.data.train_dataloader()
     assert len(loader) == 3 * 2
-    assert run.data.num_rollout_batches == 1  # asking for the loader has sampled nothing
+    assert run.data.phases.num_rollout_batches == 1  # asking for the loader has sampled nothing

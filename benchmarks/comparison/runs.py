@@ -78,7 +78,7 @@ def _train_method(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]
     logged, first_step = metrics.read(workspace / "metrics.csv"), int(checkpoint["global_step"])
     return _measured(cli) | {
         "optimizer_steps": cli.trainer.global_step - first_step,
-        "rollout_batches": _data(cli).num_rollout_batches,
+        "rollout_batches": _data(cli).phases.num_rollout_batches,
         "learning_rate": cli.trainer.optimizers[0].param_groups[0]["lr"],
         "checkpoint": _digest(checkpoint),
         "gate_seconds": metrics.total(logged, "time/gate"),
@@ -141,7 +141,7 @@ def _measured(cli: EgspoCLI) -> dict[str, Any]:
     if not data.benchmarks:
         raise UserError("data.benchmarks is empty, but a comparison needs a benchmark. Add at least one.")
     benchmark, num_samples = data.benchmarks[0], data.benchmarks[0].num_samples
-    completions = [c for batch in data.benchmark_batches(benchmark) for c in data.answer(batch)]
+    completions = [c for batch in data.problems_of(benchmark.name) for c in data.answer(batch)]
     data.teardown("fit")  # grading started the workers again
     groups = [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
     problems = {group[0].problem.id: sum(bool(c.correct) for c in group) / num_samples for group in groups}

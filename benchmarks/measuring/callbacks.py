@@ -36,7 +36,7 @@ class IterationTimes(Callback):
 
 
 def _num_tokens(trainer: Trainer) -> int:
-    rollouts = trainer.datamodule.rollouts  # type: ignore[attr-defined]
+    rollouts = trainer.datamodule.phases.rollouts  # type: ignore[attr-defined]
     return sum(len(completion.token_ids) for completion in rollouts.completions)
 
 
@@ -95,7 +95,7 @@ class Replay(Callback):
         """Record the iteration."""
         self._watch.stop()
         variant = self.order[trainer.current_epoch]
-        self.rollouts[variant] = trainer.datamodule.rollouts  # type: ignore[attr-defined]
+        self.rollouts[variant] = trainer.datamodule.phases.rollouts  # type: ignore[attr-defined]
         if trainer.current_epoch >= self.num_warmup:
             self.readings[variant].append(self._watch.total)
 

@@ -70,9 +70,9 @@ class Guards(CheckpointedCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the rollout batch of the ending phase."""
         data = data_of(trainer)
-        if data.num_rollout_batches == self.num_rollout_batches:
+        if data.phases.num_rollout_batches == self.num_rollout_batches:
             return
-        self.num_rollout_batches = data.num_rollout_batches
+        self.num_rollout_batches = data.phases.num_rollout_batches
         findings = self._judge({name: float(value) for name, value in trainer.callback_metrics.items()})
         values = {f"guard/{guard}": float(fires) for guard, (fires, _) in findings.items()}
         values["guard/flat_rollout_batches"] = float(self.num_flat)

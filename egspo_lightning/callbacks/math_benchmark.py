@@ -124,7 +124,7 @@ class MathBenchmark(CheckpointedCallback):
             folder = place / "evaluation" / f"{benchmark.name}-step-{trainer.global_step}-{{fingerprint}}"
             kept_in = folder if self.save_completions else None
             measurements.append(Measurement(benchmark, module_of(pl_module), data, kept_in))
-            for batch in data.benchmark_batches(benchmark):
+            for batch in data.problems_of(benchmark.name):
                 measurements[-1].add(data.answer(batch))
         self._finish(measurements, trainer)
         self.latest_step = trainer.global_step

@@ -106,9 +106,9 @@ class StageTransition(CheckpointedCallback):
         This is the case for a run that starts from ``sft.ckpt`` or with ``initial_stage: egspo``.
         """
         module = module_of(pl_module)
-        has_left_sft = module.stage == Stage.EGSPO or module.entered_step > 0
-        if has_left_sft and module.entered_step == trainer.global_step:
-            self._branch_off(module)
+        has_left_sft = module.stage == Stage.EGSPO or module.egspo_start_step > 0
+        if has_left_sft and module.egspo_start_step == trainer.global_step:
+            self._start_egspo(module)
         last_sft_epoch = trainer.current_epoch + (self.after_epochs or 0) - self.num_epochs
         if self.enabled and module.stage == Stage.SFT and 0 < (trainer.max_epochs or -1) <= last_sft_epoch:
             rank_zero_warn(
@@ -131,13 +131,13 @@ class StageTransition(CheckpointedCallback):
         """End SFT: the next epoch trains stage EGSPO."""
         module.stage = Stage.EGSPO
         self.sft_end_reason = reason
-        self._branch_off(module)
+        self._start_egspo(module)
         if self.save_checkpoint:
             save_whole(trainer, log_folder(trainer) / "sft.ckpt")
         module.print(f"Stage sft -> egspo after phase {trainer.current_epoch + 1}: {reason}.")
 
-    def _branch_off(self, module: EGSPOModule) -> None:
-        module.branch_off()
+    def _start_egspo(self, module: EGSPOModule) -> None:
+        module.start_egspo_stage()
         if self.reset_optimizer:
             module.restart_optimizer(self.learning_rate)
 

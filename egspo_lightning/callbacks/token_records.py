@@ -44,7 +44,7 @@ class TokenRecords(Callback):
         """
         if not self.every_n_rollout_batches:
             return
-        log_dir, first = log_folder(trainer), data_of(trainer).num_rollout_batches
+        log_dir, first = log_folder(trainer), data_of(trainer).phases.num_rollout_batches
         stale = [p for kind in ("tokens", "completions") for p, n in files_of(log_dir, kind).items() if n >= first]
         if stale and not resumes_in(trainer, log_dir):
             raise UserError(
@@ -62,7 +62,7 @@ class TokenRecords(Callback):
         """Record the rollout batch of the ending phase."""
         rollouts = due_rollout_batch(trainer, self.every_n_rollout_batches)
         if rollouts is not None:
-            number, rank = data_of(trainer).num_rollout_batches - 1, trainer.global_rank
+            number, rank = data_of(trainer).phases.num_rollout_batches - 1, trainer.global_rank
             tables = record(rollouts, module_of(pl_module), number, rank, self.max_completions)
             write(tables, log_folder(trainer), number, rank)
 

@@ -49,8 +49,8 @@ def log_folder(trainer: Trainer) -> Path:
 def due_rollout_batch(trainer: Trainer, every_n: int) -> CollectedRollouts | None:
     """The rollout batch that the ending phase trained on, if it is one of every n; ``every_n`` 0 gives none."""
     data = data_of(trainer)
-    is_due = every_n > 0 and (data.num_rollout_batches - 1) % every_n == 0
-    return data.rollouts if is_due else None
+    is_due = every_n > 0 and (data.phases.num_rollout_batches - 1) % every_n == 0
+    return data.phases.rollouts if is_due else None
 
 
 def resumes_in(trainer: Trainer, folder: Path) -> bool:

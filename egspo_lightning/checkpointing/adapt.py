@@ -1,12 +1,17 @@
-"""Adapts a checkpoint's weights and optimizer to a run with or without reference policy, value head and critic."""
+"""Adapts a checkpoint to a run with or without reference policy, value head and critic; refuses those of other models.
 
+Weights, optimizer states and tokenizer are compared with those of the run.
+"""
+
+import hashlib
+import json
 from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
-from egspo_lightning.errors import UserError
-from egspo_lightning.models.lora import is_adapter, is_reference, trained_name
+from egspo_lightning.errors import UserError, listed
+from egspo_lightning.models.lora import is_reference, trained_name
 
 OPTIMIZER_KEYS_OF_SCHEDULES = {"params", "initial_lr"}
 
@@ -24,14 +29,14 @@ def adapt_weights(
         left_out: weights that checkpoints of this run omit: the frozen ones under adapters
 
     Raises:
-        UserError: the run needs a network that the checkpoint does not hold.
+        UserError: the checkpoint holds another model, or lacks a network that the run needs.
     """
     if not weights:
         return
     weights.update({name: own[name] for name in left_out if name not in weights})
-    _require_same_adapters(weights, own)
     for name in [name for name in weights if name not in own and _is_optional(name)]:
         del weights[name]
+    _require_same_model(weights, own)
     missing = [name for name in own if name not in weights and _is_optional(name)]
     if missing and not is_exact:
         needs_reference = missing[0].startswith("reference.") or is_reference(missing[0])
@@ -46,19 +51,42 @@ def adapt_weights(
         weights[name] = weights.get(source, own[name]).clone()
 
 
-def _require_same_adapters(weights: dict[str, Any], own: dict[str, Tensor]) -> None:
-    theirs, ours = (
-        {
-            name: tuple(value.shape)
-            for name, value in held.items()
-            if is_adapter(name) and not is_reference(name) and not name.startswith("critic.")
-        }
-        for held in (weights, own)
-    )
-    if theirs != ours:
+def _require_same_model(weights: dict[str, Any], own: dict[str, Tensor]) -> None:
+    faults = [
+        f"{name} has the shape {tuple(weights[name].shape)}, this run's {tuple(own[name].shape)}"
+        for name in weights.keys() & own.keys()
+        if weights[name].shape != own[name].shape
+    ]
+    faults += [f"{name} is not in this run's model" for name in weights.keys() - own.keys()]
+    faults += [f"{name} is not in the checkpoint" for name in own.keys() - weights.keys() if not _is_optional(name)]
+    if faults:
         raise UserError(
-            f"model.policy.lora: the checkpoint has {len(theirs)} adapter weights, this run {len(ours)}, and their "
-            "names and shapes differ. Take the checkpoint's own model.policy.lora, or start from its exported model."
+            f"ckpt_path: the checkpoint holds a model of another shape: {listed(sorted(faults))}. Set "
+            "model.policy.name_or_path, model.policy.lora and model.critic as in the checkpoint's run."
+        )
+
+
+def _is_optional(name: str) -> bool:
+    return name.startswith(("reference.", "critic.", "policy.value_head.")) or is_reference(name)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of a tokenizer's vocabulary, EOS and padding token."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def require_same_tokenizer(stored: str, own: str) -> None:
+    """Refuse a checkpoint whose ids mean other tokens.
+
+    Raises:
+        UserError: the digests differ.
+    """
+    if stored != own:
+        raise UserError(
+            f"ckpt_path: the checkpoint's tokenizer (digest {stored}) differs from that of model.policy.name_or_path "
+            f"(digest {own}): its ids would mean other tokens. Start from the model that the checkpoint was trained "
+            "from."
         )
 
 
@@ -78,13 +106,13 @@ def number_parameters(states: list[dict[str, Any]], numbers: dict[str, int]) -> 
 
 
 def adapt_optimizer(
-    states: list[dict[str, Any]], stored: str | None, fresh: dict[str, Any], own: str, *, is_entry: bool
+    states: list[dict[str, Any]], stored: str, fresh: dict[str, Any], own: str, *, is_entry: bool
 ) -> None:
     """Replace the state of an optimizer of another kind, or with other parameters, at the end of SFT; in place.
 
     Args:
         states: the checkpoint's, one optimizer
-        stored: its kind, such as "AdamW"; None in checkpoints without it
+        stored: its kind, such as "AdamW"
         fresh: initial state of the run's optimizer
         own: the run's kind
         is_entry: whether the checkpoint was made at the end of SFT, when the optimizer restarts anyway
@@ -94,13 +122,13 @@ def adapt_optimizer(
     """
     groups = [state["param_groups"] for state in (states[0], fresh)]
     theirs, ours = (set().union(*each) for each in groups)
-    is_other = (stored or own) != own or bool((theirs ^ ours) - OPTIMIZER_KEYS_OF_SCHEDULES)
+    is_other = stored != own or bool((theirs ^ ours) - OPTIMIZER_KEYS_OF_SCHEDULES)
     sizes, own_sizes = ([len(group["params"]) for group in each] for each in groups)
     if is_entry and (is_other or sizes != own_sizes):
         states[0] = fresh
     elif is_other:
         raise UserError(
-            f"ckpt_path: the checkpoint's optimizer is {stored or 'another one'}, and model.optimizer is {own}, which "
+            f"ckpt_path: the checkpoint's optimizer is {stored}, and model.optimizer is {own}, which "
             "cannot continue from its moments. Take the checkpoint's own optimizer, or start from sft.ckpt."
         )
     elif sizes != own_sizes:
@@ -108,7 +136,3 @@ def adapt_optimizer(
             f"ckpt_path: the optimizer in the checkpoint has {sizes} parameters by group, this run's {own_sizes}: "
             "model.critic or model.policy differ. Start from sft.ckpt, or use the checkpoint's own config."
         )
-
-
-def _is_optional(name: str) -> bool:
-    return name.startswith(("reference.", "critic.", "policy.value_head.")) or is_reference(name)

@@ -39,12 +39,10 @@ def open_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
-    if path.stat().st_size == 0:
-        raise UserError(f"ckpt_path: {path} is empty: it was cut off while it was written. Take an earlier one.")
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
-            is_cut = file.read(2) == b"PK"
-        what = "was cut off while it was written or copied" if is_cut else "is no checkpoint"
+            is_cut = file.read(2) in (b"", b"PK")
+        what = "is empty or was cut off while it was written or copied" if is_cut else "is no checkpoint"
         raise UserError(f"ckpt_path: {path} {what}. Give a .ckpt file that this program wrote, such as last.ckpt.")
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

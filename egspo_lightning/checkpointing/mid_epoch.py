@@ -1,7 +1,7 @@
 """Mid-epoch resume state: position in the phase, and checks that the config still matches."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from egspo_lightning.errors import UserError
@@ -25,20 +25,9 @@ class MidEpochPosition:
     num_given: int = 0
     rollouts: dict[str, Any] | None = None
 
-    @property
-    def is_within(self) -> bool:
-        """Whether the position is inside the phase: some micro-batches are done and others are left."""
-        return 0 < self.num_given < self.length
-
     def state_dict(self, rollouts: list[dict[str, Any] | None]) -> dict[str, Any]:
         """Plain values for a checkpoint, with the rollout batches of all ranks."""
-        return {
-            "num_given": self.num_given,
-            "length": self.length,
-            "parts": self.num_micro_batches,
-            "max_tokens": self.max_tokens,
-            "collections": rollouts,
-        }
+        return vars(self) | {"rollouts": rollouts}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], rank: int, world_size: int) -> "MidEpochPosition":
@@ -47,17 +36,16 @@ class MidEpochPosition:
         Raises:
             UserError: the checkpoint was saved on another number of ranks.
         """
-        saved = len(state["collections"])
+        saved = len(state["rollouts"])
         if saved != world_size:
             raise UserError(
                 f"ckpt_path: this is a mid-epoch checkpoint from {saved} ranks, and this run has {world_size}. Resume "
                 f"on {saved}, or from a checkpoint of the end of an epoch."
             )
-        rollouts = state["collections"][rank]
-        return cls(state["parts"], state["length"], state["max_tokens"], state["num_given"], rollouts)
+        return cls(**state | {"rollouts": state["rollouts"][rank]})
 
     def resume(self, num_steps: int, num_micro_batches: int, max_tokens: int | None) -> "MidEpochPosition":
-        """The same position in this config's phase; a token budget keeps the saved ``num_micro_batches`` of a step.
+        """Move the position into this config's phase; a token budget keeps the saved ``num_micro_batches``.
 
         Raises:
             UserError: this config has a different number of optimizer steps or micro-batches than the checkpoint.
@@ -77,4 +65,4 @@ class MidEpochPosition:
                 f"data.num_ppo_epochs, {flags if max_tokens is None else 'or data.num_minibatches differ'}. Resume "
                 "with the checkpoint's values, or from a checkpoint of the end of an epoch."
             )
-        return MidEpochPosition(number, self.length, max_tokens, self.num_given)
+        return replace(self, num_micro_batches=number, rollouts=None)

@@ -11,7 +11,7 @@ from egspo_lightning.checkpointing.load import open_checkpoint
 from egspo_lightning.cli.parser import Parser
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.training.nonfinite_updates import Part, bad_tokens, unpack
+from egspo_lightning.training.nonfinite_updates import RecordedMicroBatch, bad_tokens, unpack
 from egspo_lightning.types import NetworkOutputs
 
 NUM_SHOWN = 20
@@ -25,7 +25,7 @@ def replay(path: Path) -> list[str]:
         UserError: the file holds no non-finite micro-batch, or its weights are sharded.
     """
     checkpoint = open_checkpoint(path)
-    kept, config = checkpoint["egspo"].get("bad_part"), checkpoint.get(KEY)
+    kept, config = checkpoint["egspo"]["finite"].get("bad_micro_batch"), checkpoint.get(KEY)
     if kept is None or config is None:
         raise UserError(
             f"replay: {path} holds no micro-batch that was not finite. Give the nonfinite.ckpt that a stopped run "
@@ -35,13 +35,13 @@ def replay(path: Path) -> list[str]:
         raise UserError(
             f"replay: the weights of {path} are sharded. Repeat the run with a strategy that keeps them whole."
         )
-    module, part = _module(config["model"]), unpack(kept)
+    module, recorded = _module(config["model"]), unpack(kept)
     module.configure_model()
     module.load_state_dict(checkpoint["state_dict"])
     with torch.enable_grad():
-        loss, current = module.replay(part)
+        loss, current = module.replay(recorded)
         loss.backward()
-    return _report(path, part, loss.detach(), current, module)
+    return _report(path, recorded, loss.detach(), current, module)
 
 
 def _module(config: dict[str, Any]) -> EGSPOModule:
@@ -53,22 +53,24 @@ def _module(config: dict[str, Any]) -> EGSPOModule:
     return module
 
 
-def _report(path: Path, part: Part, loss: Tensor, current: NetworkOutputs, module: EGSPOModule) -> list[str]:
+def _report(
+    path: Path, recorded: RecordedMicroBatch, loss: Tensor, current: NetworkOutputs, module: EGSPOModule
+) -> list[str]:
     weights = [name for name, p in module.named_parameters() if not p.isfinite().all()]
     gradients = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     return [
-        f"{path}: micro-batch {part.number} of stage {part.batch.stage}",
-        f"loss {loss.item():.6g} (in training {part.loss.item():.6g})",
+        f"{path}: micro-batch {recorded.number} of stage {recorded.batch.stage}",
+        f"loss {loss.item():.6g} (in training {recorded.loss.item():.6g})",
         *_some("weights", weights),
         *_some("gradients", gradients),
-        *_some("tokens", _bad_tokens(part, current, module)),
+        *_some("tokens", _bad_tokens(recorded, current, module)),
     ]
 
 
-def _bad_tokens(part: Part, current: NetworkOutputs, module: EGSPOModule) -> list[str]:
+def _bad_tokens(recorded: RecordedMicroBatch, current: NetworkOutputs, module: EGSPOModule) -> list[str]:
     """The tokens that have a value that is not finite, with its name."""
-    rollout = part.batch.rollout
-    batch = rollout or part.batch.expert
+    rollout = recorded.batch.rollout
+    batch = rollout or recorded.batch.expert
     assert batch is not None
     named = [("logprob", current.logprobs), ("entropy", current.entropies), ("value", current.values)]
     if rollout is not None:

@@ -10,7 +10,7 @@ import torch
 from egspo_lightning.data.prompts import PromptEncoder
 from egspo_lightning.data.sources import EndlessOrder
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.padding import pad_right
+from egspo_lightning.ops.padding import BLANK_TOKENS, pad_right
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.types import Demonstration, ExpertBatch, ExpertSolution, Problem, UpdateSize
 
@@ -38,9 +38,10 @@ class ExpertShare(NamedTuple):
         return [len(item.prompt_ids) + len(item.completion_ids) for item in self.items]
 
     def batch(self, places: Sequence[int]) -> ExpertBatch:
-        """A micro-batch of the items at ``places``; without places, two masked tokens, since every rank must step."""
+        """A micro-batch of the items at ``places``; without places, one blank row, since every rank must step."""
         if not places:
-            return ExpertBatch(torch.full((1, 2), self.pad_id), torch.zeros(1, 2, dtype=torch.bool), self.size)
+            blank = torch.full((1, BLANK_TOKENS), self.pad_id)
+            return ExpertBatch(blank, torch.zeros_like(blank, dtype=torch.bool), self.size)
         pairs = [(self.items[place].prompt_ids, self.items[place].completion_ids) for place in places]
         return ExpertBatch(*pad_right(pairs, self.pad_id), self.size)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from egspo_lightning.models import lora
 from egspo_lightning.models.critic import Critic
 from egspo_lightning.models.policy import Policy
-from egspo_lightning.types import Scores
+from egspo_lightning.types import NetworkOutputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +32,12 @@ class Networks:
         """Policy and critic; the reference policy is frozen."""
         return [network for network in (self.policy, self.critic) if network is not None]
 
-    def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
+    def score(self, input_ids: Tensor, completion_mask: Tensor) -> NetworkOutputs:
         """Score sequences with all networks, at the sampling temperature."""
         current = self.policy(input_ids, completion_mask, self.temperature)
         values = current.values if self.critic is None else self.critic(input_ids, completion_mask)
         reference = self._reference_logprobs(input_ids, completion_mask)
-        return Scores(current.logprobs, current.entropies, reference, values)
+        return NetworkOutputs(current.logprobs, current.entropies, values, reference)
 
     def _reference_logprobs(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor | None:
         """Log-probabilities under the reference policy; None without one."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.models.networks import Networks
-from egspo_lightning.types import Scores
+from egspo_lightning.types import NetworkOutputs
 
 
 class Snapshot:
@@ -83,7 +83,7 @@ class Snapshot:
 
     scoring = sampling
 
-    def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
+    def score(self, input_ids: Tensor, completion_mask: Tensor) -> NetworkOutputs:
         """Scores of given sequences by the copies and the reference policy."""
         with self.scoring():
             return self._networks.score(input_ids.to(self.device), completion_mask.to(self.device))

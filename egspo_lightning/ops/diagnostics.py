@@ -4,7 +4,7 @@ Values are detached; those of micro-batches and ranks are parts that add up. Mod
 
 - ``loss/*``: ``ops.objective``, ``module``
 - ``gate/*``: ``ops.diagnostics``
-- ``policy/*``: ``ops.diagnostics``, ``module``, ``training.advantage_and_gate``
+- ``policy/*``: ``ops.diagnostics``, ``module``, ``training.advantage_and_gate``, ``training.rollout_checks``
 - ``value/*``: ``ops.diagnostics``
 - ``rollout/*``: ``rollout.scoring``, ``training.advantage_and_gate``, ``module``
 - ``time/*``: ``rollout.scoring``, ``rollout.sampling_ahead``, ``training.advantage_and_gate``

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+BLANK_TOKENS = 2
+"""Length of the masked row that stands in for an empty micro-batch: every rank must run forward and backward."""
+
 
 def pad_right(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> tuple[Tensor, Tensor]:
     """``input_ids`` and ``completion_mask``, (B, T), of (prompt, completion) pairs."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from egspo_lightning.types import Measurements, RolloutBatch, ScoredRollouts, Scores, Stage
+from egspo_lightning.types import Measurements, NetworkOutputs, RolloutBatch, ScoredRollouts, Stage
 
 
 class RolloutPolicy(Protocol):
@@ -45,7 +45,7 @@ class RolloutPolicy(Protocol):
     def scoring(self) -> AbstractContextManager[Any]:
         """The same context for ``score``, with all networks; may be entered within ``sampling``."""
 
-    def score(self, input_ids: Tensor, completion_mask: Tensor) -> Scores:
+    def score(self, input_ids: Tensor, completion_mask: Tensor) -> NetworkOutputs:
         """Score given sequences with all networks, at the sampling temperature."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -80,10 +80,10 @@ class TrainedPolicy(RolloutPolicy, Protocol):
     def snapshot(self) -> FrozenPolicy:
         """Copy the policy as it is now. Overwrites the previous snapshot, which must not be in use."""
 
-    def to_rollout_batch(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
+    def add_advantages_and_gate(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
         """Add advantages and the gate's threshold to scored rollouts, and log measurements. Collective."""
 
-    def settle_micro_batches(self, number: int, num_updates: int) -> None:
+    def set_num_micro_batches(self, number: int, num_steps: int) -> None:
         """Set the number of micro-batches of each optimizer step, before the phase's first one is trained on."""
 
     def collect_over_ranks(self, value: Any) -> list[Any]:

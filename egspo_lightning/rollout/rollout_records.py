@@ -93,7 +93,6 @@ class CollectedRollouts(NamedTuple):
 
 
 RecordT = TypeVar("RecordT", ScoredGroups, CollectedRollouts)
-_TENSORS: dict[str, Any] = {"rollouts": ScoredRollouts, "batch": RolloutBatch}
 
 
 def pack(record: ScoredGroups | CollectedRollouts) -> dict[str, Any]:
@@ -101,16 +100,14 @@ def pack(record: ScoredGroups | CollectedRollouts) -> dict[str, Any]:
 
     The engine's statistics of each token are left out: the tensors hold them, and as lists they take 64 bytes a token.
     """
-    plain: dict[str, Any] = {name: to_plain(value) for name, value in record._asdict().items() if name in _TENSORS}
     completions = [_pack_completion(completion) for completion in record.completions]
-    return {**record._asdict(), **plain, "completions": completions}
+    return {**to_plain(record), "completions": completions}
 
 
 def unpack(kind: type[RecordT], state: dict[str, Any], device: Any) -> RecordT:
     """Restore a rollout batch, its tensors on a device."""
-    tensors = {name: from_plain(part, state[name], device) for name, part in _TENSORS.items() if name in state}
     completions = [Completion(**{**it, "problem": Problem(*it["problem"])}) for it in state["completions"]]
-    return kind(**{**state, **tensors, "completions": completions})
+    return from_plain(kind, {**state, "completions": completions}, device)
 
 
 def _pack_completion(completion: Completion) -> dict[str, Any]:

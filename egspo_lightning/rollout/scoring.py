@@ -11,7 +11,7 @@ from egspo_lightning.ops.batching import batches_within
 from egspo_lightning.ops.padding import pad_right, row_lengths
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Group, SampledGroups
-from egspo_lightning.types import Completion, Measurements, ScoredRollouts, Scores
+from egspo_lightning.types import Completion, Measurements, NetworkOutputs, ScoredRollouts
 
 MAX_SAMPLER_GAP = 0.1
 """Largest mean distance between the log-probabilities of engine and scorer that rounding explains, nats a token."""
@@ -127,7 +127,7 @@ def measure(sampled: SampledGroups) -> Measurements:
 
 def _sampled_scores(
     policy: RolloutPolicy, rows: Sequence[Completion], mask: Tensor, device: torch.device
-) -> Scores | None:
+) -> NetworkOutputs | None:
     """Scores from the engine's statistics, (B, T); None where the networks must score.
 
     The decision must be the same on all ranks, because they add up their metrics.
@@ -136,7 +136,7 @@ def _sampled_scores(
     if not policy.takes_sampled_statistics or len(entropies) < len(rows):
         return None
     logprobs = _spread((row.logprobs for row in rows), mask)
-    return Scores(logprobs.to(device), _spread(entropies, mask).to(device))
+    return NetworkOutputs(logprobs.to(device), _spread(entropies, mask).to(device))
 
 
 def _spread(values: Iterable[list[float]], mask: Tensor) -> Tensor:
@@ -145,11 +145,11 @@ def _spread(values: Iterable[list[float]], mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:
+def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> NetworkOutputs:
     """Score in batches of rows of similar length, within the token budget."""
     lengths = row_lengths(mask)
     order = lengths.argsort()
-    parts: list[tuple[Tensor, Scores]] = []
+    parts: list[tuple[Tensor, NetworkOutputs]] = []
     for places in batches_within(lengths[order].tolist(), TOKENS_PER_SCORING_BATCH, padded=True):
         rows = order[places]
         width = max(int(lengths[rows[-1]]), 2)
@@ -159,4 +159,4 @@ def _score(policy: RolloutPolicy, input_ids: Tensor, mask: Tensor) -> Scores:
         for name, values in whole.items():
             part = getattr(scores, name)
             values[rows.to(part.device), : part.shape[1]] = part
-    return Scores(**whole)
+    return NetworkOutputs(**whole)

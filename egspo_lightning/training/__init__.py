@@ -1,1 +1,1 @@
-"""Training on Lightning: rollout phase, advantages and gate, minibatches, base module, strategies, fit loop."""
+"""Training on Lightning: rollout phase, advantages and gate, micro-batches, base modules, strategies, fit loop."""

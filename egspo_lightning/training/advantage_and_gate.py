@@ -5,7 +5,7 @@ It runs once for each rollout batch, before its first optimizer step, over the t
 
 import time
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,8 @@ from egspo_lightning.ops.gate import Entropies, Gate
 from egspo_lightning.ops.masking import masked_sum, shape_of
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
+from egspo_lightning.training.collectives import Collectives
 from egspo_lightning.types import RolloutBatch, ScoredRollouts, UpdateSize
-
-
-class Ranks(Protocol):
-    """Collective operations over the ranks that share a rollout batch."""
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of equally shaped tensors over all ranks."""
-
-    def gather_over_ranks(self, values: Tensor) -> Tensor:
-        """Concatenate vectors of different lengths over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class AdvantageAndGate:
     kl_reward: KLReward | None
     entropy_bonus: EntropyBonus | None
 
-    def to_rollout_batch(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[RolloutBatch, Metrics]:
+    def apply(self, rollouts: ScoredRollouts, ranks: Collectives) -> tuple[RolloutBatch, Metrics]:
         """This rank's rollout batch, ready for training, and metrics over all ranks. Collective."""
         penalty, metrics = self._penalize_kl(rollouts, ranks)
         rollout = self._credit(rollouts, penalty, ranks)
@@ -60,7 +51,7 @@ class AdvantageAndGate:
             metrics["policy/entropy_coefficient"] = torch.tensor(self.entropy_bonus.current)
         return rollout, metrics
 
-    def _penalize_kl(self, rollouts: ScoredRollouts, ranks: Ranks) -> tuple[Tensor | None, Metrics]:
+    def _penalize_kl(self, rollouts: ScoredRollouts, ranks: Collectives) -> tuple[Tensor | None, Metrics]:
         """``coefficient KL_t`` (B, T), and metrics; then adapts the coefficient to the mean KL."""
         control = self.kl_reward
         if control is None:
@@ -73,7 +64,7 @@ class AdvantageAndGate:
         control.update(mean, int(num_completions))
         return used * kl, {"rollout/kl": torch.tensor(mean), "rollout/kl_coefficient": torch.tensor(used)}
 
-    def _credit(self, rollouts: ScoredRollouts, penalty: Tensor | None, ranks: Ranks) -> RolloutBatch:
+    def _credit(self, rollouts: ScoredRollouts, penalty: Tensor | None, ranks: Collectives) -> RolloutBatch:
         """The rollout batch with advantages and returns, its gate still open."""
         estimate = estimate_credit(rollouts, self.advantage, penalty=penalty, total=ranks.sum_over_ranks)
         self._require_estimate(estimate, rollouts, ranks)
@@ -99,7 +90,7 @@ class AdvantageAndGate:
             sampled_logprobs=rollouts.sampled_logprobs,
         )
 
-    def _sampler_metrics(self, rollout: RolloutBatch, ranks: Ranks) -> Metrics:
+    def _sampler_metrics(self, rollout: RolloutBatch, ranks: Collectives) -> Metrics:
         """Ratios of pi_old to the engine's distribution over all ranks; none if the engine gave pi_old itself.
 
         Ratios are by token or by sequence, as ``sampler_correction.level`` says, even if its mode is off.
@@ -119,7 +110,7 @@ class AdvantageAndGate:
             "policy/sampler_corrected_fraction": num_corrected / num_tokens.clamp(min=1),
         }
 
-    def _require_estimate(self, estimate: Estimate, rollouts: ScoredRollouts, ranks: Ranks) -> None:
+    def _require_estimate(self, estimate: Estimate, rollouts: ScoredRollouts, ranks: Collectives) -> None:
         """Check the output of an estimator, which may be the user's own. Collective."""
         name, mask = f"model.advantage: {type(self.advantage).__name__}", rollouts.completion_mask
         tensors = [estimate.advantages, *([estimate.returns] if self.advantage.needs_values else [])]
@@ -129,18 +120,19 @@ class AdvantageAndGate:
                     f"{name} must give advantages, and returns for a critic, of shape {tuple(mask.shape)}, got "
                     f"{shape_of(tensor)}."
                 )
-        unsound = torch.stack([~tensor[mask].isfinite().all() for tensor in tensors if tensor is not None]).any()
-        if ranks.sum_over_ranks(unsound.float()) > 0:
-            raise UserError(f"{name} gave advantages or returns that are infinite or NaN.")
+        is_finite = torch.stack([tensor[mask].isfinite().all() for tensor in tensors if tensor is not None]).all()
+        _require_on_all(ranks, is_finite, f"{name} gave advantages or returns that are infinite or NaN.")
 
-    def _settle_gate(self, rollout: RolloutBatch, ranks: Ranks) -> tuple[RolloutBatch, Tensor]:
+    def _settle_gate(self, rollout: RolloutBatch, ranks: Collectives) -> tuple[RolloutBatch, Tensor]:
         """The rollout batch with tau and the scale of the weights, and the weights g_t, (B, T). Collective."""
         mask = rollout.sampled_mask
         pooled = ranks.gather_over_ranks(rollout.entropies[mask])
         tau = self.gate.threshold(Entropies(rollout.entropies, mask, pooled))
         if shape_of(tau) not in ((), (1,), (len(mask), 1)):
-            shape = f"tau of shape () or {(len(mask), 1)}, got {shape_of(tau)}."
-            raise UserError(f"model.gate: {type(self.gate).__name__} must give {shape}")
+            raise UserError(
+                f"model.gate: {type(self.gate).__name__} must give tau of shape () or {(len(mask), 1)}, got "
+                f"{shape_of(tau)}."
+            )
         rollout = rollout._replace(threshold=tau.reshape(-1, 1).expand_as(rollout.threshold))
         weights = torch.stack(self.objective.branch_weights(rollout, self.attenuation, rollout.entropies)).sum(0)
         self._require_sound(tau, weights[mask], ranks)
@@ -150,18 +142,16 @@ class AdvantageAndGate:
             rollout, weights = rollout._replace(weight_scale=rollout.weight_scale * scale), weights * scale
         return rollout, weights
 
-    def _require_sound(self, tau: Tensor, weights: Tensor, ranks: Ranks) -> None:
+    def _require_sound(self, tau: Tensor, weights: Tensor, ranks: Collectives) -> None:
         """Check the output of a gate and an attenuation, which may be the user's own. Collective."""
-        is_sound = (weights >= 0) & weights.isfinite()
-        unsound = torch.stack([tau.isnan().any(), ~is_sound.all()]).float()
-        no_threshold, no_weight = ranks.sum_over_ranks(unsound).tolist()
-        if no_threshold:
-            raise UserError(f"model.gate: {type(self.gate).__name__} gave NaN as the threshold.")
-        if no_weight:
-            raise UserError(
-                f"model.attenuation: {type(self.attenuation).__name__} gave a weight below 0, infinite or NaN. phi "
-                "must be finite and at least 0: a negative one would reverse the sign of the update."
-            )
+        gate, attenuation = type(self.gate).__name__, type(self.attenuation).__name__
+        _require_on_all(ranks, ~tau.isnan().any(), f"model.gate: {gate} gave NaN as the threshold.")
+        _require_on_all(
+            ranks,
+            ((weights >= 0) & weights.isfinite()).all(),
+            f"model.attenuation: {attenuation} gave a weight below 0, infinite or NaN. phi must be finite and at least "
+            "0: a negative one would reverse the sign of the update.",
+        )
 
     # Checkpoints
 
@@ -178,3 +168,8 @@ class AdvantageAndGate:
     def _stateful(self) -> list[tuple[str, Any]]:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return [(name, part) for name, part in parts.items() if hasattr(part, "load_state_dict")]
+
+
+def _require_on_all(ranks: Collectives, holds: Tensor, message: str) -> None:
+    if ranks.sum_over_ranks((~holds).float()) > 0:
+        raise UserError(message)

@@ -8,30 +8,17 @@ those hooks. Until then Lightning has used them only to see that the epoch is no
 
 from typing import Any
 
-_GIVEN = "_egspo_given_accumulation"
-"""Attribute of the fit loop that keeps the user's value of accumulate_grad_batches."""
 
-
-def set_epoch_length(trainer: Any, num_micro_batches: int, num_updates: int) -> None:
-    """Set the length of the epoch that begins: ``num_updates`` optimizer steps of ``num_micro_batches`` batches."""
-    loop, length = trainer.fit_loop, num_updates * num_micro_batches
+def set_epoch_length(trainer: Any, num_micro_batches: int, num_steps: int) -> None:
+    """Set the length of the epoch that begins: ``num_steps`` optimizer steps of ``num_micro_batches`` batches."""
+    loop, length = trainer.fit_loop, num_steps * num_micro_batches
     assert hasattr(loop, "max_batches")
-    assert hasattr(loop, "_data_fetcher")
-    if not hasattr(loop, _GIVEN):
-        setattr(loop, _GIVEN, trainer.accumulate_grad_batches)
     trainer.accumulate_grad_batches = num_micro_batches
     loop.max_batches = length
     if isinstance(trainer.val_check_interval, float):
         trainer.val_check_batch = max(int(length * trainer.val_check_interval), 1)
     if loop._data_fetcher is not None:  # a run's first loader is requested before there is one
         loop._data_fetcher.length = length  # is_last_batch is derived from it
-
-
-def restore_accumulation(trainer: Any) -> None:
-    """Restore the user's accumulate_grad_batches, if ``set_epoch_length`` has changed it."""
-    if hasattr(trainer.fit_loop, _GIVEN):
-        trainer.accumulate_grad_batches = getattr(trainer.fit_loop, _GIVEN)
-        delattr(trainer.fit_loop, _GIVEN)
 
 
 def resume_with_next_epoch(trainer: Any) -> None:

@@ -153,5 +153,4 @@ class AnyCheckpointIO(TorchCheckpointIO):
         return shards | {"optimizer_states": [shards.pop(name) for name in names]}
 
 
-if "fsdp2" not in StrategyRegistry.available_strategies():
-    StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks")
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks", override=True)

@@ -157,15 +157,16 @@ def plan(work: Workload, num_devices: int) -> Memory:
 
 def _networks(work: Workload) -> tuple[Policy, Critic | None]:
     """Policy and separate critic on the meta device."""
-    is_own = work.critic is not None and work.critic.trunk == "own"
+    config, critic = replace(work.policy, from_scratch=True), work.critic
     with torch.device("meta"):
-        policy = replace(work.policy, from_scratch=True).build(
-            with_value_head=work.critic is not None and not is_own,
-            with_reference=work.policy.lora is not None and work.holds_reference,
+        policy = config.build(
+            with_value_head=critic is not None and critic.trunk == "shared",
+            with_reference=config.lora is not None and work.holds_reference,
         )
-        if work.critic is None or not is_own:
+        if critic is None:
             return policy, None
-        return policy, Critic(replace(work.critic.model or work.policy, from_scratch=True).build().lm)
+        model = None if critic.model is None else replace(critic.model, from_scratch=True)
+        return policy, replace(critic, model=model).build(config)
 
 
 def _held(work: Workload, policy: Policy, critic: Critic | None, num_devices: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ A skipped step leaves the weights as they were, so ``egspo replay`` can compute 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +14,11 @@ from torch.distributed.tensor import DTensor
 from egspo_lightning.checkpointing.serialization import from_plain, to_plain
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.objective import Coefficients
-from egspo_lightning.types import ExpertBatch, RolloutBatch, Stage, TrainingBatch
+from egspo_lightning.types import Stage, TrainingBatch
 
 
-class NonFiniteError(UserError):
-    """Too many consecutive non-finite steps; the message names the micro-batch and the file that replays it."""
-
-
-class Part(NamedTuple):
-    """A micro-batch of the present optimizer step."""
+class RecordedMicroBatch(NamedTuple):
+    """A micro-batch of the present optimizer step, with all that its loss depends on besides the weights."""
 
     number: int
     """Number of the micro-batch within the phase."""
@@ -30,6 +27,11 @@ class Part(NamedTuple):
     """Weights of the loss terms; None in stage SFT."""
     loss: Tensor
 
+    def __str__(self) -> str:
+        stage, rollout, expert = self.batch
+        rows = sum(len(batch.input_ids) for batch in (rollout, expert) if batch is not None)
+        return f"micro-batch {self.number} of the phase (stage {stage}, {rows} rows, loss {self.loss.item():.4g})"
+
 
 class FiniteUpdates:
     """Detects and counts optimizer steps with a non-finite loss or gradient; ``most_in_a_row`` should end the run."""
@@ -37,13 +39,10 @@ class FiniteUpdates:
     def __init__(self, most_in_a_row: int) -> None:
         self.most_in_a_row = most_in_a_row
         self.num_bad = self.num_in_a_row = 0
-        self.bad_part: Part | None = None
+        self.micro_batches: list[RecordedMicroBatch] = []
+        """The micro-batches of the present optimizer step, recorded after their forward passes."""
+        self.bad_micro_batch: RecordedMicroBatch | None = None
         """A micro-batch of the latest bad step, on this rank."""
-        self._parts: list[Part] = []
-
-    def note(self, part: Part) -> None:
-        """Record a micro-batch after its forward pass."""
-        self._parts.append(part)
 
     def judge(self, parameters: Iterable[nn.Parameter], total: Callable[[Tensor], Tensor], *, scaled: bool) -> bool:
         """Whether to skip the optimizer step, the same on every rank. Collective; called once per step.
@@ -53,26 +52,35 @@ class FiniteUpdates:
             total: adds a tensor over all ranks
             scaled: whether a loss scaler (float16) handles infinite gradients itself
         """
-        parts, self._parts = self._parts, []
-        losses = torch.stack([part.loss.float() for part in parts])
-        bad = ~torch.isfinite(losses)
-        bad_gradient = losses.new_tensor(False, dtype=torch.bool) if scaled else _any_bad_gradient(parameters, losses)
+        recorded, self.micro_batches = self.micro_batches, []
+        bad = ~torch.stack([each.loss.float() for each in recorded]).isfinite()
+        bad_gradient = bad.new_tensor(False) if scaled else _any_bad_gradient(parameters, bad)
         if total(torch.stack([bad.any(), bad_gradient.to(bad.device)]).float()).sum().item() == 0:
             self.num_in_a_row = 0
             return False
         self.num_bad += 1
         self.num_in_a_row += 1
-        self.bad_part = parts[int(bad.int().argmax())]  # the first if only a gradient is bad
+        self.bad_micro_batch = recorded[int(bad.int().argmax())]  # the first if only a gradient is bad
         return True
 
     @property
     def must_stop(self) -> bool:
-        """Whether too many consecutive steps were bad."""
-        return self.num_in_a_row >= self.most_in_a_row
+        """Whether too many consecutive steps were bad, the last of them in this run."""
+        return self.bad_micro_batch is not None and self.num_in_a_row >= self.most_in_a_row
+
+    def error(self, path: Path, num_steps: int, phase: int) -> UserError:
+        """The error that ends the run: it names the micro-batch, and the checkpoint ``path`` that replays it."""
+        return UserError(
+            f"{self.num_in_a_row} updates in a row had a loss or gradient that is not finite, the last at "
+            f"{self.bad_micro_batch} after {num_steps} optimizer steps, phase {phase}. They were skipped; the weights "
+            f"are unchanged. To see which tokens: egspo replay {path}. Lower the learning rate, clip the gradient "
+            "(trainer.gradient_clip_val), or look at the data, then resume."
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
-        return {"num_bad": self.num_bad, "num_in_a_row": self.num_in_a_row}
+        """The counts and, if the run must stop, the micro-batch to replay."""
+        bad = {"bad_micro_batch": to_plain(self.bad_micro_batch)} if self.must_stop else {}
+        return {"num_bad": self.num_bad, "num_in_a_row": self.num_in_a_row} | bad
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counts."""
@@ -84,43 +92,19 @@ def _any_bad_gradient(parameters: Iterable[nn.Parameter], like: Tensor) -> Tenso
     own = (gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in whole)
     gradients = [gradient for gradient in own if gradient.numel() > 0]  # some ranks hold no rows of a small tensor
     if not gradients:
-        return like.new_tensor(False, dtype=torch.bool)
+        return like.new_tensor(False)
     norms = torch.stack(torch._foreach_norm(gradients))  # a norm is non-finite if any element is
     return ~torch.isfinite(norms).all()
 
 
-def describe(part: Part) -> str:
-    """Text about a micro-batch for error messages."""
-    stage, rollout, expert = part.batch
-    rows = sum(len(batch.input_ids) for batch in (rollout, expert) if batch is not None)
-    return f"micro-batch {part.number} of the phase (stage {stage}, {rows} rows, loss {part.loss.item():.4g})"
-
-
-def pack(part: Part) -> dict[str, Any]:
-    """A micro-batch as plain data for a checkpoint, which ``torch.load(weights_only=True)`` reads."""
-    batch, weights = part.batch, part.coefficients
-    return {
-        "number": part.number,
-        "stage": str(batch.stage),
-        "loss": float(part.loss),
-        "coefficients": None if weights is None else {k: float(v) for k, v in weights._asdict().items()},
-        "rollout": None if batch.rollout is None else to_plain(batch.rollout),
-        "expert": None if batch.expert is None else to_plain(batch.expert),
-    }
-
-
-def unpack(data: dict[str, Any]) -> Part:
-    """The micro-batch from ``pack``'s data."""
-    rollout, expert, weights = data["rollout"], data["expert"], data["coefficients"]
-    return Part(
+def unpack(data: dict[str, Any]) -> RecordedMicroBatch:
+    """The micro-batch from a checkpoint, into which ``to_plain`` has put it."""
+    batch, weights = from_plain(TrainingBatch, data["batch"]), data["coefficients"]
+    return RecordedMicroBatch(
         number=data["number"],
-        batch=TrainingBatch(
-            Stage(data["stage"]),
-            None if rollout is None else from_plain(RolloutBatch, rollout),
-            None if expert is None else from_plain(ExpertBatch, expert),
-        ),
+        batch=batch._replace(stage=Stage(batch.stage)),
         coefficients=None if weights is None else Coefficients(**weights),
-        loss=torch.tensor(data["loss"]),
+        loss=data["loss"],
     )
 
 

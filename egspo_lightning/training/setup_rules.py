@@ -5,7 +5,7 @@
 evaluation. Ranges of single fields are in their annotations, and rules within one part in its constructor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -14,7 +14,7 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.estimators import ExpertAdvantage, GroupRelative
 from egspo_lightning.ops.gate import OpenGate
-from egspo_lightning.training.minibatches import BLANK_TOKENS
+from egspo_lightning.ops.padding import BLANK_TOKENS
 
 # The module's parts
 
@@ -72,19 +72,6 @@ def _require_gate(module: Any) -> None:
 # The trainer's flags
 
 
-def require_precision(trainer: Any) -> None:
-    """Refuse precisions that would round the old log-probabilities of the rollouts.
-
-    Raises:
-        UserError: weights and activations are both in half precision.
-    """
-    if str(trainer.precision) in ("bf16-true", "16-true"):
-        raise UserError(
-            f"trainer.precision {trainer.precision} rounds old log-probabilities and advantages to half precision. "
-            "Use bf16-mixed, or 32-true with model.policy.dtype: bfloat16 for weights in half precision."
-        )
-
-
 def _require_phases(trainer: Any) -> None:
     """Refuse trainer flags that break the rule that one epoch is one phase."""
     num_micro_batches = trainer.accumulate_grad_batches
@@ -92,11 +79,9 @@ def _require_phases(trainer: Any) -> None:
     allowed = "at least 1, or -1 to go on until trainer.max_steps or trainer.max_time"
     require(trainer.max_epochs != 0, "trainer.max_epochs", trainer.max_epochs, allowed)
     require(trainer.max_steps != 0, "trainer.max_steps", trainer.max_steps, "at least 1, or -1 for no limit")
-    if trainer.reload_dataloaders_every_n_epochs != 1:
-        raise UserError(
-            "trainer.reload_dataloaders_every_n_epochs must be 1, because each epoch has new data, got "
-            f"{trainer.reload_dataloaders_every_n_epochs}."
-        )
+    num_epochs = trainer.reload_dataloaders_every_n_epochs
+    allowed = "1, because each epoch has new data"
+    require(num_epochs == 1, "trainer.reload_dataloaders_every_n_epochs", num_epochs, allowed)
 
 
 def _require_whole_steps(trainer: Any, max_tokens: int | None) -> None:
@@ -192,15 +177,13 @@ def _require_shares(num_ranks: int, data: Any) -> None:
 
 def _require_staleness(trainer: Any, data: Any) -> None:
     """Refuse sampling in a thread where ranks would have to communicate: main threads may be in an all-reduce."""
-    if data.max_staleness == 0:
-        return
-    if data.max_resampling > 0 and trainer.world_size > 1:
+    if data.max_staleness > 0 and data.max_resampling > 0 and trainer.world_size > 1:
         raise UserError(
             f"data.max_resampling = {data.max_resampling} needs communication between the {trainer.world_size} ranks, "
             f"which is impossible while they train (data.max_staleness = {data.max_staleness}). Set one of them to 0, "
             "or use one rank."
         )
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if data.max_staleness > 0 and isinstance(trainer.strategy, ModelParallelStrategy):
         raise UserError(
             f"data.max_staleness = {data.max_staleness} samples from a copy of the policy while it trains. Under "
             "trainer.strategy fsdp2 each rank holds only a shard of it: two threads would gather weights and reduce "
@@ -212,20 +195,18 @@ def _require_staleness(trainer: Any, data: Any) -> None:
 # The model's networks
 
 
-def require_positions(
-    max_positions: int | None, max_prompt_length: int, completions: Sequence[tuple[str, int]]
-) -> None:
+def require_positions(max_positions: int | None, max_prompt_length: int, completions: Mapping[str, int]) -> None:
     """Refuse sequences that are longer than the model supports.
 
     Args:
         max_positions: longest sequence of the model, in tokens; None where its config does not say
         max_prompt_length: longest prompt, in tokens
-        completions: config field and value of each limit of a completion, in tokens
+        completions: limits of a completion, in tokens, by config field
 
     Raises:
         UserError: prompt and completion together may have more tokens than the model has positions.
     """
-    for field, length in completions:
+    for field, length in completions.items():
         if max_positions is not None and max_prompt_length + length > max_positions:
             raise UserError(
                 f"data.max_prompt_length + {field} = {max_prompt_length} + {length} is more than the {max_positions} "

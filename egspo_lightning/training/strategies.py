@@ -66,10 +66,11 @@ def _require_offered(chosen: type[Strategy]) -> None:
 
 
 def require_strategy(trainer: Trainer) -> None:
-    """Refuse an unsupported strategy, and let the others read the checkpoints of all.
+    """Refuse an unsupported strategy or precision, and let the strategy read the checkpoints of all others.
 
     Raises:
-        UserError: it is one of ``REFUSED``, or does not support the start method or precision.
+        UserError: the strategy is one of ``REFUSED`` or does not support the start method or precision, or the
+            precision would round the old log-probabilities of the rollouts.
     """
     strategy, precision = trainer.strategy, str(trainer.precision)
     _require_offered(type(strategy))
@@ -82,6 +83,11 @@ def require_strategy(trainer: Trainer) -> None:
         raise UserError(
             f"trainer.precision {precision} scales the loss on each rank by itself, which sharded gradients do not "
             "allow. Use bf16-mixed, or 32-true."
+        )
+    if precision in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.precision {precision} rounds old log-probabilities and advantages to half precision. Use "
+            "bf16-mixed, or 32-true with model.policy.dtype: bfloat16 for weights in half precision."
         )
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = AnyCheckpointIO()

@@ -14,10 +14,10 @@ def test_histograms_are_logged_for_each_collection(tiny_run, events):
 
 def test_histograms_hold_every_completion_token_and_split_at_the_threshold(tiny_run, events):
     run = tiny_run(EntropyHistogram(), **ONE_COLLECTION).fit()
-    rollout, log = run.data.rollouts.batch, events(run.trainer)
+    rollout, log = run.data.phases.rollouts.batch, events(run.trainer)
     histogram = {name: log.Histograms(f"entropy/{name}")[0].histogram_value for name in ("all", "high", "low")}
     values = rollout.entropies[rollout.completion_mask]
-    assert histogram["all"].num == len(values) == sum(len(c.token_ids) for c in run.data.rollouts.completions)
+    assert histogram["all"].num == len(values) == sum(len(c.token_ids) for c in run.data.phases.rollouts.completions)
     assert histogram["all"].sum == pytest.approx(values.sum().item(), rel=1e-5)
     assert histogram["high"].num == (values >= rollout.threshold[0]).sum() > 0
     assert histogram["high"].num + histogram["low"].num == histogram["all"].num

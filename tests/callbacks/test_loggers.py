@@ -47,7 +47,7 @@ def test_csv_gets_numbers_for_histograms_and_says_so_once(tiny_run, tmp_path, no
     assert notes() == [f"entropy_histogram: CSVLogger {HISTOGRAMS}", f"rollout_samples: CSVLogger {TEXT}"]
     rows = pd.read_csv(Path(found.trainer.log_dir) / "metrics.csv").groupby("step").first()
     assert rows["entropy/all/mean"].dropna().index.tolist() == [4, 6]  # two collections
-    rollout = found.data.rollouts.batch
+    rollout = found.data.phases.rollouts.batch
     entropies = rollout.entropies[rollout.completion_mask]
     assert rows["entropy/all/mean"][6] == pytest.approx(entropies.mean().item(), rel=1e-5)
     assert rows["entropy/high/p10"][6] >= rollout.threshold[0].item() - 1e-6 > rows["entropy/low/p90"][6]
@@ -169,7 +169,7 @@ def test_wandb_keeps_histograms_offline(tiny_run, tmp_path, monkeypatch, notes):
     logger.experiment.finish()
     assert notes() == []
     assert shown["entropy/all"]["_type"] == "histogram"
-    rollout = found.data.rollouts.batch
+    rollout = found.data.phases.rollouts.batch
     assert shown["rollout/reward_mean"] == pytest.approx(found.trainer.callback_metrics["rollout/reward_mean"].item())
     assert (
         sum(shown["entropy/all"].get("values", [int(rollout.completion_mask.sum())])) == rollout.completion_mask.sum()

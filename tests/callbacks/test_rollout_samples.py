@@ -41,7 +41,7 @@ def test_completions_are_logged_as_text_with_their_verdicts(tiny_run, events):
     assert step == 4
     *samples, pointers = text.split(SEPARATOR)
     assert len(samples) == 3
-    for sample, completion in zip(samples, run.data.rollouts.completions, strict=False):
+    for sample, completion in zip(samples, run.data.phases.rollouts.completions, strict=False):
         assert f"reward {completion.reward:g}, answer none, gold {completion.problem.answer}, no_answer" in sample
         assert completion.problem.problem in sample
     assert pointers == "Bold: high-entropy token, takes the full update."  # no records, so no page to point to
@@ -86,7 +86,7 @@ def test_tokens_that_the_gate_let_through_are_bold(tiny_run, events):
         shown.completions[1::2],
         shown.bold[1::2],
     )  # each after a block of verdict and problem
-    rollout, completions = run.data.rollouts[1::-1]
+    rollout, completions = run.data.phases.rollouts[1::-1]
     num_bold = 0
     for row, completion in enumerate(completions[:4]):
         tokens = [visible(run.module.tokenizer.decode([i])).replace("\u240a", "\u240a\n") for i in completion.token_ids]
@@ -146,11 +146,11 @@ def test_a_completion_full_of_markup_is_shown_as_it_is_written(tiny_run, events,
     token_ids = run.module.tokenizer.encode(hostile)
     length = len(token_ids)
     ones = torch.ones(1, length)
-    rollout = run.data.rollouts.batch._replace(
+    rollout = run.data.phases.rollouts.batch._replace(
         completion_mask=ones.bool(), entropies=entropy * ones, advantages=ones, threshold=torch.tensor([[0.5]])
     )
-    completion = run.data.rollouts.completions[0]._replace(token_ids=token_ids)
-    run.data.phases.rollouts = run.data.rollouts._replace(batch=rollout, completions=[completion])
+    completion = run.data.phases.rollouts.completions[0]._replace(token_ids=token_ids)
+    run.data.phases.rollouts = run.data.phases.rollouts._replace(batch=rollout, completions=[completion])
     samples.on_train_epoch_end(run.trainer, run.module)
     html = served(events, run)
     shown = Shown(html).completions[1]

@@ -281,7 +281,7 @@ def test_sft_alone_goes_on_with_sft_from_sft_ckpt(tiny_run, tmp_path):
     more = tiny_run(StageTransition(enabled=False), stages, trainer={"max_epochs": 4})
     more.fit(ckpt_path=start, weights_only=True)
     assert stages.stages == stages.first_batches == [SFT, SFT]
-    assert (more.data.num_passes, more.data.num_rollout_batches, more.trainer.global_step) == (4, 0, 8)
+    assert (more.data.phases.num_passes, more.data.phases.num_rollout_batches, more.trainer.global_step) == (4, 0, 8)
     more.trainer.save_checkpoint(tmp_path / "more.ckpt")
     again = Stages()
     tiny_run(StageTransition(enabled=False), again, trainer={"max_epochs": 5}).fit(ckpt_path=tmp_path / "more.ckpt")

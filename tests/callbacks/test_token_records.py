@@ -35,7 +35,7 @@ def records(run, kind="tokens", number: int = 0) -> list[dict]:
 
 def test_tokens_are_recomputed_from_the_collection(tiny_run):
     run = tiny_run(TokenRecords(), **ONE_COLLECTION).fit()
-    (rollout, completions), tokenizer = run.data.rollouts[1::-1], run.module.tokenizer
+    (rollout, completions), tokenizer = run.data.phases.rollouts[1::-1], run.module.tokenizer
     with run.module.sampling() as lm:  # after the update, by way of the logits
         logits = lm(rollout.input_ids).logits.log_softmax(-1)
     rows = iter(records(run))
@@ -79,7 +79,7 @@ def test_tokens_are_recomputed_from_the_collection(tiny_run):
 
 def test_completions_are_those_of_the_collection(tiny_run):
     run = tiny_run(TokenRecords(), **ONE_COLLECTION).fit()
-    completions = run.data.rollouts.completions
+    completions = run.data.phases.rollouts.completions
     for number, (row, completion) in enumerate(zip(records(run, "completions"), completions, strict=True)):
         assert row.pop("reward") == pytest.approx(completion.reward)
         assert row == {
@@ -127,7 +127,7 @@ def test_only_some_completions_are_recorded_where_that_is_asked_for(tiny_run):
     run = tiny_run(TokenRecords(max_completions=3), **ONE_COLLECTION).fit()
     rows, whole = records(run), records(run, "completions")
     assert {row["completion_id"] for row in rows} == {"0/0/0", "0/0/1", "0/0/2"}
-    assert len(rows) == sum(len(c.token_ids) for c in run.data.rollouts.completions[:3])
+    assert len(rows) == sum(len(c.token_ids) for c in run.data.phases.rollouts.completions[:3])
     assert [row["completion_id"] for row in whole] == ["0/0/0", "0/0/1", "0/0/2"]
 
 
@@ -155,7 +155,7 @@ def test_experts_solutions_are_left_out(tiny_run):
     module = ONE_COLLECTION["module"] | {"advantage": GroupRelative(scale_by_std=False)}
     options = ONE_COLLECTION | {"module": module, "data": {"expert_fraction": 0.5}}
     run = tiny_run(TokenRecords(max_completions=100), **options).fit()
-    assert len(run.data.rollouts.completions) == 18  # two of them experts'
+    assert len(run.data.phases.rollouts.completions) == 18  # two of them experts'
     assert [row["completion_id"] for row in records(run, "completions")] == [f"0/0/{row}" for row in range(16)]
 
 

@@ -83,7 +83,7 @@ class Faults(Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.is_sampling = pl_module.stage == "egspo"
-        self.number = trainer.datamodule.num_rollout_batches if self.is_sampling else -1
+        self.number = trainer.datamodule.phases.num_rollout_batches if self.is_sampling else -1
         self.fault, self.is_injected = fault_of(self.number) if self.is_sampling else None, False
         if self.ending == "sigterm" and self.number == self.at:
             os.kill(os.getpid(), signal.SIGTERM)

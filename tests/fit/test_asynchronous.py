@@ -44,7 +44,7 @@ class Watch(Callback):
         self.losses[(trainer.current_epoch, batch_idx)] = outputs["loss"].item()
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.collections.append(trainer.datamodule.rollouts)
+        self.collections.append(trainer.datamodule.phases.rollouts)
         self.metrics.append(dict(trainer.callback_metrics))
 
 
@@ -235,13 +235,13 @@ def test_benchmarks_wait_for_an_engine_that_does_one_thing_at_a_time(tiny_run, i
 def test_rollouts_beyond_the_bound_are_refused(tiny_run, staleness, version):
     """In the third phase, which begins after 4 updates, the bound is 4, or 2."""
     run = tiny_run(module=RL, data={"max_staleness": staleness})
-    to_batch = run.module.to_rollout_batch
+    to_batch = run.module.add_advantages_and_gate
 
     def change(rollouts, measurements):
         admitted = to_batch(rollouts, measurements)
-        return admitted._replace(policy_version=version) if run.data.num_rollout_batches == 2 else admitted
+        return admitted._replace(policy_version=version) if run.data.phases.num_rollout_batches == 2 else admitted
 
-    run.module.to_rollout_batch = change
+    run.module.add_advantages_and_gate = change
     with pytest.raises(RuntimeError, match=f"Stale rollouts: they were sampled by the policy after {version} optimi"):
         run.fit()
     assert run.trainer.global_step == 4
@@ -251,11 +251,13 @@ def test_rollouts_beyond_the_bound_are_refused(tiny_run, staleness, version):
 def test_rollouts_of_the_policy_in_sft_are_refused(tiny_run):
     """They are one phase old, and of another stage."""
     run = tiny_run(StageTransition(after_epochs=2), data=AHEAD)
-    to_batch = run.module.to_rollout_batch
-    run.module.to_rollout_batch = lambda rollouts, measurements: to_batch(rollouts, measurements)._replace(
+    to_batch = run.module.add_advantages_and_gate
+    run.module.add_advantages_and_gate = lambda rollouts, measurements: to_batch(rollouts, measurements)._replace(
         policy_version=2
     )
-    with pytest.raises(RuntimeError, match=r"after 2 optimizer steps\. This phase began at 4, .* allows for 4\."):
+    with pytest.raises(
+        RuntimeError, match=r"after 2 optimizer steps\. In this phase data\.max_staleness allows for 4\."
+    ):
         run.fit()
 
 

@@ -53,8 +53,8 @@ def test_fit_ends_with_one_table_and_the_paths(repository, tmp_path, monkeypatch
 def test_the_exported_folder_writes_what_the_trained_module_writes(quickstart):
     cli, folder = quickstart
     data, module = cli.datamodule, cli.model
-    data._trainer.accelerator.setup(data._trainer)
-    batch = data.benchmark_batches(data.benchmarks[0])[0]
+    data.trainer.accelerator.setup(data.trainer)
+    batch = next(iter(data.problems_of(data.benchmarks[0].name)))
     ours = [completion.text for completion in data.answer(batch)]
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
@@ -138,7 +138,7 @@ def test_variables_of_the_chat_template_reach_every_command(small_model, reposit
     assert "thinking is not given" in capsys.readouterr().err
     cli = run([*fit, "--data.prompt.chat_template_kwargs.thinking=false"])
     folder = Path(cli.trainer.log_dir)
-    assert cli.datamodule.num_rollout_batches == 1
+    assert cli.datamodule.phases.num_rollout_batches == 1
     assert cli.trainer.callback_metrics["eval/arithmetic/avg@1"] >= 0
     assert "thinking: false" in (folder / "config.yaml").read_text()
     run(["test", *measuring(folder), root])

@@ -61,7 +61,7 @@ def test_what_the_engine_told_reaches_the_updates_and_is_logged(tiny_run):
         odd = (place % 2 == 1)[mask & (place > 0)]
         assert shift[odd].sub(TILT).abs().max() < 1e-5
         assert shift[~odd].abs().max() < 1e-5
-    for row in run.data.rollouts.batch.completion_mask.sum(1).tolist():
+    for row in run.data.phases.rollouts.batch.completion_mask.sum(1).tolist():
         tokens, tilted = tokens + row, tilted + row // 2
     metrics = spy.metrics[-1]
     assert metrics["policy/sampler_corrected_fraction"] == pytest.approx(tilted / tokens, rel=1e-5)
@@ -69,7 +69,7 @@ def test_what_the_engine_told_reaches_the_updates_and_is_logged(tiny_run):
     assert metrics["policy/sampler_ratio_mean"] == pytest.approx(mean, rel=1e-5)
     assert metrics["policy/sampler_ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["rollout/sampler_gap"] == pytest.approx(
-        TILT * tilted / (tokens - len(run.data.rollouts.completions)), rel=1e-4
+        TILT * tilted / (tokens - len(run.data.phases.rollouts.completions)), rel=1e-4
     )
 
 

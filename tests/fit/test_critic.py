@@ -70,7 +70,7 @@ def test_values_start_at_zero_and_learn_the_return(tiny_run, trunk):
 
     class Look(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            rollout = trainer.datamodule.rollouts.batch
+            rollout = trainer.datamodule.phases.rollouts.batch
             error = (rollout.old_values - rollout.returns)[rollout.completion_mask].square().mean().item()
             seen.append((rollout.old_values.clone(), error, dict(trainer.callback_metrics)))
 

@@ -41,7 +41,7 @@ class Phases(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.collections.append(trainer.datamodule.rollouts)
+        self.collections.append(trainer.datamodule.phases.rollouts)
 
 
 class EvenSumsAreFlat:
@@ -169,7 +169,7 @@ def test_experts_solutions_stand_among_the_rollouts(tiny_run, parts):
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4)])
 def test_the_share_of_experts(tiny_run, fraction, count):
     run = tiny_run(module=PURE_RL, data={"expert_fraction": fraction}, trainer={"max_epochs": 1}).fit()
-    assert run.data.rollouts.batch.is_expert.sum() == count
+    assert run.data.phases.rollouts.batch.is_expert.sum() == count
     assert run.data.state_dict()["num_drawn"] == 4 - count
 
 

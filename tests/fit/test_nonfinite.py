@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from egspo_lightning import StageTransition
 from egspo_lightning.cli.main import main, run
 from egspo_lightning.cli.replay import replay
-from egspo_lightning.training.nonfinite_updates import NonFiniteError
+from egspo_lightning.errors import UserError
 
 PROGRAM = Path(__file__).with_name("nonfinite_program.py")
 
@@ -83,8 +83,22 @@ def test_adam_goes_on_as_if_the_bad_update_had_not_been(tiny_run):
 def test_too_many_in_a_row_stop_the_run_and_fewer_do_not(tiny_run):
     arguments = {"module": {"max_bad_updates": 3}, "data": {"sft_batch_size": 4}, "trainer": {"max_epochs": 4}}
     tiny_run(Poison({0, 1, 3, 4, 6, 7}), **arguments).fit()
-    with pytest.raises(NonFiniteError, match="3 updates in a row"):
+    with pytest.raises(UserError, match="3 updates in a row"):
         tiny_run(Poison({1, 2, 3}), **arguments).fit()
+
+
+def test_a_run_resumes_from_the_checkpoint_of_its_stop(tiny_run, tmp_path):
+    """The count at the limit must not stop it before the first optimizer step, whose micro-batches are two."""
+    arguments = {
+        "module": {"max_bad_updates": 1},
+        "data": {"sft_batch_size": 4},
+        "trainer": {"max_epochs": 1, "accumulate_grad_batches": 2, "default_root_dir": tmp_path},
+    }
+    with pytest.raises(UserError, match="1 updates in a row"):
+        tiny_run(Poison({2}), **arguments).fit()
+    (path,) = tmp_path.rglob("nonfinite.ckpt")
+    resumed = tiny_run(**arguments).fit(ckpt_path=path, weights_only=True)
+    assert resumed.trainer.current_epoch == 1
 
 
 # What a user sees: a run with a token whose embedding is infinite, its file, and the replay
@@ -154,7 +168,7 @@ def test_replay_computes_the_loss_that_training_had(tiny_run, repository, tmp_pa
         arguments = [*SHORT, f"--trainer.default_root_dir={tmp_path / stage}", f"--model.initial_stage={stage}"]
         with monkeypatch.context() as patch:
             patch.setattr("egspo_lightning.training.nonfinite_updates.FiniteUpdates.judge", _always_bad)
-            with pytest.raises(NonFiniteError):
+            with pytest.raises(UserError, match="in a row"):
                 run(arguments)
         (path,) = (tmp_path / stage).rglob("nonfinite.ckpt")
         lines = replay(path)
@@ -165,7 +179,7 @@ def test_replay_computes_the_loss_that_training_had(tiny_run, repository, tmp_pa
 
 
 def _always_bad(self, parameters, total, *, scaled):
-    self.bad_part, self._parts = self._parts[0], []
+    self.bad_micro_batch, self.micro_batches = self.micro_batches[0], []
     self.num_bad, self.num_in_a_row = self.num_bad + 1, self.num_in_a_row + 1
     return True
 

@@ -99,7 +99,7 @@ def test_a_users_reward_beside_the_projects_own(config, fit):
         weights={"length": 0.5, "even": 3.0, "digits": 0.0, "format": 0.25},
     )
     cli = fit(config)
-    collection = cli.datamodule.rollouts
+    collection = cli.datamodule.phases.rollouts
     columns = {"length": [], "even": [], "digits": []}
     for completion, reward in zip(collection.completions, collection.batch.rewards.tolist(), strict=True):
         length = -min(max((len(completion.token_ids) - 30) / 10, 0.0), 1.0)
@@ -125,7 +125,7 @@ def test_a_users_reward_beside_the_projects_own(config, fit):
 
 def test_a_users_reward_alone_is_named_by_a_flag(config, fit):
     cli = fit(config, "--data.reward=my_rewards.EvenBytes", "--data.reward.at_least=9")
-    completions = cli.datamodule.rollouts.completions
+    completions = cli.datamodule.phases.rollouts.completions
     assert [c.reward for c in completions] == pytest.approx([even_share(c.text, 9) for c in completions])
     row = logged(cli)[-1]
     assert float(row["rollout/reward/EvenBytes"]) == pytest.approx(float(row["rollout/reward_mean"]), abs=1e-6)
@@ -150,7 +150,7 @@ def test_terms_and_weights_can_be_given_by_flags(config, fit):
         "--data.reward.weights.even=0.5",
     )
     assert cli.datamodule.reward.weights == {"format": 1.0, "even": 0.5}
-    completions = cli.datamodule.rollouts.completions
+    completions = cli.datamodule.phases.rollouts.completions
     assert [c.reward for c in completions] == pytest.approx([even_share(c.text) / 2 for c in completions])
 
 
@@ -162,7 +162,7 @@ def test_accuracy_is_the_graders_whatever_the_reward(config, fit):
     config["stage_transition"] = {"after_epochs": 120}
     config["trainer"]["max_epochs"] = 121
     cli = fit(config, "--data.reward=my_rewards.EvenBytes")
-    completions = cli.datamodule.rollouts.completions
+    completions = cli.datamodule.phases.rollouts.completions
     right = sum(completion.correct for completion in completions)
     assert 0 < right < 16
     assert float(logged(cli)[-1]["rollout/accuracy"]) == pytest.approx(right / 16)

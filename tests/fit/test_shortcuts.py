@@ -110,7 +110,8 @@ def test_losses_do_not_depend_on_entropies_that_nobody_asks_for(tiny_run, monkey
     monkeypatch.setattr(policy, "token_stats", lambda *a, **k: asked.append(k["with_entropies"]) or measure(*a, **k))
     without, spy = losses_of(tiny_run)
     assert not any(asked)  # the engine has told those of sampling
-    monkeypatch.setattr(EGSPOModule, "_needs_entropies", True)
+    loss = EGSPOModule._egspo_loss
+    monkeypatch.setattr(EGSPOModule, "_egspo_loss", lambda *a, with_entropies: loss(*a, with_entropies=True))
     with_them, other = losses_of(tiny_run)
     assert any(asked)
     assert without == pytest.approx(with_them, rel=0, abs=1e-5)
@@ -226,7 +227,7 @@ def test_losses_do_not_depend_on_logging_once_a_phase(tiny_run, monkeypatch):
     assert spy.metrics[0]["loss/total"] == pytest.approx(sum(logged[2:]) / 2, abs=1e-6)
 
     def at_every_step(self, outputs, batch, batch_idx):
-        self.log_dict(self._over_ranks(self._phase.take()))
+        self.log_dict(self.reduce_over_ranks(self._phase.take()))
 
     monkeypatch.setattr(EGSPOModule, "on_train_batch_end", at_every_step)
     losses, other = losses_of(tiny_run)

@@ -32,7 +32,7 @@ def test_sft_lowers_its_loss_and_the_stages_alternate_by_epoch(tiny_run):
     assert all((batch.rollout is None) == (batch.stage == Stage.SFT) for batch in spy.batches)
     assert all(batch.expert is not None for batch in spy.batches)  # mu > 0: each update carries both
     assert run.module.stage == Stage.EGSPO
-    assert run.data.num_rollout_batches == 2
+    assert run.data.phases.num_rollout_batches == 2
 
 
 def test_every_collection_is_sampled_by_the_policy_as_it_is(tiny_run):
@@ -135,7 +135,7 @@ def test_approx_kl_is_over_the_tokens_that_are_trained(tiny_run):
 
     spy = Spy()
     run = tiny_run(spy, module=PURE_RL, data={"reward": Half()}, trainer={"max_epochs": 1}).fit()
-    rollout = run.data.rollouts.batch
+    rollout = run.data.phases.rollouts.batch
     sizes = [batch.rollout.update_size for batch in spy.batches]
     assert sum(size.num_active_tokens for size in sizes) == rollout.completion_mask[8:].sum()
     assert sum(size.num_tokens for size in sizes) == rollout.completion_mask.sum()
@@ -177,8 +177,8 @@ def test_a_gate_or_an_attenuation_that_gives_nonsense_is_refused(tiny_run):
 
 def test_stale_rollouts_are_refused(tiny_run):
     run = tiny_run(module=RL)
-    to_batch = run.module.to_rollout_batch
-    run.module.to_rollout_batch = lambda rollout, measurements: to_batch(rollout, measurements)._replace(
+    to_batch = run.module.add_advantages_and_gate
+    run.module.add_advantages_and_gate = lambda rollout, measurements: to_batch(rollout, measurements)._replace(
         policy_version=7
     )
     with pytest.raises(RuntimeError, match="Stale rollouts: they were sampled by the policy after 7 optimizer steps"):
@@ -243,7 +243,7 @@ def test_reinforcement_raises_the_reward(tiny_run):
 
     class Watch(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            rewards.append(trainer.datamodule.rollouts.batch.rewards.mean().item())
+            rewards.append(trainer.datamodule.phases.rollouts.batch.rewards.mean().item())
 
     tiny_run(
         Watch(),
@@ -257,7 +257,7 @@ def test_reinforcement_raises_the_reward(tiny_run):
 def test_the_threshold_is_that_of_the_whole_collection(tiny_run):
     spy = Spy()
     run = tiny_run(spy, module=RL | {"gate": QuantileGate(0.25)}, trainer={"max_epochs": 1}).fit()
-    rollout = run.data.rollouts.batch
+    rollout = run.data.phases.rollouts.batch
     expected = torch.quantile(rollout.entropies[rollout.completion_mask], 0.75)
     assert rollout.threshold.flatten().tolist() == pytest.approx([expected.item()] * 16, rel=1e-6)
     assert all((batch.rollout.threshold == rollout.threshold[0]).all() for batch in spy.batches)
@@ -305,7 +305,7 @@ def test_the_kl_alone_moves_a_policy_whose_rollouts_have_no_spread(tiny_run):
 def test_without_beta_there_is_no_reference(tiny_run):
     run = tiny_run(module=RL, trainer={"max_epochs": 1}).fit()
     assert run.module.reference is None
-    assert run.data.rollouts.batch.ref_logprobs is None
+    assert run.data.phases.rollouts.batch.ref_logprobs is None
 
 
 def test_bfloat16_autocast_trains(tiny_run):
@@ -347,5 +347,5 @@ def test_resuming_at_a_phase_boundary_is_bit_identical(tiny_run, tmp_path):
     rest = tiny_run(StageTransition(**stages), trainer={"max_epochs": 4})
     torch.manual_seed(99)  # nothing may depend on the global generator
     rest.fit(ckpt_path=tmp_path / "half.ckpt")
-    assert rest.data.num_rollout_batches == whole.data.num_rollout_batches == 3
+    assert rest.data.phases.num_rollout_batches == whole.data.phases.num_rollout_batches == 3
     assert distance(list(whole.module.policy.parameters()), list(rest.module.policy.parameters())) == 0.0

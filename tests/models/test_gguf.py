@@ -110,7 +110,7 @@ def test_it_trains_and_its_export_needs_no_gguf(on_path, tiny_run, policy, modul
     config = PolicyConfig("pkg://tiny_weights", gguf_file=FILE, **policy)
     export = HFExport()
     run = tiny_run(export, StageTransition(after_epochs=1), module={"policy": config, **module}, data=data).fit()
-    assert run.data.num_rollout_batches == 2
+    assert run.data.phases.num_rollout_batches == 2
     exported = AutoModelForCausalLM.from_pretrained(export.exported)
     ids = torch.tensor([run.module.tokenizer.encode("7+8=?")])
     with torch.no_grad():

@@ -11,7 +11,7 @@ from egspo_lightning.ops.batching import balanced_batches
 from egspo_lightning.ops.correction import SamplerCorrection, is_corrected, sampler_ratios, sampler_weights
 from egspo_lightning.ops.objective import Coefficients, Objective
 from egspo_lightning.ops.padding import row_lengths
-from egspo_lightning.training.minibatches import RolloutShare
+from egspo_lightning.training.micro_batches import RolloutShare
 from egspo_lightning.types import NetworkOutputs
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -165,7 +165,7 @@ def test_corrected_losses_of_micro_batches_add_up(make_rollout, level):
     objective = Objective(sampler_correction=SamplerCorrection("truncated", level))
     rollout.input_ids[:, 0] = torch.arange(len(rollout.input_ids))  # identifies the rows
     whole = objective.egspo_loss(current, rollout, PHI)
-    share = RolloutShare(rollout, list(range(8)), row_lengths(rollout.completion_mask).tolist(), rollout.update_size)
+    share = RolloutShare(rollout, list(range(8)), row_lengths(rollout.completion_mask).tolist())
     parts = [share.batch(run) for run in balanced_batches(share.lengths, 3)]
     total = torch.zeros(()).double()
     for part in parts:
@@ -187,7 +187,7 @@ def test_sampler_metrics_match_slow_loop_over_all_ranks(make_scored, make_gating
 
     def admit(rank, part):
         correction = SamplerCorrection("masked", "token", 1.5)
-        return make_gating(objective=Objective(sampler_correction=correction)).to_rollout_batch(part, rank)[1]
+        return make_gating(objective=Objective(sampler_correction=correction)).apply(part, rank)[1]
 
     sampled = [
         ratios[row, column].item()
@@ -204,5 +204,5 @@ def test_sampler_metrics_match_slow_loop_over_all_ranks(make_scored, make_gating
 
 
 def test_no_sampler_metrics_without_sampler_logprobs(make_scored, make_gating, on_ranks):
-    (metrics,) = on_ranks(lambda rank, part: make_gating().to_rollout_batch(part, rank)[1], [make_scored()])
+    (metrics,) = on_ranks(lambda rank, part: make_gating().apply(part, rank)[1], [make_scored()])
     assert not [name for name in metrics if "sampler" in name]

@@ -12,7 +12,7 @@ from egspo_lightning.ops.estimators import (
     reward_kl,
     token_rewards,
 )
-from egspo_lightning.types import Scores
+from egspo_lightning.types import NetworkOutputs
 
 MASK = torch.tensor([[False, True, True, False], [True, False, False, False], [False] * 4])
 
@@ -73,7 +73,7 @@ def test_expert_advantages_are_relative_to_their_group(make_scored):
 
 def test_credit_ignores_values_outside_completions(make_scored):
     scored = make_scored(with_values=True, with_reference=True)
-    dirty = Scores(*(torch.where(scored.completion_mask, x, 1e9) for x in scored.scores))
+    dirty = NetworkOutputs(*(torch.where(scored.completion_mask, x, 1e9) for x in scored.scores))
     for advantage in (GroupRelative(), ReinforcePlusPlus(), GAE()):
         clean, other = (
             estimate_credit(x, advantage, penalty=0.1 * reward_kl(x, "k2"), total=one_rank)

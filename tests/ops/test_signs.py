@@ -8,7 +8,7 @@ from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, Rein
 from egspo_lightning.ops.gate import QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective
 from egspo_lightning.ops.token_stats import token_stats_from_logits
-from egspo_lightning.types import NetworkOutputs, Scores
+from egspo_lightning.types import NetworkOutputs
 
 ESTIMATORS = [GroupRelative(), GroupRelative(scale_by_std=False), LeaveOneOut(), ReinforcePlusPlus(), GAE()]
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
@@ -29,11 +29,11 @@ def step(make_scored, make_gating, sized, on_ranks):
             old = token_stats_from_logits(logits, tokens)
         mask = scored.completion_mask
         # a critic starts at 0
-        scores = Scores(old.logprobs * mask, old.entropies * mask, None, torch.zeros_like(old.logprobs))
+        scores = NetworkOutputs(old.logprobs * mask, old.entropies * mask, torch.zeros_like(old.logprobs))
         parts = {"objective": objective, "advantage": advantage, "attenuation": attenuation, "gate": gate}
         admission = make_gating(**{name: part for name, part in parts.items() if part is not None})
         scored = scored._replace(input_ids=tokens, scores=scores)
-        ((rollout, _),) = on_ranks(lambda rank, part: admission.to_rollout_batch(part, rank), [scored])
+        ((rollout, _),) = on_ranks(lambda rank, part: admission.apply(part, rank), [scored])
         rollout = sized(rollout)
         now = token_stats_from_logits(logits, tokens)
         loss, _ = objective.hybrid_loss(

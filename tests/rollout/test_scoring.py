@@ -96,7 +96,7 @@ def test_a_collection_by_a_naive_loop(tiny_run, monkeypatch, tokens_per_scoring_
     monkeypatch.setattr(experience, "TOKENS_PER_SCORING_BATCH", tokens_per_scoring_batch)
     still = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0), "initial_stage": "egspo", "temperature": 0.8}
     run = tiny_run(module=still, trainer={"max_epochs": 1}).fit()
-    collection, tokenizer = run.data.rollouts, run.module.tokenizer
+    collection, tokenizer = run.data.phases.rollouts, run.module.tokenizer
     rollout, completions = collection.batch, collection.completions
     assert len(completions) == rollout.input_ids.shape[0] == 16
     assert len({len(c.token_ids) for c in completions}) > 1
@@ -138,7 +138,7 @@ def test_a_collection_has_the_references_log_probabilities_where_beta_is_positiv
     from egspo_lightning.ops.objective import Objective
 
     run = tiny_run(module={"objective": Objective(beta=0.1), "initial_stage": "egspo"}, trainer={"max_epochs": 2}).fit()
-    rollout = run.data.rollouts.batch
+    rollout = run.data.phases.rollouts.batch
     with torch.no_grad():
         expected = run.module.reference(rollout.input_ids, rollout.completion_mask, 1.0).logprobs
     torch.testing.assert_close(rollout.ref_logprobs, expected, rtol=0, atol=1e-5)

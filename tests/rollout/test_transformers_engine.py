@@ -244,7 +244,7 @@ def test_dropout_and_gradient_checkpointing_have_no_effect_on_what_is_sampled(ti
         policy = PolicyConfig(small_model, from_scratch=True, gradient_checkpointing=checkpointing)
         run = tiny_run(module={"policy": policy, "initial_stage": "egspo"}, trainer={"max_epochs": 1}).fit()
         assert run.module.policy.training
-        texts.append([completion.text for completion in run.data.rollouts.completions])
+        texts.append([completion.text for completion in run.data.phases.rollouts.completions])
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 4
 

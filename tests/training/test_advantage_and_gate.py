@@ -39,7 +39,7 @@ def admit(on_ranks):
         admissions = [make() for _ in collections[0]]
 
         def work(rank, number):
-            return [admissions[number].to_rollout_batch(parts[number], rank) for parts in collections]
+            return [admissions[number].apply(parts[number], rank) for parts in collections]
 
         return [results[-1] for results in on_ranks(work, range(len(admissions)))], admissions
 
@@ -332,7 +332,7 @@ def test_advantages_that_would_break_the_policy_are_refused(make_scored, make_ga
 
 def test_what_is_wrong_on_another_rank_is_refused_here_too(make_scored, make_gating):
     with pytest.raises(UserError, match="infinite or NaN"):
-        make_gating().to_rollout_batch(make_scored(), BesideABrokenRank())
+        make_gating().apply(make_scored(), BesideABrokenRank())
 
 
 def test_weights_of_nothing_are_not_scaled(make_scored, make_gating, admit):

@@ -5,8 +5,13 @@ import pytest
 import torch
 
 from egspo_lightning.ops.batching import balanced_batches
-from egspo_lightning.training.micro_batches import StepShare
-from egspo_lightning.training.minibatches import RolloutShare, count_steps, plan_optimizer_steps, share_optimizer_steps
+from egspo_lightning.training.micro_batches import (
+    RolloutShare,
+    StepShare,
+    count_steps,
+    plan_optimizer_steps,
+    share_optimizer_steps,
+)
 from egspo_lightning.types import RolloutBatch, UpdateSize
 
 SHAPES = [
@@ -88,7 +93,7 @@ def test_every_update_of_a_plan_is_stamped_with_its_size_over_all_ranks():
     whole, plan = collection(num_experts=1), [[0, 4], [1, 2, 3]]
     shares = share_optimizer_steps(whole, plan, keep_inactive=False, total=lambda counts: 2 * counts)
     sizes = [UpdateSize(10.0, 4.0, 4.0, 6.0, 6.0), UpdateSize(14.0, 6.0, 4.0, 12.0, 12.0)]
-    assert [share.size for share in shares] == sizes
+    assert [share.rollout.update_size for share in shares] == sizes
     assert [share.batch([0]).update_size for share in shares] == sizes
     assert [(share.rows, share.lengths) for share in shares] == [([0], [5]), ([2, 3], [4, 5])]
 
@@ -190,7 +195,7 @@ def test_a_field_that_is_added_to_a_rollout_batch_cannot_be_forgotten():
     new = {"per_token": 5.0 * collection().input_ids, "per_row": torch.arange(5), "per_run": "kept", "absent": None}
     Wider = namedtuple("Wider", [*RolloutBatch._fields, *new])
     wider = Wider(**collection(True)._asdict(), **new)
-    batch = RolloutShare(wider, [3, 0, 2], [5, 5, 4], UpdateSize(1, 1, 4.0, 1, 1)).batch([2, 0])
+    batch = RolloutShare(wider, [3, 0, 2], [5, 5, 4]).batch([2, 0])
     assert batch.input_ids[:, 0].tolist() == [2 * WIDTH, 3 * WIDTH]
     assert torch.equal(batch.per_token, 5.0 * batch.input_ids)
     assert batch.per_row.tolist() == [2, 3]
