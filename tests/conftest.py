@@ -1,4 +1,4 @@
-"""Where things are, and small real components that many tests share."""
+"""Shared fixtures: paths, reference data, and small real training runs."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, so one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -29,7 +29,7 @@ from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.module import EGSPOModule
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore Ctrl-C
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -37,11 +37,11 @@ SHARED = REPOSITORY.parent / "shared"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
-    """Have Lightning's ranks meet at a port that is kept for this test.
+    """Reserve the port at which Lightning's ranks meet for this test.
 
-    Lightning asks the system for a free port, lets go of it, and takes it some seconds later, when another process may
-    have it. This one stays bound, so that the system gives it to nobody, and as it may be shared and does not listen,
-    the ranks can.
+    Lightning asks the system for a free port, releases it, and binds it seconds later, when another process may have
+    taken it. This socket stays bound, so that the system gives the port to no other process. It does not listen and has
+    SO_REUSEADDR, so the ranks can bind it.
     """
     with socket.socket() as kept:
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -54,7 +54,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
 
 
 def _leave_process_group() -> None:
-    """What a test of a strategy leaves in this process, ranks that a later test starts would take for theirs."""
+    """Remove the process group and variables of a strategy, which ranks of a later test would inherit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -73,7 +73,7 @@ def tiny_model() -> str:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real benchmark data, kept beside the checkout."""
+    """Folder of real benchmark data beside the checkout."""
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs the reference data in {SHARED / 'data'}")
     return SHARED / "data"
@@ -81,7 +81,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], list[dict[str, Any]]]:
-    """Cases of the field's reference implementations, kept beside the checkout."""
+    """Loads results of reference implementations, stored beside the checkout."""
 
     def load(name: str) -> list[dict[str, Any]]:
         path = SHARED / "golden" / f"{name}.json"
@@ -94,16 +94,16 @@ def golden() -> Callable[[str], list[dict[str, Any]]]:
     return load
 
 
-# Small runs of the real thing: module, datamodule and trainer, on a model of some ten thousand parameters
+# Small real runs: module, datamodule and trainer, with a model of about ten thousand parameters
 
 SMALL_LM = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 DIGITS = ArithmeticTask(num_digits=1)
-"""Sums of two digits, whose longest solution is "9+9=18 \\boxed{18}" and an EOS: 18 tokens."""
+"""Sums of two one-digit numbers. The longest solution, "9+9=18 \\boxed{18}" and EOS, has 18 tokens."""
 
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """configs/tiny_model with fewer and narrower layers."""
+    """Folder of configs/tiny_model with fewer and narrower layers."""
     folder = tmp_path_factory.mktemp("model") / "small"
     shutil.copytree(REPOSITORY / "configs" / "tiny_model", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -113,14 +113,14 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @dataclass(frozen=True)
 class EvenBytes:
-    """Rewards the share of even bytes: a policy with random weights gets some and misses some."""
+    """Rewards the share of even bytes, which differs between completions of a random policy."""
 
     def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[float]:
         return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in completions]
 
 
 class TinyRun(NamedTuple):
-    """A run that is ready to start."""
+    """Module, datamodule and trainer of a run that has not started."""
 
     module: EGSPOModule
     data: HybridDataModule
@@ -133,10 +133,10 @@ class TinyRun(NamedTuple):
 
 @pytest.fixture
 def tiny_run(small_model: str, tmp_path: Path) -> Callable[..., TinyRun]:
-    """Builds runs of an epoch of SFT (where a StageTransition says so) and collections of 4 problems x 4 rollouts.
+    """Builds small runs: SFT until a StageTransition ends it, then rollout batches of 4 problems x 4 completions.
 
-    ``module``, ``data`` and ``trainer`` override the arguments of the three; ``callbacks`` and ``logger`` are those of
-    the trainer (``logger=True`` is TensorBoard in tmp_path).
+    ``module``, ``data`` and ``trainer`` override arguments of the three classes. ``callbacks`` go to the trainer.
+    ``logger=True`` adds a TensorBoard logger in tmp_path.
     """
 
     def build(
@@ -188,7 +188,7 @@ def tiny_run(small_model: str, tmp_path: Path) -> Callable[..., TinyRun]:
 
 @pytest.fixture
 def events() -> Callable[[Trainer], EventAccumulator]:
-    """Reads what a run has written to TensorBoard."""
+    """Reads the TensorBoard events of a run."""
 
     def read(trainer: Trainer) -> EventAccumulator:
         assert trainer.log_dir is not None
@@ -212,7 +212,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.fixture
 def overlay(tmp_path):
-    """A config file with the given content, as an argument."""
+    """Writes a config file with the given content and returns its ``--config`` argument."""
 
     def write(content):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"

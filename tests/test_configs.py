@@ -1,4 +1,4 @@
-"""Every shipped YAML parses and builds; the recipes run in short form with the tiny model and local data."""
+"""Shipped configs: all parse and build, and shortened recipes run with the tiny model and local data."""
 
 import json
 import math
@@ -62,7 +62,7 @@ METHODS = {
     "egspo_soft_gate": {"objective": Objective(mu=0.1, gate_width=0.1)},
     "egspo_low_branch_nll": {"objective": Objective(mu=0.1, low_branch="nll")},
 }
-"""Overlay to where it differs from EGSPO."""
+"""For each method overlay, the settings that differ from EGSPO."""
 
 SMALL = [
     "--trainer.max_epochs=3",
@@ -85,12 +85,12 @@ ON_THIS_MACHINE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--traine
 
 
 class BuiltError(Exception):
-    """Everything was built; nothing is run."""
+    """Raised in place of running, after everything has been built."""
 
 
 @pytest.fixture
 def build(repository, monkeypatch):
-    """Parses arguments and builds trainer, module and data, without running them."""
+    """Parses arguments and builds trainer, module and datamodule without running them."""
     monkeypatch.chdir(repository)
 
     def stop(self, subcommand):
@@ -107,7 +107,7 @@ def build(repository, monkeypatch):
     return from_arguments
 
 
-def test_every_file_is_listed_here(repository):
+def test_recipes_and_methods_list_every_config_file(repository):
     found = {path.stem for path in (repository / "configs").glob("*.yaml")}
     methods = {path.stem for path in (repository / "configs" / "methods").glob("*.yaml")}
     assert found == set(RECIPES)
@@ -122,17 +122,17 @@ def test_recipes_build(build, name):
 
 
 @pytest.mark.parametrize(("name", "family"), [("quickstart", ArithmeticTask), ("expressions", ExpressionTask)])
-def test_recipes_of_generated_tasks_name_one_task_throughout(build, name, family):
+def test_generated_recipes_use_one_task_for_training_and_benchmarks(build, name, family):
     data = build(f"--config=configs/{name}.yaml").datamodule
     assert data.demonstrations.task == data.problems.task == data.benchmarks[0].task == family()
     assert data.benchmarks[0].split == "test"
     longest = max(len(d.solution) for d in data.demonstrations.load())
-    assert longest < data.max_completion_length  # and its EOS
+    assert longest < data.max_completion_length  # leaves room for EOS
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_overlays_say_what_their_names_say(build, repository, method):
-    """Over a real recipe; what a method does not name is as in EGSPO, or as the recipe has it."""
+def test_method_overlays_set_exactly_the_documented_differences(build, repository, method):
+    """Over a real recipe. All other settings equal those of EGSPO."""
     overlay = yaml.safe_load((repository / "configs" / "methods" / f"{method}.yaml").read_text())
     assert set(overlay) <= {"model", "data", "stage_transition"}
     cli = build("--config=configs/qwen2.5_1.5b_math.yaml", f"--config=configs/methods/{method}.yaml", *ON_THIS_MACHINE)
@@ -141,7 +141,7 @@ def test_overlays_say_what_their_names_say(build, repository, method):
 
 
 def settings(cli):
-    """What makes the method: the parts of the loss and of the collection."""
+    """The settings that define a method: loss, gate, advantage, critic and data mixing."""
     parts = cli.model.advantage_and_gate
     (transition,) = [c for c in cli.trainer.callbacks if isinstance(c, StageTransition)]
     return {
@@ -160,8 +160,8 @@ def settings(cli):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_train(repository, tmp_path, monkeypatch, small_model, method):
-    """Two collections after a pass of SFT, or three passes of SFT alone, over the quickstart."""
+def test_method_overlays_train_on_quickstart(repository, tmp_path, monkeypatch, small_model, method):
+    """Two rollout batches after one epoch of SFT, or three epochs of SFT for method sft."""
     monkeypatch.chdir(repository)
     configs = ["--config=configs/quickstart.yaml", f"--config=configs/methods/{method}.yaml"]
     folders = [f"--trainer.default_root_dir={tmp_path}", f"--model.policy.name_or_path={small_model}"]
@@ -184,15 +184,15 @@ CHORD_MU = "--config=configs/methods/chord_mu.yaml"
 OWN_CRITIC = ["--model.advantage=egspo_lightning.ops.estimators.GAE", "--model.critic.trunk=own"]
 
 
-def as_mu(value):
+def mu_config(value):
     return {"model": {"objective": {"mu": value}}}
 
 
-def test_a_number_and_a_schedule_of_mu_replace_one_another(build, overlay):
-    """In files, in both orders, and on the command line."""
+def test_mu_number_and_schedule_override_each_other(build, overlay):
+    """In config files, in both orders, and on the command line."""
     schedule = METHODS["chord_mu"]["objective"].mu
-    quickstart, number = "--config=configs/quickstart.yaml", overlay(as_mu(0.1))
-    by_class = overlay(as_mu({"class_path": "egspo_lightning.ops.schedules.ChordMu", "init_args": {"peak": 0.5}}))
+    quickstart, number = "--config=configs/quickstart.yaml", overlay(mu_config(0.1))
+    by_class = overlay(mu_config({"class_path": "egspo_lightning.ops.schedules.ChordMu", "init_args": {"peak": 0.5}}))
     cases = [
         ([CHORD_MU], schedule),
         ([CHORD_MU, number], 0.1),
@@ -206,7 +206,7 @@ def test_a_number_and_a_schedule_of_mu_replace_one_another(build, overlay):
         assert build(quickstart, *arguments).model.objective.mu == expected, arguments
 
 
-def test_optional_parts_are_switched_on_by_one_flag_each(build):
+def test_optional_parts_are_enabled_by_one_flag_each(build):
     cli = build(
         "--config=configs/quickstart.yaml",
         *OWN_CRITIC,
@@ -219,7 +219,7 @@ def test_optional_parts_are_switched_on_by_one_flag_each(build):
     assert cli.model.has_reference
 
 
-def test_optional_parts_of_an_overlay_are_switched_off_by_null(build):
+def test_null_disables_optional_part_of_an_overlay(build):
     cli = build(
         "--config=configs/quickstart.yaml",
         "--config=configs/methods/reinforce_plus_plus.yaml",
@@ -236,7 +236,7 @@ def test_optional_parts_of_an_overlay_are_switched_off_by_null(build):
         [*OWN_CRITIC, "--model.kl_reward.coefficient=0.01", "--model.entropy_bonus.target=0.3"],
     ],
 )
-def test_a_printed_config_builds_the_same_again(build, repository, tmp_path, monkeypatch, capsys, arguments):
+def test_printed_config_builds_the_same_settings(build, repository, tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(repository)
     arguments = ["--config=configs/quickstart.yaml", *arguments]
     with pytest.raises(SystemExit) as stop:
@@ -248,8 +248,8 @@ def test_a_printed_config_builds_the_same_again(build, repository, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["qwen2.5_1.5b_math", "qwen2.5_7b_math"])
-def test_real_recipes_run_with_the_tiny_model(repository, tmp_path, monkeypatch, name):
-    """The hub's files are replaced by local ones of the same columns, read by the same source classes."""
+def test_real_recipes_run_with_tiny_model_and_local_files(repository, tmp_path, monkeypatch, name):
+    """Local files with the same columns replace those of the Hub, read by the same source classes."""
     monkeypatch.chdir(repository)
     rows = [{"problem": f"{i}+1=?", "solution": f"\\boxed{{{i + 1}}}", "answer": str(i + 1)} for i in range(10, 30)]
     for folder, part in (("train", rows[:16]), ("held_out", rows[16:])):

@@ -20,7 +20,7 @@ def row(i, text=None):
 
 @pytest.fixture
 def files(tmp_path):
-    """Ten training rows; a benchmark that asks three of them, two in other spacing or case."""
+    """Ten training rows, and a benchmark with three of them, two of which have other spacing."""
     asked = [row(0), row(1, " 1+1=? "), row(2, "2+1=?\n"), row(77)]
     return {
         "train": write(tmp_path / "train.jsonl", [row(i) for i in range(10)]),
@@ -28,7 +28,7 @@ def files(tmp_path):
     }
 
 
-def test_training_data_that_a_benchmark_asks_is_dropped_counted_and_told(tiny_run, files, caplog):
+def test_training_data_in_a_benchmark_is_dropped_and_counted(tiny_run, files, caplog):
     data = {
         "demonstrations": DatasetDemonstrations(files["train"]),
         "problems": DatasetProblems(files["train"]),
@@ -43,8 +43,8 @@ def test_training_data_that_a_benchmark_asks_is_dropped_counted_and_told(tiny_ru
     assert dropped in caplog.text
 
 
-def test_what_predict_has_answered_is_not_held_out(tiny_run, files):
-    """A user's own problems are no benchmark: they may be trained on."""
+def test_problems_answered_by_predict_stay_in_training_data(tiny_run, files):
+    """Problems given to predict are not a benchmark, so training may use them."""
     data = {
         "demonstrations": DatasetDemonstrations(files["train"]),
         "problems": DatasetProblems(files["train"]),
@@ -56,7 +56,7 @@ def test_what_predict_has_answered_is_not_held_out(tiny_run, files):
     assert {problem.id for problem in run.data.problems.draw(0, 50)} == {f"row-{i}" for i in range(3, 10)}
 
 
-def test_a_problem_that_is_longer_than_a_prompt_may_be_is_named(tiny_run, tmp_path):
+def test_problem_longer_than_max_prompt_length_is_refused(tiny_run, tmp_path):
     write(tmp_path / "long.jsonl", [row(5, "5 and then 1 makes how many?")])
     data = {"problems": DatasetProblems(str(tmp_path / "long.jsonl")), "max_prompt_length": 5}
     message = r"data.max_prompt_length = 5 is shorter than the prompt of problem 'row-5', which has 28 tokens"
@@ -64,7 +64,7 @@ def test_a_problem_that_is_longer_than_a_prompt_may_be_is_named(tiny_run, tmp_pa
         tiny_run(module={"initial_stage": "egspo"}, data=data).fit()
 
 
-def test_long_problems_are_dropped_and_counted_where_that_is_asked_for(tiny_run, files, tmp_path, caplog):
+def test_long_problems_drop_removes_and_counts_long_problems(tiny_run, files, tmp_path, caplog):
     write(tmp_path / "long.jsonl", [row(5, "5 and then 1 makes how many?"), row(6), row(7)])
     data = {
         "demonstrations": DatasetDemonstrations(files["train"]),
@@ -78,7 +78,7 @@ def test_long_problems_are_dropped_and_counted_where_that_is_asked_for(tiny_run,
     assert "because they are too long: 1." in caplog.text
 
 
-def test_a_benchmark_problem_that_is_too_long_is_refused_before_training(tiny_run, files):
+def test_too_long_benchmark_problem_is_refused_before_training(tiny_run, files):
     data = {"benchmarks": [DatasetBenchmark("held_out", files["benchmark"])], "max_prompt_length": 5}
     with pytest.raises(UserError, match=r"is shorter than the prompt of problem 'row-\d+'"):
         tiny_run(data=data).fit()
@@ -100,7 +100,7 @@ SIZES = [
 
 @pytest.fixture(scope="module")
 def parser():
-    """The command line's parser of the datamodule's single values."""
+    """Command-line parser for the scalar arguments of the datamodule."""
     parser = ArgumentParser(exit_on_error=False)
     parts = {"demonstrations", "problems", "benchmarks", "engine", "reward", "evaluation_grader"}
     parser.add_class_arguments(HybridDataModule, "data", skip=parts)
@@ -113,12 +113,12 @@ def parser():
     + [("max_resampling", -1), ("max_staleness", 2), ("max_staleness", -1)]
     + [("expert_fraction", -0.1), ("expert_fraction", 1.1)],
 )
-def test_values_out_of_range_are_refused_by_name(parser, field, value):
+def test_parser_refuses_out_of_range_values_by_field(parser, field, value):
     with pytest.raises(ArgumentError, match=rf"data\.{field}"):
         parser.parse_args([f"--data.{field}={value}"])
 
 
-def test_the_ends_of_ranges_are_accepted(parser):
+def test_parser_accepts_values_at_the_bounds(parser):
     flags = [f"--data.{field}={value}" for field in SIZES for value in (1, 10**8)]
     parser.parse_args([*flags, "--data.max_resampling=0", "--data.max_staleness=1", "--data.expert_fraction=1.0"])
 
@@ -128,8 +128,8 @@ def test_more_minibatches_than_completions_are_refused(tiny_run):
         tiny_run(data={"num_minibatches": 17}).fit()
 
 
-def test_the_loader_knows_its_length_and_samples_when_asked(tiny_run):
+def test_train_dataloader_has_length_and_does_not_sample_when_created(tiny_run):
     run = tiny_run(module={"initial_stage": "egspo"}, data={"num_ppo_epochs": 3}, trainer={"max_epochs": 1}).fit()
     loader = run.data.train_dataloader()
     assert len(loader) == 3 * 2
-    assert run.data.phases.num_rollout_batches == 1  # asking for the loader has sampled nothing
+    assert run.data.phases.num_rollout_batches == 1  # creating the loader samples nothing

@@ -1,4 +1,4 @@
-"""The guides: their commands run, links lead somewhere, the reference has every module. `.ci/run` builds the site."""
+"""Docs: commands in the guides run, links resolve, the reference lists every module. `.ci/run` builds the site."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ CODE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\]\(([^()\s]+)\)|<(https?://[^>\s]+)>")
 
 
-def named(path: Path) -> str:
+def relative_path(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
@@ -34,18 +34,18 @@ def named(path: Path) -> str:
 
 
 def prose(path: Path) -> str:
-    """A page without its code, in which brackets mean something else."""
+    """Text of a page without code, where brackets are not links."""
     return CODE.sub("", FENCED.sub("", path.read_text(encoding="utf-8")))
 
 
 def anchors(path: Path) -> set[str]:
-    """Those that GitHub and MkDocs make of headings."""
+    """Anchors that GitHub and MkDocs generate from headings."""
     titles = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def fault(page: Path, link: str) -> str | None:
-    """What is wrong with a link; addresses elsewhere are looked at, not visited."""
+def link_error(page: Path, link: str) -> str | None:
+    """Error of a link, or None. External addresses are checked for syntax only."""
     parts = urlsplit(link)
     if parts.scheme:
         is_address = parts.scheme in ("http", "https") and re.fullmatch(r"[\w.-]+(:\d+)?", parts.netloc)
@@ -61,7 +61,7 @@ def fault(page: Path, link: str) -> str | None:
 
 
 def is_documented(name: str) -> bool:
-    """Whether a module, or a name in one, is there."""
+    """Whether ``name`` is a module or an attribute of one."""
     module, _, attribute = name.rpartition(".")
     try:
         importlib.import_module(name)
@@ -70,26 +70,26 @@ def is_documented(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=named)
-def test_links_lead_somewhere(page):
+@pytest.mark.parametrize("page", WRITTEN, ids=relative_path)
+def test_all_links_resolve(page):
     links = [a or b for a, b in LINK.findall(prose(page))]
-    assert {link: found for link in links if (found := fault(page, link)) is not None} == {}
+    assert {link: found for link in links if (found := link_error(page, link)) is not None} == {}
 
 
-def test_wrong_links_are_found():
+def test_link_error_detects_broken_links():
     page = REPOSITORY / "README.md"
-    assert fault(page, "docs/no_such.md") == "leads to no file"
-    assert fault(page, "CONTRIBUTING.md#no-such") == "leads to no heading"
-    assert fault(page, "#the-method") is None
-    assert fault(page, "docs/reference/ops.md#egspo_lightning.ops.gate.NoGate") == "names nothing in the package"
-    assert fault(page, "htp://arxiv.org/abs/1") == fault(page, "https:///abs") == "is no address"
+    assert link_error(page, "docs/no_such.md") == "leads to no file"
+    assert link_error(page, "CONTRIBUTING.md#no-such") == "leads to no heading"
+    assert link_error(page, "#the-method") is None
+    assert link_error(page, "docs/reference/ops.md#egspo_lightning.ops.gate.NoGate") == "names nothing in the package"
+    assert link_error(page, "htp://arxiv.org/abs/1") == link_error(page, "https:///abs") == "is no address"
     assert sum(len(LINK.findall(prose(path))) for path in WRITTEN) > 30
 
 
 # Reference
 
 
-def test_the_reference_has_every_public_module():
+def test_reference_lists_every_public_module():
     pages = (REPOSITORY / "docs" / "reference").glob("*.md")
     shown = {name for page in pages for name in re.findall(r"^::: (\S+)$", on_page_markdown(page.read_text()), re.M)}
     package = REPOSITORY / "egspo_lightning"
@@ -97,16 +97,16 @@ def test_the_reference_has_every_public_module():
     assert shown == {name for name in modules if not any(part.startswith("_") for part in name.split("."))}
 
 
-def test_every_page_stands_in_the_menu():
+def test_mkdocs_menu_lists_every_page():
     class Loader(yaml.SafeLoader):
-        """Knows the tags that mkdocs.yml may have."""
+        """Allows the custom tags of mkdocs.yml."""
 
     menu = yaml.load((REPOSITORY / "mkdocs.yml").read_text(), Loader)["nav"]
     listed = re.findall(r"[\w/]+\.md", json.dumps(menu))
     assert sorted(listed) == sorted(str(page.relative_to(REPOSITORY / "docs")) for page in PAGES)
 
 
-def test_ci_builds_the_site():
+def test_ci_builds_the_docs_site():
     ci = (REPOSITORY / ".ci" / "run").read_text()
     assert 'pip install -q -e ".[docs]" -c constraints.txt' in ci
     assert "mkdocs build --strict" in ci
@@ -114,12 +114,12 @@ def test_ci_builds_the_site():
 
 # Commands
 
-ELSEWHERE = {
+TESTED_ELSEWHERE = {
     'pip install -e ".[notebooks]" -c constraints.txt',  # .ci/run installs
     "tensorboard --logdir logs",  # tests/callbacks/test_dashboard.py starts it
     "python -m egspo_lightning fit --config configs/quickstart.yaml --trainer.strategy ddp --trainer.devices 2",
 }
-"""Commands that other tests run: the last is of two processes, tests/fit/test_ranks.py."""
+"""Commands that other tests run. The last one needs two processes: tests/fit/test_ranks.py."""
 OPTIONAL = {"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}
 SHORT = [
     "--trainer.max_epochs=2",
@@ -142,7 +142,7 @@ LOCAL = [
     '--data.benchmarks=[{"class_path": "egspo_lightning.evaluation.benchmarks.DatasetBenchmark", '
     '"init_args": {"name": "local", "path": "held.jsonl"}}]',
 ]
-"""What a recipe for the hub and GPUs has instead here."""
+"""Arguments that make a Hub and GPU recipe run with local files on a CPU."""
 
 
 def commands(page: Path) -> list[str]:
@@ -150,20 +150,20 @@ def commands(page: Path) -> list[str]:
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
-ALL = sorted({(named(page), command) for page in PAGES for command in commands(page)} - {("", "")})
-RUN = [pair for pair in ALL if pair[1] not in ELSEWHERE]
+ALL = sorted({(relative_path(page), command) for page in PAGES for command in commands(page)} - {("", "")})
+RUN = [pair for pair in ALL if pair[1] not in TESTED_ELSEWHERE]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, small_model) -> Iterator[Path]:
-    """Where a reader stands: the recipes, with a smaller model still, and the files of all guides."""
+    """Working folder of a reader: the configs with an even smaller model, and the files of all guides."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     shutil.copytree(small_model, tmp_path / "configs" / "tiny_model", dirs_exist_ok=True)
     for page in GUIDES:
         for name, text in re.findall(
             r'^```\w+ title="([^"]+)"\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE
         ):
-            assert not (tmp_path / name).exists(), f"{name} stands in two guides"
+            assert not (tmp_path / name).exists(), f"{name} is in two guides"
             (tmp_path / name).write_text(text)
     (tmp_path / "rows").mkdir()
     rows = [{"problem": f"{i}+1=?", "solution": f"\\boxed{{{i + 1}}}", "answer": str(i + 1)} for i in range(10, 26)]
@@ -177,7 +177,7 @@ def folder(tmp_path, monkeypatch, small_model) -> Iterator[Path]:
 
 
 def words(command: str) -> list[str]:
-    """Without the prefix that makes the folder's modules importable: it is, here."""
+    """Words of a command without PYTHONPATH, since the folder is importable here."""
     return [word for word in shlex.split(command) if word != "PYTHONPATH=."]
 
 
@@ -189,12 +189,12 @@ def fit(arguments: list[str], folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), RUN, ids=[f"{page}-{i}" for i, (page, _) in enumerate(RUN)])
-def test_commands_run(folder, capsys, page, command):
+def test_commands_in_the_guides_run(folder, capsys, page, command):
     module, *arguments = words(command)[2:]
     for name, library in OPTIONAL.items():
         if name in arguments:
             pytest.importorskip(library, reason=f"needs {library}: pip install {library}")
-    if "logs/lightning_logs/version_0" in command:  # what an earlier command has left
+    if "logs/lightning_logs/version_0" in command:  # the log folder of an earlier command
         quickstart = ["fit", "--config=configs/quickstart.yaml"]
         fit([*quickstart, "--trainer.max_epochs=2"], folder)
     if module == "egspo_lightning.analysis":
@@ -212,6 +212,6 @@ def test_commands_run(folder, capsys, page, command):
     assert "after EGSPO" in capsys.readouterr().out or "--math_benchmark.enabled" in arguments
 
 
-def test_commands_that_are_not_run_here_are_in_the_guides():
-    assert {command for _, command in ALL} >= ELSEWHERE
+def test_commands_tested_elsewhere_are_in_the_guides():
+    assert {command for _, command in ALL} >= TESTED_ELSEWHERE
     assert len(RUN) > 15

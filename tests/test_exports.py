@@ -1,4 +1,4 @@
-"""Public names of the package: importable, lazily, and complete."""
+"""Public names of the package: importable, lazy and complete."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ assert not heavy, heavy
 """
 
 
-def test_the_package_is_imported_without_torch():
+def test_package_import_does_not_import_torch():
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=60, check=False
     )
@@ -33,12 +33,12 @@ def test_every_public_name_can_be_imported():
         assert namespace[name].__name__ == name
 
 
-def test_a_name_that_does_not_exist_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     assert not hasattr(egspo_lightning, "QuantilGate")
 
 
 def test_every_shipped_part_is_public():
-    """A class that implements a protocol or base class of the package, and every callback."""
+    """Every subclass of a public protocol or base class, and every callback."""
     parts = [part for part in map(egspo_lightning.__getattr__, egspo_lightning.__all__) if isinstance(part, type)]
     bases = [part for part in parts if getattr(part, "_is_protocol", False) or getattr(part, "__abstractmethods__", ())]
     assert {Reward, RolloutEngine} <= set(bases)

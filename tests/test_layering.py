@@ -1,4 +1,4 @@
-"""Imports go downward only; the rules are those of the README's tree."""
+"""Import layers: a module imports only from lower layers, as in the README's tree."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "egspo_lightning"
 NAME = PACKAGE.name
 
-# Lowest first. A module may import from lower layers and from its own room, never from a neighbor in its layer.
+# Lowest first. A module may import from lower layers and from its own room, but not from other rooms in its layer.
 LAYERS = [
     ["errors", "types"],
     ["ops", "rewards", "analysis"],
@@ -30,10 +30,10 @@ def dotted(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def home(module: str) -> str:
-    """The entry of LAYERS that a module belongs to, the longest that fits."""
+def room(module: str) -> str:
+    """The longest entry of LAYERS that contains the module."""
     fits = [entry for layer in LAYERS for entry in layer if module == entry or module.startswith(f"{entry}.")]
-    assert fits, f"{module} stands in no layer: give it one"
+    assert fits, f"{module} is in no layer: add it to LAYERS"
     return max(fits, key=len)
 
 
@@ -52,17 +52,17 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def ours(path: Path) -> set[str]:
-    """The modules of this package that a file imports, without the package's name."""
+def package_imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports, without the package's name."""
     return {name.removeprefix(f"{NAME}.") for name in imports(path) if name.startswith(f"{NAME}.")}
 
 
-def reached(path: Path) -> set[str]:
-    """The modules of this package that a file imports, or that those import, and so on."""
+def transitive_imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports directly or indirectly."""
     by_name = {dotted(file): file for file in FILES}
     found, waiting = set(), [path]
     while waiting:
-        for name in ours(waiting.pop()) & by_name.keys() - found:
+        for name in package_imports(waiting.pop()) & by_name.keys() - found:
             found.add(name)
             waiting.append(by_name[name])
     return found
@@ -73,54 +73,54 @@ def top_level(path: Path) -> set[str]:
 
 
 def files_of(*entries: str) -> list[Path]:
-    chosen = [path for path in FILES if home(dotted(path)) in entries]
+    chosen = [path for path in FILES if room(dotted(path)) in entries]
     assert chosen
     return chosen
 
 
-def test_the_house_has_few_rooms():
-    """The top of the package holds what a user sees first, and nothing else."""
+def test_package_has_few_top_level_modules_and_layers():
+    """The top level holds only the modules that a user reads first."""
     top = {path.name for path in PACKAGE.glob("*.py")}
     assert top == {"__init__.py", "__main__.py", "module.py", "datamodule.py", "types.py", "errors.py"}
     assert len(LAYERS) <= 11
 
 
-def test_no_two_modules_have_one_name():
+def test_module_names_are_unique():
     names = [path.stem for path in FILES if not path.stem.startswith("__")]
     assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
 
 
 @pytest.mark.parametrize("path", FILES, ids=dotted)
-def test_imports_go_down(path):
-    mine = home(dotted(path))
-    for name in ours(path):
-        theirs = home(name)
+def test_imports_point_to_lower_layers(path):
+    mine = room(dotted(path))
+    for name in package_imports(path):
+        theirs = room(name)
         is_base = {mine, theirs} == {"types", "errors"} and mine == "types"
         assert theirs == mine or is_base or level(theirs) < level(mine), f"{dotted(path)} must not import {name}"
 
 
 @pytest.mark.parametrize("path", files_of("ops"), ids=dotted)
-def test_ops_import_torch_alone(path):
+def test_ops_import_only_torch_and_standard_library(path):
     assert top_level(path) <= {"torch", NAME, "math", "collections", "dataclasses", "typing", "itertools", "time"}
     assert not any(name.startswith("torch.distributed") for name in imports(path))
 
 
-TEXT = [
+TEXT_MODULES = [
     *files_of("rewards", "errors"),
     *(PACKAGE / "data" / "tasks").glob("*.py"),
     *(PACKAGE / "data" / f"{name}.py" for name in ("answer_formats", "rows", "reader")),
 ]
 
 
-@pytest.mark.parametrize("path", TEXT, ids=dotted)
-def test_text_needs_no_torch(path):
+@pytest.mark.parametrize("path", TEXT_MODULES, ids=dotted)
+def test_text_modules_do_not_import_torch(path):
     assert not top_level(path) & {"torch", "lightning", "transformers"}
 
 
 @pytest.mark.parametrize("path", files_of("rollout"), ids=dotted)
-def test_sampling_does_not_know_what_it_is_for(path):
-    """It reaches only the pure functions that batch, pad, count and score."""
-    known = {name.removeprefix("ops.") for name in reached(path) if name.startswith("ops.")}
+def test_rollout_imports_only_batching_and_scoring_ops(path):
+    """It reaches only ops that batch, pad, mask and compute token statistics."""
+    known = {name.removeprefix("ops.") for name in transitive_imports(path) if name.startswith("ops.")}
     token_stats = {"token_stats", "token_stats_backward", "logit_tiles"}
     assert known <= {"batching", "masking", "padding", *token_stats}
 
@@ -128,44 +128,44 @@ def test_sampling_does_not_know_what_it_is_for(path):
 def test_only_the_upper_layers_import_lightning():
     upper = ("training", "module", "datamodule", "callbacks", "cli", "__main__")
     for path in FILES:
-        if home(dotted(path)) not in upper:
+        if room(dotted(path)) not in upper:
             assert "lightning" not in top_level(path), dotted(path)
 
 
-def test_plots_and_data_frames_are_the_analysis_own():
-    """They are optional to install; training writes records without them."""
+def test_only_analysis_imports_matplotlib_and_pandas():
+    """They are optional dependencies. Training writes token records without them."""
     for path in FILES:
-        if home(dotted(path)) != "analysis":
+        if room(dotted(path)) != "analysis":
             assert not top_level(path) & {"matplotlib", "pandas"}, dotted(path)
     schema = PACKAGE / "analysis" / "record_schema.py"
-    assert reached(schema) == set()
+    assert transitive_imports(schema) == set()
     assert top_level(schema) <= {"pathlib", "pyarrow"}
 
 
 @pytest.mark.parametrize("path", files_of("analysis"), ids=dotted)
-def test_analysis_stands_beside_the_rest(path):
-    assert {home(name) for name in ours(path)} <= {"analysis", "types", "errors"}
+def test_analysis_imports_only_types_and_errors(path):
+    assert {room(name) for name in package_imports(path)} <= {"analysis", "types", "errors"}
 
 
 @pytest.mark.parametrize("path", [PACKAGE / "module.py", *files_of("models")], ids=dotted)
-def test_the_module_reads_no_text(path):
-    """Nor does anything that it is made of."""
+def test_module_and_models_do_not_reach_data_or_rewards(path):
+    """Directly or indirectly."""
     forbidden = {"data", "rollout", "rewards", "evaluation", "datamodule"}
-    assert not {name.split(".")[0] for name in reached(path)} & forbidden
+    assert not {name.split(".")[0] for name in transitive_imports(path)} & forbidden
 
 
 @pytest.mark.parametrize("part", ["datamodule", "evaluation/answerer", "training/rollout_phase"])
-def test_the_data_know_the_policy_by_its_protocol_alone(part):
-    known = reached(PACKAGE / f"{part}.py")
+def test_data_and_rollouts_reach_no_policy_implementation(part):
+    known = transitive_imports(PACKAGE / f"{part}.py")
     assert "module" not in known
     assert not [name for name in known if name.startswith("models.") and name != "models.lora"]
 
 
-def test_training_data_and_benchmarks_share_no_source():
-    """They may share a reader of rows, never an instance: a benchmark cannot be trained on by a slip of the config."""
+def test_data_does_not_import_evaluation():
+    """Training sources and benchmarks share a row reader but no class, so a config cannot train on a benchmark."""
     for path in files_of("data"):
         assert not any(name.startswith(f"{NAME}.evaluation") for name in imports(path))
 
 
-def test_the_package_itself_imports_the_standard_library_alone():
+def test_package_init_imports_only_the_standard_library():
     assert top_level(PACKAGE / "__init__.py") <= {"ast", "importlib", "pkgutil", "typing"}

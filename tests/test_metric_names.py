@@ -1,4 +1,4 @@
-"""The table of metrics in the docs names exactly the metrics that the package logs."""
+"""The metrics table in the docs lists exactly the metrics that the package logs."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "egspo_lightning"
 FAMILIES = ("loss", "policy", "value", "gate", "rollout", "update", "fault", "time")
-"""Families whose names are literals; ``eval/*``, ``guard/*`` and ``entropy/*`` are composed of several parts."""
+"""Families whose names are literals; the names of ``eval/*``, ``guard/*`` and ``entropy/*`` are composed."""
 NAME = re.compile(rf"(?:{'|'.join(FAMILIES)})/[a-z_/]+(?:<[a-z]+>)?")
 
 
@@ -31,20 +31,20 @@ def documented(repository: Path) -> set[str]:
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell) if NAME.fullmatch(name)}
 
 
-def test_the_table_names_every_metric_and_no_other(repository):
+def test_metrics_table_lists_exactly_the_logged_metrics(repository):
     assert documented(repository) == logged()
 
 
-def test_the_index_of_families_names_the_modules_that_name_them():
-    """``ops.diagnostics`` says where each family is named."""
+def test_index_of_metric_families_lists_their_modules():
+    """The docstring of ``ops.diagnostics`` lists the modules that name each family's metrics."""
     text = ast.get_docstring(ast.parse((PACKAGE / "ops" / "diagnostics.py").read_text(encoding="utf-8"))) or ""
     lines = [line for line in text.splitlines() if line.startswith("- ")]
     index = {family: line for line in lines for family in re.findall(r"``([a-z]+)/\*``", line)}
     for family in FAMILIES:
-        homes = {
+        modules = {
             ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
             for path in PACKAGE.rglob("*.py")
-            if path.relative_to(PACKAGE).parts[0] not in ("callbacks", "analysis")  # they read what is logged
+            if path.relative_to(PACKAGE).parts[0] not in ("callbacks", "analysis")  # these read logged metrics
             and any(name.startswith(f"{family}/") for name in literals(path))
         }
-        assert set(re.findall(r"``([a-z_.]+)``", index[family])) == homes, family
+        assert set(re.findall(r"``([a-z_.]+)``", index[family])) == modules, family

@@ -1,4 +1,4 @@
-"""The README: every command and the Python example run, and its length, tree, table and picture are right.
+"""README: every command and the Python example run; length, tree, table and picture are correct.
 
 Installation and tests run in `.ci/run`.
 """
@@ -43,11 +43,11 @@ def commands(repository):
 
 
 def parts(repository):
-    """Single commands: what stands on either side of ``&&``."""
+    """Single commands, split at ``&&``."""
     return [part.strip() for line in commands(repository) for part in line.split("&&")]
 
 
-def test_install_and_test_commands_are_those_of_ci(repository):
+def test_install_and_test_commands_match_ci(repository):
     ci = (repository / ".ci" / "run").read_text()
     ours = [part for part in parts(repository) if "egspo_lightning" not in part]
     assert ours == ['pip install -e ".[notebooks]" -c constraints.txt']
@@ -56,20 +56,20 @@ def test_install_and_test_commands_are_those_of_ci(repository):
     assert f"{tests}\n" in ci
 
 
-def test_it_is_short(repository):
+def test_readme_has_at_most_1500_words(repository):
     assert len((repository / "README.md").read_text().split()) <= 1500
 
 
-def test_the_diagram_is_what_its_script_draws():
+def test_diagram_equals_output_of_its_script():
     assert FILE.read_text(encoding="utf-8") == drawing()
 
 
-def test_nothing_is_left_to_be_filled_in(repository):
+def test_readme_and_configs_have_no_placeholders(repository):
     for path in (repository / "README.md", *(repository / "configs").glob("*.yaml")):
         assert not re.search(r"\b(TABLE|WHEN|TIME|TODO|TBD)\b", path.read_text()), path
 
 
-def test_the_tree_is_true(repository):
+def test_readme_tree_matches_the_package(repository):
     text = (repository / "README.md").read_text()
     tree = text.split("## Repository layout")[1].split("## Limitations")[0]
     package = {p.name for p in (repository / "egspo_lightning").iterdir() if not p.name.startswith(("_", "py.typed"))}
@@ -81,7 +81,7 @@ def test_the_tree_is_true(repository):
         assert list((repository / "egspo_lightning").rglob(name.rstrip("/"))), f"{name} is not there"
 
 
-def test_the_equation_is_that_of_the_objective(repository):
+def test_readme_equation_matches_the_objective(repository):
     text = (repository / "README.md").read_text()
     assert "g_t min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )" in text
     assert (
@@ -90,8 +90,8 @@ def test_the_equation_is_that_of_the_objective(repository):
     )
 
 
-def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, shared_data):
-    """In the README's order, since later ones use what the first has written."""
+def test_readme_commands_run_in_order(repository, tmp_path, monkeypatch, capsys, shared_data):
+    """In the README's order, since later commands read the logs of the first."""
     ours = [part for part in parts(repository) if part.startswith("python -m egspo_lightning")]
     assert len(ours) == 6
     monkeypatch.chdir(repository)
@@ -109,8 +109,8 @@ def test_commands_of_the_package_run(repository, tmp_path, monkeypatch, capsys, 
     assert "avg@1" in out
 
 
-def test_the_python_example_runs(repository, tmp_path):
-    """In a process of its own, as a reader would run it, from the repository."""
+def test_readme_python_example_runs(repository, tmp_path):
+    """In a new process with the repository as working folder."""
     (example,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line]) <= 12
     example = example.replace("Trainer(", f"Trainer(default_root_dir={str(tmp_path)!r}, enable_progress_bar=False, ")
@@ -121,6 +121,6 @@ def test_the_python_example_runs(repository, tmp_path):
 
 
 @pytest.mark.parametrize("overlay", ["egspo", "egspo_constant_phi", "egspo_no_mixing", "top_entropy", "grpo", "sft"])
-def test_the_table_of_methods_names_each_overlay(repository, overlay):
+def test_methods_guide_names_each_overlay(repository, overlay):
     assert f"`{overlay}`" in (repository / "docs" / "guides" / "methods.md").read_text()
     assert (repository / "configs" / "methods" / f"{overlay}.yaml").is_file()

@@ -29,13 +29,13 @@ def callbacks():
 
 
 def layout(log) -> dict[str, list[str]]:
-    """Chart to patterns, as TensorBoard's plugin reads them."""
+    """Tag patterns of each chart, read as TensorBoard's plugin does."""
     (event,) = log.Tensors("custom_scalars__config__")
     (category,) = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
     return {chart.title: list(chart.multiline.tag) for chart in category.chart}
 
 
-def test_the_layout_has_a_chart_for_each_question_and_every_pattern_a_metric(tiny_run, events):
+def test_layout_has_all_charts_and_every_pattern_matches_a_metric(tiny_run, events):
     log = events(tiny_run(*callbacks(), **FIT).fit().trainer)
     charts = layout(log)
     assert list(charts) == ["reward", "accuracy", "entropy (nats)", "gate", "loss"]
@@ -53,9 +53,9 @@ def test_the_layout_has_a_chart_for_each_question_and_every_pattern_a_metric(tin
     assert not re.match(BENCHMARKS, "eval/aime24/avg@16_se")
 
 
-def test_the_transition_is_an_upright_line_in_each_chart_and_a_text_with_the_reason(tiny_run, events):
+def test_stage_transition_is_a_vertical_line_in_each_chart_and_a_text(tiny_run, events):
     log = events(tiny_run(*callbacks(), **FIT).fit().trainer)
-    entered = 2  # 32 demonstrations by 16
+    entered = 2  # 32 demonstrations in batches of 16
     first = {tag: log.Scalars(tag)[0].value for tag in log.Tags()["scalars"]}
     assert len([tag for tag in first if tag.startswith("stage_mark/")]) == len(CHARTS)
     for title in ("reward", "entropy (nats)", "gate"):
@@ -70,7 +70,7 @@ def test_the_transition_is_an_upright_line_in_each_chart_and_a_text_with_the_rea
     ]
 
 
-def test_a_run_that_starts_in_the_later_stage_has_no_transition(tiny_run, events):
+def test_run_that_starts_in_egspo_has_no_transition_mark(tiny_run, events):
     log = events(tiny_run(dashboard(), module={"initial_stage": "egspo"}, **FIT).fit().trainer)
     assert not [tag for tag in log.Tags()["scalars"] if tag.startswith("stage_mark/")]
     assert len(log.Tensors("stage/text_summary")) == 1
@@ -81,7 +81,7 @@ def hparams(log, part: str):
     return getattr(plugin_data_pb2.HParamsPluginData.FromString(content), part)
 
 
-def test_hyperparameters_and_the_metrics_to_judge_them_by(tiny_run, events):
+def test_hparams_plugin_gets_hyperparameters_and_metrics(tiny_run, events):
     log = events(tiny_run(*callbacks(), **FIT).fit().trainer)
     start = hparams(log, "session_start_info").hparams
     found = {name: value.string_value or value.number_value for name, value in start.items()}
@@ -92,10 +92,10 @@ def test_hyperparameters_and_the_metrics_to_judge_them_by(tiny_run, events):
     assert "hp_metric" not in log.Tags()["scalars"]
     assert "_hparams_/session_end_info" in log.summary_metadata
     first = log.Scalars("rollout/accuracy")[0]
-    assert first.step > 0  # no value is made up to introduce the metric
+    assert first.step > 0  # no placeholder value at step 0
 
 
-def test_a_run_that_fails_is_not_called_finished(tiny_run, events, monkeypatch):
+def test_failed_run_has_no_session_end(tiny_run, events, monkeypatch):
     run = tiny_run(*callbacks(), **FIT)
     monkeypatch.setattr(run.module, "training_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -105,23 +105,23 @@ def test_a_run_that_fails_is_not_called_finished(tiny_run, events, monkeypatch):
     assert "_hparams_/session_end_info" not in log.summary_metadata
 
 
-def test_it_can_be_switched_off(tiny_run, events):
+def test_dashboard_can_be_disabled(tiny_run, events):
     run = tiny_run(StageTransition(), Dashboard(enabled=False), logger=True).fit()
     tags = events(run.trainer).Tags()
     assert "custom_scalars__config__" not in tags["tensors"]
     assert not [tag for tag in tags["scalars"] if tag.startswith("stage_mark/")]
 
 
-def test_a_reader_of_metrics_sees_no_marks(tiny_run):
-    """They are drawings, not measurements."""
+def test_loaded_metrics_exclude_stage_marks(tiny_run):
+    """Stage marks are drawings, not measurements."""
     run = tiny_run(StageTransition(), dashboard(), TokenRecords(), data={"num_ppo_epochs": 2}, logger=True).fit()
     metrics = load(run.trainer.log_dir).metrics
     assert not [name for name in metrics.columns if name.startswith("stage_mark/")]
-    assert metrics["step"].tolist() == [1, 5, 9]  # the last update of each phase; marks stand at 2 and 3
+    assert metrics["step"].tolist() == [1, 5, 9]  # the last optimizer step of each epoch; the marks are at 2 and 3
     assert metrics["stage"].dropna().tolist() == [0.0, 1.0, 1.0]
 
 
-def test_a_config_becomes_flat_values_by_their_place():
+def test_flatten_by_class_gives_values_by_dotted_path():
     config = {
         "seed": 1,
         "gate": {"class_path": "a.b.QuantileGate", "init_args": {"top_fraction": 0.2, "running_decay": None}},
@@ -143,14 +143,14 @@ def test_a_config_becomes_flat_values_by_their_place():
     }
 
 
-def test_other_loggers_get_the_hyperparameters(tiny_run, tmp_path):
+def test_csv_logger_gets_the_hyperparameters(tiny_run, tmp_path):
     tiny_run(*callbacks(), **FIT | {"trainer": {"logger": CSVLogger(tmp_path, version="csv")}}).fit()
     (written,) = tmp_path.rglob("csv/hparams.yaml")
     assert "model.gate: QuantileGate" in written.read_text()
 
 
 @pytest.mark.slow
-def test_in_a_browser_tensorboard_shows_it(tiny_run, tmp_path, browser):
+def test_tensorboard_in_a_browser_shows_charts_text_and_hparams(tiny_run, tmp_path, browser):
     run = tiny_run(*callbacks(), RolloutSamples(1), TokenRecords(), **FIT).fit()
     for logger in run.trainer.loggers:
         logger.experiment.flush()

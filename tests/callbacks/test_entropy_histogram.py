@@ -2,18 +2,18 @@ import pytest
 
 from egspo_lightning import EntropyHistogram, StageTransition
 
-ONE_COLLECTION = {"module": {"initial_stage": "egspo"}, "trainer": {"max_epochs": 1}, "logger": True}
+ONE_ROLLOUT_BATCH = {"module": {"initial_stage": "egspo"}, "trainer": {"max_epochs": 1}, "logger": True}
 
 
-def test_histograms_are_logged_for_each_collection(tiny_run, events):
+def test_histograms_are_logged_for_each_rollout_batch(tiny_run, events):
     run = tiny_run(EntropyHistogram(), StageTransition(), logger=True).fit()
     log = events(run.trainer)
     for name in ("all", "high", "low"):
         assert [event.step for event in log.Histograms(f"entropy/{name}")] == [4, 6]  # none in SFT
 
 
-def test_histograms_hold_every_completion_token_and_split_at_the_threshold(tiny_run, events):
-    run = tiny_run(EntropyHistogram(), **ONE_COLLECTION).fit()
+def test_histograms_contain_every_completion_token_and_split_at_the_threshold(tiny_run, events):
+    run = tiny_run(EntropyHistogram(), **ONE_ROLLOUT_BATCH).fit()
     rollout, log = run.data.phases.rollouts.batch, events(run.trainer)
     histogram = {name: log.Histograms(f"entropy/{name}")[0].histogram_value for name in ("all", "high", "low")}
     values = rollout.entropies[rollout.completion_mask]
@@ -26,8 +26,8 @@ def test_histograms_hold_every_completion_token_and_split_at_the_threshold(tiny_
 
 
 @pytest.mark.parametrize(("every", "steps"), [(2, [2, 6]), (0, [])])
-def test_histograms_come_every_n_rollout_batches(tiny_run, events, every, steps):
-    options = ONE_COLLECTION | {"trainer": {"max_epochs": 3}}
+def test_histograms_are_logged_every_n_rollout_batches(tiny_run, events, every, steps):
+    options = ONE_ROLLOUT_BATCH | {"trainer": {"max_epochs": 3}}
     run = tiny_run(EntropyHistogram(every), **options).fit()
     log = events(run.trainer)
     found = [event.step for event in log.Histograms("entropy/all")] if steps else log.Tags()["histograms"]

@@ -1,4 +1,4 @@
-"""Each guard fires in a run that has what it looks for, once; in one that has not, none does."""
+"""Every guard warns once in a run with its problem, and no guard warns in a healthy run."""
 
 import warnings
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ EGSPO = {"initial_stage": "egspo"}
 
 @dataclass(frozen=True)
 class Constant:
-    """The same reward for everything."""
+    """The same reward for every completion."""
 
     value: float
 
@@ -28,7 +28,7 @@ class Constant:
 
 
 class Sharpen(Callback):
-    """Scales the output layer up from the second phase on: the policy becomes sure of itself."""
+    """Scales the output layer up at the second epoch, which makes the policy almost deterministic."""
 
     def on_train_epoch_start(self, trainer, module):
         if trainer.current_epoch == 1:
@@ -38,7 +38,7 @@ class Sharpen(Callback):
 
 @pytest.fixture
 def guarded(tiny_run, events):
-    """Runs with guards; gives the last value of every guard's metric, and the warnings by guard."""
+    """Trains with guards; returns the values of every guard metric, and the name of the guard of each warning."""
 
     def run(*callbacks, guards=None, module=None, data=None, trainer=None):
         tiny = tiny_run(
@@ -54,40 +54,40 @@ def guarded(tiny_run, events):
             tiny.fit()
         accumulator = events(tiny.trainer)
         tags = [tag for tag in accumulator.Tags()["scalars"] if tag.startswith("guard/")]
-        said = [str(w.message).split(":")[0].removeprefix("Guard ") for w in caught if "Guard " in str(w.message)]
+        warned = [str(w.message).split(":")[0].removeprefix("Guard ") for w in caught if "Guard " in str(w.message)]
         metrics = {tag.removeprefix("guard/"): [e.value for e in accumulator.Scalars(tag)] for tag in tags}
-        return metrics, said
+        return metrics, warned
 
     return run
 
 
-GENTLE = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-4)}
-LOOSE = {"max_truncated_fraction": 1.0}
-"""A policy of random weights seldom finds the end."""
+LOW_LR = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-4)}
+ALLOW_TRUNCATION = {"max_truncated_fraction": 1.0}
+"""A policy with random weights rarely samples EOS."""
 
 
-def test_none_fires_in_a_run_that_is_well(guarded):
-    metrics, said = guarded(guards=Guards(**LOOSE), module=GENTLE)
-    assert said == []
+def test_no_guard_warns_in_a_healthy_run(guarded):
+    metrics, warned = guarded(guards=Guards(**ALLOW_TRUNCATION), module=LOW_LR)
+    assert warned == []
     assert set(metrics) == NAMES | {"flat_rollout_batches", "duplicate_problems"}
     assert all(values == [0, 0, 0] for values in metrics.values())
 
 
-def test_entropy_collapse(guarded):
-    metrics, said = guarded(Sharpen(), guards=Guards(**LOOSE, max_kl=1e9), module=GENTLE)
+def test_entropy_collapse_guard_warns_once(guarded):
+    metrics, warned = guarded(Sharpen(), guards=Guards(**ALLOW_TRUNCATION, max_kl=1e9), module=LOW_LR)
     assert metrics["entropy_collapse"] == [0, 1, 1]
-    assert said.count("entropy_collapse") == 1
+    assert warned.count("entropy_collapse") == 1
 
 
-def test_kl_runaway(guarded):
+def test_kl_runaway_guard_warns_once(guarded):
     fast = {"optimizer": lambda params: torch.optim.AdamW(params, lr=0.3)}
-    metrics, said = guarded(module=fast, data={"num_ppo_epochs": 4})
+    metrics, warned = guarded(module=fast, data={"num_ppo_epochs": 4})
     assert max(metrics["kl_runaway"]) == 1
-    assert said.count("kl_runaway") == 1
+    assert warned.count("kl_runaway") == 1
 
 
 class Drift(Callback):
-    """Moves the policy between sampling and the first update, as a sampler with stale weights would."""
+    """Changes the policy between sampling and the first optimizer step, as a sampler with stale weights does."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == 0:
@@ -95,54 +95,56 @@ class Drift(Callback):
                 module.policy.lm.get_output_embeddings().weight.mul_(1.2)
 
 
-def test_ratio_after_sampling(guarded):
-    """Where the precision leaves room for it; in float32 the run would end."""
-    guards = Guards(max_first_ratio_gap=1e-3, **LOOSE)
-    metrics, said = guarded(Drift(), guards=guards, module=GENTLE, trainer={"precision": "bf16-mixed", "max_epochs": 1})
+def test_ratio_after_sampling_guard_warns_in_low_precision(guarded):
+    """In float32 the same gap ends the run."""
+    guards = Guards(max_first_ratio_gap=1e-3, **ALLOW_TRUNCATION)
+    metrics, warned = guarded(
+        Drift(), guards=guards, module=LOW_LR, trainer={"precision": "bf16-mixed", "max_epochs": 1}
+    )
     assert metrics["ratio_after_sampling"] == [1]
-    assert said == ["ratio_after_sampling"]
+    assert warned == ["ratio_after_sampling"]
 
 
-def test_truncated(guarded):
-    metrics, said = guarded(module=GENTLE)
+def test_truncated_guard_warns_once(guarded):
+    metrics, warned = guarded(module=LOW_LR)
     assert metrics["truncated"] == [1, 1, 1]
-    assert said.count("truncated") == 1
+    assert warned.count("truncated") == 1
 
 
-def test_zero_reward_after_n_collections(guarded):
-    metrics, said = guarded(guards=Guards(num_zero_rewards=2), module=GENTLE, data={"reward": Constant(0.0)})
+def test_zero_reward_guard_warns_after_n_rollout_batches(guarded):
+    metrics, warned = guarded(guards=Guards(num_zero_rewards=2), module=LOW_LR, data={"reward": Constant(0.0)})
     assert metrics["zero_reward"] == [0, 1, 1]
-    assert said.count("zero_reward") == 1
+    assert warned.count("zero_reward") == 1
 
 
-def test_flat_rewards_are_counted_and_their_updates_skipped(guarded, tiny_run):
-    metrics, said = guarded(module=GENTLE, data={"reward": Constant(0.5)})
+def test_flat_rewards_guard_counts_flat_rollout_batches(guarded, tiny_run):
+    metrics, warned = guarded(module=LOW_LR, data={"reward": Constant(0.5)})
     assert metrics["flat_rewards"] == [1, 1, 1]
     assert metrics["flat_rollout_batches"] == [1, 2, 3]
     assert metrics["zero_reward"] == [0, 0, 0]
-    assert said.count("flat_rewards") == 1
+    assert warned.count("flat_rewards") == 1
 
 
-def test_duplicate_problems_are_counted(guarded, tmp_path):
-    """Six of the demonstrations' problems, once more as training problems beside others, are asked by a benchmark."""
+def test_duplicate_problems_guard_counts_benchmark_problems(guarded, tmp_path):
+    """The benchmark's six problems are also training problems."""
     task = ArithmeticTask(num_digits=1)
     benchmark = GeneratedBenchmark(num_problems=6, task=task)
-    asked = [problem.problem for problem in benchmark.load()]
+    benchmark_problems = [problem.problem for problem in benchmark.load()]
     others = ["10+10=?", "10+11=?"]
     path = tmp_path / "problems.jsonl"
-    path.write_text("".join(f'{{"problem": "{text}", "answer": "1"}}\n' for text in [*asked, *others]))
-    metrics, said = guarded(module=GENTLE, data={"benchmarks": [benchmark], "problems": DatasetProblems(str(path))})
+    path.write_text("".join(f'{{"problem": "{text}", "answer": "1"}}\n' for text in [*benchmark_problems, *others]))
+    metrics, warned = guarded(module=LOW_LR, data={"benchmarks": [benchmark], "problems": DatasetProblems(str(path))})
     assert metrics["duplicate_problems"] == [6, 6, 6]
-    assert said.count("duplicate_problems") == 1
+    assert warned.count("duplicate_problems") == 1
 
 
-def test_a_phase_of_sft_is_not_judged(tiny_run, events):
+def test_guards_ignore_sft_epochs(tiny_run, events):
     tiny = tiny_run(StageTransition(after_epochs=2), Guards(), trainer={"max_epochs": 3}, logger=True).fit()
     assert len(events(tiny.trainer).Scalars("guard/truncated")) == 1
 
 
-def test_what_was_said_is_not_said_again_after_resuming():
-    guards, again = Guards(), Guards()
+def test_resumed_guards_do_not_repeat_warnings():
+    guards, resumed = Guards(), Guards()
     guards.spoken, guards.num_zero, guards.first_entropy = ["truncated"], 3, 0.7
-    again.load_state_dict(guards.state_dict())
-    assert (again.spoken, again.num_zero, again.first_entropy) == (["truncated"], 3, 0.7)
+    resumed.load_state_dict(guards.state_dict())
+    assert (resumed.spoken, resumed.num_zero, resumed.first_entropy) == (["truncated"], 3, 0.7)

@@ -16,7 +16,7 @@ from egspo_lightning.types import Sampling
 PROBLEMS = ["1+1=?", "7+8=?", "9+12=?"]
 
 
-def test_the_folder_loads_and_answers_as_the_trained_policy(tiny_run):
+def test_exported_model_answers_like_the_trained_policy(tiny_run):
     export = HFExport()
     run = tiny_run(export, StageTransition(after_epochs=10), trainer={"max_epochs": 11}, logger=True).fit()
     assert export.exported == Path(run.trainer.log_dir) / "hf"
@@ -34,7 +34,7 @@ def test_the_folder_loads_and_answers_as_the_trained_policy(tiny_run):
         assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]) == answer
 
 
-def test_every_weight_is_the_trained_one_and_training_can_start_from_it(tiny_run, tmp_path):
+def test_export_has_the_trained_weights_and_training_can_start_from_it(tiny_run, tmp_path):
     run = tiny_run(HFExport(str(tmp_path / "out")), trainer={"max_epochs": 1}).fit()
     again = PolicyConfig(str(tmp_path / "out")).build()
     trained, loaded = run.module.policy.state_dict(), again.state_dict()
@@ -44,16 +44,16 @@ def test_every_weight_is_the_trained_one_and_training_can_start_from_it(tiny_run
     assert fresh.trainer.callback_metrics["loss/sft"] < run.trainer.callback_metrics["loss/sft"]
 
 
-def test_a_folder_with_other_files_is_refused_before_training(tiny_run, tmp_path):
-    precious = tmp_path / "models" / "thesis.txt"
-    precious.parent.mkdir()
-    precious.write_text("years of work")
+def test_export_folder_with_other_files_is_refused_before_training(tiny_run, tmp_path):
+    other_file = tmp_path / "models" / "thesis.txt"
+    other_file.parent.mkdir()
+    other_file.write_text("years of work")
     with pytest.raises(UserError, match=r"hf_export\.folder: .*models holds other files than a model"):
-        tiny_run(HFExport(str(precious.parent)), trainer={"max_epochs": 1}).fit()
-    assert precious.read_text() == "years of work"
+        tiny_run(HFExport(str(other_file.parent)), trainer={"max_epochs": 1}).fit()
+    assert other_file.read_text() == "years of work"
 
 
-def test_the_model_that_training_starts_from_is_never_replaced(tiny_run, small_model, tmp_path):
+def test_export_to_the_initial_model_folder_is_refused(tiny_run, small_model, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(small_model, source)
     (source / "build.py").unlink()
@@ -62,7 +62,7 @@ def test_the_model_that_training_starts_from_is_never_replaced(tiny_run, small_m
         run.fit()
 
 
-def test_a_folder_with_a_config_and_other_files_is_refused(tiny_run, tmp_path):
+def test_export_folder_with_config_and_other_files_is_refused(tiny_run, tmp_path):
     for name in ("config.json", "notes.txt"):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / name).write_text("{}")
@@ -71,7 +71,7 @@ def test_a_folder_with_a_config_and_other_files_is_refused(tiny_run, tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "{}"
 
 
-def test_greedy_decoding_of_the_export_has_no_penalties(tiny_run, small_model, tmp_path):
+def test_exported_generation_config_has_no_penalties(tiny_run, small_model, tmp_path):
     folder = tmp_path / "penalized"
     shutil.copytree(small_model, folder)
     settings = {"repetition_penalty": 1.3, "do_sample": True, "top_k": 5, "eos_token_id": [7, 256]}
@@ -87,12 +87,12 @@ def test_greedy_decoding_of_the_export_has_no_penalties(tiny_run, small_model, t
     assert exported.eos_token_id == [7, 256]
 
 
-def test_an_earlier_export_is_replaced(tiny_run, tmp_path):
+def test_earlier_export_is_replaced(tiny_run, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "config.json").write_text("{}")
     (target / "model-00001-of-00002.safetensors").write_text("old")
-    (tmp_path / "out.partial").mkdir()  # of a run that was killed
+    (tmp_path / "out.partial").mkdir()  # left by a killed run
     (tmp_path / "out.partial" / "half.txt").write_text("half")
     tiny_run(HFExport(str(target)), trainer={"max_epochs": 1}).fit()
     names = {path.name for path in target.iterdir()}
@@ -102,14 +102,14 @@ def test_an_earlier_export_is_replaced(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("logger", [True, False])
-def test_it_can_be_switched_off(tiny_run, tmp_path, logger):
+def test_export_can_be_disabled(tiny_run, tmp_path, logger):
     export = HFExport(enabled=False)
     tiny_run(export, trainer={"max_epochs": 1}, logger=logger).fit()
     assert export.exported is None
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_without_a_logger_the_folder_is_in_the_root_folder(tiny_run, tmp_path):
+def test_export_without_logger_goes_to_the_root_folder(tiny_run, tmp_path):
     export = HFExport()
     tiny_run(export, trainer={"max_epochs": 1}).fit()
     assert export.exported == tmp_path / "hf"

@@ -1,4 +1,4 @@
-"""Runs with real loggers of each kind: what has no histograms or text gets numbers, and a note, once."""
+"""Runs with every kind of logger. Loggers without histograms or text get numbers, and one note says so."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ TEXT = "keeps no text; completions are in the token records, see python -m egspo
 
 @pytest.fixture
 def notes(caplog):
-    """The notes of callbacks so far."""
+    """Returns the notes that callbacks have logged so far."""
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     return lambda: [r.message for r in caplog.records if r.message.startswith(("entropy_", "rollout_samples"))]
 
@@ -32,7 +32,7 @@ def fit(tiny_run, *loggers, **options):
     return tiny_run(*callbacks, trainer={"logger": list(loggers)} | options).fit()
 
 
-def test_a_summary_is_that_of_pandas():
+def test_summary_matches_pandas_quantiles():
     values = torch.tensor([4.0, 1.0, 3.0, 2.0, 10.0, 7.0, 8.0, 9.0, 5.0, 6.0, 11.0])
     expected = pd.Series(values.numpy()).quantile([0.1, 0.5, 0.9], interpolation="lower").tolist()
     found = summary(values)
@@ -42,11 +42,11 @@ def test_a_summary_is_that_of_pandas():
     assert summary(torch.tensor([3.0])) == {"mean": 3.0, "p10": 3.0, "p50": 3.0, "p90": 3.0}
 
 
-def test_csv_gets_numbers_for_histograms_and_says_so_once(tiny_run, tmp_path, notes):
+def test_csv_logger_gets_quantiles_for_histograms_and_one_note(tiny_run, tmp_path, notes):
     found = fit(tiny_run, CSVLogger(tmp_path, version="csv"))
     assert notes() == [f"entropy_histogram: CSVLogger {HISTOGRAMS}", f"rollout_samples: CSVLogger {TEXT}"]
     rows = pd.read_csv(Path(found.trainer.log_dir) / "metrics.csv").groupby("step").first()
-    assert rows["entropy/all/mean"].dropna().index.tolist() == [4, 6]  # two collections
+    assert rows["entropy/all/mean"].dropna().index.tolist() == [4, 6]  # two rollout batches
     rollout = found.data.phases.rollouts.batch
     entropies = rollout.entropies[rollout.completion_mask]
     assert rows["entropy/all/mean"][6] == pytest.approx(entropies.mean().item(), rel=1e-5)
@@ -56,21 +56,21 @@ def test_csv_gets_numbers_for_histograms_and_says_so_once(tiny_run, tmp_path, no
     )
 
 
-def test_tensorboard_gets_all_of_it_and_no_note(tiny_run, tmp_path, notes, events):
+def test_tensorboard_gets_histograms_and_no_note(tiny_run, tmp_path, notes, events):
     tags = events(fit(tiny_run, TensorBoardLogger(tmp_path)).trainer).Tags()
     assert notes() == []
     assert {"entropy/all", "entropy/high", "entropy/low"} <= set(tags["histograms"])
     assert not [tag for tag in tags["scalars"] if tag.startswith("entropy/")]
 
 
-def test_two_loggers_each_get_what_they_can_show(tiny_run, tmp_path, notes, events):
+def test_each_of_two_loggers_gets_what_it_supports(tiny_run, tmp_path, notes, events):
     found = fit(tiny_run, TensorBoardLogger(tmp_path), CSVLogger(tmp_path, version="csv"))
     assert "entropy/all" in events(found.trainer).Tags()["histograms"]
     assert "entropy/all/p50" in pd.read_csv(tmp_path / "lightning_logs" / "csv" / "metrics.csv").columns
     assert [note.split(" ")[1] for note in notes()] == ["CSVLogger", "CSVLogger"]
 
 
-def test_callbacks_that_are_off_say_nothing(tiny_run, tmp_path, notes):
+def test_disabled_callbacks_log_no_notes(tiny_run, tmp_path, notes):
     tiny_run(EntropyHistogram(0), RolloutSamples(0), trainer={"logger": CSVLogger(tmp_path), "max_epochs": 1}).fit()
     assert notes() == []
 
@@ -84,7 +84,7 @@ def mlflow(tmp_path) -> MLFlowLogger:
 def test_mlflow_gets_numbers_text_and_hyperparameters(tiny_run, tmp_path, notes, mlflow):
     fit(tiny_run, mlflow)
     assert notes() == [f"entropy_histogram: MLFlowLogger {HISTOGRAMS}"]
-    with sqlite3.connect(tmp_path / "mlflow.db") as kept:  # past MLflow's own reader
+    with sqlite3.connect(tmp_path / "mlflow.db") as kept:  # read directly, not through MLflow
         metrics = dict(kept.execute("select key, value from latest_metrics"))
         parameters = dict(kept.execute("select key, value from params"))
         (status,) = kept.execute("select status from runs").fetchone()
@@ -115,9 +115,7 @@ SHORT = [
 ]
 
 
-def test_from_the_command_line_each_mlflow_run_has_a_folder_of_its_own(
-    repository, small_model, tmp_path, monkeypatch, mlflow
-):
+def test_each_mlflow_run_of_the_command_line_has_its_own_folder(repository, small_model, tmp_path, monkeypatch, mlflow):
     monkeypatch.chdir(repository)
     flags = [f"--model.policy.name_or_path={small_model}", f"--trainer.default_root_dir={tmp_path}"]
     logger = {"tracking_uri": mlflow._tracking_uri, "artifact_location": str(tmp_path / "kept")}
@@ -133,9 +131,7 @@ def test_from_the_command_line_each_mlflow_run_has_a_folder_of_its_own(
         assert len(list((folder / "token_records").iterdir())) == 2
 
 
-def test_from_the_command_line_the_hyperparameters_are_those_of_the_config(
-    repository, small_model, tmp_path, monkeypatch
-):
+def test_hyperparameters_of_a_command_line_run_come_from_the_config(repository, small_model, tmp_path, monkeypatch):
     monkeypatch.chdir(repository)
     flags = [f"--model.policy.name_or_path={small_model}", f"--trainer.default_root_dir={tmp_path}"]
     cli = run([*SHORT, *flags, "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"])

@@ -36,18 +36,18 @@ def steps(events, trainer, name: str = "eval/greedy/avg@1") -> list[int]:
     return [event.step for event in events(trainer).Scalars(name)]
 
 
-def test_it_measures_before_training_after_sft_and_at_the_end(tiny_run, events):
+def test_benchmarks_run_before_training_after_sft_and_at_the_end(tiny_run, events):
     benchmark = MathBenchmark()
     run = tiny_run(benchmark, StageTransition(), data=benchmarks(), logger=True).fit()
     assert list(benchmark.milestones) == ["before", "after SFT", "after EGSPO"]
-    assert steps(events, run.trainer) == [0, 2, 6]  # two updates a phase
+    assert steps(events, run.trainer) == [0, 2, 6]  # two optimizer steps per epoch
     for results in benchmark.milestones.values():
         assert {name: set(values) for name, values in results.items()} == NAMES
         assert results["greedy"]["num_problems"] == 5
         assert results["sampled"]["num_problems"] == 3
 
 
-def test_metrics_stand_in_callback_metrics_and_in_tensorboard(tiny_run, events):
+def test_benchmark_metrics_are_in_callback_metrics_and_tensorboard(tiny_run, events):
     benchmark = MathBenchmark()
     run = tiny_run(benchmark, StageTransition(), data=benchmarks(), logger=True).fit()
     log = events(run.trainer)
@@ -58,14 +58,14 @@ def test_metrics_stand_in_callback_metrics_and_in_tensorboard(tiny_run, events):
             assert log.Scalars(f"eval/{name}/{metric}")[-1].value == pytest.approx(value)
 
 
-def test_the_values_are_those_of_a_naive_loop(tiny_run):
-    """After enough SFT on few problems some answers are right; count them with transformers' generate."""
-    in_data = benchmarks() | {"sft_batch_size": 8}
+def test_benchmark_metrics_match_naive_loop(tiny_run):
+    """After SFT on a few problems some answers are correct. The loop counts them with transformers' generate."""
+    data_arguments = benchmarks() | {"sft_batch_size": 8}
     trained = [GeneratedBenchmark("trained", split="train", num_problems=12, task=DIGITS)]
-    run = tiny_run(data=in_data, trainer={"max_epochs": 45}).fit()
+    run = tiny_run(data=data_arguments, trainer={"max_epochs": 45}).fit()
     module, tokenizer = run.module, run.module.tokenizer
     benchmark = MathBenchmark()
-    measured = tiny_run(benchmark, data=in_data | {"benchmarks": trained})
+    measured = tiny_run(benchmark, data=data_arguments | {"benchmarks": trained})
     measured.trainer.validate(module, measured.data, verbose=False)
     num_correct, num_tokens = 0, 0
     for problem in trained[0].load():
@@ -100,7 +100,7 @@ def test_the_values_are_those_of_a_naive_loop(tiny_run):
         ({"enabled": False, "every_n_epochs": 1}, []),
     ],
 )
-def test_when_it_measures_and_never_twice_at_a_step(tiny_run, events, options, expected):
+def test_benchmark_schedule_has_at_most_one_evaluation_per_step(tiny_run, events, options, expected):
     benchmark = MathBenchmark(**options)
     run = tiny_run(benchmark, StageTransition(), data=benchmarks(), trainer={"max_epochs": 4}, logger=True).fit()
     log = events(run.trainer)
@@ -109,26 +109,26 @@ def test_when_it_measures_and_never_twice_at_a_step(tiny_run, events, options, e
     assert bool(expected) == any(tag.startswith("eval/") for tag in log.Tags()["scalars"])
 
 
-def test_runs_of_one_stage_have_two_milestones(tiny_run):
+def test_run_with_one_stage_has_two_milestones(tiny_run):
     for initial, last in (("sft", "after SFT"), ("egspo", "after EGSPO")):
         benchmark = MathBenchmark()
         tiny_run(benchmark, module={"initial_stage": initial}, data=benchmarks(), trainer={"max_epochs": 1}).fit()
         assert list(benchmark.milestones) == ["before", last]
 
 
-def test_a_transition_in_the_last_epoch_is_the_end_of_sft(tiny_run):
+def test_transition_in_the_last_epoch_gives_milestone_after_sft(tiny_run):
     benchmark = MathBenchmark()
     tiny_run(benchmark, StageTransition(after_epochs=2), data=benchmarks(), trainer={"max_epochs": 2}).fit()
     assert list(benchmark.milestones) == ["before", "after SFT"]
 
 
-def test_without_benchmarks_it_does_nothing(tiny_run):
+def test_math_benchmark_without_benchmarks_does_nothing(tiny_run):
     benchmark = MathBenchmark(every_n_epochs=1)
     tiny_run(benchmark, StageTransition()).fit()
     assert (benchmark.milestones, benchmark.latest) == ({}, {})
 
 
-def test_a_resumed_run_keeps_its_milestones_and_does_not_measure_the_start_again(tiny_run, tmp_path, events):
+def test_resumed_run_keeps_milestones_and_skips_the_initial_evaluation(tiny_run, tmp_path, events):
     first = MathBenchmark()
     run = tiny_run(first, StageTransition(), data=benchmarks(), logger=True).fit()
     second = MathBenchmark()
@@ -139,7 +139,7 @@ def test_a_resumed_run_keeps_its_milestones_and_does_not_measure_the_start_again
 
 
 @pytest.mark.parametrize("task", ["validate", "test"])
-def test_validate_and_test_measure_the_same(tiny_run, task, events):
+def test_validate_and_test_give_the_metrics_of_fit(tiny_run, task, events):
     fitting, benchmark = MathBenchmark(), MathBenchmark()
     run = tiny_run(fitting, data=benchmarks(), trainer={"max_epochs": 1}).fit()
     other = tiny_run(benchmark, data=benchmarks(), logger=True)
@@ -150,7 +150,7 @@ def test_validate_and_test_measure_the_same(tiny_run, task, events):
     )
 
 
-def test_the_results_do_not_depend_on_batch_sizes(tiny_run):
+def test_benchmark_results_do_not_depend_on_batch_size(tiny_run):
     results = []
     for size in (1, 2, 128):
         benchmark = MathBenchmark()
@@ -160,7 +160,7 @@ def test_the_results_do_not_depend_on_batch_sizes(tiny_run):
     assert results[0] == results[1] == results[2]
 
 
-def test_each_evaluation_of_fit_is_a_line_of_json(tiny_run):
+def test_each_evaluation_in_fit_writes_one_json_line(tiny_run):
     benchmark = MathBenchmark()
     run = tiny_run(benchmark, StageTransition(), data=benchmarks(), logger=True).fit()
     folder = Path(run.trainer.log_dir)
@@ -171,7 +171,7 @@ def test_each_evaluation_of_fit_is_a_line_of_json(tiny_run):
     assert not (folder / "evaluation").exists()
 
 
-def test_fit_keeps_its_answers_where_that_is_asked_for(tiny_run):
+def test_save_completions_writes_answers_during_fit(tiny_run):
     benchmark = MathBenchmark(save_completions=True, at_start=False)
     run = tiny_run(benchmark, data=benchmarks(), trainer={"max_epochs": 1}, logger=True).fit()
     folders = sorted(Path(run.trainer.log_dir, "evaluation").iterdir())
@@ -182,8 +182,8 @@ def test_fit_keeps_its_answers_where_that_is_asked_for(tiny_run):
     assert (metrics["step"], metrics["ckpt_path"]) == (2, None)
 
 
-def test_validate_writes_every_answer_with_its_verdict_and_the_scores(tiny_run, tmp_path):
-    """The scores can be had again from the file of completions."""
+def test_validate_writes_answers_with_verdicts_and_scores(tiny_run, tmp_path):
+    """The scores can be recomputed from the completions file."""
     trained = GeneratedBenchmark("trained", split="train", num_problems=12, task=DIGITS, num_samples=4, temperature=0.7)
     data = {"benchmarks": [trained], "sft_batch_size": 8, "eval_batch_size": 5}
     run = tiny_run(data=data, trainer={"max_epochs": 30}).fit()
@@ -194,12 +194,12 @@ def test_validate_writes_every_answer_with_its_verdict_and_the_scores(tiny_run, 
     assert folder.parent == tmp_path / "evaluation"
     assert re.fullmatch(r"trained-[0-9a-f]{12}", folder.name)
     rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
-    asked = trained.load()
-    assert [(row["id"], row["sample"]) for row in rows] == [(p.id, i) for p in asked for i in range(4)]
-    answers = {problem.id: problem.answer for problem in asked}
-    assert all(row["correct"] == (row["extracted"] == answers[row["id"]]) for row in rows)  # whole numbers
+    problems = trained.load()
+    assert [(row["id"], row["sample"]) for row in rows] == [(p.id, i) for p in problems for i in range(4)]
+    answers = {problem.id: problem.answer for problem in problems}
+    assert all(row["correct"] == (row["extracted"] == answers[row["id"]]) for row in rows)  # the answers are integers
     assert 0 < sum(row["correct"] for row in rows) < 48
-    for row in rows:  # equal classes, equal numbers
+    for row in rows:
         assert (row["answer_class"] is None) == (row["extracted"] is None) == (row["status"] == "no_answer")
     stored = json.loads((folder / "metrics.json").read_text())
     assert stored["metrics"] == benchmark.latest["trained"]
@@ -211,8 +211,8 @@ def test_validate_writes_every_answer_with_its_verdict_and_the_scores(tiny_run, 
     assert stored["settings"] == json.loads((folder / "settings.json").read_text())
 
 
-def answer_twice(tiny_run, tmp_path, *, second: dict, module=None, root="same"):
-    """The folders of two evaluations of a module in one root folder, and how often the second sampled."""
+def validate_twice(tiny_run, tmp_path, *, second: dict, module=None, root="same"):
+    """Folders and metrics of two evaluations in one root folder, and the number of samples of the second."""
     data = benchmarks()
     folders, calls = [], []
     for options in ({}, second):
@@ -227,8 +227,8 @@ def answer_twice(tiny_run, tmp_path, *, second: dict, module=None, root="same"):
     return folders, sum(calls)
 
 
-def test_the_same_evaluation_again_samples_nothing(tiny_run, tmp_path):
-    ((first, before), (second, after)), num_sampled = answer_twice(tiny_run, tmp_path, second={})
+def test_repeated_evaluation_samples_nothing(tiny_run, tmp_path):
+    ((first, before), (second, after)), num_sampled = validate_twice(tiny_run, tmp_path, second={})
     assert first == second
     assert before == after
     assert num_sampled == 0
@@ -239,13 +239,13 @@ def test_the_same_evaluation_again_samples_nothing(tiny_run, tmp_path):
     [{"seed": 2}, {"max_completion_length": 17}, {"prompt": PromptTemplate(plain="{problem} ")}],
     ids=["seed", "length", "prompt"],
 )
-def test_another_evaluation_has_a_folder_of_its_own(tiny_run, tmp_path, change):
-    ((first, _), (second, _)), num_sampled = answer_twice(tiny_run, tmp_path, second=change)
+def test_evaluation_with_other_settings_has_its_own_folder(tiny_run, tmp_path, change):
+    ((first, _), (second, _)), num_sampled = validate_twice(tiny_run, tmp_path, second=change)
     assert not set(first) & set(second)
     assert num_sampled == 5 + 2 * 3
 
 
-def test_other_weights_have_a_folder_of_their_own_and_are_refused_in_a_chosen_one(tiny_run, tmp_path):
+def test_other_weights_get_their_own_folder_and_are_refused_in_a_given_folder(tiny_run, tmp_path):
     run = tiny_run(data=benchmarks(), trainer={"max_epochs": 1}).fit()
     untrained, trained, chosen = MathBenchmark(), MathBenchmark(), str(tmp_path / "chosen")
     fresh = tiny_run(data=benchmarks()).module
@@ -261,7 +261,7 @@ def test_other_weights_have_a_folder_of_their_own_and_are_refused_in_a_chosen_on
         refused.trainer.validate(run.module, refused.data, verbose=False)
 
 
-def test_an_answer_that_is_too_long_for_the_model_is_refused_by_name(tiny_run):
+def test_benchmark_longer_than_model_positions_is_refused(tiny_run):
     long = GeneratedBenchmark("long", num_problems=2, task=DIGITS, max_completion_length=4096)
     run = tiny_run(MathBenchmark(), data={"benchmarks": [long]})
     message = r"max_completion_length of benchmark 'long' = 8 \+ 4096 is more than the 4096 positions"
@@ -269,7 +269,7 @@ def test_an_answer_that_is_too_long_for_the_model_is_refused_by_name(tiny_run):
         run.trainer.validate(run.module, run.data, verbose=False)
 
 
-def test_such_a_benchmark_is_refused_before_the_first_update(tiny_run):
+def test_benchmark_longer_than_model_positions_is_refused_before_training(tiny_run):
     short, long = (
         GeneratedBenchmark(name, num_problems=2, task=DIGITS, max_completion_length=length)
         for name, length in (("short", 4088), ("long", 4089))
@@ -282,15 +282,15 @@ def test_such_a_benchmark_is_refused_before_the_first_update(tiny_run):
     assert run.trainer.global_step == 0
 
 
-def test_the_grader_of_evaluation_can_be_set(tiny_run):
+def test_evaluation_grader_can_be_set_and_is_closed(tiny_run):
     grader = MathGrader(num_workers=2, extraction="lenient")
     run = tiny_run(MathBenchmark(), data=benchmarks() | {"evaluation_grader": grader})
     assert run.data.answerer.grader is grader
     run.trainer.validate(run.module, run.data, verbose=False)
-    assert grader.worker_pids() == []  # ended with the run
+    assert grader.worker_pids() == []  # closed with the run
 
 
-def test_the_table_of_fit_shows_the_milestones(tiny_run):
+def test_milestones_table_shows_benchmarks_and_milestones(tiny_run):
     benchmark = MathBenchmark()
     tiny_run(benchmark, StageTransition(), data=benchmarks()).fit()
     console = Console(width=120, record=True, file=io.StringIO())
@@ -300,8 +300,8 @@ def test_the_table_of_fit_shows_the_milestones(tiny_run):
         assert word in text
 
 
-def test_a_run_that_starts_from_another_measures_its_own_benchmarks(tiny_run, tmp_path):
-    """The checkpoint brings results of a benchmark that this run does not have, at the very same step."""
+def test_run_from_a_checkpoint_evaluates_its_own_benchmarks(tiny_run, tmp_path):
+    """The checkpoint holds results of another benchmark at the same step."""
 
     def benchmark(name):
         return GeneratedBenchmark(name, num_problems=4, task=ArithmeticTask(num_digits=1))
@@ -326,8 +326,8 @@ def test_a_run_that_starts_from_another_measures_its_own_benchmarks(tiny_run, tm
     assert off.milestones == {}
 
 
-def test_a_remote_checkpoint_is_measured_and_told(tiny_run, tmp_path):
-    """Another file system than the local one: its paths are no paths to the operating system."""
+def test_remote_checkpoint_is_evaluated_and_recorded(tiny_run, tmp_path):
+    """The path is on fsspec's in-memory file system."""
     fitted = tiny_run(data=benchmarks(), trainer={"max_epochs": 1}).fit()
     remote = "memory://bucket/trained.ckpt"
     fitted.trainer.save_checkpoint(remote)

@@ -1,4 +1,4 @@
-"""Observers only observe: with them, training is bit-identical to training without."""
+"""Observing callbacks do not change training: weights and random state are bit-identical with and without them."""
 
 import pytest
 import torch
@@ -56,12 +56,12 @@ def plain(tiny_run) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", OBSERVERS)
-def test_training_is_bit_identical_with_and_without(tiny_run, plain, name):
+def test_training_with_observers_is_bit_identical(tiny_run, plain, name):
     observed = train(tiny_run, OBSERVERS[name]())
     assert all(map(torch.equal, observed, plain))
 
 
-def test_the_comparison_notices_another_run(tiny_run, plain):
+def test_comparison_detects_a_run_with_another_seed(tiny_run, plain):
     run = tiny_run(data={"benchmarks": benchmarks(), "num_ppo_epochs": 2, "seed": 2}, trainer={"max_epochs": 4})
     run.trainer.callbacks.append(StageTransition())
     run.fit()

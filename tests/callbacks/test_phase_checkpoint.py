@@ -5,7 +5,7 @@ from egspo_lightning import PhaseCheckpoint
 
 
 @pytest.mark.parametrize(("epochs", "saved"), [(3, [2, 3]), (4, [2, 4])])
-def test_the_last_phase_is_saved_whatever_the_interval(tiny_run, tmp_path, epochs, saved):
+def test_last_epoch_is_saved_for_any_interval(tiny_run, tmp_path, epochs, saved):
     checkpoint = PhaseCheckpoint(dirpath=tmp_path, every_n_epochs=2, save_top_k=-1, save_last=True)
     run = tiny_run(checkpoint, trainer={"max_epochs": epochs, "enable_checkpointing": True}).fit()
     names = sorted(path.name for path in tmp_path.glob("epoch*.ckpt"))

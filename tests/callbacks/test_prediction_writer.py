@@ -10,7 +10,7 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.answers import AnswerSampling
 
 ROWS = [{"id": f"p{i}", "problem": f"{i}+{i + 1}=?", "answer": str(2 * i + 1)} for i in range(5)]
-ROWS[3] = {"id": "p3", "problem": "3+4=?"}  # the user does not know
+ROWS[3] = {"id": "p3", "problem": "3+4=?"}  # no reference answer
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def predict(run, module=None) -> list[dict]:
 
 
 @pytest.mark.parametrize("batch_size", [2, 128])
-def test_every_problem_is_answered_once_and_greedily(tiny_run, problems, tmp_path, batch_size):
+def test_predict_answers_every_problem_once_with_greedy_decoding(tiny_run, problems, tmp_path, batch_size):
     run = tiny_run(PredictionWriter(), data={"problems": problems, "eval_batch_size": batch_size})
     rows = predict(run)
     assert run.trainer.callbacks[0].path.parent.parent == tmp_path / "predictions"
@@ -53,8 +53,8 @@ def test_every_problem_is_answered_once_and_greedily(tiny_run, problems, tmp_pat
         )
 
 
-def test_verdicts_are_given_where_there_is_a_reference(tiny_run, tmp_path):
-    """A policy that has learned these sums by heart."""
+def test_predict_gives_verdicts_for_problems_with_answers(tiny_run, tmp_path):
+    """The policy has memorized these sums."""
     from egspo_lightning.data.dataset_sources import DatasetDemonstrations
 
     sums = [{"id": f"s{i}", "problem": f"{i}+{i}=?", "answer": str(2 * i)} for i in range(1, 5)]
@@ -68,7 +68,7 @@ def test_verdicts_are_given_where_there_is_a_reference(tiny_run, tmp_path):
     assert [(row["extracted"], row["correct"]) for row in rows] == [("2", True), ("4", False), ("6", None)]
 
 
-def test_sampling_can_be_set(tiny_run, problems):
+def test_predict_sampling_can_be_set(tiny_run, problems):
     sampling = AnswerSampling(num_samples=3, temperature=1.0, max_completion_length=4)
     rows = predict(tiny_run(PredictionWriter(), data={"problems": problems, "predict_sampling": sampling}))
     assert [(row["id"], row["sample"]) for row in rows] == [(row["id"], i) for row in ROWS for i in range(3)]
@@ -76,13 +76,13 @@ def test_sampling_can_be_set(tiny_run, problems):
     assert max(row["length"] for row in rows) <= 4
 
 
-def test_sampling_without_sense_is_refused_by_name(tiny_run, problems):
+def test_several_greedy_predict_samples_are_refused(tiny_run, problems):
     data = {"problems": problems, "predict_sampling": AnswerSampling(num_samples=3)}
     with pytest.raises(UserError, match=r"data.predict_sampling: num_samples is 3, but at temperature 0"):
         predict(tiny_run(PredictionWriter(), data=data))
 
 
-def test_other_problems_and_other_weights_leave_earlier_answers_alone(tiny_run, tmp_path):
+def test_other_problems_do_not_change_earlier_predictions(tiny_run, tmp_path):
     first = tiny_run(PredictionWriter(), data={"problems": DatasetProblems(str(written(tmp_path, ROWS)))})
     predict(first)
     before = first.trainer.callbacks[0].path
@@ -93,7 +93,7 @@ def test_other_problems_and_other_weights_leave_earlier_answers_alone(tiny_run, 
     assert before.read_bytes() == kept
 
 
-def test_a_chosen_folder_is_filled_and_not_written_over(tiny_run, tmp_path, problems):
+def test_given_prediction_folder_is_not_overwritten(tiny_run, tmp_path, problems):
     folder = tmp_path / "a" / "b"
     assert len(predict(tiny_run(PredictionWriter(str(folder)), data={"problems": problems}))) == 5
     assert sorted(path.name for path in folder.iterdir()) == ["completions.jsonl", "settings.json"]
@@ -103,18 +103,18 @@ def test_a_chosen_folder_is_filled_and_not_written_over(tiny_run, tmp_path, prob
         predict(tiny_run(PredictionWriter(str(folder)), data={"problems": other}))
 
 
-def test_training_needs_answers(tiny_run, problems):
+def test_training_on_problems_without_answers_is_refused(tiny_run, problems):
     with pytest.raises(UserError, match=r"problems.jsonl:4: field 'answer' must be non-empty text, got nothing"):
         tiny_run(data={"problems": problems}).fit()
 
 
-def test_problems_of_one_id_are_refused(tiny_run, tmp_path):
+def test_predict_refuses_duplicate_problem_ids(tiny_run, tmp_path):
     path = written(tmp_path, [ROWS[0], ROWS[0]])
     with pytest.raises(UserError, match=r"data\.problems: 2 problems have the id 'p0'"):
         predict(tiny_run(PredictionWriter(), data={"problems": DatasetProblems(str(path))}))
 
 
-def test_problems_without_end_are_refused(tiny_run):
+def test_predict_on_an_endless_source_is_refused(tiny_run):
     run = tiny_run(PredictionWriter())
     with pytest.raises(UserError, match=r"data.problems: GeneratedProblems never ends.*DatasetProblems"):
         run.trainer.predict(run.module, run.data)

@@ -16,7 +16,7 @@ def every_line(monkeypatch):
 
 
 @pytest.mark.usefixtures("every_line")
-def test_plain_lines_where_there_is_no_terminal(tiny_run, capsys):
+def test_progress_prints_plain_lines_without_a_terminal(tiny_run, capsys):
     run = tiny_run(StageTransition(), PhaseProgress(), **BAR).fit()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("phase ")]
     assert len(lines) == 3
@@ -28,13 +28,13 @@ def test_plain_lines_where_there_is_no_terminal(tiny_run, capsys):
     assert "\x1b" not in "".join(lines)
 
 
-def test_lines_come_seconds_apart(tiny_run, capsys):
+def test_progress_lines_are_seconds_apart(tiny_run, capsys):
     tiny_run(PhaseProgress(), **BAR).fit()
-    assert capsys.readouterr().err.count("phase ") == 1  # three phases take less than ten seconds
+    assert capsys.readouterr().err.count("phase ") == 1  # three epochs take less than ten seconds
 
 
 @pytest.mark.usefixtures("every_line")
-def test_a_disabled_one_prints_nothing(tiny_run, capsys):
+def test_disabled_progress_prints_nothing(tiny_run, capsys):
     bar = PhaseProgress()
     bar.disable()
     assert not bar.is_enabled
@@ -49,23 +49,23 @@ def test_a_disabled_one_prints_nothing(tiny_run, capsys):
     assert capsys.readouterr().err == "hello\n"
 
 
-def test_markup_is_printed_as_it_is_written(capsys):
+def test_progress_prints_markup_literally(capsys):
     PhaseProgress().print("[bold]x[/bold] [/nothing] [sft]")
     assert capsys.readouterr().err == "[bold]x[/bold] [/nothing] [sft]\n"
 
 
-def test_a_bar_on_a_terminal_shows_phase_and_stage(tiny_run, tmp_path):
+def test_progress_bar_on_a_terminal_shows_phase_and_stage(tiny_run, tmp_path):
     bar = PhaseProgress()
     with (tmp_path / "screen").open("w") as screen:
         bar._console = Console(file=screen, force_terminal=True, width=120)
         tiny_run(bar, StageTransition(), **BAR).fit()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", (tmp_path / "screen").read_text())
     assert "phase 3/3" in text
-    assert "[egspo]" in text  # not swallowed as markup
+    assert "[egspo]" in text  # not parsed as markup
     assert bar._progress is None
 
 
-def test_the_bar_is_closed_when_training_fails(tiny_run, tmp_path):
+def test_progress_bar_is_closed_when_training_fails(tiny_run, tmp_path):
     bar = PhaseProgress()
     with (tmp_path / "screen").open("w") as screen:
         bar._console = Console(file=screen, force_terminal=True, width=120)
@@ -75,6 +75,6 @@ def test_the_bar_is_closed_when_training_fails(tiny_run, tmp_path):
     assert bar._progress is None
 
 
-def test_it_can_be_pickled_for_spawned_ranks(capsys):
+def test_progress_can_be_pickled_for_spawned_ranks(capsys):
     pickle.loads(pickle.dumps(PhaseProgress())).print("still there")
     assert capsys.readouterr().err == "still there\n"

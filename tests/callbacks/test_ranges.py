@@ -1,4 +1,4 @@
-"""The command line's parser refuses values out of range, naming the argument, before a callback is built."""
+"""The parser refuses out-of-range arguments of callbacks by name, before a callback is built."""
 
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
@@ -35,7 +35,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("callback", "name", "wrong", "right"), CASES, ids=lambda value: getattr(value, "__name__", None)
 )
-def test_values_out_of_range_are_refused_by_name(callback, name, wrong, right):
+def test_parser_refuses_out_of_range_callback_arguments(callback, name, wrong, right):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(callback, "key")
     assert parser.parse_args([f"--key.{name}={right}"]).key[name] is not None

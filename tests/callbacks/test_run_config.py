@@ -1,4 +1,4 @@
-"""A config in a checkpoint is plain data, and a resumed run lists what it changes."""
+"""Configs in checkpoints are plain data, and a resumed run lists the changed settings."""
 
 import io
 
@@ -9,8 +9,8 @@ from egspo_lightning import Guards, StageTransition
 from egspo_lightning.callbacks.run_config import differences, plain
 
 
-def test_values_of_restricted_types_become_plain_numbers():
-    """A checkpoint that holds a subclass of int or float would not load with ``weights_only``."""
+def test_plain_converts_restricted_types_to_plain_numbers():
+    """A checkpoint with a subclass of int or float does not load with ``weights_only``."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(StageTransition, "transition")
     parser.add_class_arguments(Guards, "guards")
@@ -27,7 +27,7 @@ def test_values_of_restricted_types_become_plain_numbers():
     assert torch.load(file, weights_only=True) == values
 
 
-def test_differences_are_listed_field_by_field_and_places_are_left_out():
+def test_differences_lists_changed_fields_and_ignores_paths():
     before = {"data": {"num_problems": 16, "gone": 1}, "terms": [{"x": 1}, {"x": 2}], "ckpt_path": None}
     now = {"data": {"num_problems": 8}, "terms": [{"x": 1}, {"x": 3}], "ckpt_path": "last"}
     assert differences(before, now) == ["data.gone: 1 -> 'absent'", "data.num_problems: 16 -> 8", "terms.1.x: 2 -> 3"]

@@ -12,8 +12,8 @@ from egspo_lightning.ops.objective import Objective
 from egspo_lightning.types import Stage
 
 
-class Stages(Callback):
-    """Notes what each epoch trains, and the optimizer as the epoch's first batch finds it."""
+class StageRecorder(Callback):
+    """Records stage, learning rate and optimizer state at the start of each epoch."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -32,8 +32,8 @@ class Stages(Callback):
             self.first_batches.append(str(batch.stage))
 
 
-class Report(Callback):
-    """Logs given values, one an epoch, as a metric."""
+class LogValues(Callback):
+    """Logs one of the given values in each epoch as a metric."""
 
     def __init__(self, values: list[float]) -> None:
         self.values = values
@@ -51,25 +51,25 @@ SFT, EGSPO = "sft", "egspo"
         ({"after_epochs": 1}, [SFT, EGSPO, EGSPO]),
         ({"after_epochs": 2}, [SFT, SFT, EGSPO]),
         ({}, [SFT, EGSPO, EGSPO]),
-        ({"monitor": "loss/sft", "target": 0.0}, [SFT] * 3),  # a metric alone, never reached
+        ({"monitor": "loss/sft", "target": 0.0}, [SFT] * 3),  # only a metric, whose target is never reached
         ({"enabled": False}, [SFT] * 3),
     ],
 )
-def test_sft_lasts_a_number_of_epochs(tiny_run, options, expected):
-    stages = Stages()
+def test_sft_ends_after_given_epochs(tiny_run, options, expected):
+    stages = StageRecorder()
     tiny_run(StageTransition(**options), stages).fit()
     assert stages.stages == stages.first_batches == expected
 
 
-def test_a_benchmark_that_is_not_measured_cannot_be_waited_for(tiny_run):
+def test_monitoring_a_benchmark_that_is_never_evaluated_is_refused(tiny_run):
     run = tiny_run(MathBenchmark(), StageTransition(monitor="eval/held_out/avg@1", target=0.5))
     with pytest.raises(UserError, match=r"math_benchmark\.every_n_epochs is 0"):
         run.fit()
 
 
-def test_a_benchmark_counts_only_when_it_was_measured(tiny_run):
-    """Measured every second epoch, and never better: patience 2 ends SFT at the third measurement, not before."""
-    stages = Stages()
+def test_patience_counts_only_epochs_with_a_benchmark_evaluation(tiny_run):
+    """With an evaluation every second epoch and no improvement, patience 2 ends SFT at the third evaluation."""
+    stages = StageRecorder()
     benchmark = GeneratedBenchmark("held_out", num_problems=4, task=ArithmeticTask(num_digits=1))
     tiny_run(
         MathBenchmark(every_n_epochs=2, at_start=False),
@@ -81,7 +81,7 @@ def test_a_benchmark_counts_only_when_it_was_measured(tiny_run):
     assert stages.stages == [SFT] * 6 + [EGSPO]
 
 
-def test_a_run_from_sft_ckpt_takes_its_own_learning_rate_and_a_resumed_one_keeps_it(tiny_run, tmp_path):
+def test_run_from_sft_ckpt_uses_its_learning_rate_and_resume_keeps_it(tiny_run, tmp_path):
     tiny_run(StageTransition(learning_rate=1e-3), trainer={"max_epochs": 1}, logger=True).fit()
     (start,) = tmp_path.rglob("sft.ckpt")
 
@@ -91,13 +91,13 @@ def test_a_run_from_sft_ckpt_takes_its_own_learning_rate_and_a_resumed_one_keeps
         return run.trainer.optimizers[0].param_groups[0]["lr"]
 
     assert rate(learning_rate=5e-5) == 5e-5
-    assert rate() == 1e-2  # the optimizer's own
+    assert rate() == 1e-2  # the learning rate of the optimizer
     resumed = tiny_run(StageTransition(learning_rate=7e-5), trainer={"max_epochs": 3})
     resumed.fit(ckpt_path=tmp_path / "later.ckpt")
     assert resumed.trainer.optimizers[0].param_groups[0]["lr"] == 1e-2
 
 
-def test_a_run_with_a_reference_can_start_from_a_checkpoint_without_and_the_reverse(tiny_run, tmp_path):
+def test_reference_policy_can_be_added_or_removed_when_starting_from_a_checkpoint(tiny_run, tmp_path):
     plain = tiny_run(StageTransition(), trainer={"max_epochs": 1}, logger=True).fit()
     (start,) = tmp_path.rglob("sft.ckpt")
     with_reference = {"module": {"objective": Objective(beta=0.1)}}
@@ -112,8 +112,8 @@ def test_a_run_with_a_reference_can_start_from_a_checkpoint_without_and_the_reve
         again.fit(ckpt_path=tmp_path / "without.ckpt")
 
 
-def test_without_it_the_stage_never_changes(tiny_run):
-    stages = Stages()
+def test_stage_never_changes_without_stage_transition(tiny_run):
+    stages = StageRecorder()
     tiny_run(stages, trainer={"max_epochs": 2}).fit()
     assert stages.stages == [SFT, SFT]
 
@@ -122,43 +122,38 @@ def test_without_it_the_stage_never_changes(tiny_run):
     ("options", "values", "num_sft"),
     [
         ({"target": 0.5}, [0.9, 0.6, 0.4, 0.3, 0.2], 3),
-        ({"target": 0.5}, [0.9, 0.5, 0.4, 0.3, 0.2], 2),  # reached exactly
+        ({"target": 0.5}, [0.9, 0.5, 0.4, 0.3, 0.2], 2),  # equal to the target
         ({"target": 0.5, "mode": "max"}, [0.1, 0.4, 0.6, 0.7, 0.1], 3),
-        ({"patience": 2}, [0.9, 0.8, 0.8, 0.9, 0.1], 4),  # best in epoch 2, two epochs without a better one
+        ({"patience": 2}, [0.9, 0.8, 0.8, 0.9, 0.1], 4),  # best in epoch 2, then two epochs without improvement
         ({"patience": 1}, [0.9, 0.8, 0.7, 0.75, 0.1], 4),
         ({"patience": 1, "min_delta": 0.2}, [0.9, 0.8, 0.7, 0.6, 0.5], 2),
         ({"patience": 2, "mode": "max"}, [0.5, 0.6, 0.6, 0.6, 0.9], 4),
-        ({"patience": 1, "target": 0.85}, [0.9, 0.8, 0.8, 0.8, 0.8], 2),  # whichever comes first
+        ({"patience": 1, "target": 0.85}, [0.9, 0.8, 0.8, 0.8, 0.8], 2),  # the first of the two
         ({"target": 0.0, "after_epochs": 3}, [0.9, 0.9, 0.9, 0.9, 0.9], 3),
     ],
 )
-def test_a_monitored_metric_ends_sft(tiny_run, options, values, num_sft):
-    stages = Stages()
+def test_monitored_metric_ends_sft(tiny_run, options, values, num_sft):
+    stages = StageRecorder()
     transition = StageTransition(**{"after_epochs": None, "monitor": "my/value", **options})
-    tiny_run(Report(values), transition, stages, trainer={"max_epochs": 5}).fit()
+    tiny_run(LogValues(values), transition, stages, trainer={"max_epochs": 5}).fit()
     assert stages.stages == [SFT] * num_sft + [EGSPO] * (5 - num_sft)
 
 
-def test_a_metric_that_training_logs_can_be_monitored(tiny_run):
-    stages = Stages()
+def test_training_metric_can_be_monitored(tiny_run):
+    stages = StageRecorder()
     tiny_run(StageTransition(None, "loss/sft", target=1e9), stages, trainer={"max_epochs": 2}).fit()
     assert stages.stages == [SFT, EGSPO]
 
 
-def test_what_math_benchmark_measures_can_be_monitored(tiny_run):
-    stages, data = Stages(), {"benchmarks": [GeneratedBenchmark("sums", num_problems=2, task=digits())]}
+def test_benchmark_metric_can_be_monitored(tiny_run):
+    stages = StageRecorder()
+    data = {"benchmarks": [GeneratedBenchmark("sums", num_problems=2, task=ArithmeticTask(num_digits=1))]}
     transition = StageTransition(None, "eval/sums/avg@1", mode="max", target=0.0)
     tiny_run(MathBenchmark(every_n_epochs=1), transition, stages, data=data, trainer={"max_epochs": 2}).fit()
     assert stages.stages == [SFT, EGSPO]
 
 
-def digits():
-    from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
-
-    return ArithmeticTask(num_digits=1)
-
-
-def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(tiny_run):
+def test_unknown_metric_is_refused_with_the_logged_metrics(tiny_run):
     run = tiny_run(StageTransition(monitor="loss/stf", target=0.1))
     with pytest.raises(
         UserError, match=r"stage_transition.monitor: no metric 'loss/stf' was logged.*loss/sft, .*stage"
@@ -175,40 +170,40 @@ def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(tiny_run):
         ({"learning_rate": 1e-3, "reset_optimizer": False}, "learning_rate needs stage_transition.reset_optimizer"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_contradictory_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         StageTransition(**options)
 
 
-# What the policy takes along
+# Policy, optimizer and schedule after the transition
 
 
-def test_the_optimizer_starts_anew_at_the_given_learning_rate(tiny_run):
-    stages = Stages()
+def test_optimizer_is_reset_with_the_given_learning_rate(tiny_run):
+    stages = StageRecorder()
     run = tiny_run(StageTransition(learning_rate=3e-4), stages).fit()
     assert stages.learning_rates == [1e-2, 3e-4, 3e-4]
-    # Adam's moments: none at first, none after the transition, then those of every parameter
+    # Adam's moments: none at the start, none after the transition, then one entry per parameter
     assert stages.num_states[:2] == [0, 0]
     assert stages.num_states[2] == len(list(run.module.policy.parameters()))
     steps = {int(state["step"]) for state in run.trainer.optimizers[0].state.values()}
-    assert steps == {4}  # two collections of two updates; the two SFT updates are forgotten
+    assert steps == {4}  # two rollout batches with two steps each; the SFT steps were reset
 
 
-def test_without_a_learning_rate_that_of_sft_stays(tiny_run):
-    stages = Stages()
+def test_learning_rate_of_sft_is_kept_by_default(tiny_run):
+    stages = StageRecorder()
     tiny_run(StageTransition(), stages).fit()
     assert stages.learning_rates == [1e-2] * 3
 
 
-def test_the_optimizer_may_be_kept(tiny_run):
-    stages = Stages()
+def test_optimizer_state_can_be_kept(tiny_run):
+    stages = StageRecorder()
     run = tiny_run(StageTransition(reset_optimizer=False), stages).fit()
     assert stages.num_states[1] == len(list(run.module.policy.parameters()))
     assert {int(state["step"]) for state in run.trainer.optimizers[0].state.values()} == {6}
 
 
 @pytest.mark.parametrize(("learning_rate", "start"), [(1e-3, 1e-3), (None, 1e-2)])
-def test_the_schedule_starts_anew_too(tiny_run, learning_rate, start):
+def test_learning_rate_schedule_restarts(tiny_run, learning_rate, start):
     rates: list[float] = []
 
     class Rates(Callback):
@@ -219,11 +214,11 @@ def test_the_schedule_starts_anew_too(tiny_run, learning_rate, start):
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
     tiny_run(StageTransition(learning_rate=learning_rate), Rates(), module={"lr_scheduler": halving}).fit()
-    # two updates a phase, halved after each
+    # two optimizer steps per epoch, halved after each
     assert rates == pytest.approx([1e-2, 5e-3, start, start / 2, start / 4, start / 8])
 
 
-def test_the_policy_at_the_end_of_sft_becomes_the_reference(tiny_run):
+def test_policy_at_the_end_of_sft_becomes_the_reference(tiny_run):
     seen: dict[str, list[torch.Tensor]] = {}
 
     class Look(Callback):
@@ -242,29 +237,29 @@ def test_the_policy_at_the_end_of_sft_becomes_the_reference(tiny_run):
 # State and checkpoint
 
 
-def test_its_state_comes_back():
+def test_stage_transition_state_is_restored():
     before, after = (StageTransition(None, "x", patience=3) for _ in range(2))
     before.num_epochs, before.num_bad_epochs, before.best = 5, 2, 0.25
     after.load_state_dict(before.state_dict())
     assert (after.num_epochs, after.num_bad_epochs, after.best) == (5, 2, 0.25)
-    assert after._judge("x", {"x": torch.tensor(0.3)}) is not None  # the third epoch without an improvement
+    assert after._judge("x", {"x": torch.tensor(0.3)}) is not None  # the third epoch without improvement
 
 
-def test_a_resumed_run_goes_on_counting(tiny_run, tmp_path):
+def test_resumed_run_continues_the_epoch_count(tiny_run, tmp_path):
     run = tiny_run(StageTransition(after_epochs=3, save_checkpoint=False), trainer={"max_epochs": 2}).fit()
     run.trainer.save_checkpoint(tmp_path / "two.ckpt")
-    stages = Stages()
+    stages = StageRecorder()
     resumed = tiny_run(StageTransition(after_epochs=3, save_checkpoint=False), stages, trainer={"max_epochs": 5})
     resumed.fit(ckpt_path=tmp_path / "two.ckpt", weights_only=True)
     assert stages.stages == [SFT, EGSPO, EGSPO]
 
 
-def test_sft_ckpt_starts_stage_egspo_just_as_the_run_that_wrote_it(tiny_run):
+def test_sft_ckpt_reproduces_stage_egspo_of_the_run_that_wrote_it(tiny_run):
     whole = tiny_run(StageTransition(learning_rate=1e-3), logger=True).fit()
     assert whole.module.stage == Stage.EGSPO
     checkpoint = Path(whole.trainer.log_dir) / "sft.ckpt"
     assert checkpoint.is_file()
-    stages = Stages()
+    stages = StageRecorder()
     resumed = tiny_run(StageTransition(learning_rate=1e-3), stages).fit(ckpt_path=checkpoint, weights_only=True)
     assert stages.stages == stages.first_batches == [EGSPO, EGSPO]
     assert stages.learning_rates == [1e-3, 1e-3]
@@ -273,23 +268,23 @@ def test_sft_ckpt_starts_stage_egspo_just_as_the_run_that_wrote_it(tiny_run):
         assert torch.equal(ours, theirs)
 
 
-def test_sft_alone_goes_on_with_sft_from_sft_ckpt(tiny_run, tmp_path):
-    """The stage that the checkpoint names is that of the run that wrote it."""
+def test_disabled_transition_continues_sft_from_sft_ckpt(tiny_run, tmp_path):
+    """The stage in the checkpoint belongs to the run that wrote it."""
     tiny_run(StageTransition(after_epochs=2), trainer={"max_epochs": 2}, logger=True).fit()
     (start,) = tmp_path.rglob("sft.ckpt")
-    stages = Stages()
+    stages = StageRecorder()
     more = tiny_run(StageTransition(enabled=False), stages, trainer={"max_epochs": 4})
     more.fit(ckpt_path=start, weights_only=True)
     assert stages.stages == stages.first_batches == [SFT, SFT]
     assert (more.data.phases.num_passes, more.data.phases.num_rollout_batches, more.trainer.global_step) == (4, 0, 8)
     more.trainer.save_checkpoint(tmp_path / "more.ckpt")
-    again = Stages()
+    again = StageRecorder()
     tiny_run(StageTransition(enabled=False), again, trainer={"max_epochs": 5}).fit(ckpt_path=tmp_path / "more.ckpt")
     assert again.stages == [SFT]
 
 
-def test_sft_alone_takes_the_steps_that_one_longer_stage_would_have_taken(tiny_run, tmp_path):
-    """With an optimizer that remembers nothing, four epochs are two and two."""
+def test_continued_sft_equals_one_longer_sft_stage(tiny_run, tmp_path):
+    """With an optimizer without state, two plus two epochs equal four epochs."""
     module = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
     whole = tiny_run(StageTransition(enabled=False), module=module, trainer={"max_epochs": 4}).fit()
     tiny_run(StageTransition(after_epochs=2), module=module, trainer={"max_epochs": 2}, logger=True).fit()
@@ -298,6 +293,6 @@ def test_sft_alone_takes_the_steps_that_one_longer_stage_would_have_taken(tiny_r
     assert all(map(torch.equal, more.module.policy.parameters(), whole.module.policy.parameters()))
 
 
-def test_sft_ckpt_can_be_left_out(tiny_run):
+def test_sft_ckpt_can_be_disabled(tiny_run):
     run = tiny_run(StageTransition(save_checkpoint=False), logger=True).fit()
     assert not list(Path(run.trainer.log_dir).glob("*.ckpt"))

@@ -1,4 +1,4 @@
-"""Class names in configs and flags: the short name of every shipped part, the dotted path of the user's own."""
+"""Class names in configs and flags: short names of shipped parts, dotted paths of user classes."""
 
 import json
 
@@ -12,7 +12,7 @@ JSONL = {"class_path": "DatasetProblems", "init_args": {"path": "problems.jsonl"
 
 
 class BuiltError(Exception):
-    """The parser is built; nothing is parsed."""
+    """Raised in place of parsing, after the parser has been built."""
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,17 @@ def parser():
 
 @pytest.fixture
 def parse(parser, repository, monkeypatch):
-    """Parses a fit of the quickstart, and gives the config as plain dictionaries."""
+    """Parses a fit of the quickstart and returns the config as plain dictionaries."""
     monkeypatch.chdir(repository)
     return lambda *arguments: parser.parse_args(["fit", QUICKSTART, *arguments]).fit.as_dict()
 
 
-def resolves(spec, name):
-    """Whether a parsed part is the class of this name."""
+def is_class(spec, name):
+    """Whether a parsed part has the class of this name."""
     return spec["class_path"] == f"egspo_lightning.{name}"
 
 
-ROUNDS = [
+CONFIGS = [
     {
         "model.gate": ("AbsoluteGate", {"nats": 0.3}),
         "model.attenuation": ("ConstantAttenuation", {"value": 0.1}),
@@ -77,7 +77,7 @@ ROUNDS = [
         "data.problems.init_args.task": ("ArithmeticTask", {"num_digits": 3}),
     },
 ]
-"""Each shipped part once, as few configs."""
+"""Every shipped part once, in as few configs as possible."""
 
 
 def at(config, key):
@@ -99,22 +99,22 @@ def put(config, key, value):
 
 def assert_holds(config, parts):
     for key, (name, arguments) in parts.items():
-        assert resolves(at(config, key), name)
+        assert is_class(at(config, key), name)
         assert {argument: at(config, key)["init_args"][argument] for argument in arguments} == arguments
 
 
-@pytest.mark.parametrize("parts", ROUNDS)
-def test_short_names_in_a_file(parse, overlay, parts):
+@pytest.mark.parametrize("parts", CONFIGS)
+def test_short_names_in_a_config_file(parse, overlay, parts):
     config = {}
     for key, (name, arguments) in parts.items():
-        put(config, key, {"class_path": name, "init_args": dict(arguments)} if arguments or key in NEST else name)
+        put(config, key, {"class_path": name, "init_args": dict(arguments)} if arguments or key in NESTED else name)
     assert_holds(parse(overlay(config)), parts)
 
 
-NEST = ("data.problems",)  # a later key sets an argument of it
+NESTED = ("data.problems",)  # a later key sets one of its arguments
 
 
-@pytest.mark.parametrize("parts", ROUNDS)
+@pytest.mark.parametrize("parts", CONFIGS)
 def test_short_names_on_the_command_line(parse, parts):
     flags = []
     for key, (name, arguments) in parts.items():
@@ -128,16 +128,16 @@ def test_short_names_on_the_command_line(parse, parts):
 @pytest.mark.parametrize(
     "kind", ["Gate", "Attenuation", "Advantage", "RolloutEngine", "Reward", "DemonstrationSource", "ProblemSource"]
 )
-def test_each_name_that_a_key_accepts_is_tested(kind):
-    tested = {name for parts in ROUNDS for name, _ in parts.values()}
+def test_every_short_name_is_tested(kind):
+    tested = {name for parts in CONFIGS for name, _ in parts.values()}
     assert set(class_names(PARTS[kind])) <= tested
 
 
 TERMS = {"right": {"class_path": "CorrectnessReward"}, "form": "FormatReward"}
 
 
-def test_short_names_of_nested_parts(parse, overlay):
-    """The terms of a reward, a list of benchmarks, and the tasks inside them."""
+def test_short_names_in_nested_parts(parse, overlay):
+    """In the terms of a reward, in a list of benchmarks, and in the tasks inside them."""
     generated = {"class_path": "GeneratedBenchmark", "init_args": {"task": "ExpressionTask"}}
     known = {"class_path": "KnownBenchmark", "init_args": {"name": "math500"}}
     config = {
@@ -150,12 +150,12 @@ def test_short_names_of_nested_parts(parse, overlay):
     }
     data = parse(overlay(config))["data"]
     terms = data["reward"]["init_args"]["terms"]
-    assert resolves(data["reward"], "WeightedReward")
-    assert resolves(terms["right"], "CorrectnessReward")
-    assert resolves(terms["form"], "FormatReward")
-    assert [resolves(b, n) for b, n in zip(data["benchmarks"], ["GeneratedBenchmark", "KnownBenchmark"], strict=True)]
-    assert resolves(data["benchmarks"][0]["init_args"]["task"], "ExpressionTask")
-    assert resolves(data["problems"]["init_args"]["task"], "ExpressionTask")
+    assert is_class(data["reward"], "WeightedReward")
+    assert is_class(terms["right"], "CorrectnessReward")
+    assert is_class(terms["form"], "FormatReward")
+    assert [is_class(b, n) for b, n in zip(data["benchmarks"], ["GeneratedBenchmark", "KnownBenchmark"], strict=True)]
+    assert is_class(data["benchmarks"][0]["init_args"]["task"], "ExpressionTask")
+    assert is_class(data["problems"]["init_args"]["task"], "ExpressionTask")
 
 
 OWN_GATE = """
@@ -168,7 +168,7 @@ class Half:
 """
 
 
-def test_a_dotted_path_names_a_class_of_the_package_or_of_the_user(parse, tmp_path, monkeypatch):
+def test_dotted_path_names_a_class_of_package_or_user(parse, tmp_path, monkeypatch):
     (tmp_path / "my_parts.py").write_text(OWN_GATE)
     monkeypatch.syspath_prepend(tmp_path)
     model = parse("--model.gate=my_parts.Half", "--model.advantage=egspo_lightning.ops.estimators.GAE")["model"]
@@ -177,7 +177,7 @@ def test_a_dotted_path_names_a_class_of_the_package_or_of_the_user(parse, tmp_pa
     assert model["advantage"]["init_args"]["lam"] == 0.95
 
 
-def test_a_printed_config_is_read_again(parse, overlay, tmp_path, capsys):
+def test_printed_config_parses_to_the_same_config(parse, overlay, tmp_path, capsys):
     reward = {"class_path": "WeightedReward", "init_args": {"terms": TERMS}}
     arguments = [overlay({"data": {"reward": reward, "problems": JSONL}}), "--model.gate=AbsoluteGate"]
     arguments += ["--model.gate.nats=0.3", "--model.objective.mu=ChordMu"]
@@ -185,9 +185,9 @@ def test_a_printed_config_is_read_again(parse, overlay, tmp_path, capsys):
         parse(*arguments, "--print_config")
     assert stop.value.code == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    config, again = parse(*arguments), parse(f"--config={tmp_path / 'printed.yaml'}")
-    del config["config"], again["config"]
-    assert again == config
+    config, reparsed = parse(*arguments), parse(f"--config={tmp_path / 'printed.yaml'}")
+    del config["config"], reparsed["config"]
+    assert reparsed == config
 
 
 GATES = "AbsoluteGate, OpenGate, QuantileGate"
@@ -217,7 +217,7 @@ GATES = "AbsoluteGate, OpenGate, QuantileGate"
         ),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_names_that_exist(parser, monkeypatch, capsys, key, value, words):
+def test_unknown_class_name_error_lists_known_names(parser, monkeypatch, capsys, key, value, words):
     monkeypatch.setenv("COLUMNS", "10000")
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["fit", f"--{key}={flag(value)}"])

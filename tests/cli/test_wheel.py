@@ -1,4 +1,4 @@
-"""An installed wheel, away from the checkout, finds the shipped configs and the tiny model."""
+"""An installed wheel finds the shipped configs and the tiny model outside the checkout."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def run(*command, folder, **environment):
 
 @pytest.fixture(scope="module")
 def installed(repository, tmp_path_factory):
-    """The folder that a wheel of the checkout is installed into; built from a copy, so that nothing is left here."""
+    """Folder with the installed wheel, built from a copy of the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     source, target = folder / "source", folder / "installed"
     source.mkdir()
@@ -45,7 +45,7 @@ def installed(repository, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_config_and_the_stub(installed, repository):
+def test_wheel_contains_every_config_and_the_type_stub(installed, repository):
     package, configs = installed / "egspo_lightning", repository / "configs"
     for path in [*configs.rglob("*.yaml"), *configs.glob("tiny_model/*.json")]:
         assert (package / "configs" / path.relative_to(configs)).read_bytes() == path.read_bytes()
@@ -54,7 +54,7 @@ def test_the_wheel_holds_every_config_and_the_stub(installed, repository):
 
 
 @pytest.mark.slow
-def test_shipped_configs_are_found_from_another_folder(installed, tmp_path):
+def test_installed_package_finds_shipped_configs(installed, tmp_path):
     arguments = ["--config", "configs/quickstart.yaml", "--config=methods/grpo.yaml", "--print_config"]
     printed = run("egspo_lightning", "fit", *arguments, folder=tmp_path, PYTHONPATH=str(installed))
     config = yaml.safe_load(printed)
@@ -63,7 +63,7 @@ def test_shipped_configs_are_found_from_another_folder(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs_from_another_folder(installed, tmp_path):
+def test_installed_package_runs_the_quickstart(installed, tmp_path):
     arguments = ["fit", "--config=configs/quickstart.yaml", *SHORT]
     assert "Logs:" in run("egspo_lightning", *arguments, folder=tmp_path, PYTHONPATH=str(installed))
     (saved,) = tmp_path.glob("logs/lightning_logs/version_0/config.yaml")

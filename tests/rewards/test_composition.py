@@ -17,11 +17,11 @@ from egspo_lightning.types import Problem
 
 TEXTS = [r"\boxed{x+1}", r"\boxed{1+x} \boxed{1+x}", r"\boxed{y}", "x+1"]
 GOLDS = ["1+x"] * 4
-LENGTHS = [16, 18, 20, 1]  # of at most 20
+LENGTHS = [16, 18, 20, 1]  # max_completion_length is 20
 
 
-class Given:
-    """A user's reward that gives whatever it was told to."""
+class Constant:
+    """A user's reward that returns the given object."""
 
     def __init__(self, values):
         self.values = values
@@ -31,7 +31,7 @@ class Given:
 
 
 def length_of(solutions, answers):
-    """A user's reward as a function, whose parameters have other names."""
+    """A user's reward function with other parameter names."""
     return [len(text) for text in solutions]
 
 
@@ -41,7 +41,7 @@ def details_of(grader):
     return [Details(problem, "", n, 20, False, grade) for n, grade in zip(LENGTHS, grades, strict=True)]
 
 
-def test_the_weighted_sum_by_hand():
+def test_weighted_sum_by_hand():
     reward = WeightedReward(
         {"correctness": CorrectnessReward(), "format": FormatReward(), "length": SoftLengthPenalty(4)},
         {"format": 0.25, "length": 0.5},
@@ -57,12 +57,12 @@ def test_the_weighted_sum_by_hand():
     assert reward.grader.worker_pids() == []
 
 
-def test_a_weight_of_zero_or_below_counts_as_it_says():
-    reward = WeightedReward({"a": Given([1.0, 2.0]), "b": Given([3.0, 5.0])}, {"a": 0.0, "b": -2.0})
+def test_zero_and_negative_weights_are_applied():
+    reward = WeightedReward({"a": Constant([1.0, 2.0]), "b": Constant([3.0, 5.0])}, {"a": 0.0, "b": -2.0})
     assert reward.score(["x", "y"], ["1", "2"]) == [Scored(-6.0, {"a": 1.0, "b": 3.0}), Scored(-10.0, {"a": 2, "b": 5})]
 
 
-def test_a_sum_may_be_a_term():
+def test_weighted_reward_can_be_a_term():
     correctness = CorrectnessReward(deadline_s=3.0)
     inner = WeightedReward({"correctness": correctness, "length": SoftLengthPenalty(4)}, {"length": 0.5})
     outer = WeightedReward({"format": FormatReward(), "inner": inner}, {"inner": 2.0})
@@ -74,29 +74,29 @@ def test_a_sum_may_be_a_term():
     assert correctness.grader.worker_pids() == []
 
 
-def test_the_grader_is_that_of_the_term_that_has_one_and_else_its_own():
+def test_grader_comes_from_a_term_or_is_created():
     correctness = CorrectnessReward(num_workers=2)
     assert WeightedReward({"length": length_of, "right": correctness}).grader is correctness.grader
-    alone = WeightedReward.of(length_of)
-    assert [grade.correct for grade in alone.grader.grade([r"\boxed{x+1}"], ["1+x"])] == [True]
-    assert alone.grader.worker_pids()
-    alone.close()
-    assert alone.grader.worker_pids() == []
+    without_grader = WeightedReward.of(length_of)
+    assert [grade.correct for grade in without_grader.grader.grade([r"\boxed{x+1}"], ["1+x"])] == [True]
+    assert without_grader.grader.worker_pids()
+    without_grader.close()
+    assert without_grader.grader.worker_pids() == []
 
 
 @pytest.mark.parametrize(
     ("reward", "name"),
-    [(CorrectnessReward(), "correctness"), (length_of, "length_of"), (Given([]), "Given")],
+    [(CorrectnessReward(), "correctness"), (length_of, "length_of"), (Constant([]), "Constant")],
 )
-def test_a_reward_alone_is_a_sum_of_one(reward, name):
+def test_single_reward_becomes_a_sum_of_one_term(reward, name):
     composed = WeightedReward.of(reward)
     assert composed.terms == {name: reward}
     assert composed.weights == {name: 1.0}
     assert WeightedReward.of(composed) is composed
 
 
-def test_it_travels_to_other_processes():
-    """Spawned ranks are given a pickled copy."""
+def test_weighted_reward_can_be_pickled():
+    """Spawned ranks receive a pickled copy."""
     reward = loads(dumps(WeightedReward({"correctness": CorrectnessReward(2.0), "format": FormatReward()})))
     assert reward([r"\boxed{2}", "2"], ["2", "2"]) == [3.0, 0.0]
 
@@ -114,8 +114,8 @@ def test_it_travels_to_other_processes():
         torch.tensor([1.0, 0.0], dtype=torch.bfloat16, requires_grad=True),
     ],
 )
-def test_numbers_of_any_kind_are_taken_as_floats(values):
-    found = WeightedReward.of(Given(values))(["a", "b"], ["1", "2"])
+def test_rewards_of_any_number_type_become_floats(values):
+    found = WeightedReward.of(Constant(values))(["a", "b"], ["1", "2"])
     assert found == [1.0, 0.0]
     assert all(type(value) is float for value in found)
 
@@ -144,38 +144,40 @@ def test_numbers_of_any_kind_are_taken_as_floats(values):
         ({"a": 1.0, "b": 0.0}, "gave dict {"),
     ],
 )
-def test_what_is_no_list_of_finite_numbers_is_refused_by_name(values, words):
-    reward = WeightedReward({"format": FormatReward(), "mine": Given(values)})
+def test_rewards_that_are_not_finite_numbers_are_refused_with_reward_name(values, words):
+    reward = WeightedReward({"format": FormatReward(), "mine": Constant(values)})
     with pytest.raises(UserError) as refusal:
         reward(["a", "b"], ["1", "2"])
-    assert str(refusal.value).startswith(f"data.reward: mine ({__name__}.Given) gave ")
+    assert str(refusal.value).startswith(f"data.reward: mine ({__name__}.Constant) gave ")
     assert words in str(refusal.value)
     assert len(str(refusal.value)) < 300
 
 
-def test_an_error_in_a_users_reward_is_told_with_its_name_and_cause():
+def test_error_in_a_user_reward_is_wrapped_with_name_and_cause():
     def broken(completions, golds):
         return [1 / len(text) for text in completions]
 
     reward = WeightedReward({"mine": broken})
-    with pytest.raises(RuntimeError, match=r"data\.reward: mine \(.*broken\) raised ZeroDivisionError: .*zero") as told:
+    with pytest.raises(
+        RuntimeError, match=r"data\.reward: mine \(.*broken\) raised ZeroDivisionError: .*zero"
+    ) as raised:
         reward([""], ["1"])
-    assert isinstance(told.value.__cause__, ZeroDivisionError)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
-def test_a_callable_without_a_signature_is_told_by_name():
+def test_callable_without_signature_is_refused_by_name():
     details = [Details(Problem("1", "q", "1"), "q", 1, 9, False, Grade(True, "graded", "1", 0.0))]
     with pytest.raises(RuntimeError, match=r"data\.reward: max \(builtins\.max\) raised ValueError: no signature"):
         WeightedReward({"max": max})(["a"], ["1"], details)
 
 
-def test_the_grader_can_be_given():
+def test_given_grader_overrides_that_of_terms():
     first, given = CorrectnessReward(), MathGrader(num_workers=3)
     assert WeightedReward({"a": first}).grader is first.grader
     assert WeightedReward({"a": first}, grader=given).grader is given
 
 
-def test_a_mistake_that_a_users_reward_tells_itself_is_told_as_it_is():
+def test_user_error_from_a_user_reward_is_not_wrapped():
     def choosy(completions, golds):
         raise UserError("mine.threshold must be set.")
 
@@ -192,6 +194,6 @@ def test_a_mistake_that_a_users_reward_tells_itself_is_told_as_it_is():
         ({"a": length_of}, {"a": float("inf")}, r"data\.reward\.weights\.a must be a finite number, got inf"),
     ],
 )
-def test_terms_and_weights_that_make_no_sense_are_refused(terms, weights, message):
+def test_invalid_terms_and_weights_are_refused(terms, weights, message):
     with pytest.raises(UserError, match=message):
         WeightedReward(terms, weights)

@@ -5,11 +5,11 @@ import pytest
 from egspo_lightning.rewards.equivalence import equivalence_classes
 from egspo_lightning.rewards.grading import MathGrader
 
-BOMB = r"9^{9^{9^{9}}}+x"
+HANGING_ANSWER = r"9^{9^{9^{9}}}+x"
 
 
 class Recorder:
-    """Compares whole lower-case words by their first letter, and remembers what it was asked."""
+    """Compares answers by their first letter and records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[list[tuple[str, str]]] = []
@@ -30,24 +30,24 @@ class Recorder:
         ([], []),
     ],
 )
-def test_classes_are_numbered_in_order_of_appearance(
+def test_equivalence_classes_are_numbered_in_order_of_appearance(
     grader: MathGrader, answers: list[str | None], classes: list[int | None]
 ) -> None:
     assert grader.equivalence_classes([answers]) == [classes]
 
 
-def test_groups_are_apart(grader: MathGrader) -> None:
+def test_groups_have_separate_classes(grader: MathGrader) -> None:
     assert grader.equivalence_classes([["x+1", "1+x"], [], ["x", "x+1", "x"]]) == [[0, 0], [], [0, 1, 0]]
 
 
-def test_plain_numbers_and_equal_spellings_start_no_process() -> None:
+def test_comparing_numbers_or_equal_spellings_starts_no_process() -> None:
     with MathGrader() as grader:
         answers = ["72", "72.0", "73", r"\sqrt 3", r"$\sqrt{ 3}$"]
         assert grader.equivalence_classes([answers[:3], answers[3:4] * 2]) == [[0, 0, 1], [0, 0]]
         assert grader.worker_pids() == []
 
 
-def test_an_answer_joins_the_first_class_whose_first_member_it_equals() -> None:
+def test_answer_joins_the_first_class_whose_first_member_is_equal() -> None:
     def compare(answers: Sequence[str], golds: Sequence[str]) -> list[bool | None]:
         return [abs(len(answer) - len(gold)) <= 1 for answer, gold in zip(answers, golds, strict=True)]
 
@@ -55,7 +55,7 @@ def test_an_answer_joins_the_first_class_whose_first_member_it_equals() -> None:
     assert equivalence_classes([["a++", "a+", "a+++"]], compare) == [[0, 0, 0]]
 
 
-def test_all_groups_share_a_call_and_no_spelling_is_compared_twice() -> None:
+def test_groups_share_calls_and_no_spelling_is_compared_twice() -> None:
     recorder = Recorder()
     classes = equivalence_classes([["a+b", "a + b", "b+c", "a+c"], ["c+a", "c+b"]], recorder)
     assert classes == [[0, 0, 1, 0], [0, 0]]
@@ -64,14 +64,14 @@ def test_all_groups_share_a_call_and_no_spelling_is_compared_twice() -> None:
     assert pairs == [("b+c", "a+b"), ("a+c", "a+b"), ("c+b", "c+a")]
 
 
-def test_an_answer_that_cannot_be_compared_is_a_class_of_its_own_and_is_asked_about_once() -> None:
+def test_incomparable_answer_gets_its_own_class_after_one_comparison() -> None:
     recorder = Recorder()
     assert equivalence_classes([["a?", "a+b", "a?", "a+c", "a?+1"]], recorder) == [[0, 1, 0, 1, 2]]
     assert sum("?" in "".join(pair) for call in recorder.calls for pair in call) == 2
 
 
-def test_a_group_waits_once_for_an_answer_that_hangs() -> None:
-    answers = [BOMB, *(f"x+{n}" for n in range(1, 9))]
+def test_hanging_answer_times_out_once_per_group() -> None:
+    answers = [HANGING_ANSWER, *(f"x+{n}" for n in range(1, 9))]
     statuses: list[str] = []
     with MathGrader(deadline_s=2.0) as grader:
 

@@ -23,7 +23,7 @@ from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed
         (r"\boxed{}", None),
         (r"\boxed{ }", None),
         (r"\boxed{5} put the answer within \boxed{}", None),
-        (r"\\boxed{5}", None),  # a line break, then a word
+        (r"\\boxed{5}", None),  # a line break followed by text
         (r"\fbox{5}", None),
         ("boxed{5}", None),
         (r"\boxed 5", None),
@@ -37,11 +37,11 @@ from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed
         (r"\boxed{1} and \boxed{2} and \boxed{2}", "1, 2"),
     ],
 )
-def test_last_balanced_box_after_the_reasoning(text: str, expected: str | None) -> None:
+def test_extract_boxed_finds_last_balanced_box_after_reasoning(text: str, expected: str | None) -> None:
     assert extract_boxed(text) == expected
 
 
-def test_length_cap() -> None:
+def test_answers_above_max_length_are_ignored() -> None:
     assert extract_boxed(r"\boxed{" + "1" * MAX_ANSWER_LENGTH + "}") == "1" * MAX_ANSWER_LENGTH
     assert extract_boxed(r"\boxed{5} \boxed{" + "1" * (MAX_ANSWER_LENGTH + 1) + "}") is None
     joined = r"\boxed{5}, \boxed{" + "1" * (MAX_ANSWER_LENGTH - 3) + "}"
@@ -62,7 +62,7 @@ def test_length_cap() -> None:
     ],
     ids=["unclosed", "nested", "braces", "spaces", "no brace", "backslashes", "think"],
 )
-def test_hostile_text_takes_linear_time(text: str) -> None:
+def test_extract_boxed_takes_linear_time_on_hostile_text(text: str) -> None:
     started = time.process_time()
     extract_boxed(text)
-    assert time.process_time() - started < 2.0  # quadratic: minutes
+    assert time.process_time() - started < 2.0  # quadratic time would be minutes

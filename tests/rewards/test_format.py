@@ -5,7 +5,7 @@ from egspo_lightning.rewards.functions import Details
 from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.types import Problem
 
-OPENED = "<|im_start|>assistant\n<think>\n"  # as the templates of reasoning models end
+OPENED = "<|im_start|>assistant\n<think>\n"  # end of a chat template of a reasoning model
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ OPENED = "<|im_start|>assistant\n<think>\n"  # as the templates of reasoning mod
         (r"\boxed{3} and \boxed{4", False),
         (r"\boxed{}", False),
         (r"\boxed{  }", False),
-        (r"\\boxed{3}", False),  # a line break and a word
+        (r"\\boxed{3}", False),  # a line break followed by text
         (r"\\boxed{3} \boxed{4}", True),
-        (r"\\\boxed{3}", True),  # a line break and a box
+        (r"\\\boxed{3}", True),  # a line break followed by a box
         (r"\{\boxed{3}\}", True),
         (r"\boxed 3", False),
-        ("\\boxed{" + "1" * 600 + "}", False),  # longer than any answer that is graded
-        # with one that the completion opens
+        ("\\boxed{" + "1" * 600 + "}", False),  # above the maximal answer length
+        # with a think block that the completion opens
         (r"<think>so</think>\boxed{3}", True),
         ("\n <think>so</think>\n" + r"Thus \boxed{3}.", True),
         (r"<think></think>\boxed{3}", True),
@@ -49,7 +49,7 @@ OPENED = "<|im_start|>assistant\n<think>\n"  # as the templates of reasoning mod
         (r"</think><think>\boxed{3}", False),
     ],
 )
-def test_what_is_well_formed(text, is_good):
+def test_is_well_formed_by_cases(text, is_good):
     assert is_well_formed(text) is is_good
 
 
@@ -66,7 +66,7 @@ def test_what_is_well_formed(text, is_good):
     ],
 )
 @pytest.mark.parametrize("prompt", [OPENED, "Q: 1+2=? <think>"])
-def test_a_block_that_the_prompt_opens_is_closed_by_the_completion(prompt, text, is_good):
+def test_completion_must_close_a_think_block_opened_by_the_prompt(prompt, text, is_good):
     assert is_well_formed(text, prompt) is is_good
 
 
@@ -74,17 +74,17 @@ def test_a_block_that_the_prompt_opens_is_closed_by_the_completion(prompt, text,
     "prompt",
     [
         "<|im_start|>assistant\n",
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n",  # Qwen3's, with thinking switched off
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",  # Qwen3 template with thinking disabled
         "Think within <think> and </think>, then answer.",
         "What does <think> mean?",
     ],
 )
-def test_other_prompts_open_nothing(prompt):
+def test_other_prompts_open_no_think_block(prompt):
     assert is_well_formed(r"\boxed{3}", prompt)
     assert not is_well_formed(r"so</think>\boxed{3}", prompt)
 
 
-def test_the_reward_is_one_or_zero_by_the_prompt_of_each():
+def test_format_reward_uses_the_prompt_of_each_completion():
     grade = Grade(True, "graded", "3", 0.0)
     details = [Details(Problem("1", "q", "3"), prompt, 5, 9, False, grade) for prompt in (OPENED, "Q", OPENED)]
     texts = [r"so</think>\boxed{3}", r"so</think>\boxed{3}", r"\boxed{3}"]
@@ -93,6 +93,6 @@ def test_the_reward_is_one_or_zero_by_the_prompt_of_each():
 
 
 @pytest.mark.parametrize("piece", ["<think>", "</think>", "\\boxed{", "\\", "{", "}", "\\boxed ", "<think></think>"])
-def test_long_repetitions_come_to_an_end(piece):
-    """With a pattern that backtracks this test would take hours."""
+def test_is_well_formed_takes_linear_time_on_repetitions(piece):
+    """A backtracking pattern would take hours."""
     assert not is_well_formed(piece * 200_000)

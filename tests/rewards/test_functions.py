@@ -6,18 +6,18 @@ from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.types import Problem
 
 
-def test_right_and_wrong_get_their_rewards() -> None:
+def test_correctness_reward_of_right_and_wrong_answers() -> None:
     reward: Reward = CorrectnessReward(correct=2.0, incorrect=-1.0)
     assert reward([r"\boxed{72}", r"\boxed{71}", "none"], ["72"] * 3) == [2.0, -1.0, -1.0]
 
 
-def test_a_verdict_that_is_known_is_taken() -> None:
+def test_correctness_reward_uses_known_verdicts() -> None:
     grades = [Grade(False, "timeout", "72", 10.0), Grade(True, "graded", "72", 0.0)]
     details = [Details(Problem("1", "q", "72"), "", 5, 9, False, grade) for grade in grades]
     assert CorrectnessReward()([r"\boxed{72}", "none"], ["72"] * 2, details) == [0.0, 1.0]
 
 
-def test_algebra_and_close() -> None:
+def test_correctness_reward_grades_algebra_and_closes_workers() -> None:
     reward = CorrectnessReward(deadline_s=5.0)
     assert reward([r"\boxed{x+1}", r"\boxed{x}"], ["1+x", "1+x"]) == [1.0, 0.0]
     assert len(reward.grader.worker_pids()) == 2
@@ -26,7 +26,7 @@ def test_algebra_and_close() -> None:
     reward.close()
 
 
-def test_arguments_are_checked_when_built() -> None:
+def test_invalid_correctness_reward_arguments_are_refused() -> None:
     with pytest.raises(UserError, match="memory_limit_mb must be at least 256"):
         CorrectnessReward(memory_limit_mb=1)
     with pytest.raises(UserError, match=r"data\.reward\.incorrect must be a finite number, got inf"):

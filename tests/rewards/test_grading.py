@@ -12,7 +12,7 @@ from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rewards.workers import Grade
 
-BOMB = r"9^{9^{9^{9}}}+x"
+HANGING_ANSWER = r"9^{9^{9^{9}}}+x"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ BOMB = r"9^{9^{9^{9}}}+x"
         (r"\begin{pmatrix}0.2\\-3.6\end{pmatrix}", r"\begin{pmatrix}1/5\\-18/5\end{pmatrix}", True),
     ],
 )
-def test_real_answers(grader: MathGrader, answer: str, gold: str, correct: bool) -> None:
+def test_grader_verdicts_on_typical_answers(grader: MathGrader, answer: str, gold: str, correct: bool) -> None:
     (grade,) = grader.grade_answers([answer], [gold])
     assert grade[:3] == (correct, "graded", answer)
 
@@ -49,7 +49,7 @@ def test_completions_are_graded_in_their_order(grader: MathGrader) -> None:
         "no box",
         r"\boxed{7}",
         r"\boxed{x+2}",
-        r"\boxed{" + BOMB + "}",
+        r"\boxed{" + HANGING_ANSWER + "}",
         r"\boxed{1+x}",
     ]
     grades = grader.grade(completions, ["1+x", "5", "7", "1+x", "5", "x+1"])
@@ -73,29 +73,27 @@ def test_boxed_answers_and_golds_are_unwrapped(grader: MathGrader) -> None:
     ]
 
 
-def test_an_answer_that_hangs_times_out_and_the_next_is_graded(
-    grader: MathGrader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "_GRACE_S", 60.0)  # the worker ends itself, long before the client would
+def test_hanging_answer_times_out_and_the_next_is_graded(grader: MathGrader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_GRACE_S", 60.0)  # the worker's own alarm ends it long before the client does
     grader.grade_answers(["x+1"], ["1+x"])
-    (grade,) = grader.grade_answers([BOMB], ["5"])
-    assert grade[:3] == (False, "timeout", BOMB)
+    (grade,) = grader.grade_answers([HANGING_ANSWER], ["5"])
+    assert grade[:3] == (False, "timeout", HANGING_ANSWER)
     assert 1.0 <= grade.seconds < 30.0
     assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
 
 
-def test_a_worker_that_cannot_end_itself_is_killed(grader: MathGrader) -> None:
+def test_stopped_worker_is_killed(grader: MathGrader) -> None:
     grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
     pids = grader.worker_pids()[1:]
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)  # its own alarm waits, too
+        os.kill(pid, signal.SIGSTOP)  # its own alarm is stopped too
     grades = grader.grade_answers(["x+1"] * len(pids), ["1+x"] * len(pids))
     assert {grade.status for grade in grades} == {"timeout"}
     assert max(grade.seconds for grade in grades) < 2.0
     assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
 
 
-def test_a_deep_answer_never_takes_the_grader_down(grader: MathGrader) -> None:
+def test_deeply_nested_answer_does_not_crash_the_grader(grader: MathGrader) -> None:
     nested = r"\sqrt{" * 25 + "1" + "}" * 25
     (deep, next_one) = grader.grade_answers([nested, "x+1"], ["2", "1+x"])
     assert not deep.correct
@@ -121,7 +119,7 @@ def test_lenient_extraction_reads_free_text() -> None:
     ]
 
 
-def test_works_from_several_threads_at_once(grader: MathGrader) -> None:
+def test_grader_can_be_used_from_several_threads(grader: MathGrader) -> None:
     results: dict[int, list[Grade]] = {}
 
     def grade(thread: int) -> None:
@@ -135,7 +133,7 @@ def test_works_from_several_threads_at_once(grader: MathGrader) -> None:
     assert [[grade.correct for grade in results[thread]] for thread in range(4)] == [[True, False]] * 4
 
 
-def test_too_little_memory_is_refused() -> None:
+def test_memory_limit_below_minimum_is_refused() -> None:
     with pytest.raises(UserError, match="memory_limit_mb must be at least 256, which math-verify needs, got 255"):
         MathGrader(memory_limit_mb=255)
 
@@ -144,7 +142,7 @@ def test_too_little_memory_is_refused() -> None:
     ("argument", "value"),
     [("num_workers", "0"), ("deadline_s", "0.0"), ("deadline_s", "inf"), ("extraction", "latex")],
 )
-def test_arguments_out_of_range_are_refused_by_the_parser(
+def test_parser_refuses_out_of_range_grader_arguments(
     argument: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = ArgumentParser()
@@ -160,7 +158,7 @@ def test_arguments_out_of_range_are_refused_by_the_parser(
 
 
 @pytest.mark.parametrize("changed", [{"deadline_s": 5.0}, {"memory_limit_mb": 2048}, {"extraction": "lenient"}])
-def test_settings_name_all_that_verdicts_depend_on(changed: dict) -> None:
+def test_settings_contain_everything_that_verdicts_depend_on(changed: dict) -> None:
     settings, others = MathGrader().settings(), MathGrader(**changed).settings()
     assert {name: value for name, value in others.items() if value != settings[name]} == changed
     assert settings["grading"].endswith(f"math-verify {version('math-verify')}")

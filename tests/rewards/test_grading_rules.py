@@ -1,4 +1,4 @@
-"""The grading rules of rewards.grading, each through the grader as it is called."""
+"""Every grading rule of rewards.grading, tested through MathGrader."""
 
 import pytest
 
@@ -235,24 +235,18 @@ DIFFERENT: dict[str, Pairs] = {
 }
 
 
-@pytest.mark.parametrize("policy", EQUAL)
-def test_equal(policy_grader: MathGrader, policy: str) -> None:
-    assert _accepted(policy_grader, EQUAL[policy]) == EQUAL[policy]
+@pytest.mark.parametrize("rule", EQUAL)
+def test_equal_answers_are_accepted(patient_grader: MathGrader, rule: str) -> None:
+    assert _accepted(patient_grader, EQUAL[rule]) == EQUAL[rule]
 
 
-@pytest.mark.parametrize("policy", DIFFERENT)
-def test_different(policy_grader: MathGrader, policy: str) -> None:
-    assert _accepted(policy_grader, DIFFERENT[policy]) == []
+@pytest.mark.parametrize("rule", DIFFERENT)
+def test_different_answers_are_rejected(patient_grader: MathGrader, rule: str) -> None:
+    assert _accepted(patient_grader, DIFFERENT[rule]) == []
 
 
-def test_every_policy_has_both_sides() -> None:
+def test_every_rule_has_equal_and_different_pairs() -> None:
     assert EQUAL.keys() == DIFFERENT.keys()
-
-
-@pytest.fixture(scope="module")
-def policy_grader(request: pytest.FixtureRequest):
-    with MathGrader(deadline_s=60.0) as grader:
-        yield grader
 
 
 def _accepted(grader: MathGrader, pairs: Pairs) -> Pairs:

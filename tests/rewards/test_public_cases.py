@@ -1,4 +1,4 @@
-"""Public graders' own cases, completions made to break a grader, and reference solutions, where they are at hand."""
+"""Test cases of public graders, hostile completions and reference solutions, if the data is beside the checkout."""
 
 import json
 import os
@@ -23,14 +23,14 @@ DISAGREEMENTS = {
     "gc-0245": "upstream's test turns off strictness: f(x) is not f(y)",
     "gc-0333": "math-verify has no grammar for R_{\\odot}, nor for equal products spelt in another order around it",
 }
-"""By id, the cases that are not contested and whose label we do not reach."""
+"""Uncontested cases in which our verdict differs from the label, by id."""
 
 NOT_GOLD = {
     "math/test/414": "two boxes, -2 and 1, of which the data set's answer is the last alone",
     "math/test/2703": "two boxes, 3 and 2/5, of which the data set's answer is the last alone",
     "math/test/2912": "two boxes with a point each, of which the data set's answer is the last alone",
 }
-"""By id, the solutions of the MATH demonstrations that their own reference does not follow from."""
+"""MATH demonstrations whose solution does not match their own reference answer, by id."""
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_agreement_with_public_graders(shared_file: Locate) -> None:
+def test_grader_agrees_with_public_graders(shared_file: Locate) -> None:
     cases = [case for case in rows(shared_file("grading/cases.jsonl")) if not case.get("contested")]
     disagreements = set()
     with (
@@ -49,7 +49,7 @@ def test_agreement_with_public_graders(shared_file: Locate) -> None:
             part = [case for case in cases if case["kind"] == kind]
             grades = grade([case["pred"] for case in part], [case["gold"] for case in part])
             late = {case["id"] for case, it in zip(part, grades, strict=True) if it.status in ("timeout", "crashed")}
-            assert late <= {"gc-0345"}, "of these the reference is 10^{10^{10^{10}}}"
+            assert late <= {"gc-0345"}, "the reference of this case is 10^{10^{10^{10}}}"
             disagreements |= {
                 case["id"] for case, it in zip(part, grades, strict=True) if it.correct != case["expected"]
             }
@@ -58,20 +58,20 @@ def test_agreement_with_public_graders(shared_file: Locate) -> None:
 
 
 @pytest.mark.parametrize(
-    ("are_bombs", "count", "deadline_s"),
+    ("are_compute_bombs", "count", "deadline_s"),
     [pytest.param(False, 279, 10.0), pytest.param(True, 46, 1.0, marks=pytest.mark.slow)],
     ids=["others", "bombs"],
 )
-def test_hostile_completions(
+def test_hostile_completions_are_graded_within_time_and_memory(
     shared_file: Locate,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    are_bombs: bool,
+    are_compute_bombs: bool,
     count: int,
     deadline_s: float,
 ) -> None:
     cases = rows(shared_file("grading/hostile.jsonl"))
-    cases = [case for case in cases if (case["category"] == "compute-bomb") == are_bombs]
+    cases = [case for case in cases if (case["category"] == "compute-bomb") == are_compute_bombs]
     assert len(cases) == count
     monkeypatch.chdir(tmp_path)
     before = _resident_mb()
@@ -82,10 +82,12 @@ def test_hostile_completions(
     assert max(grade.seconds for grade in grades) < deadline_s + 1.0
     assert _resident_mb() - before < 200
     assert not any(_is_running(pid) for pid in pids)
-    assert list(tmp_path.iterdir()) == []  # nothing was executed: there are cases that would write a file
+    assert list(tmp_path.iterdir()) == []  # some cases would write a file if they were executed
     wanted = [(case, it) for case, it in zip(cases, grades, strict=True) if case["want"] is not None]
     wrong = {case["id"] for case, it in wanted if it.correct != case["want"]}
-    assert wrong == (set() if are_bombs else {"hx-0216", "hx-0224"}), "of these the answer is right, but in no box"
+    assert wrong == (set() if are_compute_bombs else {"hx-0216", "hx-0224"}), (
+        "the answers of these cases are right but not boxed"
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,9 @@ def test_hostile_completions(
         ("gsm8k_test", "gsm8k", 1319),
     ],
 )
-def test_reference_solutions_are_right(shared_file: Locate, file: str, extractor: AnswerExtractor, count: int) -> None:
+def test_reference_solutions_are_correct(
+    shared_file: Locate, file: str, extractor: AnswerExtractor, count: int
+) -> None:
     solved = [row for row in rows(shared_file(f"data/{file}.jsonl")) if row.get("solution")]
     assert len(solved) == count
     with MathGrader() as grader:
@@ -111,8 +115,8 @@ def test_reference_solutions_are_right(shared_file: Locate, file: str, extractor
     assert wrong == (NOT_GOLD.keys() if file == "math_demos" else set())
 
 
-def test_references_equal_themselves_and_not_their_neighbors(shared_file: Locate) -> None:
-    """OlympiadBench's solutions box nothing; its references can still be told from one another."""
+def test_olympiad_references_equal_themselves_and_differ_from_the_next(shared_file: Locate) -> None:
+    """OlympiadBench solutions have no box, so its reference answers are compared with each other."""
     golds = [row["answer"] for row in rows(shared_file("data/olympiadbench.jsonl"))]
     with MathGrader(num_workers=2) as grader:
         assert all(grade.correct for grade in grader.grade_answers(golds, golds))

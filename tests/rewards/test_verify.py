@@ -1,4 +1,4 @@
-"""math-verify as the workers call it, in this process."""
+"""math-verify as the grading workers call it, but in this process."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ x = Symbol("x", real=True)
         (Matrix([1, 2]), Matrix([[1, 2]])),
     ],
 )
-def test_certainly_different(gold: Any, answer: Any) -> None:
+def test_are_different_is_true_for_different_values(gold: Any, answer: Any) -> None:
     assert are_different(gold, answer)
     assert are_different(answer, gold)
 
@@ -46,16 +46,16 @@ def test_certainly_different(gold: Any, answer: Any) -> None:
         (Tuple(sqrt(4), x), Tuple(2, x)),
         (Interval(0, sqrt(4)), Interval(0, 2)),
         (Matrix([1, sqrt(4)]), Matrix([1, 2])),
-        (sqrt(10**300 + 1) - 10**150, 5),  # of which 100 digits say nothing
+        (sqrt(10**300 + 1) - 10**150, 5),  # 100 digits cannot decide
         (I, I + log(8) - 3 * log(2)),
     ],
 )
-def test_equal_values_are_left_open(gold: Any, answer: Any) -> None:
+def test_are_different_is_false_for_equal_or_undecided_values(gold: Any, answer: Any) -> None:
     assert not are_different(gold, answer)
 
 
 @pytest.mark.parametrize(
-    ("answer", "gold", "near"),
+    ("answer", "gold", "near_miss"),
     [
         ("(x+1)^2-x^2-2x-1", "0", "(x+1)^2-x^2-2x-2"),
         (r"\sin^2x+\cos^2x-1", "0", r"\sin^2x+\cos^2x"),
@@ -65,12 +65,12 @@ def test_equal_values_are_left_open(gold: Any, answer: Any) -> None:
         ("0", r"\ln 8-3\ln 2", "1"),
     ],
 )
-def test_what_vanishes_is_zero(answer: str, gold: str, near: str) -> None:
+def test_expressions_that_simplify_to_zero_equal_zero(answer: str, gold: str, near_miss: str) -> None:
     assert _verify.grade(answer, gold, "boxed")[0]
-    assert not _verify.grade(near, gold, "boxed")[0]
+    assert not _verify.grade(near_miss, gold, "boxed")[0]
 
 
-def test_out_of_memory_is_never_taken_for_an_answer() -> None:
+def test_attempt_does_not_catch_memory_error() -> None:
     def work() -> None:
         raise MemoryError
 
@@ -79,7 +79,7 @@ def test_out_of_memory_is_never_taken_for_an_answer() -> None:
     assert attempt(lambda: 1 // 0, "other") == "other"
 
 
-def test_what_numbers_cannot_compare_is_still_a_verdict() -> None:
+def test_numerically_incomparable_answers_still_get_a_verdict() -> None:
     gold, answer = _verify._parse_bare("5"), _verify._parse_bare(r"5 \mod 7")
     with pytest.raises(TypeError, match="truth value"):
         are_different(gold, answer)
@@ -87,6 +87,6 @@ def test_what_numbers_cannot_compare_is_still_a_verdict() -> None:
     assert not _verify.grade(r"5 \mod 7", "6", "boxed")[0]
 
 
-def test_an_answer_without_a_parse_equals_nothing() -> None:
+def test_unparsable_answer_is_wrong() -> None:
     assert not _verify.grade("((( 5", "5", "boxed")[0]
     assert not _verify.grade("((( 5", "((( 5 +", "boxed")[0]

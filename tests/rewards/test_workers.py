@@ -17,7 +17,7 @@ import pytest
 from egspo_lightning.rewards.grading import MathGrader
 
 Gone = Callable[[list[int]], None]
-BOMB = r"9^{9^{9^{9}}}+x"
+HANGING_ANSWER = r"9^{9^{9^{9}}}+x"
 
 CLIENT = """
     import os, signal, sys, threading, time
@@ -39,7 +39,7 @@ def run_client(ending: str) -> tuple[subprocess.Popen[str], list[int]]:
     return client, pids
 
 
-def test_importing_it_loads_neither_torch_nor_sympy_in_the_client() -> None:
+def test_rewards_import_neither_torch_nor_sympy_in_the_client() -> None:
     code = """
         import sys
         import egspo_lightning.rewards.functions
@@ -50,7 +50,7 @@ def test_importing_it_loads_neither_torch_nor_sympy_in_the_client() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
-def test_plain_numbers_start_no_process() -> None:
+def test_grading_plain_numbers_starts_no_process() -> None:
     with MathGrader() as grader:
         assert [grade.correct for grade in grader.grade([r"\boxed{72}", r"\boxed{7}"], ["72", "8"])] == [
             True,
@@ -59,7 +59,7 @@ def test_plain_numbers_start_no_process() -> None:
         assert grader.worker_pids() == []
 
 
-def test_close_leaves_no_process_and_may_be_repeated(wait_until_gone: Gone) -> None:
+def test_close_leaves_no_process_and_can_be_repeated(wait_until_gone: Gone) -> None:
     grader = MathGrader(num_workers=2)
     grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
     pids = grader.worker_pids()
@@ -72,7 +72,7 @@ def test_close_leaves_no_process_and_may_be_repeated(wait_until_gone: Gone) -> N
     grader.close()
 
 
-def test_a_forgotten_grader_leaves_no_process(wait_until_gone: Gone) -> None:
+def test_garbage_collected_grader_leaves_no_process(wait_until_gone: Gone) -> None:
     grader = MathGrader()
     grader.grade_answers(["x+1"], ["1+x"])
     pids = grader.worker_pids()
@@ -81,7 +81,7 @@ def test_a_forgotten_grader_leaves_no_process(wait_until_gone: Gone) -> None:
     wait_until_gone(pids)
 
 
-def test_a_client_that_exits_leaves_no_process(wait_until_gone: Gone) -> None:
+def test_client_that_exits_leaves_no_process(wait_until_gone: Gone) -> None:
     client, pids = run_client("")
     assert client.wait(timeout=20) == 0
     wait_until_gone(pids)
@@ -101,28 +101,28 @@ def test_a_client_that_exits_leaves_no_process(wait_until_gone: Gone) -> None:
     ],
     ids=["exception", "exit", "no clean-up", "Ctrl-C", "SIGTERM"],
 )
-def test_however_a_client_ends_no_process_is_left(ending: str, exit_code: int, wait_until_gone: Gone) -> None:
+def test_client_ended_by_error_or_signal_leaves_no_process(ending: str, exit_code: int, wait_until_gone: Gone) -> None:
     client, pids = run_client(ending)
     assert client.wait(timeout=20) == exit_code
     wait_until_gone(pids)
 
 
-def test_a_killed_client_leaves_no_process(wait_until_gone: Gone) -> None:
+def test_killed_client_leaves_no_process(wait_until_gone: Gone) -> None:
     busy = rf"""
-        threading.Thread(target=grader.grade_answers, args=([r"{BOMB}"] * 2, ["5"] * 2), daemon=True).start()
+        threading.Thread(target=grader.grade_answers, args=([r"{HANGING_ANSWER}"] * 2, ["5"] * 2), daemon=True).start()
         time.sleep(60)
     """
     client, pids = run_client(busy)
-    time.sleep(0.3)  # its workers are inside sympy now, with a minute to go
+    time.sleep(0.3)  # its workers are now inside sympy for another minute
     client.kill()
     client.wait()
     wait_until_gone(pids)
 
 
-def test_processes_killed_while_idle_are_replaced() -> None:
+def test_worker_processes_killed_while_idle_are_replaced() -> None:
     with MathGrader(num_workers=2) as grader:
         grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
-        for first in (1, 0):  # the workers, then their parent with them
+        for first in (1, 0):  # the workers, then also their parent
             pids = grader.worker_pids()
             for pid in pids[first:]:
                 os.kill(pid, signal.SIGKILL)
@@ -132,33 +132,33 @@ def test_processes_killed_while_idle_are_replaced() -> None:
             assert not set(pids[first:]) & set(grader.worker_pids())
 
 
-def test_a_worker_killed_at_work_costs_one_verdict() -> None:
+def test_worker_killed_while_grading_loses_one_verdict() -> None:
     with MathGrader(num_workers=1, deadline_s=20.0) as grader:
         grader.grade_answers(["x+1"], ["1+x"])
         threading.Timer(0.3, os.kill, (grader.worker_pids()[1], signal.SIGKILL)).start()
-        grades = grader.grade_answers([BOMB, "x+1"], ["5", "1+x"])
+        grades = grader.grade_answers([HANGING_ANSWER, "x+1"], ["5", "1+x"])
     assert [(grade.correct, grade.status) for grade in grades] == [(False, "crashed"), (True, "graded")]
 
 
-def test_ctrl_c_in_the_middle_leaves_a_grader_that_works(wait_until_gone: Gone) -> None:
+def test_grader_works_after_keyboard_interrupt(wait_until_gone: Gone) -> None:
     with MathGrader(num_workers=1, deadline_s=20.0) as grader:
         grader.grade_answers(["x+1"], ["1+x"])
         worker = grader.worker_pids()[1]
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            grader.grade_answers([BOMB], ["5"])
+            grader.grade_answers([HANGING_ANSWER], ["5"])
         wait_until_gone([worker])
         assert grader.grade_answers(["x+1"], ["1+x"])[0].correct
 
 
 @pytest.mark.parametrize("state", ["at work", "stopped", "starting"])
-def test_close_ends_what_another_thread_is_grading(wait_until_gone: Gone, state: str) -> None:
+def test_close_ends_grading_in_other_threads(wait_until_gone: Gone, state: str) -> None:
     grader = MathGrader(num_workers=2, deadline_s=60.0)
     raised: list[BaseException] = []
 
     def grade() -> None:
         try:
-            grader.grade_answers([BOMB] * 4, ["5"] * 4)
+            grader.grade_answers([HANGING_ANSWER] * 4, ["5"] * 4)
         except RuntimeError as error:
             raised.append(error)
 
@@ -167,14 +167,14 @@ def test_close_ends_what_another_thread_is_grading(wait_until_gone: Gone, state:
     pids = grader.worker_pids()
     for pid in pids[1:] if state == "stopped" else ():
         os.kill(pid, signal.SIGSTOP)
-    threads = [threading.Thread(target=grade) for _ in range(2)]  # of which one waits for the other
+    threads = [threading.Thread(target=grade) for _ in range(2)]  # one of them waits for the other
     for thread in threads:
         thread.start()
     time.sleep(0.3)
     pids = pids or grader.worker_pids()
     started = time.monotonic()
     grader.close()
-    assert time.monotonic() - started < 20.0  # a second on a machine with nothing else to do; the deadline is 60
+    assert time.monotonic() - started < 20.0  # about 1 s on an idle machine; the deadline is 60 s
     for thread in threads:
         thread.join(timeout=5.0)
     assert len(raised) == 2
@@ -185,7 +185,7 @@ def test_close_ends_what_another_thread_is_grading(wait_until_gone: Gone, state:
     grader.close()
 
 
-def test_a_fork_of_the_client_has_workers_of_its_own() -> None:
+def test_forked_client_has_its_own_workers() -> None:
     with MathGrader() as grader:
         grader.grade_answers(["x+1"], ["1+x"])
         before = grader.worker_pids()
@@ -204,7 +204,7 @@ def test_a_fork_of_the_client_has_workers_of_its_own() -> None:
         assert grader.worker_pids() == before
 
 
-def test_a_pickled_copy_has_workers_of_its_own_with_the_same_memory_limit() -> None:
+def test_pickled_grader_has_its_own_workers_and_the_same_memory_limit() -> None:
     with MathGrader(memory_limit_mb=256) as grader, pickle.loads(pickle.dumps(grader)) as copy:
         grader.grade_answers(["x+1"], ["1+x"])
         assert copy.grade_answers(["x+1"], ["1+x"])[0].correct
@@ -213,7 +213,7 @@ def test_a_pickled_copy_has_workers_of_its_own_with_the_same_memory_limit() -> N
     assert str(256 * 2**20) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
 
 
-def test_out_of_memory_is_a_crash_and_no_verdict() -> None:
+def test_out_of_memory_counts_as_crash() -> None:
     hungry = r"(a+b+c+d+f+g)^{60} \mod 7"  # expands into millions of terms
     with MathGrader(memory_limit_mb=256, deadline_s=60.0) as grader:
         grades = grader.grade_answers(["x+1", hungry, "x+2", "1+x"], ["1+x", "5", "1+x", "x+1"])
@@ -225,8 +225,8 @@ def test_out_of_memory_is_a_crash_and_no_verdict() -> None:
     ]
 
 
-def test_what_stands_behind_a_bomb_in_a_batch_is_graded_all_the_same() -> None:
-    answers = [BOMB, "x+1", "x+2", "x+1"] * 4
+def test_answers_after_a_hanging_one_are_graded() -> None:
+    answers = [HANGING_ANSWER, "x+1", "x+2", "x+1"] * 4
     with MathGrader(num_workers=2, deadline_s=2.0) as grader:
         grader.grade_answers(["x+1"] * 4, ["1+x"] * 4)
         grades = grader.grade_answers(answers, ["1+x"] * len(answers))
@@ -235,17 +235,17 @@ def test_what_stands_behind_a_bomb_in_a_batch_is_graded_all_the_same() -> None:
     assert all(grade.seconds >= 2.0 for grade in grades[::4])
 
 
-def test_a_timeout_is_one_also_where_the_client_is_held_up_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeout_is_reported_if_the_client_is_delayed_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
     send = Connection.send
 
-    def send_and_be_held_up(connection: Connection, request: object) -> None:
+    def send_and_wait(connection: Connection, request: object) -> None:
         send(connection, request)
         time.sleep(0.1)
 
-    monkeypatch.setattr(Connection, "send", send_and_be_held_up)
+    monkeypatch.setattr(Connection, "send", send_and_wait)
     with MathGrader(deadline_s=0.5) as grader:
         grader.grade_answers(["x+1"], ["1+x"])
-        assert grader.grade_answers([BOMB], ["5"])[0].status == "timeout"
+        assert grader.grade_answers([HANGING_ANSWER], ["5"])[0].status == "timeout"
 
 
 CHILD = """
@@ -268,8 +268,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
-def test_works_under_every_start_method(tmp_path: Path, method: str) -> None:
-    program = tmp_path / "program.py"  # a file: a child that is spawned has to import what it runs
+def test_grader_works_under_every_start_method(tmp_path: Path, method: str) -> None:
+    program = tmp_path / "program.py"  # a file, because a spawned child imports its main module
     program.write_text(CHILD)
     done = subprocess.run([sys.executable, program, method], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Collections against a scripted engine: which problems are drawn, which groups are replaced, and in what order."""
+"""Collector with a scripted engine: which problems it draws, which groups it replaces, and their order."""
 
 import threading
 from contextlib import contextmanager
@@ -19,21 +19,21 @@ FLAT, SPREAD = "flat", "spread"
 
 
 class Echo:
-    """An engine whose completions are the names of their random streams."""
+    """An engine whose completions are the seeds of their requests."""
 
     def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
         streams = [list(request.seed.encode()) for request in requests]
         samples = [(i, Sample(ids, False, [0.0] * len(ids))) for i, ids in enumerate(streams)]
-        yield from (samples[start : start + 3] for start in range(0, len(samples), 3))  # across groups
+        yield from (samples[start : start + 3] for start in range(0, len(samples), 3))  # batches cross group boundaries
 
 
-def by_gold(completions, golds):
-    """No spread where the gold says so, else 0 and 1 in turn."""
+def reward_by_gold(completions, golds):
+    """Equal rewards for groups with gold FLAT, else alternating 0 and 1."""
     return [1.0 if gold == FLAT else float(text[-1]) % 2 for text, gold in zip(completions, golds, strict=True)]
 
 
 class OneOfTwo(BytePolicy):
-    """A policy on one of two threads, which add up over both; each must enter ``sampling`` as often as the other."""
+    """A policy on one of two threads that sums over both. Both must enter ``sampling`` equally often."""
 
     def __init__(self, rank, box, barrier):
         self.rank, self.box, self.barrier = rank, box, barrier
@@ -52,7 +52,7 @@ class OneOfTwo(BytePolicy):
 
 
 def collector(flat=(), *, drawn=None, **options):
-    """Over problems "0", "1", ... of which some give groups without spread; draws are noted in ``drawn``."""
+    """A collector over problems "0", "1", ...; those in ``flat`` get equal rewards. Draws are appended to ``drawn``."""
 
     def draw(start, count):
         if drawn is not None:
@@ -67,7 +67,7 @@ def collector(flat=(), *, drawn=None, **options):
 
     fields = {
         "engine": Echo(),
-        "reward": WeightedReward.of(by_gold),
+        "reward": WeightedReward.of(reward_by_gold),
         "draw": draw,
         "draw_experts": draw_experts,
         "encode": lambda problem: [1],
@@ -82,7 +82,7 @@ def collector(flat=(), *, drawn=None, **options):
 
 
 def sample(source, policy, number, rank, world_size):
-    """The groups of a rollout batch, by the steps in their order."""
+    """Run the steps of a rollout batch in order and return its groups."""
     drawn = source.draw_problems(number, rank, world_size)
     sampled = source.sample_and_grade(policy, drawn.prompts)
     sampled = source.replace_flat_groups(policy, drawn, sampled)
@@ -93,7 +93,7 @@ def ids(groups):
     return [group.prompt.problem.id for group in groups]
 
 
-def test_a_collection_holds_its_problems_in_order_each_with_streams_of_its_own():
+def test_rollout_batch_keeps_problem_order_and_one_seed_per_sample():
     drawn = []
     source = collector(drawn=drawn)
     for number in range(2):
@@ -111,12 +111,12 @@ def test_a_collection_holds_its_problems_in_order_each_with_streams_of_its_own()
     [
         (0, ["0", "1", "2", "3"], []),
         (1, ["0", "4", "2", "5"], ["1", "3"]),
-        (2, ["0", "6", "2", "5"], ["1", "3", "4"]),  # 4 was flat too
+        (2, ["0", "6", "2", "5"], ["1", "3", "4"]),  # 4 is flat too
         (3, ["0", "7", "2", "5"], ["1", "3", "4", "6"]),
-        (9, ["0", "7", "2", "5"], ["1", "3", "4", "6"]),  # no round is spent without need
+        (9, ["0", "7", "2", "5"], ["1", "3", "4", "6"]),  # no unnecessary rounds
     ],
 )
-def test_groups_without_spread_are_replaced_in_their_places_up_to_the_limit(max_resampling, kept, discarded):
+def test_flat_groups_are_replaced_in_place_up_to_max_resampling(max_resampling, kept, discarded):
     drawn = []
     source = collector({1, 3, 4, 6}, drawn=drawn, max_resampling=max_resampling)
     sampled = sample(source, BytePolicy(), 0, 0, 1)
@@ -124,17 +124,17 @@ def test_groups_without_spread_are_replaced_in_their_places_up_to_the_limit(max_
     assert ids(sampled.discarded) == discarded
     assert [group.number for group in sampled.groups] == [0, 1, 2, 3]
     sample(source, BytePolicy(), 1, 0, 1)
-    assert drawn == list(range(len(drawn)))  # without gaps or repeats
+    assert drawn == list(range(len(drawn)))  # no gaps or repeats
     assert source.num_drawn == len(drawn) >= 8 + len(discarded)
 
 
-def test_every_round_samples_from_streams_of_its_own():
+def test_every_resampling_round_has_its_own_seeds():
     sampled = sample(collector({1, 4, 5}, max_resampling=2), BytePolicy(), 3, 0, 1)
     groups = [group for group in (*sampled.discarded, *sampled.groups) if group.number == 1]
     assert [group.completions[0].text for group in groups] == ["7/3/1/0", "7/3/1/1/0", "7/3/1/2/0"]
 
 
-def test_a_collector_that_is_put_where_another_was_goes_on_as_it_would_have():
+def test_collector_resumes_from_num_drawn():
     one, other = (collector({1, 5, 6, 9}, max_resampling=2) for _ in range(2))
     sample(one, BytePolicy(), 0, 0, 1)
     other.num_drawn = one.num_drawn
@@ -142,8 +142,8 @@ def test_a_collector_that_is_put_where_another_was_goes_on_as_it_would_have():
 
 
 @pytest.mark.parametrize("flat", [(), (1, 3, 4, 6), (0, 2, 5), range(5), range(99)])
-def test_two_ranks_sample_what_one_does(flat):
-    """Also where all that is flat stands on one rank, so that the other has nothing to sample in a round."""
+def test_two_ranks_sample_the_same_as_one_rank(flat):
+    """Also if all flat groups are on one rank, so that the other samples nothing in a round."""
     options = {"max_resampling": 2, "num_experts": 1}
     box, barrier = {}, threading.Barrier(2)
     found = [[], []]
@@ -159,20 +159,20 @@ def test_two_ranks_sample_what_one_does(flat):
         thread.start()
     for thread in threads:
         thread.join(timeout=20)
-    alone_drawn = []
-    alone = collector(set(flat), drawn=alone_drawn, **options)
+    one_rank_drawn = []
+    one_rank = collector(set(flat), drawn=one_rank_drawn, **options)
     for number in range(2):
-        whole = sample(alone, BytePolicy(), number, 0, 1)
+        whole = sample(one_rank, BytePolicy(), number, 0, 1)
         parts = [found[rank][number] for rank in range(2)]
         assert sorted(parts[0].groups + parts[1].groups) == sorted(whole.groups)
         assert sorted(parts[0].discarded + parts[1].discarded) == sorted(whole.discarded)
-    assert drawn == [alone_drawn, alone_drawn]
+    assert drawn == [one_rank_drawn, one_rank_drawn]
 
 
-# Experts
+# Expert demonstrations
 
 
-def test_experts_problems_come_first_with_their_solutions_graded():
+def test_expert_problems_come_first_with_graded_solutions():
     drawn = []
     source = collector(drawn=drawn, num_experts=2)
     for number in range(2):
@@ -190,14 +190,14 @@ def test_experts_problems_come_first_with_their_solutions_graded():
     assert drawn == [0, 1, 2, 3]  # only problems without an expert are drawn
 
 
-def test_a_group_with_an_expert_is_not_replaced():
-    """It can be learned from without spread: the expert's reward is compared with the group's."""
+def test_flat_group_with_expert_is_not_replaced():
+    """It has a gradient, because the expert's reward is compared with the group's."""
     sampled = sample(collector(num_experts=2, expert_gold=FLAT, max_resampling=3), BytePolicy(), 0, 0, 1)
     assert sampled.groups[0].is_flat
     assert sampled.discarded == []
 
 
-def test_all_problems_may_be_experts():
+def test_all_problems_can_have_experts():
     drawn = []
     groups = sample(collector(drawn=drawn, num_experts=4), BytePolicy(), 0, 0, 1).groups
     assert drawn == []
@@ -207,8 +207,8 @@ def test_all_problems_may_be_experts():
 # Time
 
 
-def test_sampling_and_grading_are_timed_apart_over_all_rounds(monkeypatch):
-    """A round takes 10 s to sample and 1 s to grade, and so do experts' solutions."""
+def test_sampling_and_grading_times_are_summed_over_rounds(monkeypatch):
+    """Each round takes 10 s to sample and 1 s to grade; grading expert solutions takes 1 s."""
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr("egspo_lightning.rollout.collector.time", clock)
@@ -221,7 +221,7 @@ def test_sampling_and_grading_are_timed_apart_over_all_rounds(monkeypatch):
 
     def slow(completions, golds):
         now[0] += 1
-        return by_gold(completions, golds)
+        return reward_by_gold(completions, golds)
 
     source = collector({1}, engine=Slow(), reward=WeightedReward.of(slow), num_experts=1, max_resampling=1)
     sampled = sample(source, BytePolicy(), 0, 0, 1)
@@ -232,8 +232,8 @@ def test_sampling_and_grading_are_timed_apart_over_all_rounds(monkeypatch):
 # Length penalty
 
 
-def test_the_length_penalty_gives_spread_where_the_rewards_have_none():
-    """A group is flat when the rewards that it is trained on are."""
+def test_groups_with_different_length_penalties_are_not_flat():
+    """A group is flat if its total rewards are equal."""
 
     class Growing(Echo):
         def stream(self, lm, requests, sampling, **kwargs):
@@ -242,9 +242,9 @@ def test_the_length_penalty_gives_spread_where_the_rewards_have_none():
     options = {"engine": Growing(), "max_completion_length": 12, "max_resampling": 1}
     flat = set(range(4))
     assert len(sample(collector(flat, **options), BytePolicy(), 0, 0, 1).discarded) == 4
-    reward = WeightedReward({"correctness": by_gold, "length": SoftLengthPenalty(4)})
+    reward = WeightedReward({"correctness": reward_by_gold, "length": SoftLengthPenalty(4)})
     sampled = sample(collector(flat, reward=reward, **options), BytePolicy(), 0, 0, 1)
-    # 5 to 12 tokens, two a group: nothing is taken off up to 8
+    # 5 to 12 tokens, two per group; no penalty up to 8 tokens
     assert [completion.reward for group in sampled.groups[2:] for completion in group.completions] == pytest.approx(
         [0.75, 0.5, 0.25, 0.0]
     )
@@ -258,13 +258,13 @@ def test_the_length_penalty_gives_spread_where_the_rewards_have_none():
         ({"reward": WeightedReward.of(SoftLengthPenalty(41))}, r"SoftLengthPenalty\.buffer = 41 .* = 40"),
     ],
 )
-def test_sizes_that_make_no_sense_are_refused(options, message):
+def test_contradictory_sizes_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         collector(**options)
 
 
-def test_flat_places_are_counted_over_ranks_in_a_tensor():
-    """A rank without any flat group still takes part in the sum."""
+def test_flat_groups_are_summed_over_ranks_even_without_any():
+    """A rank without flat groups still joins the sum."""
     calls = []
 
     class Counting(BytePolicy):

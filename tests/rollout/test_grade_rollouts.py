@@ -1,4 +1,4 @@
-"""Grading beside sampling: what is graded when, in which thread, and what becomes of it when something fails."""
+"""Overlapped grading: order, threads, failures and interrupts."""
 
 import threading
 import time
@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from egspo_lightning.rewards.grading import MathGrader
-from egspo_lightning.rollout import grade_rollouts as overlap
+from egspo_lightning.rollout import grade_rollouts
 from egspo_lightning.rollout.engine import Sample
 from egspo_lightning.rollout.grade_rollouts import OverlappedGrading
 
 SAMPLES = [Sample([i], False, [0.0]) for i in range(6)]
 LONG_S = 20.0
-"""Waiting that never happens unless something is broken."""
+"""Timeout that only a broken implementation reaches."""
 
 
 def grading_threads():
@@ -21,7 +21,7 @@ def grading_threads():
 
 
 class Grade:
-    """Gives sample ``[i]`` of request i the completion ``"i"``, and notes its calls."""
+    """Grades sample ``[i]`` of request i as ``"i"`` and records its calls."""
 
     def __init__(self, on_call=lambda numbers: None):
         self.calls, self.threads = [], []
@@ -50,26 +50,26 @@ def take(grading, *batches):
     [
         (2, [[0, 1, 2, 3, 4, 5]], [[0, 1, 2, 3, 4, 5]]),
         (2, [[0, 1], [2, 3], [4, 5]], [[0, 1], [2, 3], [4, 5]]),
-        (2, [[0, 1, 2], [3, 4, 5]], [[0, 1], [2, 3, 4, 5]]),  # no group is cut
+        (2, [[0, 1, 2], [3, 4, 5]], [[0, 1], [2, 3, 4, 5]]),  # groups stay whole
         (2, [[5, 3, 1], [0], [2, 4]], [[0, 1], [2, 3, 4, 5]]),
         (3, [[0, 3], [1, 4], [2], [5]], [[0, 1, 2], [3, 4, 5]]),
         (1, [[4], [2, 0], [5, 3, 1]], [[4], [0, 2], [1, 3, 5]]),
         (6, [[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]]),
     ],
 )
-def test_whole_groups_are_graded_as_they_come_and_given_in_order(size, batches, calls):
+def test_whole_groups_are_graded_on_arrival_and_returned_in_order(size, batches, calls):
     grade = Grade()
     with OverlappedGrading(grade, 6, size) as grading:
         take(grading, *batches)
         assert grading.finish() == ["0", "1", "2", "3", "4", "5"]
     assert grade.calls == calls
-    assert grade.threads[-1] is threading.main_thread()  # there is nothing to overlap the last with
+    assert grade.threads[-1] is threading.main_thread()  # no sampling is left to overlap with the last call
     assert threading.main_thread() not in grade.threads[:-1]
     assert grading_threads() == []
 
 
-def test_grading_goes_on_while_the_caller_samples():
-    """The caller gets to its next batch only because the first one has been graded meanwhile."""
+def test_grading_runs_while_the_caller_samples():
+    """The caller adds its next batch only after the first one has been graded in the background."""
     graded = threading.Event()
     grade = Grade(lambda numbers: graded.set())
     with OverlappedGrading(grade, 6, 2) as grading:
@@ -79,7 +79,7 @@ def test_grading_goes_on_while_the_caller_samples():
         assert len(grading.finish()) == 6
 
 
-def test_the_caller_samples_while_grading_goes_on():
+def test_caller_is_not_blocked_while_grading_runs():
     sampled = threading.Event()
     grade = Grade(lambda numbers: sampled.wait(LONG_S) or pytest.fail("the caller has waited"))
     with OverlappedGrading(grade, 6, 2) as grading:
@@ -88,29 +88,29 @@ def test_the_caller_samples_while_grading_goes_on():
         assert len(grading.finish()) == 6
 
 
-def test_nothing_to_grade_is_no_call():
+def test_zero_samples_cause_no_grading_call():
     grade = Grade()
     with OverlappedGrading(grade, 0, 2) as grading:
         assert grading.finish() == []
     assert grade.calls == []
 
 
-def test_a_failure_in_the_thread_is_raised_by_the_next_batch():
+def test_grading_error_is_raised_when_the_next_batch_is_added():
     def fail(numbers):
         raise ZeroDivisionError(f"at {numbers}")
 
     grade = Grade(fail)
     with OverlappedGrading(grade, 6, 2) as grading:
         take(grading, [0, 1])
-        grading._futures[0][1].exception(LONG_S)  # wait for it
+        grading._futures[0][1].exception(LONG_S)  # wait for the error
         with pytest.raises(ZeroDivisionError, match=r"at \[0, 1\]"):
-            take(grading, [2, 3])  # so no more is sampled for nothing
+            take(grading, [2, 3])  # so sampling stops early
     assert grade.calls == [[0, 1]]
     assert grading_threads() == []
 
 
 @pytest.mark.parametrize("failing", [[0, 1], [2, 3], [4, 5]])
-def test_a_failure_anywhere_is_raised_at_the_latest_by_finish(failing):
+def test_grading_error_is_raised_by_finish_at_the_latest(failing):
     sampled = threading.Event()
 
     def fail(numbers):
@@ -126,7 +126,7 @@ def test_a_failure_anywhere_is_raised_at_the_latest_by_finish(failing):
     assert grading_threads() == []
 
 
-def test_an_interrupt_of_sampling_leaves_nothing_running_and_begins_nothing():
+def test_interrupted_sampling_finishes_current_grading_and_drops_the_queue():
     begun, ending = threading.Event(), threading.Event()
 
     def hold(numbers):
@@ -143,20 +143,20 @@ def test_an_interrupt_of_sampling_leaves_nothing_running_and_begins_nothing():
     grade = Grade(hold)
     with pytest.raises(KeyboardInterrupt):
         sample()
-    assert grade.calls == [[0, 1]]  # [2, 3] stood in line
+    assert grade.calls == [[0, 1]]  # [2, 3] was queued
     assert grading_threads() == []
 
 
-def test_an_interrupt_cancels_the_grading_that_is_under_way():
-    """Grading that would take minutes: a worker has an answer that hangs."""
-    bomb = r"9^{9^{9^{9}}}+x"
+def test_interrupt_cancels_running_grading():
+    """A worker has an answer that would take minutes to grade."""
+    hanging_answer = r"9^{9^{9^{9}}}+x"
     begun = threading.Event()
     raised = []
 
     def grade(numbers, samples):
         begun.set()
         try:
-            return grader.grade_answers([bomb] * len(numbers), ["5"] * len(numbers))
+            return grader.grade_answers([hanging_answer] * len(numbers), ["5"] * len(numbers))
         except RuntimeError as error:
             raised.append(str(error))
             raise
@@ -171,7 +171,7 @@ def test_an_interrupt_cancels_the_grading_that_is_under_way():
 
     with MathGrader(deadline_s=10 * LONG_S) as grader:
         grader.grade_answers(["x+1"], ["1+x"])  # starts the workers
-        for delay in (0.3, 0.0):  # within the call of the pool, and perhaps before it
+        for delay in (0.3, 0.0):  # during the call of the pool, and possibly before it
             started = time.monotonic()
             with pytest.raises(KeyboardInterrupt):
                 sample(delay)
@@ -183,16 +183,16 @@ def test_an_interrupt_cancels_the_grading_that_is_under_way():
     assert "closed" in raised[0]
 
 
-def test_a_sample_that_never_comes_is_told():
+def test_missing_samples_raise_an_error_with_counts():
     with OverlappedGrading(Grade(), 6, 2) as grading:
         take(grading, [0, 1], [3, 4])
         with pytest.raises(RuntimeError, match=r"data\.engine gave no sample for 2 of 6 requests"):
             grading.finish()
 
 
-def test_the_time_that_counts_is_that_of_waiting(monkeypatch):
+def test_seconds_waited_counts_only_blocking_time(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(overlap, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(grade_rollouts, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def work(numbers):
         now[0] += {(0, 1): 1.0, (2, 3): 2.0, (4, 5): 4.0}[tuple(numbers)]

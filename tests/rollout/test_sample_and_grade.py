@@ -28,7 +28,7 @@ LIMIT = 30
 
 
 class SmallPolicy:
-    """A model with random weights, as rollouts see one."""
+    """A policy with random weights and the methods that rollouts need."""
 
     def __init__(self, folder):
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ class SmallPolicy:
 
 
 class Scripted:
-    """An engine that writes given texts, some at a time."""
+    """An engine that returns the given texts in batches."""
 
     def __init__(self, policy, texts, batch_size, before_each=lambda start: None):
         self.tokenizer, self.texts, self.batch_size = policy.tokenizer, texts, batch_size
@@ -82,8 +82,8 @@ def prompts(policy, *golds, text="1+1=?"):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 11, 12])
-def test_sampling_in_batches_is_sampling_at_once(policy, reward, batch_size):
-    """Against samples that are drawn one by one and graded together."""
+def test_sampling_and_grading_in_batches_equals_one_by_one(policy, reward, batch_size):
+    """Compared with samples that are drawn one by one and graded together."""
     asked, sampling = prompts(policy, "2", "4", "6"), Sampling(LIMIT)
     found, _ = sample_and_grade(policy, TransformersEngine(batch_size), reward, asked, 4, sampling)
     requests = [(prompt, f"{prompt.seed}/{i}") for prompt in asked for i in range(4)]
@@ -114,8 +114,8 @@ GOLDS = ["1+x", r"\sqrt{2}", "7"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
-def test_verdicts_rewards_and_counts_are_the_same_however_samples_come(policy, reward, batch_size):
-    """With the real grader, algebra, and an answer that it must give up on or refute."""
+def test_verdicts_and_rewards_do_not_depend_on_batch_size(policy, reward, batch_size):
+    """With the real grader, algebraic answers, and an answer that times out or is wrong."""
     found, _ = sample_and_grade(
         policy, Scripted(policy, TEXTS, batch_size), reward, prompts(policy, *GOLDS), 2, Sampling(LIMIT)
     )
@@ -134,7 +134,7 @@ def test_verdicts_rewards_and_counts_are_the_same_however_samples_come(policy, r
     assert found == one
 
 
-def test_rewards_are_told_the_details(policy):
+def test_reward_receives_details(policy):
     seen = []
 
     def watch(completions, golds, details=()):
@@ -146,7 +146,7 @@ def test_rewards_are_told_the_details(policy):
     (completion,) = grade_rollouts(policy, WeightedReward.of(watch), asked, [sample], 9)
     verdict = Grade(True, "graded", "2", 0.0)
     assert seen == [(r"\boxed{2}", "2", Details(asked[0].problem, "Q", 9, 9, True, verdict))]
-    assert completion.correct  # the grader's word, whatever the reward
+    assert completion.correct  # the grader's verdict, independent of the reward
     assert completion.reward == 0.0
 
 
@@ -159,7 +159,7 @@ def test_rewards_are_told_the_details(policy):
     ],
     ids=["never closed", "closed", "none"],
 )
-def test_a_box_in_reasoning_that_the_prompt_has_opened_is_no_answer(policy, reward, prompt, completion, correct):
+def test_boxed_text_inside_an_open_think_block_is_not_graded(policy, reward, prompt, completion, correct):
     asked = prompts(policy, "2", text=prompt)
     (found,) = grade_rollouts(
         policy, reward, asked, [Sample(policy.tokenizer.encode(completion), False, [0.0] * 40)], LIMIT
@@ -168,7 +168,7 @@ def test_a_box_in_reasoning_that_the_prompt_has_opened_is_no_answer(policy, rewa
     assert found.text == completion
 
 
-def test_think_marks_are_seen_where_they_are_special_tokens(policy, small_model, repository):
+def test_decode_keeps_think_tags_that_are_special_tokens(policy, small_model, repository):
     tokenizer = AutoTokenizer.from_pretrained(repository / "configs" / "tiny_model")
     tokenizer.add_tokens(["<think>", "</think>", "<other>"], special_tokens=True)
     marked = SmallPolicy(small_model)
@@ -178,8 +178,8 @@ def test_think_marks_are_seen_where_they_are_special_tokens(policy, small_model,
     assert decode(marked, [Sample(ids, False, [0.0] * len(ids))]) == [r"<think>3</think>\boxed{2}"]
 
 
-def test_the_prompt_is_seen_with_its_special_tokens(policy):
-    """A think mark may be one."""
+def test_reward_receives_prompt_with_special_tokens(policy):
+    """A think tag may be a special token."""
     prompt = Prompt(Problem("1", "q", "2"), [*policy.tokenizer.encode("q"), policy.tokenizer.eos_token_id], "s")
     seen = []
 
@@ -192,7 +192,7 @@ def test_the_prompt_is_seen_with_its_special_tokens(policy):
 
 
 @pytest.mark.parametrize("batch_size", [2, 6])
-def test_a_reward_that_fails_ends_sampling_and_leaves_no_thread(policy, batch_size):
+def test_failing_reward_stops_sampling_and_leaves_no_thread(policy, batch_size):
     def broken(completions, golds):
         raise ZeroDivisionError("mine")
 
@@ -202,15 +202,15 @@ def test_a_reward_that_fails_ends_sampling_and_leaves_no_thread(policy, batch_si
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("grading")]
 
 
-def test_a_fork_while_the_thread_grades_can_grade_itself(policy, reward):
-    """Locks that the thread holds at that moment must not be held for ever in the child."""
+def test_process_forked_during_grading_can_grade(policy, reward):
+    """Locks that the grading thread holds at the fork must not stay locked in the child."""
     children = []
 
     def before_each(start):
         if start != 2:
             return
         pid = os.fork()
-        if pid == 0:  # no assertion and no pytest in the child: it ends here
+        if pid == 0:  # the child exits here, without assertions or pytest
             try:
                 right = [g.correct for g in reward.grader.grade([r"\boxed{x+y}", r"\boxed{x}"], ["y+x", "y+x"])]
                 reward.close()
@@ -263,7 +263,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_while_both_are_at_work_ends_both():
+def test_sigint_during_sampling_and_grading_ends_both():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True, env=environment)
     try:
@@ -281,14 +281,14 @@ def test_ctrl_c_while_both_are_at_work_ends_both():
 
 
 class Statistics(list):
-    """Numbers that can be watched."""
+    """A list that accepts weak references."""
 
 
-def test_evaluation_drops_the_statistics_of_a_batch_before_the_next_is_sampled(policy):
+def test_sample_drops_token_statistics_before_the_next_batch(policy):
     watched = []
 
-    class Telling:
-        """An engine that samples one token at a time, and tells what it says of it."""
+    class WithStatistics:
+        """An engine that yields one sample at a time, with token statistics."""
 
         def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
             for i in range(len(requests)):
@@ -298,6 +298,6 @@ def test_evaluation_drops_the_statistics_of_a_batch_before_the_next_is_sampled(p
                 yield [(i, Sample([50 + i], True, *statistics))]
                 del statistics
 
-    found = sample(policy, Telling(), prompts(policy, "1", "2"), 2, Sampling(1))
+    found = sample(policy, WithStatistics(), prompts(policy, "1", "2"), 2, Sampling(1))
     assert [(tokens.token_ids, tokens.is_truncated) for tokens in found] == [([50 + i], True) for i in range(4)]
     assert not any(numbers() for numbers in watched)

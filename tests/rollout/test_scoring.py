@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from egspo_lightning.rollout import scoring as experience
+from egspo_lightning.rollout import scoring
 from egspo_lightning.rollout.rollout_records import Group, Prompt, SampledGroups
 from egspo_lightning.rollout.scoring import completions_by_row, measure
 from egspo_lightning.types import Completion, Problem
@@ -28,7 +28,7 @@ def completion(length: int, reward: float, **fields) -> Completion:
 def sampled(
     completions: list[Completion], size: int, num_discarded: int = 0, expert: int | None = None
 ) -> SampledGroups:
-    """Groups of ``size``; the last ``num_discarded`` were put aside, and group ``expert`` has an expert's solution."""
+    """Groups of ``size`` completions. The last ``num_discarded`` are discarded; group ``expert`` has an expert."""
     groups = [
         Group(i, Prompt(PROBLEM, [1], ""), completions[i * size : (i + 1) * size], None)
         for i in range(len(completions) // size)
@@ -39,7 +39,7 @@ def sampled(
     return SampledGroups(groups[:kept], groups[kept:], 0.5, 0.125)
 
 
-def test_measurements_by_hand():
+def test_rollout_measurements_by_hand():
     completions = [
         completion(3, 1.0),
         completion(5, 0.0, is_truncated=True),
@@ -51,7 +51,7 @@ def test_measurements_by_hand():
     found = measure(sampled(completions, 2))
     assert {name: (pytest.approx(value[0]), value[1]) for name, value in found.items()} == {
         "rollout/reward_mean": (1.0, 6),
-        "rollout/reward_std": (2**-0.5, 3),  # of (1, 0), with Bessel's correction; the other groups have none
+        "rollout/reward_std": (2**-0.5, 3),  # of (1, 0), with Bessel's correction; the other groups have std 0
         "rollout/accuracy": (1, 6),
         "rollout/zero_spread_fraction": (2, 3),
         "rollout/flat_groups": (2, 0),
@@ -63,18 +63,18 @@ def test_measurements_by_hand():
         "rollout/tokens_per_second": (21, 0.5),
         "time/sample": (0.375, 1),
         "time/grade": (0.125, 1),
-        "rollout/reward/mine": (2.0, 6),  # before its weight
+        "rollout/reward/mine": (2.0, 6),  # unweighted
     }
 
 
-def test_groups_of_one_have_no_spread():
+def test_groups_of_one_completion_have_std_zero():
     found = measure(sampled([completion(3, 1.0), completion(5, 0.0)], 1))
     assert found["rollout/reward_std"] == (0.0, 2)
     assert found["rollout/zero_spread_fraction"] == (2, 2)
 
 
-def test_groups_that_were_put_aside_count_except_as_skipped_and_experts_do_not_count():
-    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]  # groups: mixed; flat; flat, with an expert; flat, put aside
+def test_measurements_include_discarded_groups_and_exclude_experts():
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]  # groups: mixed; flat; flat with an expert; flat and discarded
     found = measure(sampled([completion(2, reward) for reward in rewards], 2, num_discarded=1, expert=2))
     assert found["rollout/reward_mean"] == (3.0, 8)
     assert found["rollout/zero_spread_fraction"] == (3, 4)
@@ -84,27 +84,31 @@ def test_groups_that_were_put_aside_count_except_as_skipped_and_experts_do_not_c
     assert found["rollout/grader_timeouts"] == (0, 0)
 
 
-def test_experts_solutions_stand_behind_the_sampled_rows():
+def test_expert_rows_follow_the_sampled_rows():
     completions = [completion(i + 1, 0.0) for i in range(4)]
     rows = completions_by_row(sampled(completions, 2, expert=0).groups)
     assert [len(row.token_ids) for row in rows] == [1, 2, 3, 4, 9]
 
 
 @pytest.mark.parametrize("tokens_per_scoring_batch", [16_384, 40, 1])
-def test_a_collection_by_a_naive_loop(tiny_run, monkeypatch, tokens_per_scoring_batch):
-    """A policy that does not move: the collection can be recomputed row by row from the final weights."""
-    monkeypatch.setattr(experience, "TOKENS_PER_SCORING_BATCH", tokens_per_scoring_batch)
-    still = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0), "initial_stage": "egspo", "temperature": 0.8}
-    run = tiny_run(module=still, trainer={"max_epochs": 1}).fit()
-    collection, tokenizer = run.data.phases.rollouts, run.module.tokenizer
-    rollout, completions = collection.batch, collection.completions
+def test_rollout_batch_matches_naive_loop(tiny_run, monkeypatch, tokens_per_scoring_batch):
+    """With a learning rate of 0, the rollout batch can be recomputed row by row from the final weights."""
+    monkeypatch.setattr(scoring, "TOKENS_PER_SCORING_BATCH", tokens_per_scoring_batch)
+    no_updates = {
+        "optimizer": lambda params: torch.optim.SGD(params, lr=0.0),
+        "initial_stage": "egspo",
+        "temperature": 0.8,
+    }
+    run = tiny_run(module=no_updates, trainer={"max_epochs": 1}).fit()
+    rollouts, tokenizer = run.data.phases.rollouts, run.module.tokenizer
+    rollout, completions = rollouts.batch, rollouts.completions
     assert len(completions) == rollout.input_ids.shape[0] == 16
     assert len({len(c.token_ids) for c in completions}) > 1
 
     rewards = torch.tensor([c.reward for c in completions]).view(4, 4)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
     for row, c in enumerate(completions):
-        assert c.problem == completions[row // 4 * 4].problem  # those of a problem stand next to one another
+        assert c.problem == completions[row // 4 * 4].problem  # completions of a problem are adjacent
         prompt = tokenizer.encode(c.problem.problem)
         sequence = torch.tensor([*prompt, *c.token_ids])
         start, end = len(prompt), len(sequence)
@@ -134,7 +138,7 @@ def test_a_collection_by_a_naive_loop(tiny_run, monkeypatch, tokens_per_scoring_
     assert rollout.ref_logprobs is None
 
 
-def test_a_collection_has_the_references_log_probabilities_where_beta_is_positive(tiny_run):
+def test_rollout_batch_has_reference_logprobs_if_beta_is_positive(tiny_run):
     from egspo_lightning.ops.objective import Objective
 
     run = tiny_run(module={"objective": Objective(beta=0.1), "initial_stage": "egspo"}, trainer={"max_epochs": 2}).fit()

@@ -1,4 +1,4 @@
-"""The engine against transformers' own `generate`, against its forward pass, and against itself in other batches."""
+"""TransformersEngine against transformers' `generate`, the forward pass, and other batch sizes."""
 
 import itertools
 import tracemalloc
@@ -24,7 +24,7 @@ ROPE = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "initializer_range": 0.4,  # large, so that outputs vary and depend on what stands where
+    "initializer_range": 0.4,  # large, so that outputs vary and depend on positions
 }
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**ROPE),
@@ -37,7 +37,7 @@ PROMPTS = [[5, 9, 3], [7], [11, 2, 8, 30, 21, 4, 4, 19], [12, 13], [5, 9, 3, 1, 
 
 
 class Drawn(NamedTuple):
-    """A sample but for its log-probabilities, which depend in the last digit on what it is sampled with."""
+    """A sample without log-probabilities, whose last digit depends on the batch."""
 
     token_ids: list[int]
     is_truncated: bool
@@ -63,7 +63,7 @@ def generate(lm, prompts, sampling, eos_ids=(), *, seeds=None, max_batch_size=25
 
 
 def reference(lm, prompt: list[int], length: int, eos_ids: list[int] | None = None) -> list[int]:
-    """transformers' greedy continuation of one prompt, alone and unpadded."""
+    """Greedy continuation of one unpadded prompt by transformers."""
     ids = torch.tensor([prompt])
     output = lm.generate(
         ids,
@@ -76,7 +76,7 @@ def reference(lm, prompt: list[int], length: int, eos_ids: list[int] | None = No
     return output[0, len(prompt) :].tolist()
 
 
-# Greedy, against generate
+# Greedy decoding
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -90,10 +90,10 @@ def test_greedy_equals_generate_for_prompts_of_different_lengths(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rows_that_end_early_have_exactly_generates_tokens(name):
+def test_rows_that_end_early_have_the_tokens_of_generate(name):
     lm = build(name)
     free = [reference(lm, prompt, 20) for prompt in PROMPTS]
-    eos_ids = [free[0][3], free[2][8]]  # ends some rows soon, some later
+    eos_ids = [free[0][3], free[2][8]]  # rows end at different lengths
     expected = [reference(lm, prompt, 20, eos_ids) for prompt in PROMPTS]
     assert len({len(row) for row in expected}) > 1
     samples = generate(lm, PROMPTS, Sampling(20, temperature=0.0), eos_ids)
@@ -101,27 +101,27 @@ def test_rows_that_end_early_have_exactly_generates_tokens(name):
     assert [sample.is_truncated for sample in samples] == [row[-1] not in eos_ids for row in expected]
 
 
-def test_equal_prompts_that_share_their_prefill_are_answered_as_if_alone(lm):
+def test_shared_prefill_gives_the_tokens_of_separate_prefills(lm):
     prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     expected = [reference(lm, prompt, 6) for prompt in prompts]
     assert [s.token_ids for s in generate(lm, prompts, Sampling(6, temperature=0.0))] == expected
 
 
-def test_nothing_is_asked_for_and_nothing_comes(lm):
+def test_no_requests_give_no_samples(lm):
     assert generate(lm, [], Sampling(6)) == []
 
 
 # The end of a completion
 
 
-def test_an_eos_is_part_of_the_completion_and_nothing_follows_it(lm):
+def test_completion_ends_with_its_eos(lm):
     row = reference(lm, PROMPTS[0], 20)
     end = row[4]
     expected = row[: row.index(end) + 1]
     assert generate(lm, PROMPTS[:1], Sampling(20, temperature=0.0), [end]) == [(expected, False)]
 
 
-def test_the_first_of_several_eos_ids_ends_it(lm):
+def test_any_of_several_eos_ids_ends_a_completion(lm):
     row = reference(lm, PROMPTS[0], 20)
     first, second = sorted({row[2], row[5], row[7]}, key=row.index)[:2]
     expected = row[: row.index(first) + 1]
@@ -129,14 +129,14 @@ def test_the_first_of_several_eos_ids_ends_it(lm):
         assert generate(lm, PROMPTS[:1], Sampling(20, temperature=0.0), eos_ids) == [(expected, False)]
 
 
-def test_an_eos_exactly_at_the_limit_is_not_a_truncation(lm):
+def test_eos_at_the_length_limit_is_not_a_truncation(lm):
     row = reference(lm, PROMPTS[0], 20)
     end = row.index(row[4])
     assert generate(lm, PROMPTS[:1], Sampling(end + 1, temperature=0.0), [row[4]]) == [(row[: end + 1], False)]
     assert generate(lm, PROMPTS[:1], Sampling(end, temperature=0.0), [row[4]]) == [(row[:end], True)]
 
 
-def test_the_padding_token_may_be_the_eos(lm):
+def test_padding_token_can_be_the_eos(lm):
     row = reference(lm, PROMPTS[2], 20)
     end = row.index(row[4])
     requests = [Request(prompt, "s") for prompt in PROMPTS]
@@ -146,19 +146,19 @@ def test_the_padding_token_may_be_the_eos(lm):
     assert samples[2][:2] == (row[: end + 1], False)
 
 
-# A sample depends on its seed and its prompt alone
+# A sample depends only on its seed and its prompt
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sampling", [Sampling(12), Sampling(12, temperature=0.6, top_p=0.8)], ids=["plain", "nucleus"])
-def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(name, sampling):
+def test_samples_do_not_depend_on_batch_size_or_order(name, sampling):
     lm, eos_ids = build(name), [1, 2, 3, 4, 5]
     prompts, seeds = [*PROMPTS, PROMPTS[0]], list("abcdef")
     together = generate(lm, prompts, sampling, eos_ids, seeds=seeds)
     assert len({len(sample.token_ids) for sample in together}) > 1
     others = generate(lm, [PROMPTS[2]] * 8, sampling)
-    assert len({tuple(sample.token_ids) for sample in others}) > 1  # one prompt, several seeds
-    torch.manual_seed(123)  # torch's own generator has no say
+    assert len({tuple(sample.token_ids) for sample in others}) > 1  # one prompt, eight seeds
+    torch.manual_seed(123)  # torch's global generator has no effect
     for size in (1, 2, 256):
         assert generate(lm, prompts, sampling, eos_ids, seeds=seeds, max_batch_size=size) == together
     assert generate(lm, prompts[::-1], sampling, eos_ids, seeds=seeds[::-1]) == together[::-1]
@@ -166,7 +166,7 @@ def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(name, sampli
     assert alone == together
 
 
-def test_samples_come_as_their_rows_leave_the_batch(lm):
+def test_stream_yields_samples_when_their_rows_end(lm):
     requests = [Request(prompt, f"seed/{i}") for i, prompt in enumerate(4 * PROMPTS)]
     engine, sampling, ids = TransformersEngine(), Sampling(40), {"eos_ids": [1, 2, 3], "pad_id": PAD}
     batches = list(engine.stream(lm, requests, sampling, **ids))
@@ -180,12 +180,12 @@ def test_samples_come_as_their_rows_leave_the_batch(lm):
     )
 
 
-def test_a_longer_limit_continues_the_same_sample(lm):
+def test_longer_length_limit_extends_the_same_sample(lm):
     short, long = (generate(lm, PROMPTS, Sampling(length)) for length in (5, 11))
     assert [sample.token_ids[:5] for sample in long] == [sample.token_ids for sample in short]
 
 
-def test_a_sample_of_several_blocks_of_numbers_is_the_same_alone(lm):
+def test_samples_longer_than_a_random_block_do_not_depend_on_the_batch(lm):
     sampling, eos_ids = Sampling(2 * NUMBERS_AHEAD + 3), [1]
     together = generate(lm, PROMPTS, sampling, eos_ids)
     lengths = sorted(len(sample.token_ids) for sample in together)
@@ -194,7 +194,7 @@ def test_a_sample_of_several_blocks_of_numbers_is_the_same_alone(lm):
         assert generate(lm, [prompt], sampling, eos_ids, seeds=[f"seed/{i}"]) == together[i : i + 1]
 
 
-def test_what_is_never_sampled_costs_no_numbers(lm):
+def test_memory_does_not_grow_with_the_length_limit(lm):
     requests = [Request(prompt, f"seed/{i}") for i, prompt in enumerate(PROMPTS)]
     most = {}
     for limit in (100, 100_000):
@@ -203,10 +203,10 @@ def test_what_is_never_sampled_costs_no_numbers(lm):
         most[limit] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert max(len(sample.token_ids) for sample in samples) < 50
-    assert most[100_000] < most[100] + 100_000  # bytes; a number that is drawn is more than 8
+    assert most[100_000] < most[100] + 100_000  # bytes; each random number takes more than 8
 
 
-def test_samples_do_not_touch_torchs_generator(lm):
+def test_sampling_does_not_change_torch_rng_state(lm):
     before = torch.get_rng_state()
     generate(lm, PROMPTS, Sampling(5))
     assert torch.equal(torch.get_rng_state(), before)
@@ -216,7 +216,7 @@ def test_samples_do_not_touch_torchs_generator(lm):
 
 
 @pytest.mark.parametrize(("name", "temperature"), list(itertools.product(CONFIGS, [1.0, 0.7])))
-def test_the_policys_log_probabilities_are_those_that_were_sampled_from(name, temperature):
+def test_policy_statistics_equal_sampling_distribution(name, temperature):
     lm = build(name)
     samples = generate(lm, PROMPTS, Sampling(9, temperature), [1, 2, 3, 4, 5])
     width = max(len(p) + len(s.token_ids) for p, s in zip(PROMPTS, samples, strict=True))
@@ -237,8 +237,8 @@ def test_the_policys_log_probabilities_are_those_that_were_sampled_from(name, te
     torch.testing.assert_close(stats.entropies, entropies, rtol=0, atol=3e-5)
 
 
-def test_dropout_and_gradient_checkpointing_have_no_effect_on_what_is_sampled(tiny_run, small_model):
-    """The sampling context sets eval mode; the first-ratio check of training would raise otherwise."""
+def test_gradient_checkpointing_does_not_change_samples(tiny_run, small_model):
+    """The sampling context sets eval mode. Otherwise the first-ratio check of training would raise."""
     texts = []
     for checkpointing in (False, True):
         policy = PolicyConfig(small_model, from_scratch=True, gradient_checkpointing=checkpointing)
@@ -249,7 +249,7 @@ def test_dropout_and_gradient_checkpointing_have_no_effect_on_what_is_sampled(ti
     assert len(set(texts[0])) > 4
 
 
-def test_a_policy_in_train_mode_samples_as_in_eval_mode():
+def test_policy_in_train_mode_samples_as_in_eval_mode():
     config = GPT2Config(**(CONFIGS["gpt2"].to_dict() | {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}))
     torch.manual_seed(0)
     policy = Policy(CausalLM.from_config(config))
@@ -259,7 +259,7 @@ def test_a_policy_in_train_mode_samples_as_in_eval_mode():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_engine_tells_the_log_probabilities_that_it_sampled_from(lm, temperature):
+def test_engine_logprobs_equal_sampling_distribution(lm, temperature):
     requests = [Request(prompt, f"seed/{i}") for i, prompt in enumerate(PROMPTS)]
     samples = TransformersEngine().generate(lm, requests, Sampling(12, temperature), eos_ids=[3, 4], pad_id=PAD)
     for prompt, sample in zip(PROMPTS, samples, strict=True):

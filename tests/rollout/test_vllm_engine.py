@@ -1,4 +1,4 @@
-"""Settings that the vLLM engine refuses, and its message where vLLM is absent; tests/vllm runs vLLM itself."""
+"""VLLMEngine without vLLM: refused settings and the installation message. tests/vllm runs vLLM itself."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from egspo_lightning.rollout.vllm_engine import VLLMEngine, stable_seed
 from egspo_lightning.rollout.vllm_process import start_vllm
 
 
-def test_without_vllm_it_is_said_what_to_install(monkeypatch, repository):
+def test_missing_vllm_error_says_what_to_install(monkeypatch, repository):
     monkeypatch.chdir(repository)
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     arguments = ["fit", "--config=configs/quickstart.yaml", f"--data.engine={VLLMEngine.__module__}.VLLMEngine"]
@@ -31,12 +31,12 @@ def test_without_vllm_it_is_said_what_to_install(monkeypatch, repository):
         ("max_num_seqs", 0),
     ],
 )
-def test_values_out_of_range_are_refused(field, value):
+def test_parser_refuses_out_of_range_vllm_settings(field, value):
     with pytest.raises(ArgumentError, match=rf"{field}(.|\n)* {value}"):
         engine_parser().parse_args([f"--engine.{field}={value}"])
 
 
-def test_values_within_the_range_are_accepted():
+def test_parser_accepts_vllm_settings_within_range():
     arguments = ["--engine.gpu_memory_utilization=1.0", "--engine.kv_cache_gib=0.5", "--engine.max_model_len=2"]
     assert engine_parser().parse_args(arguments).engine.max_num_seqs == 256
 
@@ -47,28 +47,28 @@ def engine_parser():
     return parser
 
 
-def test_one_model_on_several_gpus_is_refused():
+def test_tensor_parallel_size_above_one_is_refused():
     with pytest.raises(UserError, match=r"VLLMEngine.tensor_parallel_size must be 1: .*, got 2"):
         VLLMEngine(tensor_parallel_size=2)
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_vllm_with_several_ranks_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     with pytest.raises(UserError, match="one process as yet, and this run has 4"):
         start_vllm(None, torch.device("cpu"), {})
 
 
-def test_a_gpu_that_it_would_not_take_is_refused():
+def test_vllm_on_another_gpu_than_the_first_is_refused():
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
         start_vllm(None, torch.device("cuda:1"), {})
 
 
-def test_seeds_are_the_same_in_every_process():
+def test_stable_seed_is_a_fixed_hash():
     assert stable_seed("abc") == 0xBA7816BF8F01CFEA >> 1  # FIPS 180-2, appendix B.1: SHA-256 of "abc"
 
 
-def test_an_engine_ends_with_the_run(tiny_run):
+def test_run_closes_its_engine(tiny_run):
     class Closing(TransformersEngine):
         closed = 0
 

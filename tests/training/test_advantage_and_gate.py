@@ -1,4 +1,4 @@
-"""A collection's admission: the same however many ranks share it, and what is remembered from one to the next."""
+"""AdvantageAndGate: results do not depend on the number of ranks, and state carries over to the next rollout batch."""
 
 import io
 
@@ -32,22 +32,22 @@ TENSORS = (
 
 
 @pytest.fixture
-def admit(on_ranks):
-    """Turns rollouts into rollout batches, one a rank, one after another; gives the results of the last."""
+def convert(on_ranks):
+    """Converts scored rollouts to rollout batches on each rank, in sequence; returns the results of the last."""
 
-    def run(make, *collections):
-        admissions = [make() for _ in collections[0]]
+    def run(make, *rollouts):
+        gatings = [make() for _ in rollouts[0]]
 
         def work(rank, number):
-            return [admissions[number].apply(parts[number], rank) for parts in collections]
+            return [gatings[number].apply(parts[number], rank) for parts in rollouts]
 
-        return [results[-1] for results in on_ranks(work, range(len(admissions)))], admissions
+        return [results[-1] for results in on_ranks(work, range(len(gatings)))], gatings
 
     return run
 
 
 def join(rollouts, name, num_sampled):
-    """A field of two ranks as one rank has it: all the sampled rows, then all those of experts."""
+    """Join a field of several ranks as one rank orders it: all sampled rows, then all expert rows."""
     values = [getattr(rollout, name) for rollout in rollouts]
     if values[0] is None:
         return None
@@ -67,7 +67,7 @@ def join(rollouts, name, num_sampled):
     ],
 )
 @pytest.mark.parametrize("at", [1, 2])
-def test_two_ranks_are_one_that_holds_everything(make_scored, split_scored, make_gating, admit, advantage, gate, at):
+def test_two_ranks_give_the_results_of_one_rank(make_scored, split_scored, make_gating, convert, advantage, gate, at):
     def make():
         return make_gating(
             objective=Objective(rescale_weights=True, beta=0.1, mask_truncated=True),
@@ -84,12 +84,12 @@ def test_two_ranks_are_one_that_holds_everything(make_scored, split_scored, make
     ]
     wholes = [whole._replace(is_truncated=torch.arange(len(whole.rewards)) % 5 == 3) for whole in wholes]
     parts = [split_scored(whole, at) for whole in wholes]
-    if experts:  # in the order of the ranks
+    if experts:  # expert rows come in the order of the ranks
         order = torch.tensor([*range(12), *(12 + i for i in ([1, 0, 2] if at == 1 else [1, 2, 0]))])
     else:
         order = torch.arange(12)
-    ((whole, told),), (alone,) = admit(make, *([whole] for whole in wholes))
-    results, admissions = admit(make, *parts)
+    ((whole, expected_metrics),), (one_rank,) = convert(make, *([whole] for whole in wholes))
+    results, gatings = convert(make, *parts)
     num_sampled = [part.num_sampled for part in parts[0]]
     for name in TENSORS:
         shared, expected = join([r for r, _ in results], name, num_sampled), getattr(whole, name)
@@ -98,22 +98,22 @@ def test_two_ranks_are_one_that_holds_everything(make_scored, split_scored, make
         else:
             assert_close(shared, expected[order], **EXACT, msg=name)
     for _, metrics in results:
-        assert set(metrics) == set(told)
-        for name in set(told) - {"time/gate"}:
-            assert metrics[name].item() == pytest.approx(told[name].item(), abs=1e-5), name
-    for admission in admissions:
-        assert admission.kl_reward.current == pytest.approx(alone.kl_reward.current, rel=1e-6)
-        assert admission.kl_reward.current != 0.2
-        assert admission.entropy_bonus.current == alone.entropy_bonus.current
-        if hasattr(alone.gate, "state_dict"):
-            ours, expected = (a.state_dict()["gate"]["state"]["running"] for a in (admission, alone))
+        assert set(metrics) == set(expected_metrics)
+        for name in set(expected_metrics) - {"time/gate"}:
+            assert metrics[name].item() == pytest.approx(expected_metrics[name].item(), abs=1e-5), name
+    for gating in gatings:
+        assert gating.kl_reward.current == pytest.approx(one_rank.kl_reward.current, rel=1e-6)
+        assert gating.kl_reward.current != 0.2
+        assert gating.entropy_bonus.current == one_rank.entropy_bonus.current
+        if hasattr(one_rank.gate, "state_dict"):
+            ours, expected = (a.state_dict()["gate"]["state"]["running"] for a in (gating, one_rank))
             assert ours == (expected if expected is None else pytest.approx(expected, rel=1e-12))
 
 
-def test_weights_average_to_one_over_the_ranks_and_not_on_each(make_scored, split_scored, make_gating, admit):
+def test_rescaled_weights_average_to_one_over_all_ranks(make_scored, split_scored, make_gating, convert):
     objective = Objective(rescale_weights=True)
     for at in (1, 2):
-        results, _ = admit(lambda: make_gating(objective=objective), split_scored(make_scored(num_problems=3), at))
+        results, _ = convert(lambda: make_gating(objective=objective), split_scored(make_scored(num_problems=3), at))
         weights = []
         for rollout, _ in results:
             high, low = objective.branch_weights(rollout, ConfidenceAttenuation(), rollout.entropies)
@@ -123,13 +123,13 @@ def test_weights_average_to_one_over_the_ranks_and_not_on_each(make_scored, spli
         assert results[0][1]["gate/weight_mean"].item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_without_rescaling_the_scale_is_one(make_rollout):
+def test_weight_scale_without_rescaling_is_one(make_rollout):
     rollout, _ = make_rollout()
     assert torch.equal(rollout.weight_scale, torch.ones(8, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("idle", [0, 1])
-def test_a_rank_without_tokens_follows_the_other(make_scored, split_scored, make_gating, admit, idle):
+def test_rank_without_tokens_gets_threshold_of_the_other(make_scored, split_scored, make_gating, convert, idle):
     parts = split_scored(make_scored(with_values=True), 1)
     parts[idle] = parts[idle]._replace(completion_mask=torch.zeros_like(parts[idle].completion_mask))
     for advantage in (ReinforcePlusPlus(), GAE()):
@@ -138,21 +138,21 @@ def test_a_rank_without_tokens_follows_the_other(make_scored, split_scored, make
         def make(objective=objective, advantage=advantage):
             return make_gating(objective=objective, advantage=advantage)
 
-        results, _ = admit(make, parts)
-        ((alone, _),), _ = admit(make, [parts[1 - idle]])
-        assert_close(results[1 - idle][0].advantages, alone.advantages, **EXACT)
+        results, _ = convert(make, parts)
+        ((one_rank, _),), _ = convert(make, [parts[1 - idle]])
+        assert_close(results[1 - idle][0].advantages, one_rank.advantages, **EXACT)
         for name in ("threshold", "weight_scale"):
             shared = [getattr(rollout, name).unique() for rollout, _ in results]
             assert_close(shared[0], shared[1], **EXACT)
-            assert_close(shared[0], getattr(alone, name).unique(), **EXACT)
+            assert_close(shared[0], getattr(one_rank, name).unique(), **EXACT)
         assert not results[idle][0].advantages.any()
 
 
-def test_a_collection_without_tokens_is_taken_and_teaches_nothing(make_scored, make_gating, admit):
+def test_rollout_batch_without_tokens_has_zero_advantages_and_no_state_change(make_scored, make_gating, convert):
     nothing = make_scored(with_reference=True, with_values=True)
     nothing = nothing._replace(completion_mask=torch.zeros_like(nothing.completion_mask))
     for advantage in (GroupRelative(), ReinforcePlusPlus(), GAE()):
-        ((rollout, metrics),), (admission,) = admit(
+        ((rollout, metrics),), (gating,) = convert(
             lambda advantage=advantage: make_gating(
                 objective=Objective(rescale_weights=True),
                 advantage=advantage,
@@ -164,33 +164,33 @@ def test_a_collection_without_tokens_is_taken_and_teaches_nothing(make_scored, m
         assert not rollout.advantages.any()
         assert rollout.weight_scale.unique().tolist() == [1.0]
         assert all(value.isfinite() for value in metrics.values())
-        assert (admission.kl_reward.current, admission.entropy_bonus.current) == (0.2, 0.01)
+        assert (gating.kl_reward.current, gating.entropy_bonus.current) == (0.2, 0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_advantages_are_those_of_the_pure_functions(make_scored, make_gating, admit, dtype):
+def test_advantages_equal_those_of_the_pure_functions(make_scored, make_gating, convert, dtype):
     scored = make_scored(with_values=True, with_reference=True, dtype=dtype)
     mask, scores = scored.completion_mask, scored.scores
     penalty = 0.2 * (scores.logprobs - scores.ref_logprobs)
     rewards = token_rewards(scored.rewards, mask, penalty)
     advantages, returns = gae(rewards, scores.values, mask, gamma=0.9, lam=0.8)
     kl_reward = KLReward(coefficient=0.2)
-    ((rollout, metrics),), _ = admit(lambda: make_gating(advantage=GAE(0.9, 0.8), kl_reward=kl_reward), [scored])
+    ((rollout, metrics),), _ = convert(lambda: make_gating(advantage=GAE(0.9, 0.8), kl_reward=kl_reward), [scored])
     assert rollout.advantages.dtype == rollout.threshold.dtype == rollout.weight_scale.dtype == dtype
     assert_close(rollout.advantages, advantages)
     assert_close(rollout.returns, returns)
     assert metrics["rollout/kl"].item() == pytest.approx(penalty[mask].mean().item() / 0.2, abs=1e-6)
     assert metrics["rollout/kl_coefficient"].item() == pytest.approx(0.2)
-    ((other, _),), _ = admit(lambda: make_gating(advantage=ReinforcePlusPlus(0.9), kl_reward=kl_reward), [scored])
+    ((other, _),), _ = convert(lambda: make_gating(advantage=ReinforcePlusPlus(0.9), kl_reward=kl_reward), [scored])
     assert_close(other.advantages, reinforce_plus_plus(rewards, mask, gamma=0.9))
 
 
-def test_truncated_completions_are_left_out_but_count_for_their_group(make_scored, make_gating, admit):
+def test_masked_truncated_completions_still_count_for_their_group(make_scored, make_gating, convert):
     rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
     scored = make_scored(rewards=rewards)
     scored = scored._replace(is_truncated=torch.arange(8) == 1)
     results = [
-        admit(lambda masked=masked: make_gating(objective=Objective(mask_truncated=masked)), [scored])[0][0][0]
+        convert(lambda masked=masked: make_gating(objective=Objective(mask_truncated=masked)), [scored])[0][0][0]
         for masked in (False, True)
     ]
     for rollout, masked in zip(results, (False, True), strict=True):
@@ -203,12 +203,12 @@ def test_truncated_completions_are_left_out_but_count_for_their_group(make_score
     assert results[0].threshold[0].item() != results[1].threshold[0].item()
 
 
-def test_the_coefficients_in_use_and_after_two_collections_by_hand(make_scored, make_gating, admit):
+def test_adaptive_coefficients_after_two_rollout_batches_by_hand(make_scored, make_gating, convert):
     scored = make_scored(with_reference=True)
     mask = scored.completion_mask
     scores = scored.scores._replace(ref_logprobs=(scored.scores.logprobs - 0.11) * mask, entropies=0.4 * mask.double())
-    scored = scored._replace(scores=scores)  # a KL of 0.11 at each token, 10 % above the target; 8 of 80 completions
-    ((_, told),), (admission,) = admit(
+    scored = scored._replace(scores=scores)  # KL 0.11 per token, 10 % above the target; 8 of 80 completions
+    ((_, metrics),), (gating,) = convert(
         lambda: make_gating(
             kl_reward=KLReward(coefficient=0.2, target=0.1, horizon=80),
             entropy_bonus=EntropyBonus(coefficient=0.01, target=0.5, step=0.002),
@@ -216,14 +216,14 @@ def test_the_coefficients_in_use_and_after_two_collections_by_hand(make_scored, 
         [scored],
         [scored],
     )
-    assert told["rollout/kl"].item() == pytest.approx(0.11, abs=1e-6)
-    assert told["rollout/kl_coefficient"].item() == pytest.approx(0.2 * 1.01, abs=1e-6)
-    assert admission.kl_reward.current == pytest.approx(0.2 * 1.01**2, abs=1e-6)
-    assert told["policy/entropy_coefficient"].item() == pytest.approx(0.014, abs=1e-6)  # what the updates will use
-    assert admission.entropy_bonus.current == pytest.approx(0.014, abs=1e-9)
+    assert metrics["rollout/kl"].item() == pytest.approx(0.11, abs=1e-6)
+    assert metrics["rollout/kl_coefficient"].item() == pytest.approx(0.2 * 1.01, abs=1e-6)
+    assert gating.kl_reward.current == pytest.approx(0.2 * 1.01**2, abs=1e-6)
+    assert metrics["policy/entropy_coefficient"].item() == pytest.approx(0.014, abs=1e-6)
+    assert gating.entropy_bonus.current == pytest.approx(0.014, abs=1e-9)
 
 
-def test_what_is_remembered_goes_through_a_checkpoint(make_scored, make_gating, admit):
+def test_state_resumes_through_a_checkpoint(make_scored, make_gating, convert):
     def make():
         return make_gating(
             gate=QuantileGate(0.3, running_decay=0.5),
@@ -232,39 +232,39 @@ def test_what_is_remembered_goes_through_a_checkpoint(make_scored, make_gating, 
         )
 
     first, second = (make_scored(seed=seed, with_reference=True) for seed in (1, 2))
-    ((expected, told),), (whole,) = admit(make, [first], [second])
-    _, (before,) = admit(make, [first])
+    ((expected, expected_metrics),), (whole,) = convert(make, [first], [second])
+    _, (before,) = convert(make, [first])
     file = io.BytesIO()
     torch.save(before.state_dict(), file)
     file.seek(0)
     resumed = make()
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    ((rollout, metrics),), _ = admit(lambda: resumed, [second])
+    ((rollout, metrics),), _ = convert(lambda: resumed, [second])
     assert torch.equal(rollout.threshold, expected.threshold)
     assert torch.equal(rollout.advantages, expected.advantages)
-    assert metrics["rollout/kl_coefficient"] == told["rollout/kl_coefficient"]
+    assert metrics["rollout/kl_coefficient"] == expected_metrics["rollout/kl_coefficient"]
     assert resumed.state_dict() == whole.state_dict()
-    ((fresh, _),), _ = admit(make, [second])
+    ((fresh, _),), _ = convert(make, [second])
     assert not torch.equal(fresh.threshold, expected.threshold)
 
 
-def test_a_part_of_another_class_or_none_starts_anew(make_gating):
+def test_state_of_another_class_or_missing_state_is_ignored(make_gating):
     saved = make_gating(kl_reward=KLReward(coefficient=0.7, target=0.1)).state_dict()
     saved["gate"] = {"class": "MineGate", "state": {"strange": 1}}
-    taken = make_gating(
+    resumed = make_gating(
         gate=QuantileGate(0.3, running_decay=0.5),
         kl_reward=KLReward(coefficient=0.2, target=0.1),
         entropy_bonus=EntropyBonus(0.3),
     )
-    taken.load_state_dict(saved)
-    assert taken.gate.state_dict() == {"running": None}
-    assert (taken.kl_reward.current, taken.entropy_bonus.current) == (0.7, 0.3)
-    taken.load_state_dict({})
+    resumed.load_state_dict(saved)
+    assert resumed.gate.state_dict() == {"running": None}
+    assert (resumed.kl_reward.current, resumed.entropy_bonus.current) == (0.7, 0.3)
+    resumed.load_state_dict({})
     assert set(make_gating(gate=OpenGate()).state_dict()) == set()
 
 
-class Broken:
-    """A gate and an attenuation that give what they are told to."""
+class Constant:
+    """A gate and an attenuation that return one constant."""
 
     def __init__(self, value):
         self.value = value
@@ -277,18 +277,18 @@ class Broken:
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-def test_a_phi_that_would_turn_or_break_the_update_is_refused(make_scored, make_gating, admit, value):
-    with pytest.raises(UserError, match=r"model\.attenuation: Broken gave a weight"):
-        admit(lambda: make_gating(attenuation=Broken(value)), [make_scored()])
+def test_negative_or_non_finite_phi_is_refused(make_scored, make_gating, convert, value):
+    with pytest.raises(UserError, match=r"model\.attenuation: Constant gave a weight"):
+        convert(lambda: make_gating(attenuation=Constant(value)), [make_scored()])
 
 
-def test_a_threshold_of_nan_is_refused(make_scored, make_gating, admit):
-    with pytest.raises(UserError, match=r"model\.gate: Broken gave NaN as the threshold"):
-        admit(lambda: make_gating(gate=Broken(float("nan"))), [make_scored()])
+def test_nan_threshold_is_refused(make_scored, make_gating, convert):
+    with pytest.raises(UserError, match=r"model\.gate: Constant gave NaN as the threshold"):
+        convert(lambda: make_gating(gate=Constant(float("nan"))), [make_scored()])
 
 
 class Given:
-    """A gate, an attenuation and an estimator that hand out what they are given, whatever it is."""
+    """A gate, an attenuation and an estimator that return the given object."""
 
     needs_values = False
 
@@ -307,13 +307,13 @@ class Given:
 
 @pytest.mark.parametrize(("value", "found"), [(0.5, "float"), (None, "NoneType"), (torch.ones(3), r"\(3,\)")])
 @pytest.mark.parametrize("part", ["gate", "attenuation", "advantage"])
-def test_what_has_another_shape_is_told(make_scored, make_gating, admit, part, value, found):
+def test_part_output_of_wrong_type_or_shape_is_refused(make_scored, make_gating, convert, part, value, found):
     with pytest.raises(UserError, match=rf"model\.{part}: Given must give .* got {found}\."):
-        admit(lambda: make_gating(**{part: Given(value)}), [make_scored()])
+        convert(lambda: make_gating(**{part: Given(value)}), [make_scored()])
 
 
-class BesideABrokenRank:
-    """Ranks, of which another has counted one more of whatever is counted."""
+class OtherRankFails:
+    """A rank whose sums include an error count of 1 from another rank."""
 
     def sum_over_ranks(self, values):
         return values + 1
@@ -323,25 +323,25 @@ class BesideABrokenRank:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_advantages_that_would_break_the_policy_are_refused(make_scored, make_gating, admit, value):
+def test_non_finite_advantages_are_refused(make_scored, make_gating, convert, value):
     scored = make_scored()
-    spoilt = torch.zeros_like(scored.scores.logprobs).masked_fill(scored.completion_mask, value)
+    non_finite = torch.zeros_like(scored.scores.logprobs).masked_fill(scored.completion_mask, value)
     with pytest.raises(UserError, match=r"model\.advantage: Given gave advantages or returns that are infinite or NaN"):
-        admit(lambda: make_gating(advantage=Given(spoilt)), [scored])
+        convert(lambda: make_gating(advantage=Given(non_finite)), [scored])
 
 
-def test_what_is_wrong_on_another_rank_is_refused_here_too(make_scored, make_gating):
+def test_error_on_another_rank_is_raised_on_this_rank(make_scored, make_gating):
     with pytest.raises(UserError, match="infinite or NaN"):
-        make_gating().apply(make_scored(), BesideABrokenRank())
+        make_gating().apply(make_scored(), OtherRankFails())
 
 
-def test_weights_of_nothing_are_not_scaled(make_scored, make_gating, admit):
+def test_weight_sum_of_zero_is_not_rescaled(make_scored, make_gating, convert):
     parts = {
         "objective": Objective(rescale_weights=True),
-        "gate": Broken(float("inf")),
+        "gate": Constant(float("inf")),
         "attenuation": ConstantAttenuation(0.0),
     }
-    ((rollout, metrics),), _ = admit(lambda: make_gating(**parts), [make_scored()])
+    ((rollout, metrics),), _ = convert(lambda: make_gating(**parts), [make_scored()])
     assert rollout.weight_scale.unique().tolist() == [1.0]
     assert (metrics["gate/weight_sum"].item(), metrics["gate/high_fraction"].item()) == (0.0, 0.0)
     assert "gate/threshold" not in metrics

@@ -1,4 +1,4 @@
-"""FSDP2: where shards stay, what they are gathered in, and how ranks reach each other."""
+"""FSDP2 strategy: device of the shards, gather precision, and process-group backend."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,32 +17,32 @@ from egspo_lightning.training.fsdp2_strategy import FSDP2Strategy
 from egspo_lightning.training.strategies import sharding_plan
 
 
-def placed(device: str = "cuda:0", **arguments: Any) -> FSDP2Strategy:
+def strategy_on(device: str = "cuda:0", **arguments: Any) -> FSDP2Strategy:
     strategy = FSDP2Strategy(**arguments)
     strategy.parallel_devices, strategy.cluster_environment = [torch.device(device)], LightningEnvironment()
     return strategy
 
 
-def test_offloaded_shards_talk_from_host_to_host():
-    assert placed()._get_process_group_backend() == "nccl"
-    assert placed(cpu_offload=True)._get_process_group_backend() == "cuda:nccl,cpu:gloo"
-    own = placed(cpu_offload=True, process_group_backend="cuda:gloo,cpu:gloo")
+def test_cpu_offload_adds_gloo_backend_for_the_host():
+    assert strategy_on()._get_process_group_backend() == "nccl"
+    assert strategy_on(cpu_offload=True)._get_process_group_backend() == "cuda:nccl,cpu:gloo"
+    own = strategy_on(cpu_offload=True, process_group_backend="cuda:gloo,cpu:gloo")
     assert own._get_process_group_backend() == "cuda:gloo,cpu:gloo"
-    assert placed("cpu", cpu_offload=True)._get_process_group_backend() == "gloo"
+    assert strategy_on("cpu", cpu_offload=True)._get_process_group_backend() == "gloo"
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_offloaded_shards_stay_where_they_are(offload):
-    """The device is one without data, for want of a GPU."""
-    strategy = placed("meta", cpu_offload=offload)
+def test_offloaded_weights_stay_on_the_cpu(offload):
+    """The meta device stands for a GPU."""
+    strategy = strategy_on("meta", cpu_offload=offload)
     strategy._lightning_module = strategy.model = LightningModule()
     strategy.model.layer = torch.nn.Linear(2, 2)
     strategy.model_to_device()
-    assert strategy.model.device.type == "meta"  # where batches go
+    assert strategy.model.device.type == "meta"  # the device of the batches
     assert strategy.model.layer.weight.device.type == ("cpu" if offload else "meta")
 
 
-def test_precision_decides_what_weights_are_gathered_in_and_gradients_are_summed_in_float32():
+def test_precision_sets_gather_dtype_and_gradients_are_reduced_in_float32():
     run = SimpleNamespace(strategy=FSDP2Strategy(reshard_after_forward=False), precision="bf16-mixed")
     plan = sharding_plan(run)  # type: ignore[arg-type]
     assert (plan.precision.param_dtype, plan.precision.reduce_dtype) == (torch.bfloat16, torch.float32)
@@ -53,7 +53,7 @@ def test_precision_decides_what_weights_are_gathered_in_and_gradients_are_summed
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_every_shard_is_offloaded_and_pinned_for_a_gpu_alone(small_model, offload):
+def test_all_shards_are_offloaded_and_pinned_only_for_a_gpu(small_model, offload):
     plan = sharding_plan(SimpleNamespace(strategy=FSDP2Strategy(cpu_offload=offload), precision="32-true"))  # type: ignore[arg-type]
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:

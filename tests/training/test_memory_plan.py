@@ -1,4 +1,4 @@
-"""The plan against what runs really allocate: every allocation of PyTorch on the CPU, as its profiler sees it."""
+"""Memory plan compared with the allocations of real runs on the CPU, measured by PyTorch's profiler."""
 
 import gc
 import json
@@ -19,12 +19,12 @@ from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.training.memory_plan import Workload, plan
 
-PROMPT, COMPLETION = 5, 43  # "3+4=?" and what no random policy ends
+PROMPT, COMPLETION = 5, 43  # "3+4=?", and the limit that a random policy always reaches
 
 
 @pytest.fixture(scope="session")
 def wide_model(repository, tmp_path_factory) -> str:
-    """A model of 5 M parameters whose EOS is never sampled in so few tokens."""
+    """A model of 5 M parameters with a vocabulary so large that EOS is almost never sampled."""
     folder = tmp_path_factory.mktemp("model") / "wide"
     shutil.copytree(repository / "configs" / "tiny_model", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -33,9 +33,9 @@ def wide_model(repository, tmp_path_factory) -> str:
     return str(folder)
 
 
-def allocated_at_most(run) -> int:
-    """Most bytes that are allocated at a time, of those that are allocated during the call."""
-    gc.collect()  # what is freed during the call must not have been allocated before
+def peak_bytes(run) -> int:
+    """Peak of the bytes that are allocated during the call."""
+    gc.collect()  # memory allocated before the call must not be freed during it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now = peak = 0
@@ -68,25 +68,25 @@ CASES = {
         ("reference", 4, None),
         ("critic", 1, None),
         ("plain", 1, 500),
-        ("critic", 1, 870),  # two parts, the larger of 864
+        ("critic", 1, 870),  # two micro-batches, the larger of 864 tokens
     ],
 )
-def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case, accumulate, max_tokens):
-    of_policy, of_module = CASES[case]
-    policy = PolicyConfig(wide_model, from_scratch=True, **of_policy)
+def test_planned_peak_is_within_15_percent_of_a_run(tiny_run, wide_model, case, accumulate, max_tokens):
+    policy_arguments, module_arguments = CASES[case]
+    policy = PolicyConfig(wide_model, from_scratch=True, **policy_arguments)
     data = {"num_generations": 8, "max_prompt_length": PROMPT, "max_completion_length": COMPLETION}
-    data |= {"num_minibatches": 1, "num_ppo_epochs": 2, "expert_batch_size": 8}  # the second update has moments
+    data |= {"num_minibatches": 1, "num_ppo_epochs": 2, "expert_batch_size": 8}  # the second optimizer step has moments
     data["max_tokens_per_micro_batch"] = max_tokens
     run = tiny_run(
-        module={"policy": policy, "initial_stage": "egspo"} | of_module,
+        module={"policy": policy, "initial_stage": "egspo"} | module_arguments,
         data=data,
         trainer={"max_epochs": 1, "accumulate_grad_batches": accumulate},
     )
-    measured = allocated_at_most(run.fit)
+    measured = peak_bytes(run.fit)
     scores = not run.module.takes_sampled_statistics
     work = Workload(
         policy=policy,
-        critic=of_module.get("critic"),
+        critic=module_arguments.get("critic"),
         holds_reference=run.module.has_reference and not run.module.base_is_reference,
         optimizer=torch.optim.AdamW,
         is_sharded=False,
@@ -105,8 +105,8 @@ def test_the_peak_is_that_of_a_run_within_15_percent(tiny_run, wide_model, case,
     assert memory.peak == pytest.approx(measured, rel=0.15)
 
 
-def test_the_command_reads_fits_configs_and_says_whether_it_fits(repository, monkeypatch, capsys):
-    """With devices that are not here; parts add up to the peak."""
+def test_plan_command_reads_fit_config_and_reports_whether_it_fits(repository, monkeypatch, capsys):
+    """With devices that this machine lacks."""
     monkeypatch.chdir(repository)
     config = ["--config=configs/quickstart.yaml", "--trainer.accelerator=gpu", "--trainer.strategy=fsdp2"]
     main(["plan", *config, "--trainer.devices=8", "--device_gib=0.001"])
@@ -119,10 +119,10 @@ def test_the_command_reads_fits_configs_and_says_whether_it_fits(repository, mon
     assert "host" not in out
     strategy = "--trainer.strategy=egspo_lightning.training.fsdp2_strategy.FSDP2Strategy"
     main(["plan", *config[:2], strategy, "--trainer.strategy.cpu_offload=true", "--num_devices=2"])
-    assert "In the host's memory, for each device: 0.002 GiB" in capsys.readouterr().out  # 16 bytes a weight, by 2
+    assert "In the host's memory, for each device: 0.002 GiB" in capsys.readouterr().out  # 16 bytes a weight / 2
 
 
-def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
+def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
     work = Workload(
         policy=PolicyConfig(wide_model, from_scratch=True),
         critic=None,
@@ -142,7 +142,7 @@ def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
     whole, half = plan(replace(work, is_sharded=False), 2), plan(work, 2)
     size = 4 * sum(p.numel() for p in PolicyConfig(wide_model, from_scratch=True).build().parameters())
     assert whole.weights == whole.reference == whole.gradients == size
-    assert whole.optimizer == pytest.approx(2 * size, rel=1e-4)  # and a step count a parameter
+    assert whole.optimizer == pytest.approx(2 * size, rel=1e-4)  # plus a step count per parameter
     assert [2 * half.weights, 2 * half.reference, 2 * half.gradients] == [size] * 3
     assert (whole.gathered, half.gathered) == (0, 2 * size)
     kv_bytes = 4 * (PROMPT + COMPLETION - 1) * 2 * 192 * 4 * 4  # rows, tokens, keys and values, heads, layers, bytes
@@ -155,39 +155,39 @@ def test_shards_divide_what_is_held_and_gathering_is_counted(wide_model):
 
 
 @pytest.mark.parametrize("stage", ["sft", "egspo"])
-def test_adapters_have_a_second_one_as_the_reference_after_sft_alone(tiny_run, wide_model, stage):
-    """Against the parameters that a run has."""
+def test_plan_counts_a_reference_adapter_only_after_sft(tiny_run, wide_model, stage):
+    """Compared with the parameters of a run."""
     policy = PolicyConfig(wide_model, from_scratch=True, lora=LoraConfig(rank=2))
     run = tiny_run(module={"policy": policy, "initial_stage": stage, "objective": Objective(beta=0.01)})
     flags = SimpleNamespace(precision="32-true", accumulate_grad_batches=1, strategy="auto")
     memory = plan(workload(run.module, run.data, flags, 1), 1)
     run.module.configure_model()
     plain = PolicyConfig(wide_model, from_scratch=True).build()
-    size, of_model = (sum(4 * p.numel() for p in policy.parameters()) for policy in (run.module.policy, plain))
+    size, plain_size = (sum(4 * p.numel() for p in policy.parameters()) for policy in (run.module.policy, plain))
     assert (memory.weights, memory.reference) == (size, 0)
-    assert size - of_model == (2 if stage == "sft" else 1) * memory.gradients > 0
+    assert size - plain_size == (2 if stage == "sft" else 1) * memory.gradients > 0
     assert memory.scoring > 0
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
-def test_a_snapshot_is_what_is_trained_once_more_and_samples_beside_the_update(tiny_run, wide_model, lora):
-    """Against the copy that a run holds."""
+def test_plan_counts_snapshot_and_concurrent_sampling(tiny_run, wide_model, lora):
+    """Compared with the policy snapshot of a run."""
     policy = PolicyConfig(wide_model, from_scratch=True, lora=lora)
     data = {"max_staleness": 1, "max_prompt_length": PROMPT, "max_completion_length": 18}
     run = tiny_run(module={"policy": policy, "initial_stage": "egspo"}, data=data, trainer={"max_epochs": 2}).fit()
-    of_run = {id(p) for p in run.module.policy.parameters()}
-    copied = [p for p in run.module._snapshot._networks.policy.parameters() if id(p) not in of_run]
+    trained = {id(p) for p in run.module.policy.parameters()}
+    copied = [p for p in run.module._snapshot._networks.policy.parameters() if id(p) not in trained]
     flags = SimpleNamespace(precision="32-true", accumulate_grad_batches=1, strategy="auto")
     work = workload(run.module, run.data, flags, 1)
-    ahead, alone = plan(work, 1), plan(replace(work, looks_ahead=False), 1)
+    ahead, base = plan(work, 1), plan(replace(work, looks_ahead=False), 1)
     assert ahead.snapshot == sum(p.numel() * p.element_size() for p in copied) > 0
-    assert alone.snapshot == 0
-    assert ahead.phases["update"] - alone.phases["update"] == ahead.snapshot + ahead.cache + ahead.logits
-    assert ahead.phases["sampling"] - alone.phases["sampling"] == ahead.snapshot
+    assert base.snapshot == 0
+    assert ahead.phases["update"] - base.phases["update"] == ahead.snapshot + ahead.cache + ahead.logits
+    assert ahead.phases["sampling"] - base.phases["sampling"] == ahead.snapshot
 
 
-def test_a_budget_of_tokens_bounds_activations_and_logits_whatever_the_update_holds(repository, monkeypatch, capsys):
-    """As the command tells it, of updates four times and of one sixteenth as large; without a budget they grow."""
+def test_token_budget_bounds_planned_activations_for_any_step_size(repository, monkeypatch, capsys):
+    """Without a budget, planned activations grow with the optimizer step."""
     monkeypatch.chdir(repository)
 
     def planned(*arguments):
@@ -204,7 +204,7 @@ def test_a_budget_of_tokens_bounds_activations_and_logits_whatever_the_update_ho
     assert bounded[0]["activations"] < grows[0]
 
 
-def test_a_budget_that_cannot_be_kept_is_refused_by_the_plan(repository, monkeypatch, capsys):
+def test_plan_refuses_a_token_budget_below_one_row(repository, monkeypatch, capsys):
     monkeypatch.chdir(repository)
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--config=configs/quickstart.yaml", "--data.max_tokens_per_micro_batch=129"])

@@ -1,4 +1,4 @@
-"""Moments in 8 bits by bitsandbytes, which runs on a CPU as well; that runs with them resume, test_resume says."""
+"""8-bit AdamW of bitsandbytes, which also runs on a CPU. tests/fit/test_resume.py tests resuming with it."""
 
 import sys
 from types import SimpleNamespace
@@ -33,14 +33,14 @@ def flags():
     return SimpleNamespace(precision="32-true", accumulate_grad_batches=1, strategy="auto")
 
 
-def bytes_of(state):
-    """Of an optimizer's tensors, each storage once."""
+def optimizer_bytes(state):
+    """Bytes of the tensors in an optimizer state, counting each storage once."""
     tensors = [v for entries in state.values() for v in entries.values() if isinstance(v, torch.Tensor)]
     return sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in tensors}.values())
 
 
-def test_a_run_trains_with_moments_in_8_bits_and_the_plan_counts_them(tiny_run, tiny_model, adamw8bit, flags):
-    """2 bytes a parameter and two scales a block of 256; 8 bytes a parameter of tensors below 4096; two tables."""
+def test_run_trains_with_8_bit_moments_and_plan_counts_their_bytes(tiny_run, tiny_model, adamw8bit, flags):
+    """2 bytes per parameter, two scales per block of 256 and two tables; tensors below 4096 have 8 bytes each."""
     policy = PolicyConfig(tiny_model, from_scratch=True)
     module = {"policy": policy, "optimizer": lambda params: adamw8bit(params, lr=1e-2, weight_decay=0.0)}
     run = tiny_run(StageTransition(after_epochs=2), module=module).fit()
@@ -50,12 +50,12 @@ def test_a_run_trains_with_moments_in_8_bits_and_the_plan_counts_them(tiny_run, 
     assert 2 <= len(large) < len(parameters)
     expected = sum(2 * size + 2 * 4 * -(-size // 256) for size in large) + 2 * 256 * 4
     expected += sum(8 * p.numel() for p in parameters if p.numel() < 4096)
-    assert bytes_of(state) == expected
+    assert optimizer_bytes(state) == expected
     assert plan(workload(run.module, run.data, flags, 1), 1).optimizer == expected
 
 
-def test_the_first_step_is_that_of_32_bits_and_later_ones_are_near(adamw8bit):
-    """Moments are rounded after they have been used; torch's AdamW is the other source."""
+def test_8_bit_steps_are_close_to_those_of_torch_adamw(adamw8bit):
+    """The first step is equal, because moments are rounded after they have been used."""
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.ones(64, 128)) for _ in range(2))
     settings = {"lr": 1e-2, "weight_decay": 0.0}
@@ -77,7 +77,7 @@ def mesh():
     destroy_process_group()
 
 
-def test_weights_that_are_sharded_are_refused(mesh, adamw8bit):
+def test_8_bit_optimizer_with_sharded_weights_is_refused(mesh, adamw8bit):
     layer = nn.Linear(64, 128)
     fully_shard(layer, mesh=mesh)
     with pytest.raises(UserError, match=r"model\.optimizer: AdamW8bit .* torch\.optim\.AdamW"):
@@ -85,7 +85,7 @@ def test_weights_that_are_sharded_are_refused(mesh, adamw8bit):
     build_optimizer(torch.optim.AdamW, list(layer.parameters()))
 
 
-def test_the_plan_refuses_them_as_well(repository, monkeypatch, capsys, adamw8bit):
+def test_plan_refuses_8_bit_optimizer_with_sharding(repository, monkeypatch, capsys, adamw8bit):
     monkeypatch.chdir(repository)
     config = ["plan", "--config=configs/quickstart.yaml", *EIGHT_BIT, "--num_devices=2"]
     main(config)
@@ -96,17 +96,17 @@ def test_the_plan_refuses_them_as_well(repository, monkeypatch, capsys, adamw8bi
     assert "AdamW8bit of bitsandbytes cannot step weights" in capsys.readouterr().err
 
 
-class Absent:
-    """Finds no bitsandbytes, as where it is not installed."""
+class HideBitsandbytes:
+    """Import hook that hides bitsandbytes, as if it were not installed."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "bitsandbytes":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_without_bitsandbytes_the_message_says_what_to_install(repository, monkeypatch, capsys):
+def test_missing_bitsandbytes_error_says_what_to_install(repository, monkeypatch, capsys):
     monkeypatch.chdir(repository)
-    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [HideBitsandbytes(), *sys.meta_path])
     for name in [name for name in sys.modules if name.split(".")[0] == "bitsandbytes"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit) as stop:
@@ -118,5 +118,5 @@ def test_without_bitsandbytes_the_message_says_what_to_install(repository, monke
     assert "Traceback" not in message
 
 
-def test_modules_of_the_users_are_not_to_be_installed():
+def test_missing_package_ignores_modules_of_the_user():
     assert missing_package("No module named 'mine'") == missing_package("Expected a path") == ""

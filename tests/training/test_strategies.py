@@ -1,4 +1,4 @@
-"""What a strategy cannot do is said at the start, with what can."""
+"""Unsupported strategies are refused at the start with an alternative."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,19 +13,19 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.training.fsdp2_strategy import AnyCheckpointIO, FSDP2Strategy
 from egspo_lightning.training.strategies import require_known, require_strategy
 
-TAKEN = {"auto", "single_device", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "fsdp2"}
+KNOWN = {"auto", "single_device", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "fsdp2"}
 
 
-def told(strategy: Any, precision: str = "32-true") -> str:
+def refusal(strategy: Any, precision: str = "32-true") -> str:
     with pytest.raises(UserError) as error:
         require_strategy(SimpleNamespace(strategy=strategy, precision=precision))  # type: ignore[arg-type]
     return str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted({*StrategyRegistry.available_strategies(), "auto"}))
-def test_each_of_lightnings_names_is_taken_or_refused_with_an_alternative(name, repository, monkeypatch, capsys):
+def test_every_lightning_strategy_name_is_supported_or_refused_with_alternative(name, repository, monkeypatch, capsys):
     monkeypatch.chdir(repository)
-    if name in TAKEN:
+    if name in KNOWN:
         require_known(name)
         return
     with pytest.raises(SystemExit) as stop:
@@ -33,23 +33,23 @@ def test_each_of_lightnings_names_is_taken_or_refused_with_an_alternative(name, 
     message = capsys.readouterr().err
     assert stop.value.code == 2
     assert "error: trainer" in message
-    if not name.startswith(("single_", "ddp_")):  # TPUs, and what Lightning itself says of forks
+    if not name.startswith(("single_", "ddp_")):  # for TPUs and forks the message is Lightning's own
         assert "Use " in message
 
 
-def test_a_start_method_that_pickles_the_run_is_refused():
-    assert "Use ddp" in told(DDPStrategy(start_method="spawn"))
+def test_ddp_with_spawn_is_refused():
+    assert "Use ddp" in refusal(DDPStrategy(start_method="spawn"))
 
 
-def test_lightnings_own_strategy_for_fsdp2_names_ours():
-    assert "FSDP2Strategy" in told(ModelParallelStrategy(2, 1))
+def test_model_parallel_strategy_error_names_fsdp2_strategy():
+    assert "FSDP2Strategy" in refusal(ModelParallelStrategy(2, 1))
 
 
-def test_fsdp2_refuses_a_loss_that_each_rank_scales_by_itself():
-    assert "bf16-mixed" in told(FSDP2Strategy(), "16-mixed")
+def test_fsdp2_refuses_16_mixed_precision():
+    assert "bf16-mixed" in refusal(FSDP2Strategy(), "16-mixed")
 
 
-def test_every_strategy_reads_a_folder_of_shards_and_a_plugin_of_the_users_stays():
+def test_strategy_gets_sharded_checkpoint_io_unless_user_gives_a_plugin():
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     require_strategy(trainer)
     assert type(trainer.strategy.checkpoint_io) is AnyCheckpointIO
