@@ -72,22 +72,24 @@ def tiny_model() -> str:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of real benchmark data beside the checkout."""
-    if not (SHARED / "data").is_dir():
-        pytest.skip(f"needs the reference data in {SHARED / 'data'}")
-    return SHARED / "data"
+def shared_file() -> Callable[[str], Path]:
+    """Locates a file of reference data beside the checkout; skips the test if it is absent."""
+
+    def locate(name: str) -> Path:
+        path = SHARED / name
+        if not path.is_file():
+            pytest.skip(f"needs the reference data in {path}")
+        return path
+
+    return locate
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], list[dict[str, Any]]]:
+def golden(shared_file: Callable[[str], Path]) -> Callable[[str], list[dict[str, Any]]]:
     """Loads results of reference implementations, stored beside the checkout."""
 
     def load(name: str) -> list[dict[str, Any]]:
-        path = SHARED / "golden" / f"{name}.json"
-        if not path.is_file():
-            pytest.skip(f"needs the reference values in {path}")
-        cases: list[dict[str, Any]] = json.loads(path.read_text())["cases"]
+        cases: list[dict[str, Any]] = json.loads(shared_file(f"golden/{name}.json").read_text())["cases"]
         assert cases
         return cases
 

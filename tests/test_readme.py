@@ -90,8 +90,10 @@ def test_readme_equation_matches_the_objective(repository):
     )
 
 
-def test_readme_commands_run_in_order(repository, tmp_path, monkeypatch, capsys, shared_data):
+def test_readme_commands_run_in_order(repository, tmp_path, monkeypatch, capsys, shared_file):
     """In the README's order, since later commands read the logs of the first."""
+    for name in ("gsm8k_train", "math500", "aime24"):
+        shared_file(f"data/{name}.jsonl")
     ours = [part for part in parts(repository) if part.startswith("python -m egspo_lightning")]
     assert len(ours) == 6
     monkeypatch.chdir(repository)

@@ -193,7 +193,7 @@ def test_command_writes_an_html_page(log_dir, tmp_path, capsys):
 
 
 def test_command_prints_user_errors_in_one_line(log_dir, tmp_path, capsys):
-    for arguments, told in (
+    for arguments, message in (
         ([str(tmp_path / "none"), "--html", "x.html"], "no such run"),
         ([str(log_dir), "--html", str(tmp_path / "no" / "x.html")], "cannot be written: No such file or directory"),
     ):
@@ -202,7 +202,7 @@ def test_command_prints_user_errors_in_one_line(log_dir, tmp_path, capsys):
         assert ended.value.code == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
-        assert told in error
+        assert message in error
 
 
 def test_browser_runs_no_script_and_hover_shows_values(hostile, tmp_path, browser):

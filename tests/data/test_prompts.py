@@ -71,8 +71,8 @@ def test_chat_template_without_system_role_is_refused_with_remedy(load):
     assert PromptTemplate(system="").render(load(CHAT_WITHOUT_SYSTEM), "1+1?") == "<user>1+1?</user><assistant>"
 
 
-def test_variables_of_the_chat_template(load):
-    """In a prompt, and so in a demonstration."""
+def test_chat_template_kwargs_are_passed_to_the_template(load):
+    """For prompts and for demonstrations."""
     tokenizer = load(THINKING)
     assert PromptTemplate(system="").render(tokenizer, "1+1?") == "<user>1+1?</user><assistant>"
     template = PromptTemplate(system="", chat_template_kwargs={"enable_thinking": False})
@@ -89,7 +89,7 @@ def test_variables_of_the_chat_template(load):
         ({"tokenize": True}, THINKING, "sets tokenize, which the prompt template sets itself"),
     ],
 )
-def test_variables_that_nobody_reads_are_refused(load, variables, template, message):
+def test_unused_or_reserved_chat_template_kwargs_are_refused(load, variables, template, message):
     with pytest.raises(UserError, match=message):
         PromptTemplate(chat_template_kwargs=variables).render(load(template), "1+1?")
 

@@ -18,14 +18,6 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.types import Problem
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-
-
-def shared(name: str) -> str:
-    if not (SHARED / name).is_file():
-        pytest.skip(f"{SHARED / name} is absent: real data is kept beside the checkout, not in it")
-    return str(SHARED / name)
-
 
 class Letters(FiniteProblems):
     def load(self) -> list[Problem]:
@@ -321,32 +313,32 @@ class TestConfig:
 
 
 class TestRealFiles:
-    def test_gsm8k_demonstrations_have_boxed_answers(self):
-        path = shared("gsm8k_train.jsonl")
+    def test_gsm8k_demonstrations_have_boxed_answers(self, shared_file):
+        path = str(shared_file("data/gsm8k_train.jsonl"))
         demonstrations = DatasetDemonstrations(path).load()
         answers = [row["answer"].replace(",", "") for _, row in read_rows(path)]
         assert len(demonstrations) == 7473
         assert [extract_boxed(d.solution) for d in demonstrations] == answers
         assert not any("<<" in d.solution or "####" in d.solution for d in demonstrations)
 
-    def test_math_demonstrations_are_unchanged(self):
-        path = shared("math_demos.jsonl")
+    def test_math_demonstrations_are_unchanged(self, shared_file):
+        path = str(shared_file("data/math_demos.jsonl"))
         demonstrations = DatasetDemonstrations(path).load()
         solutions = [row["solution"].strip() for _, row in read_rows(path)]
         assert [d.solution for d in demonstrations] == solutions
         assert all(extract_boxed(d.solution) for d in demonstrations)
 
-    def test_olympiad_answers_are_appended_without_dollars(self):
-        demonstrations = DatasetDemonstrations(shared("olympiadbench.jsonl")).load()
+    def test_olympiad_answers_are_appended_without_dollars(self, shared_file):
+        demonstrations = DatasetDemonstrations(str(shared_file("data/olympiadbench.jsonl"))).load()
         answers = [extract_boxed(d.solution) for d in demonstrations]
         assert len(answers) == 675
         assert all(answers)
         assert not any(re.fullmatch(r"\$[^$]*\$", answer) for answer in answers if answer)
 
-    def test_prepare_excludes_math500_problems_from_math(self):
-        benchmark = DatasetProblems(shared("math500.jsonl")).load()
+    def test_prepare_excludes_math500_problems_from_math(self, shared_file):
+        benchmark = DatasetProblems(str(shared_file("data/math500.jsonl"))).load()
         excluded = frozenset(normalize_problem(p.problem) for p in benchmark)
-        leaky = DatasetProblems(shared("math500.jsonl"), limit=500)
+        leaky = DatasetProblems(str(shared_file("data/math500.jsonl")), limit=500)
         with pytest.raises(UserError, match="500 were loaded, and 500 of them"):
             leaky.prepare(0, excluded)
-        assert DatasetProblems(shared("math_demos.jsonl")).prepare(0, excluded) < 20
+        assert DatasetProblems(str(shared_file("data/math_demos.jsonl"))).prepare(0, excluded) < 20

@@ -20,7 +20,6 @@ from egspo_lightning.evaluation.benchmarks import (
 from egspo_lightning.types import Problem
 
 MODULE = "egspo_lightning.evaluation.benchmarks"
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 class Two(Benchmark):
@@ -309,10 +308,8 @@ def test_duplicate_problem_ids_are_refused(tmp_path):
         ("olympiadbench", 675),
     ],
 )
-def test_known_benchmarks_read_the_real_files(name, count):
-    path = SHARED / f"{'gsm8k_test' if name == 'gsm8k' else name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent: real data is kept beside the checkout, not in it")
+def test_known_benchmarks_read_the_real_files(shared_file, name, count):
+    path = shared_file(f"data/{'gsm8k_test' if name == 'gsm8k' else name}.jsonl")
     problems = KnownBenchmark(name, str(path)).load()
     assert len({p.id for p in problems}) == len({p.problem for p in problems}) == count
     assert all(p.answer.strip() for p in problems)

@@ -1,4 +1,4 @@
-"""A GGUF file gives config, tokenizer and weights, also from within a Python package, whose code never runs."""
+"""GGUF files: config, tokenizer and weights, also from a Python package, without running its code."""
 
 import re
 
@@ -22,7 +22,7 @@ HIDDEN, INNER, LAYERS = 64, 128, 2
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
-    """A folder on Python's path with a package that holds a GGUF file, and fails when it is imported."""
+    """Folder with a package that contains a GGUF file and raises when it is imported."""
     folder = tmp_path_factory.mktemp("packages")
     package = folder / "tiny_weights"
     package.mkdir()
@@ -32,7 +32,7 @@ def packages(tmp_path_factory):
 
 
 def write_gguf(path):
-    """A Llama of random weights in blocks of 4 bits, with a tokenizer of bytes."""
+    """Write a Llama model with random 4-bit weights and a byte tokenizer."""
     gguf = pytest.importorskip("gguf", reason='needs gguf: pip install "egspo-lightning[gguf]"')
     tokens = [*bytes_to_unicode().values(), "<|endoftext|>", "ab"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -79,14 +79,14 @@ def on_path(packages, monkeypatch):
     return packages
 
 
-def test_a_package_names_its_folder_and_is_not_imported(on_path):
+def test_pkg_url_gives_the_package_folder_without_import(on_path):
     assert installed_folder("pkg://tiny_weights") == str(on_path / "tiny_weights")
     assert installed_folder("pkg://tiny_weights/inner") == str(on_path / "tiny_weights" / "inner")
     assert installed_folder("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert PolicyConfig("pkg://tiny_weights", gguf_file=FILE).max_positions() == 512
 
 
-def test_weights_are_unpacked_into_an_ordinary_model(on_path):
+def test_gguf_weights_are_unpacked_into_an_unquantized_model(on_path):
     lm = PolicyConfig("pkg://tiny_weights", gguf_file=FILE).build().lm
     assert {p.dtype for p in lm.parameters()} == {torch.float32}
     assert 0.04 < lm.model.layers[0].mlp.up_proj.weight.std() < 0.06
@@ -106,7 +106,7 @@ def test_weights_are_unpacked_into_an_ordinary_model(on_path):
     ],
     ids=["reference", "lora", "critic", "snapshot"],
 )
-def test_it_trains_and_its_export_needs_no_gguf(on_path, tiny_run, policy, module, data):
+def test_gguf_model_trains_and_exports_without_gguf(on_path, tiny_run, policy, module, data):
     config = PolicyConfig("pkg://tiny_weights", gguf_file=FILE, **policy)
     export = HFExport()
     run = tiny_run(export, StageTransition(after_epochs=1), module={"policy": config, **module}, data=data).fit()
@@ -122,7 +122,7 @@ def test_it_trains_and_its_export_needs_no_gguf(on_path, tiny_run, policy, modul
     assert tokenizer.encode("7+8=?<|endoftext|>") == run.module.tokenizer.encode("7+8=?<|endoftext|>")
 
 
-def test_the_plan_reads_shapes_from_the_file(on_path, repository, monkeypatch, capsys):
+def test_plan_reads_shapes_from_the_gguf_file(on_path, repository, monkeypatch, capsys):
     monkeypatch.chdir(repository)
     model = ["--model.policy.name_or_path=pkg://tiny_weights", f"--model.policy.gguf_file={FILE}"]
     run(["plan", "--config=configs/quickstart.yaml", *model, "--model.policy.from_scratch=false", "--num_devices=1"])
@@ -142,12 +142,12 @@ def test_the_plan_reads_shapes_from_the_file(on_path, repository, monkeypatch, c
         ("pkg://tiny_weights", "__init__.py", "cannot load the weights of 'pkg://tiny_weights'"),
     ],
 )
-def test_mistakes_are_told(on_path, name, file, message):
+def test_wrong_package_or_gguf_file_is_refused(on_path, name, file, message):
     with pytest.raises(UserError, match=re.escape(message)):
         PolicyConfig(name, gguf_file=file).build()
 
 
-def test_a_missing_library_is_named_with_the_extra(on_path, monkeypatch):
+def test_missing_gguf_library_error_names_the_extra(on_path, monkeypatch):
     monkeypatch.setattr("egspo_lightning.models.policy_config.find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape('needs gguf: pip install "egspo-lightning[gguf]"')):
         PolicyConfig(".", gguf_file=FILE).build()

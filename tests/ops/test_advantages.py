@@ -143,7 +143,7 @@ def test_reinforce_plus_plus_matches_slow_loop(shape, gamma):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3)])
-def test_an_empty_mask_gives_zeros(shape):
+def test_advantages_of_an_empty_mask_are_zero(shape):
     nothing, values = torch.zeros(shape, dtype=torch.bool), torch.full(shape, torch.nan)
     advantages, returns = gae(values, values, nothing, gamma=1.0, lam=0.95)
     for result in (advantages, returns, reinforce_plus_plus(values, nothing, gamma=1.0)):

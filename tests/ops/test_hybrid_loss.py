@@ -214,7 +214,7 @@ class Learned:
 
 
 @pytest.mark.parametrize("settings", [{}, {"low_branch": "nll"}, {"gate_width": 0.3}])
-def test_no_gradient_flows_through_phi_the_gate_or_the_current_entropies(make_rollout, settings):
+def test_no_gradient_flows_through_phi_gate_or_current_entropies(make_rollout, settings):
     objective = Objective(gate_entropy="current", **settings)
     rollout, current = make_rollout()
     learned = Learned()

@@ -7,19 +7,6 @@ import pytest
 
 from egspo_lightning.rewards.grading import MathGrader
 
-SHARED = Path(__file__).parents[3] / "shared"
-
-
-@pytest.fixture
-def shared_file() -> Callable[[str], Path]:
-    def locate(name: str) -> Path:
-        path = SHARED / name
-        if not path.is_file():
-            pytest.skip(f"{path} is not here: it lies beside the checkout where the reference data is laid out")
-        return path
-
-    return locate
-
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[MathGrader]:

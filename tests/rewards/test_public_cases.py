@@ -14,21 +14,21 @@ from egspo_lightning.rewards.grading import MathGrader
 Locate = Callable[[str], Path]
 
 DISAGREEMENTS = {
-    "gc-0006": "free text: math-verify reads 1,22 as a list in LaTeX; upstream's test reads plain expressions alone",
-    "gc-0028": "upstream's test reads LaTeX alone and finds none across lines; we also read the plain number",
-    "gc-0029": "the same with \\( \\)",
-    "gc-0127": "upstream's test rounds to 2 decimals; 0.33 is 1/3 to nobody else",
-    "gc-0133": "upstream's test rounds to 2 decimals; a public grader's test wants the opposite for the same pair",
+    "gc-0006": "free text: math-verify reads 1,22 as a list in LaTeX; upstream's test reads only plain expressions",
+    "gc-0028": "upstream's test reads only LaTeX and finds none across lines; we also read the plain number",
+    "gc-0029": "as gc-0028, with \\( \\)",
+    "gc-0127": "upstream's test rounds to 2 decimals and accepts 0.33 for 1/3",
+    "gc-0133": "upstream's test rounds to 2 decimals; a test of another grader expects the opposite for this pair",
     "gc-0180": "upstream's test allows relations against sets, which lenient extraction, as math-verify, does not",
     "gc-0245": "upstream's test turns off strictness: f(x) is not f(y)",
-    "gc-0333": "math-verify has no grammar for R_{\\odot}, nor for equal products spelt in another order around it",
+    "gc-0333": "math-verify cannot parse R_{\\odot}, nor products in another order around it",
 }
 """Uncontested cases in which our verdict differs from the label, by id."""
 
 NOT_GOLD = {
-    "math/test/414": "two boxes, -2 and 1, of which the data set's answer is the last alone",
-    "math/test/2703": "two boxes, 3 and 2/5, of which the data set's answer is the last alone",
-    "math/test/2912": "two boxes with a point each, of which the data set's answer is the last alone",
+    "math/test/414": "two boxes, -2 and 1; the answer of the data set is only the last",
+    "math/test/2703": "two boxes, 3 and 2/5; the answer of the data set is only the last",
+    "math/test/2912": "two boxes with a point each; the answer of the data set is only the last",
 }
 """MATH demonstrations whose solution does not match their own reference answer, by id."""
 

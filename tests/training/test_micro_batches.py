@@ -25,17 +25,17 @@ SHAPES = [
 """(problems, generations, minibatches, PPO epochs)"""
 
 
-def as_pairs(updates: list[list[int]], numbers: range, num_generations: int) -> list[set[tuple[int, int]]]:
+def as_pairs(steps: list[list[int]], numbers: range, num_generations: int) -> list[set[tuple[int, int]]]:
     """Rows as (problem, completion) pairs."""
-    return [{(numbers[row // num_generations], row % num_generations) for row in rows} for rows in updates]
+    return [{(numbers[row // num_generations], row % num_generations) for row in rows} for rows in steps]
 
 
 @pytest.mark.parametrize(("problems", "generations", "minibatches", "epochs"), SHAPES)
 def test_every_completion_is_used_once_per_ppo_epoch(problems, generations, minibatches, epochs):
-    updates = plan_optimizer_steps(range(problems), generations, minibatches, epochs, seed="1/0")
-    assert len(updates) == epochs * minibatches
+    steps = plan_optimizer_steps(range(problems), generations, minibatches, epochs, seed="1/0")
+    assert len(steps) == epochs * minibatches
     for epoch in range(epochs):
-        rows = itertools.chain(*updates[epoch * minibatches : (epoch + 1) * minibatches])
+        rows = itertools.chain(*steps[epoch * minibatches : (epoch + 1) * minibatches])
         assert Counter(rows) == Counter(range(problems * generations))
 
 
@@ -49,8 +49,8 @@ def test_every_step_takes_an_even_share_of_each_group(problems, generations, min
 @pytest.mark.parametrize(("problems", "generations", "minibatches", "epochs"), SHAPES)
 def test_steps_hold_the_same_completions_on_one_and_two_ranks(problems, generations, minibatches, epochs):
     def plan(numbers: range) -> list[set[tuple[int, int]]]:
-        updates = plan_optimizer_steps(numbers, generations, minibatches, epochs, seed="1/0")
-        return as_pairs(updates, numbers, generations)
+        steps = plan_optimizer_steps(numbers, generations, minibatches, epochs, seed="1/0")
+        return as_pairs(steps, numbers, generations)
 
     one_rank = plan(range(problems))
     first, second = plan(range(0, problems, 2)), plan(range(1, problems, 2))
@@ -61,8 +61,8 @@ def test_steps_hold_the_same_completions_on_one_and_two_ranks(problems, generati
 def test_no_step_is_empty_if_there_are_enough_completions():
     for problems, generations in itertools.product(range(1, 6), range(1, 7)):
         for minibatches in range(1, problems * generations + 1):
-            updates = plan_optimizer_steps(range(problems), generations, minibatches, 1, seed="s")
-            assert all(updates), (problems, generations, minibatches)
+            steps = plan_optimizer_steps(range(problems), generations, minibatches, 1, seed="s")
+            assert all(steps), (problems, generations, minibatches)
 
 
 def test_step_order_depends_on_seed_and_epoch():
@@ -82,10 +82,10 @@ def test_expert_row_is_used_once_per_ppo_epoch_in_rotating_steps():
 
 
 def test_expert_tokens_count_as_active_but_not_as_sampled():
-    updates = [[0, 3], [1, 2], [4]]  # the last two rows are expert rows; the last one has advantage 0
-    counts = count_steps(rollout_batch(num_experts=2), updates, keep_inactive=False)
+    steps = [[0, 3], [1, 2], [4]]  # the last two rows are expert rows; the last one has advantage 0
+    counts = count_steps(rollout_batch(num_experts=2), steps, keep_inactive=False)
     assert counts.tolist() == [[7.0, 2.0, 7.0, 3.0], [3.0, 2.0, 2.0, 2.0], [2.0, 1.0, 0.0, 0.0]]
-    everything = count_steps(rollout_batch(num_experts=2), updates, keep_inactive=True)
+    everything = count_steps(rollout_batch(num_experts=2), steps, keep_inactive=True)
     assert everything[:, 2:].tolist() == [[7.0, 3.0], [3.0, 3.0], [2.0, 0.0]]
 
 
@@ -146,8 +146,8 @@ def test_advantage_outside_the_completion_does_not_make_a_row_active():
 
 
 def test_step_sizes_by_hand():
-    updates = [[0, 1], [2, 3, 4], [1, 4], []]
-    counts = count_steps(rollout_batch(), updates, keep_inactive=False)
+    steps = [[0, 1], [2, 3, 4], [1, 4], []]
+    counts = count_steps(rollout_batch(), steps, keep_inactive=False)
     assert counts.tolist() == [
         [4.0, 2.0, 3.0, 3.0],
         [8.0, 3.0, 6.0, 6.0],
@@ -155,7 +155,7 @@ def test_step_sizes_by_hand():
         [0.0, 0.0, 0.0, 0.0],
     ]
     assert counts.dtype == torch.float64
-    everything = count_steps(rollout_batch(), updates, keep_inactive=True)
+    everything = count_steps(rollout_batch(), steps, keep_inactive=True)
     assert everything[:, 2].tolist() == everything[:, 0].tolist() == [4.0, 8.0, 3.0, 0.0]
 
 
