@@ -9,19 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sympy import (
-    Expr,
-    FiniteSet,
-    Float,
-    Integer,
-    Interval,
-    MatrixBase,
-    Rational,
-    Symbol,
-    Tuple,
-    UnevaluatedExpr,
-    Union,
-)
+from sympy import Expr, FiniteSet, Float, Integer, Interval, MatrixBase, Rational, Symbol, Tuple, UnevaluatedExpr, Union
 
 _DIGITS = 15
 _EXACT = 1e-9
@@ -53,10 +41,7 @@ def are_different(gold: Any, answer: Any) -> bool:
 def are_same_decimals(gold: Any, answer: Any) -> bool:
     """Return True where two parsed answers are equal with exact decimals: 0.1 + 0.2 - 0.3 is 0."""
 
-    def compare() -> bool:
-        return bool(gold.atoms(Float) | answer.atoms(Float)) and bool(_exact(gold) == _exact(answer))
-
-    return bool(attempt(compare, False))
+    return bool(attempt(lambda: (gold.atoms(Float) | answer.atoms(Float)) and _exact(gold) == _exact(answer), False))
 
 
 def _exact(value: Any) -> Any:

@@ -26,8 +26,8 @@ _WARM_UP = (
     r"(1, 2]",
     r"\{1, 2\}",
     "x=2y+1",
-    r"\begin{pmatrix}1\\2\end{pmatrix}",
     "3.5",
+    r"\begin{pmatrix}1\\2\end{pmatrix}",
     r"\log_2 5 + \sin x",
     r"1 \pm 2x^3",
 )
@@ -68,10 +68,8 @@ def _equal(gold: Any, answer: Any) -> bool:
 
 
 def _verify(golds: list[Any], answers: list[Any], **options: bool) -> bool:
-    def is_equal(gold: Any, answer: Any) -> bool:
-        return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True, **options))
-
-    return any(attempt(partial(is_equal, gold, answer), False) for gold, answer in product(golds, answers))
+    compare = partial(verify, timeout_seconds=None, raise_on_error=True, **options)
+    return any(attempt(partial(compare, gold, answer), False) for gold, answer in product(golds, answers))
 
 
 @lru_cache(maxsize=_CACHED)
@@ -80,8 +78,7 @@ def _parse_bare(text: str) -> Any:
 
 
 def _parse_text(text: str) -> list[Any]:
-    parsed: list[Any] = attempt(lambda: parse(text, _EXTRACTION, parsing_timeout=None, raise_on_error=True), [])
-    return parsed
+    return attempt(lambda: parse(text, _EXTRACTION, parsing_timeout=None, raise_on_error=True), [])
 
 
 @lru_cache(maxsize=_CACHED)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 from egspo_lightning.rewards.fast_path import compare_fast
 from egspo_lightning.rewards.normalize import normalize
@@ -23,30 +21,23 @@ def equivalence_classes(groups: Sequence[Sequence[str | None]], compare: Compare
     ``compare`` serves all groups, and only pairs that spelling and plain numbers leave open. An answer that cannot be
     compared with 1 forms its own class: a group with an answer that hangs waits for it once, not once a pair.
     """
-    spellings = [[None if answer is None else normalize(answer) for answer in group] for group in groups]
-    waiting = [_by_spelling(group, row) for group, row in zip(groups, spellings, strict=True)]
+    waiting = [_by_spelling(group) for group in groups]
     classes: list[dict[str, int]] = [{} for _ in groups]
     comparison = _Comparison(compare)
     newest = 0
     while any(waiting):
-        founders = [(group, next(iter(answers))) for group, answers in enumerate(waiting) if answers]
-        others = [(group, spelling) for group, _ in founders for spelling in islice(waiting[group], 1, None)]
-        founded = {group: waiting[group][spelling] for group, spelling in founders}
-        equal = comparison.equal([_Pair(waiting[group][spelling], founded[group]) for group, spelling in others])
-        joined = [other for other, is_equal in zip(others, equal, strict=True) if is_equal]
-        for group, spelling in founders + joined:
-            classes[group][spelling] = newest
-            del waiting[group][spelling]
+        spellings = [(group, spelling) for group, answers in enumerate(waiting) for spelling in answers]
+        founders = [next(iter(answers.values()), "") for answers in waiting]
+        equal = comparison.equal([(waiting[group][spelling], founders[group]) for group, spelling in spellings])
+        for (group, spelling), is_equal in zip(spellings, equal, strict=True):
+            if is_equal:
+                classes[group][spelling] = newest
+                del waiting[group][spelling]
         newest += 1
     return [
-        [None if spelling is None else classes[group][spelling] for spelling in row]
-        for group, row in enumerate(spellings)
+        [None if answer is None else of_spelling[normalize(answer)] for answer in group]
+        for group, of_spelling in zip(groups, classes, strict=True)
     ]
-
-
-class _Pair(NamedTuple):
-    answer: str
-    founder: str
 
 
 class _Comparison:
@@ -56,29 +47,25 @@ class _Comparison:
         self._compare = compare
         self._is_usable: dict[str, bool] = {}
 
-    def equal(self, pairs: Sequence[_Pair]) -> list[bool]:
-        fast = [compare_fast(*pair) for pair in pairs]
-        undecided = [pair for pair, verdict in zip(pairs, fast, strict=True) if verdict is None]
-        self._probe(answer for pair in undecided for answer in pair)
+    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        verdicts = {pair: pair[0] == pair[1] or compare_fast(*pair) for pair in pairs}
+        undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
+        new = dict.fromkeys(answer for pair in undecided for answer in pair if answer not in self._is_usable)
+        for (answer, _), verdict in self._ask([(answer, _PROBE) for answer in new]):
+            self._is_usable[answer] = verdict is not None
         comparable = [pair for pair in undecided if all(self._is_usable[answer] for answer in pair)]
-        verdicts = dict(zip(comparable, self._ask(comparable), strict=True))
-        return [
-            bool(verdicts.get(pair) if verdict is None else verdict) for pair, verdict in zip(pairs, fast, strict=True)
-        ]
+        verdicts.update(self._ask(comparable))
+        return [bool(verdicts[pair]) for pair in pairs]
 
-    def _probe(self, answers: Iterable[str]) -> None:
-        new = [_Pair(answer, _PROBE) for answer in dict.fromkeys(answers) if answer not in self._is_usable]
-        for pair, verdict in zip(new, self._ask(new), strict=True):
-            self._is_usable[pair.answer] = verdict is not None
-
-    def _ask(self, pairs: Sequence[_Pair]) -> Sequence[bool | None]:
-        return self._compare([pair.answer for pair in pairs], [pair.founder for pair in pairs]) if pairs else ()
+    def _ask(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], bool | None]]:
+        verdicts = self._compare([answer for answer, _ in pairs], [gold for _, gold in pairs]) if pairs else ()
+        return list(zip(pairs, verdicts, strict=True))
 
 
-def _by_spelling(answers: Sequence[str | None], spellings: Sequence[str | None]) -> dict[str, str]:
+def _by_spelling(answers: Sequence[str | None]) -> dict[str, str]:
     """Return the first answer of each spelling, in order of appearance."""
     first: dict[str, str] = {}
-    for answer, spelling in zip(answers, spellings, strict=True):
-        if answer is not None and spelling is not None:
-            first.setdefault(spelling, answer)
+    for answer in answers:
+        if answer is not None:
+            first.setdefault(normalize(answer), answer)
     return first

@@ -3,7 +3,6 @@ r"""Answer extraction: the last balanced ``\boxed{...}`` after the reasoning."""
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 THINK_MARKS = _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -16,12 +15,6 @@ _TOKEN = re.compile(r"\\(?P<box>boxed|fbox|framebox)(?:\s*+\[[^\[\]{}]{0,20}\]){
 _SEPARATORS = re.compile(r"(?:[\s,;$&~]|\\[,;:!()\[\] ]|\\q?quad|and|or|\\text\{\s*,?\s*(?:and|or)\s*\})*")
 _JOINT = ", "  # with its space: 12,150 would be one number
 _FRAMES = frozenset({"boxed", "fbox", "framebox"})
-
-
-class _Box(NamedTuple):
-    command: int  # where the command starts
-    start: int  # and its content
-    end: int
 
 
 def after_reasoning(text: str) -> str:
@@ -52,32 +45,30 @@ def extract_framed(text: str) -> str | None:
 
 def _extract(text: str, commands: frozenset[str]) -> str | None:
     text = after_reasoning(text)
-    boxes = _balanced_boxes(text, commands)
-    if not boxes:
-        return None
-    contents = [text[boxes[-1].start : boxes[-1].end].strip()]
-    length = len(contents[0])
-    for box, following in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
-        if box.end >= following.command or not _SEPARATORS.fullmatch(text, box.end + 1, following.command):
+    contents: list[str] = []
+    answer, following = "", len(text)
+    for command, start, end in reversed(_balanced_boxes(text, commands)):
+        if contents and (end >= following or not _SEPARATORS.fullmatch(text, end + 1, following)):
             break
-        content = text[box.start : box.end].strip()
-        if content != contents[-1]:  # an answer that is repeated is one answer
-            contents.append(content)
-            length += len(_JOINT) + len(content)
-        if length > MAX_ANSWER_LENGTH:
+        following = command
+        content = text[start:end].strip()
+        if content not in contents[:1]:  # an answer that is repeated is one answer
+            contents.insert(0, content)
+            answer = _JOINT.join(contents)
+        if len(answer) > MAX_ANSWER_LENGTH:
             return None
-    return _JOINT.join(reversed(contents)) or None if length <= MAX_ANSWER_LENGTH else None
+    return answer or None
 
 
-def _balanced_boxes(text: str, commands: frozenset[str]) -> list[_Box]:
-    """Return the balanced boxes in the order in which they open."""
+def _balanced_boxes(text: str, commands: frozenset[str]) -> list[tuple[int, int, int]]:
+    """Return where the command and the content of each balanced box start and where it ends, in order of opening."""
     open_braces: list[tuple[int, int] | None] = []  # of a box: where its command and its content start
-    boxes: list[_Box] = []
+    boxes: list[tuple[int, int, int]] = []
     for token in _TOKEN.finditer(text):
         if token["box"] is not None:
             open_braces.append((token.start(), token.end()) if token["box"] in commands else None)
         elif token[0] == "{":
             open_braces.append(None)
         elif token[0] == "}" and open_braces and (opened := open_braces.pop()) is not None:
-            boxes.append(_Box(*opened, token.start()))
+            boxes.append((*opened, token.start()))
     return sorted(boxes)

@@ -31,6 +31,7 @@ _SETS = {"", _BRACES}
 _TUPLE_AND_LIST = {"()", ""}
 _NO_PLAIN_LIST = re.compile(r"[()\[\]<>=;]|\\[{}]|\\(?:pm|mp|text|le|ge|in|ne|cup|cap)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3},\d{3}(?!\d)|\{,\}")
+_COMMA_OUTSIDE_BRACES = re.compile(r",(?![^{}]*\})")
 _TORN = re.compile(r"-?[\d.]+(?:\s+[\d.]+)+")
 _MAX_PARTS = 32
 _MAX_LENGTH = 4096
@@ -174,7 +175,7 @@ def _compare_words(answer: str, gold: str) -> Verdict:
 
 def _compare_choices(answer: str, gold: str) -> Verdict:
     """Compare letters of a multiple choice, alone or before the text of the choice."""
-    answer, gold = _plain_text(answer), _plain_text(gold)
+    answer, gold = (_TEXT.sub(r"\1", to_latex(text)).strip() for text in (answer, gold))
     left, right = _LETTER.fullmatch(answer), _LETTER.fullmatch(gold)
     if left and right:
         return left[1].casefold() == right[1].casefold()
@@ -185,10 +186,6 @@ def _compare_choices(answer: str, gold: str) -> Verdict:
     if letter := _LETTER.fullmatch(other):
         return letter[1] == (choice[1] or choice[2])
     return compare_fast(choice[3], gold) if left else compare_fast(answer, choice[3])
-
-
-def _plain_text(text: str) -> str:
-    return _TEXT.sub(r"\1", to_latex(text)).strip()
 
 
 def _compare_lists(answer: str, gold: str) -> Verdict:
@@ -228,15 +225,5 @@ def _split_list(text: str) -> tuple[str, list[str]] | None:
     inner = text[len(opening) : len(text) - len(closing)]
     if _NO_PLAIN_LIST.search(inner) or _THOUSANDS.search(inner):
         return None
-    parts = _split_outside_braces(inner)
+    parts = [part.strip() for part in _COMMA_OUTSIDE_BRACES.split(inner)]
     return (opening + closing, parts) if 2 <= len(parts) <= _MAX_PARTS and all(parts) else None
-
-
-def _split_outside_braces(text: str) -> list[str]:
-    parts, depth, start = [], 0, 0
-    for position, character in enumerate(text):
-        if character == "," and depth == 0:
-            parts.append(text[start:position].strip())
-            start = position + 1
-        depth += (character == "{") - (character == "}")
-    return [*parts, text[start:].strip()]

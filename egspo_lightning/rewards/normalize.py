@@ -6,7 +6,9 @@ math-verify reads the result of `to_latex`. The result of `normalize` is only co
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
+_CACHED = 4096
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 _UNICODE = str.maketrans(
@@ -20,46 +22,53 @@ _UNICODE = str.maketrans(
     | {"¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "、": ","}
 )
 _RADICAL = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
-_ORDINAL = re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*)?\\(?:mathrm|text|textrm)\{(?:st|nd|rd|th)\}(?:\s*\})?|(?<=\d)th\b")
 _FONT = re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathbf|mathit|mathrm|boldsymbol|bm|bold)\s*\{([^{}]*)\}")
-_STYLE = re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it)(?![A-Za-z])\s*")
-_SUBSCRIPT_FONT = re.compile(r"_\s*(?:\{\s*)?\\(?:mathrm|text|textrm|mathit)\s*\{\s*([A-Za-z0-9]+)\s*\}(?:\s*\})?")
-_SHORT_SUBSCRIPT = re.compile(r"_\s*\{\s*([A-Za-z0-9])\s*\}(?![A-Za-z0-9])")
-_SUBSCRIPT_COMMAND = re.compile(r"_\s*\{\s*\\(max|min)\s*\}")
-
-_SIZING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[bB]igg?[lr]?(?![A-Za-z])|\\!\s*")
-_FRACTION_STYLE = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-_ROOT_OF_ONE = re.compile(r"\\sqrt\s*([A-Za-z0-9])(?![A-Za-z0-9])")
-_LATEX_SPACE = re.compile(r"\\(?:[;: ]|$)|~|\\q?quad(?![A-Za-z])")
-_EMPTY_SET = re.compile(r"\\varnothing(?![A-Za-z])")
-_RELATIONS = re.compile(r"\\(le|ge|ne)q(?![A-Za-z])")
+_TYPESETTING = {
+    # an ordinal's th
+    re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*)?\\(?:mathrm|text|textrm)\{(?:st|nd|rd|th)\}(?:\s*\})?|(?<=\d)th\b"): "",
+    re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it)(?![A-Za-z])\s*"): "",
+    # subscripts
+    re.compile(r"_\s*(?:\{\s*)?\\(?:mathrm|text|textrm|mathit)\s*\{\s*([A-Za-z0-9]+)\s*\}(?:\s*\})?"): r"_{\1}",
+    re.compile(r"_\s*\{\s*\\(max|min)\s*\}"): r"_{\1}",
+    re.compile(r"_\s*\{\s*([A-Za-z0-9])\s*\}(?![A-Za-z0-9])"): r"_\1",
+}
+_SYNONYMS = {
+    # sizing
+    re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[bB]igg?[lr]?(?![A-Za-z])|\\!\s*"): "",
+    re.compile(r"\\[dtc]frac(?![A-Za-z])"): r"\\frac",
+    re.compile(r"\\(le|ge|ne)q(?![A-Za-z])"): r"\\\1",
+    re.compile(r"\\varnothing(?![A-Za-z])"): r"\\emptyset",
+    re.compile(r"\\sqrt\s*([A-Za-z0-9])(?![A-Za-z0-9])"): r"\\sqrt{\1}",
+    re.compile(r"\\(?:[;: ]|$)|~|\\q?quad(?![A-Za-z])"): " ",
+}
 # Spaces have a meaning in "3 1/2", in "\pi r" and after a comma that could separate thousands.
 _IDLE_SPACE = re.compile(r"(?<![\w.,])\s+|\s+(?![\w.,])|(?<=,)\s+(?!\d{3}(?!\d))")
 
 
+@lru_cache(maxsize=_CACHED)
 def normalize(text: str) -> str:
     r"""Return one spelling for answers that differ in outer ``$``, sizing, spaces or a final full stop.
 
     Nothing that may carry meaning changes: ``(1,234)`` keeps its comma, ``3 1/2`` its space.
     """
-    text = _SIZING.sub("", to_latex(text))
-    text = _FRACTION_STYLE.sub(r"\\frac", text)
-    text = _RELATIONS.sub(r"\\\1", text)
-    text = _EMPTY_SET.sub(r"\\emptyset", text)
-    text = _ROOT_OF_ONE.sub(r"\\sqrt{\1}", text)
-    text = _LATEX_SPACE.sub(" ", text).strip()
+    text = _replace(_SYNONYMS, to_latex(text)).strip()
     return _IDLE_SPACE.sub("", " ".join(text.split()))
 
 
+@lru_cache(maxsize=_CACHED)
 def to_latex(text: str) -> str:
     """Replace Unicode by LaTeX, and remove an outer ``$``, fonts, an ordinal's ``th`` and a final full stop."""
     text = _RADICAL.sub(r"\\sqrt{\1\2}", text).translate(_UNICODE)
-    text = _STYLE.sub("", _ORDINAL.sub("", text)).strip()
-    text = _SUBSCRIPT_COMMAND.sub(r"_{\1}", _SUBSCRIPT_FONT.sub(r"_{\1}", text))
-    text = _SHORT_SUBSCRIPT.sub(r"_\1", text)
+    text = _replace(_TYPESETTING, text).strip()
     text = _without_stop(_without_delimiters(_without_stop(text)))
     if (match := _FONT.fullmatch(text)) is not None and any(character.isdigit() for character in match[1]):
         return match[1].strip()
+    return text
+
+
+def _replace(replacements: dict[re.Pattern[str], str], text: str) -> str:
+    for pattern, replacement in replacements.items():
+        text = pattern.sub(replacement, text)
     return text
 
 

@@ -2,6 +2,7 @@ r"""Exact parsing and comparison of plain numbers, which need no algebra."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from fractions import Fraction
 from typing import NamedTuple
@@ -10,18 +11,14 @@ _MAX_DIGITS = 300
 
 _GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,|,\\,| )\d{3})+"
 _DECIMAL = re.compile(rf"({_GROUPED}|\d*)(?:\.(\d+))?\.?")
-_FRAC = (
-    r"\\frac(?:\{(?P<n1>-?\d+)\}\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d)|\s+(?P<n3>\d)\s*(?P<d3>\d)"
-    r"|(?P<n4>\d)\{(?P<d4>\d+)\}|\{(?P<n5>\d+)\}(?P<d5>\d))"
-)
-_FRACTION = re.compile(rf"(?P<n0>\d+)/(?P<d0>\d+)|{_FRAC}")
-_MIXED = re.compile(r"(\d+)(?:\s*(\\frac.+)| (\d+/\d+))")
+_FRACTION = re.compile(r"(\d+)/(\d+)|\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))|\\frac\s+(\d)\s*(\d)")
+_MIXED = re.compile(rf"(\d+)(?: |\s*(?=\\))({_FRACTION.pattern})")
 _REPEATING = re.compile(
     r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(?P<a>\d+)\}|(?P<b>\d))|\((?P<c>\d+)\))(?:\\ldots|\\dots|\.\.\.)?"
 )
-_SIGNED = re.compile(r"([+-]?)(.*)", re.DOTALL)
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*(?:\\?%|percent)\s*\}|percent)")
-_DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)")
+_LAST_PERCENT = re.compile(rf"{PERCENT.pattern}\Z")
+_LAST_DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)\Z")
 _BASED = re.compile(r"([0-9][0-9A-Fa-f]{0,63})_(?:\{(\d{1,2})\}|(\d))")
 
 
@@ -43,14 +40,14 @@ def parse_number(normalized: str) -> Number | None:
     """
     if len(normalized) > _MAX_DIGITS:
         return None
-    text, is_percent = _without_suffix(_without_parentheses(normalized), PERCENT)
-    text, _ = (text, False) if is_percent else _without_suffix(text, _DEGREES)
-    match = _SIGNED.fullmatch(text)
-    assert match is not None
-    number = _parse_unsigned(_without_parentheses(match[2].strip()))
+    text, num_percents = _LAST_PERCENT.subn("", _without_parentheses(normalized))
+    if not num_percents:
+        text = _LAST_DEGREES.sub("", text)
+    sign, unsigned = (text[0], text[1:]) if text.startswith(("+", "-")) else ("", text)
+    number = _parse_unsigned(_without_parentheses(unsigned.strip()))
     if number is None:
         return None
-    return Number(-number.value if match[1] == "-" else number.value, number.is_decimal, is_percent)
+    return Number(-number.value if sign == "-" else number.value, number.is_decimal, bool(num_percents))
 
 
 def compare_numbers(answer: Number, gold: Number) -> bool | None:
@@ -81,17 +78,9 @@ def value_in_base(text: str) -> int | None:
     base = int(match[2] or match[3]) if match else 0
     if match is None or not 2 <= base <= 16:
         return None
-    try:
+    with contextlib.suppress(ValueError):  # a digit is not below the base
         return int(match[1], base)
-    except ValueError:
-        return None
-
-
-def _without_suffix(text: str, suffix: re.Pattern[str]) -> tuple[str, bool]:
-    for match in suffix.finditer(text):
-        if match.end() == len(text):
-            return text[: match.start()].rstrip(), True
-    return text, False
+    return None
 
 
 def _without_parentheses(text: str) -> str:
@@ -102,10 +91,10 @@ def _without_parentheses(text: str) -> str:
 
 def _parse_unsigned(text: str) -> Number | None:
     if (match := _FRACTION.fullmatch(text)) is not None:
-        numerator, denominator = (int(part) for part in match.groupdict().values() if part is not None)
+        numerator, denominator = (int(part) for part in match.groups() if part is not None)
         return Number(Fraction(numerator, denominator), False) if denominator else None
     if (match := _MIXED.fullmatch(text)) is not None:
-        part = _FRACTION.fullmatch(match[2] or match[3]) and _parse_unsigned(match[2] or match[3])
+        part = _parse_unsigned(match[2])
         return Number(int(match[1]) + part.value, False) if part and part.value >= 0 else None
     if (match := _REPEATING.fullmatch(text)) is not None:
         period = match["a"] or match["b"] or match["c"]

@@ -49,6 +49,7 @@ _CANONICAL = {
     for word in (synonym, f"{synonym}s")
 }
 _GENERIC = frozenset({"", "unit", "degree"})
+_POWERS = {"square": "^2", "cubic": "^3", "cube": "^3"}
 _SYMBOLS = {r"\$": "dollar", "$": "dollar", "€": "euro", "£": "pound sterling", "¥": "yen"}
 
 _POWER = r"(?:\^\s*(?:(\d)|\{\s*(\d)\s*\}))?"
@@ -83,8 +84,7 @@ def split_unit(text: str) -> Quantity:
     while (part := _last_part(text)) is not None:  # \text{ square } \text{ cm }^2
         text, name = part
         unit = f"{name} {unit}".strip()
-    canonical = _canonical(unit)
-    return Quantity(text, None if canonical in _GENERIC else canonical)
+    return Quantity(text, _canonical(unit))
 
 
 def split_letter(text: str) -> Quantity:
@@ -109,14 +109,12 @@ def _has_number(value: str) -> bool:
     return bool(_NUMERAL_END.search(value) or _TYPESET.search(value)) and any(letter.isdigit() for letter in value)
 
 
-def _canonical(unit: str) -> str:
-    words = re.split(r"[\s.]+", unit.strip().casefold())
-    powers = {"square": "^2", "cubic": "^3", "cube": "^3"}
-    power = "".join(powers[word] for word in map(_name, words) if word in powers)
-    rest = [_name(word) for word in words if _name(word) not in powers]
-    joined = "".join(rest)
+def _canonical(unit: str) -> str | None:
+    words = [_name(word) for word in re.split(r"[\s.]+", unit.strip().casefold())]
+    power = "".join(_POWERS.get(word, "") for word in words)
+    joined = "".join(word for word in words if word not in _POWERS)
     name = _CANONICAL.get(joined, joined)
-    return "" if name in _GENERIC else name + power
+    return None if name in _GENERIC else name + power
 
 
 def _name(word: str) -> str:

@@ -73,7 +73,7 @@ class WorkerPool:
         waiting, grades = deque(enumerate(requests)), {}
         num_closed = self._num_closed
         with self._in_use:
-            self._num_closed_before_run = num_closed
+            self._num_closed_before_run = num_closed  # as counted before this thread waited for its turn
             try:
                 while waiting or self._busy:
                     while waiting and len(self._busy) < self._num_workers:
