@@ -41,7 +41,7 @@ def equivalence_classes(groups: Sequence[Sequence[str | None]], compare: Compare
 
 
 class _Comparison:
-    """Calls ``compare`` where the fast path is undecided, and never again with an answer that broke it."""
+    """Calls ``compare`` where the fast path is undecided, and never again with an answer on which it failed."""
 
     def __init__(self, compare: Compare) -> None:
         self._compare = compare

@@ -13,7 +13,7 @@ MAX_ANSWER_LENGTH = 512
 _TOKEN = re.compile(r"\\(?P<box>boxed|fbox|framebox)(?:\s*+\[[^\[\]{}]{0,20}\]){0,2}\s*+\{|\\.|[{}]", re.DOTALL)
 # Text that may separate the boxes of one answer.
 _SEPARATORS = re.compile(r"(?:[\s,;$&~]|\\[,;:!()\[\] ]|\\q?quad|and|or|\\text\{\s*,?\s*(?:and|or)\s*\})*")
-_JOINT = ", "  # with its space: 12,150 would be one number
+_JOINER = ", "  # with its space: 12,150 would be one number
 _FRAMES = frozenset({"boxed", "fbox", "framebox"})
 
 
@@ -54,7 +54,7 @@ def _extract(text: str, commands: frozenset[str]) -> str | None:
         content = text[start:end].strip()
         if content not in contents[:1]:  # an answer that is repeated is one answer
             contents.insert(0, content)
-            answer = _JOINT.join(contents)
+            answer = _JOINER.join(contents)
         if len(answer) > MAX_ANSWER_LENGTH:
             return None
     return answer or None

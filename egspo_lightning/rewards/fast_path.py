@@ -21,7 +21,7 @@ _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbo
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+(?: [A-Za-z'-]+)*")
 _NAME = r"(?:[A-Za-z]|\\(?!frac|sqrt|text|le|ge|ne)[A-Za-z]+)\s*(?:_\s*(?:\w|\{\s*\\?\w+\s*\}))?"
 _ASSIGNMENT = re.compile(rf"({_NAME}\s*(?:\(\s*{_NAME}\s*\))?)\s*=([^=<>,;]+)")
-_BETWEEN = re.compile(r"[,;]|\\text\{[\s,]*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])")
+_SEPARATOR = re.compile(r"[,;]|\\text\{[\s,]*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])")
 _BRACKETS = (("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), (r"\{", r"\}"))
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
@@ -31,8 +31,7 @@ _SETS = {"", _BRACES}
 _TUPLE_AND_LIST = {"()", ""}
 _NO_PLAIN_LIST = re.compile(r"[()\[\]<>=;]|\\[{}]|\\(?:pm|mp|text|le|ge|in|ne|cup|cap)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3},\d{3}(?!\d)|\{,\}")
-_COMMA_OUTSIDE_BRACES = re.compile(r",(?![^{}]*\})")
-_TORN = re.compile(r"-?[\d.]+(?:\s+[\d.]+)+")
+_SPACED_NUMBERS = re.compile(r"-?[\d.]+(?:\s+[\d.]+)+")
 _MAX_PARTS = 32
 _MAX_LENGTH = 4096
 """Characters. math-verify grades longer answers, in a process with a deadline."""
@@ -121,8 +120,8 @@ def _compare_plain_numbers(answer: str, gold: str) -> Verdict:
     left, right = parse_number(answer), parse_number(gold)
     if left is not None and right is not None:
         return compare_numbers(left, right)
-    is_torn = any(_TORN.fullmatch(text) for text in (answer, gold))  # math-verify would read 1 2 as 12
-    return False if is_torn and (left is not None or right is not None) else None
+    has_spaces = any(_SPACED_NUMBERS.fullmatch(text) for text in (answer, gold))  # math-verify would read 1 2 as 12
+    return False if has_spaces and (left is not None or right is not None) else None
 
 
 def _values(answer: str, gold: str) -> tuple[str, str]:
@@ -138,7 +137,7 @@ def _values(answer: str, gold: str) -> tuple[str, str]:
 
 def _named_values(text: str) -> str | None:
     """Return ``(4, 3)`` for ``y=3, x=4``, in the order of the names; None for all else, also for ``x_1=3, x_2=4``."""
-    parts = [_ASSIGNMENT.fullmatch(part.strip(" $")) for part in _BETWEEN.split(text)] if "=" in text else []
+    parts = [_ASSIGNMENT.fullmatch(part.strip(" $")) for part in _SEPARATOR.split(text)] if "=" in text else []
     values = {normalize(part[1]).partition("_")[0].lstrip("\\"): part[2].strip() for part in parts if part}
     if not 2 <= len(values) == len(parts):
         return None
@@ -225,5 +224,16 @@ def _split_list(text: str) -> tuple[str, list[str]] | None:
     inner = text[len(opening) : len(text) - len(closing)]
     if _NO_PLAIN_LIST.search(inner) or _THOUSANDS.search(inner):
         return None
-    parts = [part.strip() for part in _COMMA_OUTSIDE_BRACES.split(inner)]
+    parts = _split_outside_braces(inner)
     return (opening + closing, parts) if 2 <= len(parts) <= _MAX_PARTS and all(parts) else None
+
+
+def _split_outside_braces(text: str) -> list[str]:
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]

@@ -142,10 +142,7 @@ class MathGrader:
         grades = [_grade_fast(answer, gold) for answer, gold in pairs]
         undecided = [(answer or "", gold) for (answer, gold), grade in zip(pairs, grades, strict=True) if grade is None]
         by_algebra = iter(self._pool.run([(*for_algebra(*pair), "boxed") for pair in undecided]))
-        return [
-            grade or next(by_algebra)._replace(extracted=answer)
-            for (answer, _), grade in zip(pairs, grades, strict=True)
-        ]
+        return [grade or next(by_algebra)._replace(extracted=it) for (it, _), grade in zip(pairs, grades, strict=True)]
 
 
 def _grade_fast(answer: str | None, gold: str) -> Grade | None:

@@ -42,7 +42,7 @@ _SYNONYMS = {
     re.compile(r"\\(?:[;: ]|$)|~|\\q?quad(?![A-Za-z])"): " ",
 }
 # Spaces have a meaning in "3 1/2", in "\pi r" and after a comma that could separate thousands.
-_IDLE_SPACE = re.compile(r"(?<![\w.,])\s+|\s+(?![\w.,])|(?<=,)\s+(?!\d{3}(?!\d))")
+_NEEDLESS_SPACE = re.compile(r"(?<![\w.,])\s+|\s+(?![\w.,])|(?<=,)\s+(?!\d{3}(?!\d))")
 
 
 @lru_cache(maxsize=_CACHED)
@@ -52,7 +52,7 @@ def normalize(text: str) -> str:
     Nothing that may carry meaning changes: ``(1,234)`` keeps its comma, ``3 1/2`` its space.
     """
     text = _replace(_SYNONYMS, to_latex(text)).strip()
-    return _IDLE_SPACE.sub("", " ".join(text.split()))
+    return _NEEDLESS_SPACE.sub("", " ".join(text.split()))
 
 
 @lru_cache(maxsize=_CACHED)

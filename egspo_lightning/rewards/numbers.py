@@ -8,14 +8,11 @@ from fractions import Fraction
 from typing import NamedTuple
 
 _MAX_DIGITS = 300
-
 _GROUPED = r"\d{1,3}(?:(?:,|\{,\}|\\,|,\\,| )\d{3})+"
 _DECIMAL = re.compile(rf"({_GROUPED}|\d*)(?:\.(\d+))?\.?")
 _FRACTION = re.compile(r"(\d+)/(\d+)|\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))|\\frac\s+(\d)\s*(\d)")
 _MIXED = re.compile(rf"(\d+)(?: |\s*(?=\\))({_FRACTION.pattern})")
-_REPEATING = re.compile(
-    r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(?P<a>\d+)\}|(?P<b>\d))|\((?P<c>\d+)\))(?:\\ldots|\\dots|\.\.\.)?"
-)
+_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))(?:\\l?dots|\.{3})?")
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*(?:\\?%|percent)\s*\}|percent)")
 _LAST_PERCENT = re.compile(rf"{PERCENT.pattern}\Z")
 _LAST_DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)\Z")
@@ -97,7 +94,7 @@ def _parse_unsigned(text: str) -> Number | None:
         part = _parse_unsigned(match[2])
         return Number(int(match[1]) + part.value, False) if part and part.value >= 0 else None
     if (match := _REPEATING.fullmatch(text)) is not None:
-        period = match["a"] or match["b"] or match["c"]
+        period = match[3] or match[4] or match[5]
         repeated = Fraction(int(period), 10 ** len(match[2]) * (10 ** len(period) - 1))
         return Number(Fraction(f"{match[1] or 0}.{match[2] or 0}") + repeated, False)
     match = _DECIMAL.fullmatch(text)

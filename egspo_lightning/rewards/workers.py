@@ -86,10 +86,7 @@ class WorkerPool:
         return [grades[number] for number in range(len(requests))]
 
     def close(self) -> None:
-        """End all processes within a second, whatever they do. A `run` in another thread raises RuntimeError.
-
-        A later `run` starts new processes.
-        """
+        """End all processes within a second. Another thread's `run` raises RuntimeError; a later one starts new ones."""
         with self._parent_lock:
             self._num_closed += 1
             for worker in list(self._busy):
