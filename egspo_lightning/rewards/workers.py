@@ -86,7 +86,7 @@ class WorkerPool:
         return [grades[number] for number in range(len(requests))]
 
     def close(self) -> None:
-        """End all processes within a second. Another thread's `run` raises RuntimeError; a later one starts new ones."""
+        """End all processes within a second. Another thread's `run` raises RuntimeError; a later one starts anew."""
         with self._parent_lock:
             self._num_closed += 1
             for worker in list(self._busy):
