@@ -64,7 +64,7 @@ class Browser:
         return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def find(self, selector: str) -> dict[str, str]:
-        """The first element that a CSS selector matches."""
+        """Return the first element that matches a CSS selector."""
         return self.call("POST", "/element", {"using": "css selector", "value": selector})
 
     def point_at(self, element: dict[str, str]) -> None:

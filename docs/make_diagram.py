@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def drawing() -> str:
-    """The whole picture as SVG."""
+    """Return the diagram as SVG."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">',
         '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
@@ -110,7 +110,7 @@ def _box(box: Box) -> str:
 
 
 def _arrow(start: Box, end: Box) -> str:
-    if start.x == end.x:  # from below to above
+    if start.x == end.x:  # upwards
         x = start.x + BOX_WIDTH / 2
         return _line(f"M{x:g},{start.y} L{x:g},{end.y + BOX_HEIGHT}")
     y = start.y + BOX_HEIGHT / 2
@@ -118,7 +118,7 @@ def _arrow(start: Box, end: Box) -> str:
 
 
 def _weights(step: Box, sample: Box) -> str:
-    """The way of the new weights back to sampling, below all boxes."""
+    """The arrow from the new weights back to sampling, below all boxes."""
     right, left, bottom = step.x + BOX_WIDTH / 2, sample.x + BOX_WIDTH / 2, 286
     path = f"M{right:g},{step.y + BOX_HEIGHT} L{right:g},{bottom} L{left:g},{bottom} L{left:g},{sample.y + BOX_HEIGHT}"
     return _line(path, dashed=True) + "\n" + _text("weights", (left + right) / 2, bottom + 20, 13, "#444")

@@ -63,7 +63,7 @@ def pictures_of_tensorboard(browser: Browser, address: str) -> None:
 
 
 def save(browser: Browser, name: str) -> None:
-    """As a PNG of few colors, which is a third of the size."""
+    """Save a PNG with 128 colors, a third of the full size."""
     picture = Image.open(io.BytesIO(base64.b64decode(browser.screenshot()))).convert("RGB")
     path = IMAGES / f"{name}.png"
     picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)

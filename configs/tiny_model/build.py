@@ -1,9 +1,9 @@
 """Write the tiny model's folder: ``python configs/tiny_model/build.py [FOLDER]``.
 
-A Llama architecture of 0.28 million parameters, without weights (training starts from random ones), and a
-tokenizer whose token b is the byte b, so that every text comes back unchanged. It is Qwen2's architecture but for the
-bias of the attention projections; the model type is not "qwen2" because for that one transformers 5 puts Qwen's own
-tokenizer in the place of any other, whose Unicode normalization changes some texts.
+The model is a Llama architecture with 0.28 million parameters and no stored weights: training starts from random ones.
+Token b of the tokenizer is byte b, so decoding restores every text exactly. The architecture equals Qwen2's without the
+bias of the attention projections. The model type is not "qwen2", because transformers 5 would then load Qwen's own
+tokenizer, whose Unicode normalization changes some texts.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-EOS, PAD = "<|endoftext|>", "<|pad|>"  # 256 and 257, behind the bytes
+EOS, PAD = "<|endoftext|>", "<|pad|>"  # tokens 256 and 257, after the bytes
 
 MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -41,12 +41,12 @@ TOKENIZER: dict[str, Any] = {
     "unk_token": None,
     "model_max_length": 4096,
     "clean_up_tokenization_spaces": False,
-    "split_special_tokens": True,  # a problem that spells "<|endoftext|>" stays text
+    "split_special_tokens": True,  # "<|endoftext|>" in a problem is encoded as plain text
 }
 
 
 def byte_names() -> list[str]:
-    """The character that byte-level BPE writes for each byte: itself if printable, or one from 256 on."""
+    """The character that byte-level BPE uses for each byte: itself if printable, else one from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

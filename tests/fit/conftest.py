@@ -1,4 +1,4 @@
-"""Runs of the command line on several real ranks, which talk through gloo."""
+"""Fixture for runs of the command line on several ranks, which communicate through gloo."""
 
 import json
 import socket
@@ -9,31 +9,31 @@ from pathlib import Path
 
 import pytest
 
-from processes import Rows, in_group, rows_of
+from processes import Rows, read_rows, run_in_group
 
 Runs = dict[str, list[str]]
-"""Name of a run, and of its folder, to its arguments."""
+"""Arguments of each run by its name, which is also the name of its folder."""
 
 
 @pytest.fixture(scope="session")
 def run_ranks(repository: Path) -> Callable[..., dict[str, Rows]]:
-    """Does runs one after another in one program of ``num_ranks`` processes; the rows of metrics of each."""
+    """Execute runs one after another in one program of ``num_ranks`` processes; return their rows of metrics."""
 
     def run(folder: Path, runs: Runs, num_ranks: int = 2, num_nodes: int = 1) -> dict[str, Rows]:
         program = [str(Path(__file__).with_name("runs_program.py")), str(folder), json.dumps(runs)]
         if num_nodes > 1:
-            on_nodes(program, repository, num_nodes, num_ranks // num_nodes)
-            return {name: rows_of(folder / name) for name in runs}
+            run_on_nodes(program, repository, num_nodes, num_ranks // num_nodes)
+            return {name: read_rows(folder / name) for name in runs}
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        output, code = in_group([sys.executable, *([] if num_ranks == 1 else torchrun), *program], repository, 600)
+        output, code = run_in_group([sys.executable, *([] if num_ranks == 1 else torchrun), *program], repository, 600)
         assert code == 0, output
-        return {name: rows_of(folder / name) for name in runs}
+        return {name: read_rows(folder / name) for name in runs}
 
     return run
 
 
-def on_nodes(program: Sequence[str], cwd: Path, num_nodes: int, ranks_each: int) -> None:
-    """A program under an agent of torchrun for each node, all on this machine, as docs/guides/scaling.md has it."""
+def run_on_nodes(program: Sequence[str], cwd: Path, num_nodes: int, ranks_each: int) -> None:
+    """Run a program with one torchrun agent per node, all on this machine, as in docs/guides/scaling.md."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,5 +41,5 @@ def on_nodes(program: Sequence[str], cwd: Path, num_nodes: int, ranks_each: int)
     nodes += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     commands = [[sys.executable, *nodes, f"--node-rank={node}", *program] for node in range(num_nodes)]
     with ThreadPoolExecutor(num_nodes) as pool:
-        for output, code in pool.map(lambda command: in_group(command, cwd, 600), commands):
+        for output, code in pool.map(lambda command: run_in_group(command, cwd, 600), commands):
             assert code == 0, output

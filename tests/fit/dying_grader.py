@@ -8,7 +8,7 @@ from egspo_lightning.rewards.grading import MathGrader
 
 
 class DyingGrader(MathGrader):
-    """Kills its process, as the system does when memory runs out, before it grades batch number ``num_batches``."""
+    """Kills its process before it grades batch ``num_batches``, as the out-of-memory killer does."""
 
     def __init__(self, num_batches: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A rank that ends in the midst of a phase: by an error, or killed from outside."""
+"""Callback and reward that end one rank in mid-epoch, by an error or by SIGKILL."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 
 class DyingRank(Callback):
-    """Ends one rank before its sixth batch."""
+    """Ends one rank before its sixth optimizer step."""
 
     def __init__(self, rank: int, how: Literal["error", "kill"]) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class DyingRank(Callback):
 
 
 class FailingAhead:
-    """A reward that fails on one rank when it has scored a first collection: with max_staleness 1, in a thread."""
+    """Reward that fails on one rank after the first rollout batch; with max_staleness 1 it fails in a thread."""
 
     def __init__(self, rank: int, num_completions: int) -> None:
         self.rank, self.num_left = rank, num_completions

@@ -67,7 +67,7 @@ class GoldenRecorder(Callback):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The unsharded tensor. Collective where it is sharded."""
+    """The unsharded tensor. Collective if the tensor is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

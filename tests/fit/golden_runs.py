@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from golden_recorder import FILE
-from processes import in_group
+from processes import run_in_group
 
 Recorded = dict[str, Any]
 HERE = Path(__file__).resolve().parent
@@ -81,7 +81,7 @@ def record(name: str, checkout: Path) -> Recorded:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "egspo_lightning", "fit", *RUNS[name], *COMMON]
         command.append(f"--trainer.default_root_dir={folder}")
-        output, code = in_group(command, checkout, 600, **ENVIRONMENT, PYTHONPATH=path)
+        output, code = run_in_group(command, checkout, 600, **ENVIRONMENT, PYTHONPATH=path)
         if code != 0 or not (Path(folder) / FILE).is_file():
             raise RuntimeError(f"Run {name} in {checkout} ended with exit code {code}.\n{output}")
         recorded: Recorded = json.loads((Path(folder) / FILE).read_text())

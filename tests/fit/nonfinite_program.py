@@ -1,8 +1,8 @@
-"""A short run on the ranks that torchrun has started, in which the loss of the second rank alone is once NaN.
+"""A short run under torchrun in which the loss of rank 1 is NaN once.
 
-    python nonfinite_program.py FOLDER
+    torchrun --nproc-per-node=2 nonfinite_program.py FOLDER
 
-The second rank keeps its NaN out of the gradients, so that the other could not see it there.
+The gradients stay finite, so rank 0 cannot detect the NaN in them.
 """
 
 import json
@@ -36,7 +36,7 @@ SHORT = [
 
 
 class OneBadLoss(Callback):
-    """Notes whether each update moved the weights."""
+    """Makes one loss of rank 1 NaN, and records which optimizer steps changed the weights."""
 
     def __init__(self) -> None:
         self.moved: list[bool] = []
@@ -55,7 +55,7 @@ class OneBadLoss(Callback):
 
 
 def weights(module: Any) -> torch.Tensor:
-    """All of the policy's, as one vector."""
+    """All weights of the policy as one vector."""
     return torch.cat([p.detach().flatten() for p in module.policy.parameters()]).clone()
 
 
@@ -64,10 +64,10 @@ if __name__ == "__main__":
     cli.CALLBACKS["one_bad_loss"] = OneBadLoss
     finished = cli.run(["fit", *SHORT, f"--trainer.default_root_dir={folder}"])
     watcher = next(c for c in finished.trainer.callbacks if isinstance(c, OneBadLoss))
-    told = {
+    report = {
         "num_bad": finished.model._finite.num_bad,
         "moved": watcher.moved,
         "weights": weights(finished.model).double().sum().item(),
     }
-    (folder / f"rank-{finished.trainer.global_rank}.json").write_text(json.dumps(told))
+    (folder / f"rank-{finished.trainer.global_rank}.json").write_text(json.dumps(report))
     leave(0)

@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own, and what their metrics say."""
+"""Helpers for runs of the command line in other processes: start, read metrics, compare metrics."""
 
 import csv
 import os
@@ -27,11 +27,11 @@ SHORT_QUICKSTART = [
     "--stage_transition.learning_rate=1e-4",
     "--checkpoint.every_n_epochs=1000",
 ]
-"""The quickstart, from SFT on, for the smaller runs of ``run_ranks`` to grow into."""
+"""Overrides of the smaller runs of ``run_ranks``: the quickstart with fewer phases."""
 
 
-def in_group(command: Sequence[str], cwd: Path, timeout: float = 240, **environment: str) -> tuple[str, int]:
-    """Output and exit code of a command that runs in a process group of its own, with a time limit."""
+def run_in_group(command: Sequence[str], cwd: Path, timeout: float = 240, **environment: str) -> tuple[str, int]:
+    """Run a command in its own process group with a time limit; return its output and exit code."""
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -49,8 +49,8 @@ def in_group(command: Sequence[str], cwd: Path, timeout: float = 240, **environm
     return output, process.returncode
 
 
-def forked(arguments: Sequence[str]) -> int:
-    """How ``fit ARGUMENTS`` ends in a fork of this process: its exit code, or minus the number of a signal."""
+def run_forked(arguments: Sequence[str]) -> int:
+    """Run ``fit ARGUMENTS`` in a fork of this process; return its exit code, or minus the number of a signal."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -68,18 +68,18 @@ def forked(arguments: Sequence[str]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def rows_of(folder: Path) -> Rows:
-    """What CSVLogger has written of phases and benchmarks, of the one run in a folder.
+def read_rows(folder: Path) -> Rows:
+    """Read the rows of phases and benchmarks that CSVLogger wrote for the one run in a folder.
 
-    Charts of single tokens are left out: they are those of the first rank.
+    Rows with charts of tokens are skipped, because they show rank 0 only.
     """
     with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [row for row in rows if row["loss/total"] or any(row[name] for name in row if name.startswith("eval/"))]
 
 
-def told_apart(rows: Rows, expected: Rows, rel: float = 1e-4) -> int:
-    """Compares two runs' metrics, but those of time, and gives the number that were compared."""
+def compare_metrics(rows: Rows, expected: Rows, rel: float = 1e-4) -> int:
+    """Assert that two runs have equal metrics, apart from times; return the number of compared values."""
     assert len(rows) == len(expected)
     compared = 0
     for row, other in zip(rows, expected, strict=True):

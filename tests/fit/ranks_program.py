@@ -1,8 +1,8 @@
-"""Runs methods one after another, as one process or as one of the ranks that torchrun has started.
+"""Runs of several methods one after another, in one process or under torchrun.
 
     python ranks_program.py FOLDER STRATEGY METHOD ...
 
-The metrics of each go to FOLDER/METHOD. It is a program of its own so that torchrun and its imports are paid for once.
+The metrics of each run go to FOLDER/METHOD. One program for all runs saves starts of torchrun and imports.
 """
 
 import sys
@@ -23,8 +23,8 @@ SHORT = [
     "--data.num_problems=4",
     "--data.num_generations=4",
     "--data.max_completion_length=40",
-    "--data.engine.max_batch_size=6",  # so that grading overlaps with sampling
-    "--data.reward=ranks_program.Uneven",
+    "--data.engine.max_batch_size=6",  # grading overlaps with sampling
+    "--data.reward=ranks_program.EvenBytes",
     "--stage_transition.after_epochs=1",
     "--stage_transition.learning_rate=1e-3",
     "--hf_export.enabled=false",
@@ -39,7 +39,7 @@ METHODS = {
     "sequence_gate": [
         "--model.gate.over=sequence",
         "--model.objective.rescale_weights=true",
-        "--stage_transition.learning_rate=1e-4",  # at 1e-3 rounding decides which side of the clip range a ratio is on
+        "--stage_transition.learning_rate=1e-4",  # at 1e-3 rounding decides whether some ratios are clipped
     ],
 }
 STRATEGIES = {
@@ -49,8 +49,8 @@ STRATEGIES = {
 }
 
 
-class Uneven:
-    """The share of even bytes, so that a policy that knows nothing yet has some to learn from; flat on even sums."""
+class EvenBytes:
+    """Share of even bytes, which an untrained policy can learn from; constant for even answers."""
 
     def __call__(self, completions: Sequence[str], golds: Sequence[str]) -> list[float]:
         return [
@@ -62,7 +62,7 @@ class Uneven:
 if __name__ == "__main__":
     folder, strategy, *methods = sys.argv[1:]
     for method in methods:
-        place = f"{folder}/{method}"
-        folders = [f"--trainer.default_root_dir={place}", f"--trainer.logger.save_dir={place}"]
+        root = f"{folder}/{method}"
+        folders = [f"--trainer.default_root_dir={root}", f"--trainer.logger.save_dir={root}"]
         run(["fit", *SHORT, *METHODS[method], *STRATEGIES[strategy], *folders])
     leave(0)

@@ -1,8 +1,8 @@
-"""Does runs of the command line one after another, as one process or as one of the ranks that torchrun has started.
+"""Runs of the command line one after another, in one process or under torchrun.
 
     python runs_program.py FOLDER '{"NAME": [ARGUMENT, ...], ...}'
 
-Each writes to FOLDER/NAME. It is a program of its own so that torchrun and its imports are paid for once.
+Each run writes to FOLDER/NAME. One program for all runs saves starts of torchrun and imports.
 """
 
 import json
@@ -27,7 +27,7 @@ SHORT = [
     "--data.num_problems=4",
     "--data.num_generations=4",
     "--data.max_completion_length=40",
-    "--data.reward=ranks_program.Uneven",
+    "--data.reward=ranks_program.EvenBytes",
     "--stage_transition.after_epochs=1",
     "--stage_transition.learning_rate=1e-3",
     "--hf_export.enabled=false",
@@ -40,11 +40,11 @@ SHORT = [
 
 
 class Norms(Callback):
-    """Writes each update's gradient norm, and what is left of it after clipping, to norms.jsonl in the root folder."""
+    """Writes the gradient norm of each optimizer step, before and after clipping, to norms.jsonl."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         def after_step(optimizer: Any, *_: Any) -> None:
-            if optimizer.param_groups[0]["lr"] != 0:  # torch's own, to fill an empty state
+            if optimizer.param_groups[0]["lr"] != 0:  # torch makes a step with rate 0 to initialize the optimizer state
                 self.write(trainer, pl_module, "clipped")
 
         trainer.optimizers[0].register_step_post_hook(after_step)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Sleeping:
-    """Creates FOLDER/asleep and sleeps; with ``only_ahead`` only for rollout batches that are sampled ahead."""
+    """Creates FOLDER/asleep and sleeps; with ``only_ahead`` only in the thread that samples ahead."""
 
     def __init__(self, folder: str, only_ahead: bool = False) -> None:
         self.folder, self.only_ahead = Path(folder), only_ahead

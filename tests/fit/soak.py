@@ -1,10 +1,10 @@
-"""A long run in which everything that can go wrong does, at random: faults by collection, injected by a callback.
+"""Soak test program: a long run with random faults, at most one per rollout batch.
 
-    python soak.py FOLDER COLLECTIONS -- ARGUMENTS
+    python soak.py FOLDER NUM_ROLLOUT_BATCHES -- ARGUMENTS
 
-runs ``fit ARGUMENTS`` in three processes, one after another: the first is told to end by SIGTERM, the second finds the
-disk full, the third goes on to the end. FOLDER/faults.jsonl gets a row for each phase of each process: what was
-injected, what the metrics say, and the process's resident memory.
+runs ``fit ARGUMENTS`` in three processes, one after another: SIGTERM ends the first, a full disk ends the second, and
+the third finishes. FOLDER/faults.jsonl gets one row per phase of each process: the fault, the metrics, and the resident
+memory.
 """
 
 import errno
@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from functools import wraps
 from pathlib import Path
 
 from lightning.pytorch import Callback
@@ -24,23 +25,23 @@ from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from processes import forked
+from processes import run_forked
 
 KINDS = ("nan_loss", "infinite_gradient", "flat", "truncated", "empty", "timeout", "crash")
 SHARE = 0.25
-"""Of the collections, those with a fault."""
+"""Share of rollout batches with a fault."""
 UNDECIDED = "\\boxed{x^2+2x+1}", "(x+1)^2"
-"""A pair that a worker has to look at."""
+"""A pair that only a worker can grade."""
 
 
-def fault_of(collection: int) -> str | None:
-    """What goes wrong in a collection, a pure function of its number."""
-    draw = random.Random(f"soak/{collection}")
+def fault_of(rollout_batch: int) -> str | None:
+    """The fault of a rollout batch, a pure function of its number."""
+    draw = random.Random(f"soak/{rollout_batch}")
     return draw.choice(KINDS) if draw.random() < SHARE else None
 
 
 class Faults(Callback):
-    """Injects each collection's fault; ``ending`` (sigterm, disk) is what ends the process, at collection ``at``."""
+    """Injects the fault of each rollout batch. ``ending`` (sigterm, disk) ends the process at rollout batch ``at``."""
 
     def __init__(self, folder: str, ending: str | None = None, at: int = 10**9) -> None:
         self.folder, self.ending, self.at = Path(folder), ending, at
@@ -49,7 +50,7 @@ class Faults(Callback):
         self.number = -1
 
     def on_train_start(self, trainer, pl_module):
-        """Put faults where they come from; the process is this run's alone, so classes can be changed."""
+        """Patch the classes in which faults occur; the process has no other run."""
         faults = self
         grade, reward, stream = MathGrader.grade, CorrectnessReward.__call__, TransformersEngine.stream
         step, save = EGSPOModule.training_step, checkpoint.save_whole
@@ -65,6 +66,7 @@ class Faults(Callback):
             values = reward(*args)
             return [1.0] * len(values) if faults.is_on("flat") else values
 
+        @wraps(stream)  # the parser checks the signature when it dumps the config
         def streamed(*args, **kwargs):
             for batch in stream(*args, **kwargs):
                 yield faults.cut(batch) if faults.is_sampling else batch
@@ -89,7 +91,7 @@ class Faults(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.is_sampling = False  # what is sampled and graded from here on are benchmarks
+        self.is_sampling = False  # later samples and grades belong to benchmarks
 
     def on_after_backward(self, trainer, pl_module):
         if self.first("infinite_gradient"):
@@ -98,22 +100,22 @@ class Faults(Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         assert self.fault is None or self.is_injected, f"{self.fault} was not injected"
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = {"pid": os.getpid(), "collection": self.number, "fault": self.fault, "memory_mb": resident_mb()}
+        row = {"pid": os.getpid(), "rollout_batch": self.number, "fault": self.fault, "memory_mb": resident_mb()}
         with (self.folder / "faults.jsonl").open("a") as file:
             file.write(json.dumps(row | {"metrics": metrics}) + "\n")
         self.fault = None
 
     def is_on(self, kind: str) -> bool:
-        """Whether this goes wrong all through the collection."""
+        """Whether the rollout batch has this fault."""
         self.is_injected |= self.fault == kind
         return self.fault == kind
 
     def first(self, kind: str) -> bool:
-        """Whether it is time for what goes wrong once in the collection."""
+        """Whether the rollout batch has this fault and it has not been injected yet."""
         return not self.is_injected and self.is_on(kind)
 
     def cut(self, batch):
-        """A batch of samples: one of them empty, all of them truncated, or as it was."""
+        """Make one sample empty or all samples truncated, if that is the fault."""
         if self.first("empty"):
             (number, sample), *rest = batch
             return [(number, shortened(sample, 0)), *rest]
@@ -123,7 +125,7 @@ class Faults(Callback):
 
 
 def shortened(sample, length):
-    """The first tokens of a sample, as if the limit had come there."""
+    """The first tokens of a sample, truncated by the length limit."""
     return sample._replace(
         token_ids=sample.token_ids[:length],
         logprobs=sample.logprobs[:length],
@@ -133,9 +135,9 @@ def shortened(sample, length):
 
 
 def stop_workers(grader, grade, *, dies: bool) -> None:
-    """Have the grader's workers stand still, and perhaps be killed by somebody else while they have a pair."""
-    grade(grader, *zip(UNDECIDED, strict=True))  # so that there are some
-    pids = [pid for pid in grader.worker_pids() if parent_of(pid) != os.getpid()]  # that one forks the workers
+    """Stop the grader's workers, and with ``dies`` kill them while they hold a pair."""
+    grade(grader, *zip(UNDECIDED, strict=True))  # starts the workers
+    pids = [pid for pid in grader.worker_pids() if parent_of(pid) != os.getpid()]  # workers without their parent
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     if dies:
@@ -151,16 +153,16 @@ def resident_mb() -> float:
     return int(line.split()[1]) / 1024
 
 
-def end_of(arguments: list[str], faults: dict[str, object]) -> int:
-    """The exit code of a run with faults."""
+def exit_code(arguments: list[str], faults: dict[str, object]) -> int:
+    """Execute a run with faults and return its exit code."""
     callback = json.dumps({"class_path": "soak.Faults", "init_args": faults})
-    return forked([*arguments, f"--trainer.callbacks={callback}"])
+    return run_forked([*arguments, f"--trainer.callbacks={callback}"])
 
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
-    folder, collections, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[split + 1 :]
-    tenth = collections // 10
+    folder, num_rollout_batches, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[split + 1 :]
+    tenth = num_rollout_batches // 10
     endings = [{"ending": "sigterm", "at": tenth}, {"ending": "disk", "at": 2 * tenth}, {}]
-    codes = [end_of([*arguments, "--ckpt_path=last"], {"folder": folder} | ending) for ending in endings]
+    codes = [exit_code([*arguments, "--ckpt_path=last"], {"folder": folder} | ending) for ending in endings]
     (Path(folder) / "codes.json").write_text(json.dumps(codes))

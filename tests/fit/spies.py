@@ -1,4 +1,4 @@
-"""What tests of training look at: the metrics, weights, batches and gradients of a run."""
+"""Callback that records metrics, weights, batches and gradients of a run, and module settings of resuming runs."""
 
 from lightning.pytorch import Callback
 
@@ -19,11 +19,11 @@ METHODS = {
         "gate": QuantileGate(running_decay=0.5),
     },
 }
-"""Module settings of runs that resume: each kind of thing that a checkpoint has to hold."""
+"""Module settings of runs that resume; together they have every kind of state that a checkpoint holds."""
 
 
 class Spy(Callback):
-    """Keeps the metrics and the weights at the end of every epoch, every batch, what optimizer and attention are."""
+    """Records batches, gradients, the weights of each epoch, the final metrics, optimizer and attention settings."""
 
     def __init__(self):
         self.metrics, self.weights, self.batches, self.gradients = [], [], [], []
@@ -45,4 +45,5 @@ class Spy(Callback):
 
 
 def distance(one, other):
+    """Largest absolute difference between two lists of tensors."""
     return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""Rollouts that are sampled from a snapshot while the policy trains on those before them."""
+"""Asynchronous sampling: the next rollout batch is sampled from a snapshot while the policy trains."""
 
 import copy
 import threading
@@ -18,19 +18,19 @@ from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from processes import SHORT_QUICKSTART, told_apart
+from processes import SHORT_QUICKSTART, compare_metrics
 from spies import METHODS
 
 RL = {"initial_stage": "egspo"}
 AHEAD = {"max_staleness": 1}
-STILL = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0)}
+FROZEN = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0)}
 
 
-class Watch(Callback):
-    """Weights at the start of each phase, its collection, versions and losses."""
+class Recorder(Callback):
+    """Records the weights at the start of each phase, its rollout batch, policy versions, losses and metrics."""
 
     def __init__(self):
-        self.weights, self.collections, self.metrics = [], [], []
+        self.weights, self.rollouts, self.metrics = [], [], []
         self.versions, self.losses = [], {}
 
     def on_train_epoch_start(self, trainer, pl_module):
@@ -44,12 +44,12 @@ class Watch(Callback):
         self.losses[(trainer.current_epoch, batch_idx)] = outputs["loss"].item()
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.collections.append(trainer.datamodule.phases.rollouts)
+        self.rollouts.append(trainer.datamodule.phases.rollouts)
         self.metrics.append(dict(trainer.callback_metrics))
 
 
-class Calls(TransformersEngine):
-    """Counts collections, and notes which thread samples each."""
+class ThreadRecorder(TransformersEngine):
+    """Records the thread that samples each rollout batch."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ class Calls(TransformersEngine):
 def ahead_threads():
     for thread in threading.enumerate():
         if thread.name == "sampling-ahead":
-            thread.join(1.0)  # its last breath
+            thread.join(1.0)  # it may be about to end
     return [thread for thread in threading.enumerate() if thread.name.startswith("sampling-ahead")]
 
 
@@ -71,8 +71,8 @@ def tokens_of(completions):
     return [completion.token_ids for completion in completions]
 
 
-def rollouts_equal(one, other):
-    """Bit for bit, but for the version of the policy."""
+def assert_equal_rollouts(one, other):
+    """Compare bit for bit, apart from the policy version."""
     for name, value in one._asdict().items():
         theirs = getattr(other, name)
         if isinstance(value, torch.Tensor):
@@ -81,43 +81,43 @@ def rollouts_equal(one, other):
             assert value == theirs, name
 
 
-# Whose rollouts they are
+# Policy version of the rollouts
 
 
-def test_each_collection_but_the_first_is_one_behind_and_says_so(tiny_run):
-    watch, engine = Watch(), Calls()
+def test_all_rollout_batches_but_the_first_are_one_phase_stale(tiny_run):
+    recorder, engine = Recorder(), ThreadRecorder()
     data = AHEAD | {"engine": engine, "num_ppo_epochs": 2}
-    tiny_run(watch, module=RL, data=data, trainer={"max_epochs": 4}).fit()
-    assert watch.versions == [0] * 4 + [0] * 4 + [4] * 4 + [8] * 4
-    assert [metrics["rollout/staleness"] for metrics in watch.metrics] == [0, 4, 4, 4]  # updates a collection
+    tiny_run(recorder, module=RL, data=data, trainer={"max_epochs": 4}).fit()
+    assert recorder.versions == [0] * 4 + [0] * 4 + [4] * 4 + [8] * 4
+    assert [metrics["rollout/staleness"] for metrics in recorder.metrics] == [0, 4, 4, 4]  # in optimizer steps
     assert engine.threads[0] == "MainThread"
     assert all(name.startswith("sampling-ahead") for name in engine.threads[1:])
-    assert len(engine.threads) == 4  # none for a phase that does not come
+    assert len(engine.threads) == 4  # none for a phase after the last
     assert ahead_threads() == []
 
 
-def test_off_nothing_is_sampled_ahead(tiny_run):
-    watch, engine = Watch(), Calls()
-    run = tiny_run(watch, module=RL, data={"engine": engine}).fit()
-    assert watch.versions == [0, 0, 2, 2, 4, 4]
-    assert [metrics["rollout/staleness"] for metrics in watch.metrics] == [0, 0, 0]
+def test_without_staleness_nothing_is_sampled_ahead(tiny_run):
+    recorder, engine = Recorder(), ThreadRecorder()
+    run = tiny_run(recorder, module=RL, data={"engine": engine}).fit()
+    assert recorder.versions == [0, 0, 2, 2, 4, 4]
+    assert [metrics["rollout/staleness"] for metrics in recorder.metrics] == [0, 0, 0]
     assert set(engine.threads) == {"MainThread"}
     assert run.module._snapshot is None
-    assert "time/wait" not in watch.metrics[-1]
+    assert "time/wait" not in recorder.metrics[-1]
 
 
 @pytest.mark.parametrize("flags", [{"max_steps": 4, "max_epochs": -1}, {"max_epochs": 2}])
-def test_nothing_is_sampled_for_a_phase_that_will_not_come(tiny_run, flags):
-    engine = Calls()
+def test_nothing_is_sampled_for_a_phase_after_the_last(tiny_run, flags):
+    engine = ThreadRecorder()
     tiny_run(module=RL, data=AHEAD | {"engine": engine}, trainer=flags).fit()
     assert len(engine.threads) == 2
 
 
-def test_the_first_collection_after_sft_is_sampled_by_the_policy_that_sft_has_made(tiny_run):
-    watch, engine = Watch(), Calls()
+def test_the_first_rollout_batch_after_sft_is_not_stale(tiny_run):
+    recorder, engine = Recorder(), ThreadRecorder()
     data = AHEAD | {"engine": engine}
-    tiny_run(StageTransition(after_epochs=2), watch, data=data, trainer={"max_epochs": 5}).fit()
-    assert watch.versions == [4, 4, 4, 4, 6, 6]
+    tiny_run(StageTransition(after_epochs=2), recorder, data=data, trainer={"max_epochs": 5}).fit()
+    assert recorder.versions == [4, 4, 4, 4, 6, 6]
     assert engine.threads[0] == "MainThread"
     assert len(engine.threads) == 3
 
@@ -125,32 +125,32 @@ def test_the_first_collection_after_sft_is_sampled_by_the_policy_that_sft_has_ma
 CRITIC = {"advantage": GAE(), "critic": CriticConfig("own")}
 
 
-@pytest.mark.parametrize("module", [{}, CRITIC], ids=["told", "scored"])
-def test_what_is_sampled_ahead_is_what_those_weights_sample(tiny_run, module):
-    """Tokens, log-probabilities, entropies and values are those of the networks at the start of the phase before."""
-    watch, module = Watch(), RL | {"temperature": 0.8} | module
-    run = tiny_run(watch, module=module, data=AHEAD, trainer={"max_epochs": 4}).fit()
+@pytest.mark.parametrize("module", [{}, CRITIC], ids=["sampled", "scored"])
+def test_stale_rollouts_come_from_the_weights_of_the_phase_before(tiny_run, module):
+    """Tokens, log-probabilities and entropies equal those of the weights at the start of the phase before."""
+    recorder, module = Recorder(), RL | {"temperature": 0.8} | module
+    run = tiny_run(recorder, module=module, data=AHEAD, trainer={"max_epochs": 4}).fit()
     collector = run.data.phases.collector
     for number in range(1, 4):
         again = {}
         for age in (0, 1):
-            run.module.load_state_dict(watch.weights[number - age])
+            run.module.load_state_dict(recorder.weights[number - age])
             collector.num_drawn = 4 * number
             groups = collector.sample_and_grade(run.module, collector.draw_problems(number, 0, 1).prompts).groups
             again[age] = tokens_of(completion for group in groups for completion in group.completions)
-            scores = run.module.score(*watch.collections[number].batch[:2])
-            rollout = watch.collections[number].batch
+            scores = run.module.score(*recorder.rollouts[number].batch[:2])
+            rollout = recorder.rollouts[number].batch
             gaps = (
                 (scores.logprobs - rollout.old_logprobs).abs().max(),
                 (scores.entropies - rollout.entropies).abs().max(),
             )
             assert all(gap < 1e-5 for gap in gaps) if age == 1 else all(gap > 1e-3 for gap in gaps)
-        found = tokens_of(watch.collections[number].completions)
+        found = tokens_of(recorder.rollouts[number].completions)
         assert found == again[1]
         assert found != again[0]
 
 
-WAYS = {
+VARIANTS = {
     "plain": {},
     "bfloat16": {"trainer": {"precision": "bf16-mixed"}},
     "own_critic": {
@@ -164,33 +164,33 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_policy_that_stands_still_has_the_same_rollouts_and_losses_either_way(tiny_run, small_model, way):
-    chosen = WAYS[way]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_frozen_policy_has_the_same_rollouts_and_losses_with_and_without_staleness(tiny_run, small_model, variant):
+    chosen = VARIANTS[variant]
     runs = []
     for staleness in (0, 1):
-        watch = Watch()
+        recorder = Recorder()
         policy = PolicyConfig(small_model, from_scratch=True, **chosen.get("policy", {}))
-        module = RL | STILL | {"policy": policy} | chosen.get("module", {})
+        module = RL | FROZEN | {"policy": policy} | chosen.get("module", {})
         data = {"max_staleness": staleness} | chosen.get("data", {})
-        run = tiny_run(watch, module=module, data=data, trainer={"max_epochs": 3} | chosen.get("trainer", {})).fit()
-        runs.append((watch, run))
+        run = tiny_run(recorder, module=module, data=data, trainer={"max_epochs": 3} | chosen.get("trainer", {})).fit()
+        runs.append((recorder, run))
     (off, _), (on, run) = runs
     assert off.losses == on.losses
     assert on.versions != off.versions
-    for one, other in zip(off.collections, on.collections, strict=True):
-        rollouts_equal(one.batch, other.batch)
+    for one, other in zip(off.rollouts, on.rollouts, strict=True):
+        assert_equal_rollouts(one.batch, other.batch)
         assert tokens_of(one.completions) == tokens_of(other.completions)
         assert [c.text for c in one.completions] == [c.text for c in other.completions]
         assert one.numbers == other.numbers
-    if way == "lora":  # the frozen model is there once
+    if variant == "lora":  # the snapshot shares the frozen base model
         trained = {id(p) for p in run.module.policy.parameters() if p.requires_grad}
         copied = {id(p) for p in run.module._snapshot._networks.policy.parameters()}
         assert not trained & copied
         assert {id(p) for p in run.module.policy.parameters()} - trained <= copied
 
 
-def test_the_snapshot_is_no_part_of_what_is_trained_or_saved(tiny_run):
+def test_the_snapshot_is_neither_trained_nor_saved(tiny_run):
     run = tiny_run(module=RL, data=AHEAD).fit()
     assert run.module._snapshot is not None
     assert not [name for name in run.module.state_dict() if "snapshot" in name]
@@ -198,8 +198,8 @@ def test_the_snapshot_is_no_part_of_what_is_trained_or_saved(tiny_run):
     assert sum(p.numel() for p in run.module.parameters()) == alone
 
 
-def test_benchmarks_in_between_change_nothing(tiny_run):
-    """They sample from the policy in training while the snapshot samples in its thread."""
+def test_benchmarks_do_not_change_training(tiny_run):
+    """They sample from the trained policy while the thread samples from the snapshot."""
     ended = []
     for every in (0, 1):
         benchmark = MathBenchmark(every_n_epochs=every, enabled=every > 0)
@@ -211,7 +211,7 @@ def test_benchmarks_in_between_change_nothing(tiny_run):
 
 
 @pytest.mark.parametrize("is_reentrant", [False, True])
-def test_benchmarks_wait_for_an_engine_that_does_one_thing_at_a_time(tiny_run, is_reentrant):
+def test_benchmarks_wait_for_an_engine_that_is_not_reentrant(tiny_run, is_reentrant):
     class Slow(TransformersEngine):
         most, now = 0, 0
 
@@ -228,12 +228,12 @@ def test_benchmarks_wait_for_an_engine_that_does_one_thing_at_a_time(tiny_run, i
     assert Slow.most == (2 if is_reentrant else 1)
 
 
-# Bounds
+# Limit of staleness
 
 
 @pytest.mark.parametrize(("staleness", "version"), [(0, 2), (1, 0), (1, 6)])
-def test_rollouts_beyond_the_bound_are_refused(tiny_run, staleness, version):
-    """In the third phase, which begins after 4 updates, the bound is 4, or 2."""
+def test_rollouts_beyond_the_limit_are_refused(tiny_run, staleness, version):
+    """The third phase begins at step 4; the oldest allowed version is 4 without staleness, and 2 with it."""
     run = tiny_run(module=RL, data={"max_staleness": staleness})
     to_batch = run.module.add_advantages_and_gate
 
@@ -248,8 +248,8 @@ def test_rollouts_beyond_the_bound_are_refused(tiny_run, staleness, version):
     assert ahead_threads() == []
 
 
-def test_rollouts_of_the_policy_in_sft_are_refused(tiny_run):
-    """They are one phase old, and of another stage."""
+def test_rollouts_of_the_sft_policy_are_refused(tiny_run):
+    """They are one phase stale, but come from another stage."""
     run = tiny_run(StageTransition(after_epochs=2), data=AHEAD)
     to_batch = run.module.add_advantages_and_gate
     run.module.add_advantages_and_gate = lambda rollouts, measurements: to_batch(rollouts, measurements)._replace(
@@ -261,8 +261,8 @@ def test_rollouts_of_the_policy_in_sft_are_refused(tiny_run):
         run.fit()
 
 
-def test_the_first_ratio_is_judged_where_it_can_be(tiny_run, monkeypatch):
-    """An engine that samples from other weights is caught in the first collection, which is not stale."""
+def test_the_first_ratio_is_checked_in_the_first_rollout_batch(tiny_run, monkeypatch):
+    """That batch is not stale, so an engine with wrong log-probabilities is detected."""
 
     class Wrong(TransformersEngine):
         def stream(self, lm, *args, **kwargs):
@@ -271,9 +271,9 @@ def test_the_first_ratio_is_judged_where_it_can_be(tiny_run, monkeypatch):
 
     with pytest.raises(RuntimeError, match="the training forward pass disagrees"):
         tiny_run(module=RL, data=AHEAD | {"engine": Wrong()}).fit()
-    watch = Watch()
-    tiny_run(watch, module=RL, data=AHEAD).fit()
-    assert watch.metrics[1]["policy/ratio_max"] > 1.01  # of the updates before, which the clip counts
+    recorder = Recorder()
+    tiny_run(recorder, module=RL, data=AHEAD).fit()
+    assert recorder.metrics[1]["policy/ratio_max"] > 1.01  # stale ratios differ from 1
 
 
 def test_sharded_policies_are_refused(repository, monkeypatch, capsys, tmp_path):
@@ -285,11 +285,11 @@ def test_sharded_policies_are_refused(repository, monkeypatch, capsys, tmp_path)
     assert "trainer.strategy fsdp2 each rank holds" in capsys.readouterr().err
 
 
-# Ends
+# Errors and early exits
 
 
-class Second:
-    """A reward that is fine for the first collection, and then does something."""
+class FromSecondBatch:
+    """Reward that calls ``act`` from the second rollout batch on."""
 
     def __init__(self, act):
         self.num, self.act = 0, act
@@ -302,8 +302,8 @@ class Second:
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-def test_an_error_in_the_thread_ends_the_run_with_that_error(tiny_run, is_late):
-    """At the next update, or where the collection is needed."""
+def test_an_error_in_the_thread_ends_the_run(tiny_run, is_late):
+    """It is raised at the next optimizer step, or when the rollout batch is needed."""
 
     def fail():
         if is_late:
@@ -315,7 +315,7 @@ def test_an_error_in_the_thread_ends_the_run_with_that_error(tiny_run, is_late):
             if not is_late:
                 assert ahead_threads() == []
 
-    run = tiny_run(Wait(), module=RL, data=AHEAD | {"reward": Second(fail), "num_ppo_epochs": 2})
+    run = tiny_run(Wait(), module=RL, data=AHEAD | {"reward": FromSecondBatch(fail), "num_ppo_epochs": 2})
     with pytest.raises(RuntimeError, match=r"data\.reward") as error:
         run.fit()
     assert isinstance(error.value.__cause__, ZeroDivisionError)
@@ -324,7 +324,7 @@ def test_an_error_in_the_thread_ends_the_run_with_that_error(tiny_run, is_late):
 
 
 class Endless(TransformersEngine):
-    """Decodes the second collection for ever."""
+    """Never finishes the second rollout batch."""
 
     def __init__(self):
         super().__init__()
@@ -338,7 +338,7 @@ class Endless(TransformersEngine):
         yield from super().stream(lm, *args, **kwargs)
 
 
-def test_a_run_that_ends_early_ends_what_is_sampled_ahead(tiny_run):
+def test_an_error_in_training_ends_the_thread(tiny_run):
     engine = Endless()
 
     class Stop(Callback):
@@ -350,10 +350,10 @@ def test_a_run_that_ends_early_ends_what_is_sampled_ahead(tiny_run):
     with pytest.raises(ZeroDivisionError):
         run.fit()
     assert ahead_threads() == []
-    assert run.data.phases.collector.num_drawn == 4  # as if the second had not been begun
+    assert run.data.phases.collector.num_drawn == 4  # the second batch does not count
 
 
-def test_a_run_that_is_told_to_stop_does_not_wait_for_what_nobody_needs(tiny_run):
+def test_should_stop_does_not_wait_for_the_thread(tiny_run):
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = True
@@ -366,10 +366,10 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_what_nobody_needs(tiny_run
 # Resuming
 
 
-def resumable(tiny_run, folder, watch, module, data=AHEAD, **checkpoint):
+def make_run(tiny_run, folder, recorder, module, data=AHEAD, **checkpoint):
     save = PhaseCheckpoint(dirpath=folder, save_top_k=-1, **checkpoint)
     trainer = {"max_epochs": 5, "enable_checkpointing": True, "logger": CSVLogger(folder)}
-    return tiny_run(StageTransition(after_epochs=1), watch, save, module=module, data=data, trainer=trainer)
+    return tiny_run(StageTransition(after_epochs=1), recorder, save, module=module, data=data, trainer=trainer)
 
 
 @pytest.mark.parametrize(
@@ -381,51 +381,50 @@ def resumable(tiny_run, folder, watch, module, data=AHEAD, **checkpoint):
         ("kl", {"every_n_epochs": 1}),
     ],
 )
-def test_every_checkpoint_leads_to_the_same_end(tiny_run, tmp_path, method, when):
-    module, whole = METHODS[method], Watch()
-    run = resumable(tiny_run, tmp_path / "whole", whole, module, **when).fit()
+def test_resuming_from_every_checkpoint_is_bit_identical(tiny_run, tmp_path, method, when):
+    module, whole = METHODS[method], Recorder()
+    run = make_run(tiny_run, tmp_path / "whole", whole, module, **when).fit()
     expected = copy.deepcopy(run.module.state_dict())
     saved = sorted((tmp_path / "whole").glob("epoch*.ckpt"), key=lambda path: int(path.stem.split("step=")[1]))
     assert len(saved) == (10 if "every_n_train_steps" in when else 5)
     num_with_pending = 0
     for path in saved[:-1]:
-        watch = Watch()
-        rest = resumable(tiny_run, tmp_path / path.stem, watch, module, every_n_epochs=1)
+        recorder = Recorder()
+        rest = make_run(tiny_run, tmp_path / path.stem, recorder, module, every_n_epochs=1)
         torch.manual_seed(99)
         rest.fit(ckpt_path=path, weights_only=True)
         assert all(torch.equal(value, expected[name]) for name, value in rest.module.state_dict().items()), path.stem
-        assert watch.losses == {key: value for key, value in whole.losses.items() if key in watch.losses}
-        assert watch.versions == whole.versions[-len(watch.versions) :]
+        assert recorder.losses == {key: value for key, value in whole.losses.items() if key in recorder.losses}
+        assert recorder.versions == whole.versions[-len(recorder.versions) :]
         num_with_pending += "ahead" in torch.load(path, weights_only=True)["HybridDataModule"]
-    assert num_with_pending == (6 if "every_n_train_steps" in when else 3)  # in phases 2 to 4 of 5, of two updates
+    assert num_with_pending == (6 if "every_n_train_steps" in when else 3)  # phases 2 to 4 of 5, two steps each
 
 
-def test_guards_go_on_where_no_first_ratio_was_logged(tiny_run, tmp_path):
-    """A resumed run has the metrics of its own phases alone."""
-    resumable(tiny_run, tmp_path / "whole", Watch(), {}, every_n_epochs=1).fit()
+def test_guards_accept_a_resumed_run_without_a_first_ratio(tiny_run, tmp_path):
+    """A resumed run lacks the metrics of earlier phases."""
+    make_run(tiny_run, tmp_path / "whole", Recorder(), {}, every_n_epochs=1).fit()
     path = next((tmp_path / "whole").glob("epoch=2-*.ckpt"))
-    run = resumable(tiny_run, tmp_path / "rest", Guards(), {}, every_n_epochs=1).fit(ckpt_path=path, weights_only=True)
+    run = make_run(tiny_run, tmp_path / "rest", Guards(), {}, every_n_epochs=1).fit(ckpt_path=path, weights_only=True)
     assert run.trainer.callback_metrics["guard/ratio_after_sampling"] == 0
     assert "policy/first_ratio_gap" not in run.trainer.callback_metrics
 
 
-def test_rollouts_ahead_of_a_checkpoint_are_sampled_anew_where_staleness_is_not_wanted_any_more(tiny_run, tmp_path):
-    resumable(tiny_run, tmp_path / "whole", Watch(), {}, every_n_epochs=1).fit()
+def test_resuming_without_staleness_samples_the_pending_rollout_batch_again(tiny_run, tmp_path):
+    make_run(tiny_run, tmp_path / "whole", Recorder(), {}, every_n_epochs=1).fit()
     path = next((tmp_path / "whole").glob("epoch=2-*.ckpt"))
     assert "ahead" in torch.load(path, weights_only=True)["HybridDataModule"]
-    watch = Watch()
-    run = resumable(tiny_run, tmp_path / "rest", watch, {}, data={}, every_n_epochs=1)
+    recorder = Recorder()
+    run = make_run(tiny_run, tmp_path / "rest", recorder, {}, data={}, every_n_epochs=1)
     run.fit(ckpt_path=path, weights_only=True)
-    assert watch.versions == [6, 6, 8, 8]
-    assert run.data.phases.collector.num_drawn == 4 * 4  # each problem once, none left out
+    assert recorder.versions == [6, 6, 8, 8]
+    assert run.data.phases.collector.num_drawn == 4 * 4  # each problem is drawn once
 
 
 # Ranks
 
 
 @pytest.mark.slow
-def test_the_quickstart_in_short_form_learns(run_ranks, tmp_path):
-    """From SFT on, as in the quickstart itself."""
+def test_a_short_quickstart_learns(run_ranks, tmp_path):
     quickstart = ["--data.max_staleness=1", *SHORT_QUICKSTART]
     rows = run_ranks(tmp_path, {"quickstart": quickstart}, num_ranks=1)["quickstart"]
     accuracy = [float(row["eval/arithmetic/avg@1"]) for row in rows if row.get("eval/arithmetic/avg@1")]
@@ -436,9 +435,9 @@ def test_the_quickstart_in_short_form_learns(run_ranks, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process(run_ranks, tmp_path):
+def test_two_ranks_equal_one_process(run_ranks, tmp_path):
     runs = {"ahead": ["--data.max_staleness=1", "--trainer.max_epochs=6"]}
     alone = run_ranks(tmp_path / "one", runs, num_ranks=1)["ahead"]
     ranks = run_ranks(tmp_path / "two", {"ahead": [*runs["ahead"], "--trainer.strategy=ddp", "--trainer.devices=2"]})
-    assert told_apart(ranks["ahead"], alone) > 100
+    assert compare_metrics(ranks["ahead"], alone) > 100
     assert [row["rollout/staleness"] for row in alone if row["rollout/staleness"]] == ["0.0", *["4.0"] * 4]

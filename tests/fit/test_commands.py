@@ -1,4 +1,4 @@
-"""The commands, on the shipped configs, shortened: fit, validate, test, predict."""
+"""Subcommands fit, validate, test and predict on a short quickstart."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ SHORT = [
 
 @pytest.fixture(scope="module")
 def quickstart(repository, tmp_path_factory):
-    """A finished run of the quickstart in its shortest form, as (cli, its log folder)."""
+    """A finished short run of the quickstart, as (cli, log folder)."""
     root = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repository)
@@ -29,7 +29,7 @@ def quickstart(repository, tmp_path_factory):
     return cli, Path(cli.trainer.log_dir)
 
 
-def test_fit_leaves_config_checkpoints_events_records_and_model(quickstart):
+def test_fit_writes_config_checkpoints_events_records_and_model(quickstart):
     _, folder = quickstart
     assert (folder / "config.yaml").is_file()
     assert (folder / "sft.ckpt").is_file()
@@ -39,7 +39,7 @@ def test_fit_leaves_config_checkpoints_events_records_and_model(quickstart):
     assert (folder / "hf" / "model.safetensors").is_file()
 
 
-def test_fit_ends_with_one_table_and_the_paths(repository, tmp_path, monkeypatch, capsys):
+def test_fit_ends_with_a_table_and_the_paths(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(repository)
     main(["fit", "--config=configs/quickstart.yaml", f"--trainer.default_root_dir={tmp_path}", *SHORT])
     out = capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_fit_ends_with_one_table_and_the_paths(repository, tmp_path, monkeypatch
     assert f"Model: {folder / 'hf'}" in out
 
 
-def test_the_exported_folder_writes_what_the_trained_module_writes(quickstart):
+def test_the_exported_model_samples_the_same_completions(quickstart):
     cli, folder = quickstart
     data, module = cli.datamodule, cli.model
     data.trainer.accelerator.setup(data.trainer)
@@ -69,10 +69,10 @@ def test_the_exported_folder_writes_what_the_trained_module_writes(quickstart):
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
-def test_validate_and_test_measure_a_checkpoint(quickstart, repository, tmp_path, monkeypatch, capsys, command):
+def test_validate_and_test_evaluate_a_checkpoint(quickstart, repository, tmp_path, monkeypatch, capsys, command):
     cli, folder = quickstart
     monkeypatch.chdir(repository)
-    again = run([command, *measuring(folder), f"--trainer.default_root_dir={tmp_path}"])
+    again = run([command, *checkpoint_flags(folder), f"--trainer.default_root_dir={tmp_path}"])
     out = capsys.readouterr().out
     measured = {name: float(value) for name, value in again.trainer.callback_metrics.items()}
     during_fit = {
@@ -94,7 +94,7 @@ def test_validate_and_test_measure_a_checkpoint(quickstart, repository, tmp_path
     assert stored["step"] == cli.trainer.global_step > 0
 
 
-def measuring(folder):
+def checkpoint_flags(folder):
     return [f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"]
 
 
@@ -105,7 +105,7 @@ def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path
     rows = [{"id": f"mine-{i}", "problem": f"{i}+{i}=?", "answer": str(2 * i)} for i in (11, 22, 33)]
     del rows[1]["answer"]
     problems.write_text("\n".join(json.dumps(row) for row in rows))
-    command = ["predict", *measuring(folder), f"--trainer.default_root_dir={tmp_path}"]
+    command = ["predict", *checkpoint_flags(folder), f"--trainer.default_root_dir={tmp_path}"]
     command += [
         "--data.problems=egspo_lightning.data.dataset_sources.DatasetProblems",
         f"--data.problems.init_args.path={problems}",
@@ -156,7 +156,7 @@ def test_the_console_script_is_the_same_command():
     assert script.load() is module_main
 
 
-def test_another_seed_changes_the_order_and_not_the_task(quickstart):
+def test_the_seed_determines_the_order_of_problems(quickstart):
     cli, _ = quickstart
     assert cli.datamodule.seed == 1
     one, two = GeneratedProblems(), GeneratedProblems()

@@ -1,4 +1,4 @@
-"""The correction under the real loop, with an engine that tells other log-probabilities than the policy's."""
+"""Sampler correction in training, with an engine whose log-probabilities differ from the policy's."""
 
 import math
 
@@ -12,11 +12,11 @@ from egspo_lightning.ops.objective import Objective
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 
 TILT = 0.09
-"""Nats: below what is taken for stale weights."""
+"""Nats; below the limit for stale weights."""
 
 
 class Tilted(TransformersEngine):
-    """Tells every second token of a completion to be likelier than it is, and nothing of its first."""
+    """Overstates the log-probability of every second token, and gives none for the first."""
 
     def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
         for batch in super().stream(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id):
@@ -28,7 +28,7 @@ class Tilted(TransformersEngine):
 
 
 class Spy(Callback):
-    """Keeps the metrics of each phase and the rollouts."""
+    """Records the metrics of each phase and the rollouts."""
 
     def __init__(self):
         self.metrics, self.rollouts = [], []
@@ -49,7 +49,7 @@ def weights(run):
     return [p.detach().clone() for p in run.module.policy.parameters()]
 
 
-def test_what_the_engine_told_reaches_the_updates_and_is_logged(tiny_run):
+def test_sampled_logprobs_reach_the_loss_and_the_metrics(tiny_run):
     spy = Spy()
     run = run_of(tiny_run, spy, correction=SamplerCorrection("masked", "token", 1.05)).fit()
     tokens = tilted = 0
@@ -73,7 +73,7 @@ def test_what_the_engine_told_reaches_the_updates_and_is_logged(tiny_run):
     )
 
 
-def test_it_changes_the_update_and_off_does_not(tiny_run):
+def test_only_an_enabled_correction_changes_the_optimizer_steps(tiny_run):
     class Untilted(Tilted):
         def tilt(self, sample):
             return sample._replace(entropies=None)
@@ -90,7 +90,7 @@ def test_it_changes_the_update_and_off_does_not(tiny_run):
     assert not any(map(torch.equal, plain, corrected))
 
 
-def test_stale_weights_are_caught_whatever_the_correction(tiny_run):
+def test_stale_weights_are_detected_despite_the_correction(tiny_run):
     class Stale(Tilted):
         def tilt(self, sample):
             return sample._replace(logprobs=[value + 0.2 for value in sample.logprobs], entropies=None)
@@ -99,11 +99,11 @@ def test_stale_weights_are_caught_whatever_the_correction(tiny_run):
         run_of(tiny_run, engine=Stale, correction=SamplerCorrection("truncated")).fit()
 
 
-def test_a_phase_that_is_taken_up_again_has_what_the_engine_told(tiny_run, tmp_path):
+def test_a_resumed_phase_keeps_the_sampled_logprobs(tiny_run, tmp_path):
     correction = SamplerCorrection("truncated", "sequence", 2.0)
     save = PhaseCheckpoint(dirpath=tmp_path / "saved", save_top_k=-1, every_n_train_steps=1)
     whole = run_of(tiny_run, save, correction=correction, enable_checkpointing=True).fit()
-    within = next((tmp_path / "saved").glob("*step=3.ckpt"))  # the second collection's updates are the third and fourth
+    within = next((tmp_path / "saved").glob("*step=3.ckpt"))  # steps 3 and 4 belong to the second batch
     spy = Spy()
     rest = run_of(tiny_run, spy, correction=correction).fit(ckpt_path=within, weights_only=True)
     assert len(spy.rollouts) == 1

@@ -1,4 +1,4 @@
-"""The critic under the real loop: when it moves, where it starts, and what checkpoints it goes with."""
+"""The critic in training: warm-up, initialization, learning rate, checkpoints."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ def ppo(trunk, *, mu=0.0, **options):
 
 
 def decaying(params):
-    """An optimizer under which everything moves that is not kept out of it."""
+    """AdamW with weight decay, which moves every parameter that has a gradient."""
     return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
 
 
@@ -37,7 +37,7 @@ def equal(some, others):
 
 
 class Steps(Callback):
-    """The weights of policy and critic before each update and after the last, and the stages of the updates."""
+    """Records policy and critic before each optimizer step and at the end, and the stage of each step."""
 
     def __init__(self, head=None):
         self.policy, self.critic, self.stages, self.head = [], [], [], head
@@ -49,12 +49,12 @@ class Steps(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.stages.append(batch.stage)
-        self._note(pl_module)
+        self._record(pl_module)
 
     def on_train_end(self, trainer, pl_module):
-        self._note(pl_module)
+        self._record(pl_module)
 
-    def _note(self, module):
+    def _record(self, module):
         critic = module.policy.value_head if module.critic is None else module.critic
         self.policy.append(copies(module.policy.lm.parameters()))
         self.critic.append(copies(critic.parameters()))
@@ -86,7 +86,7 @@ def test_values_start_at_zero_and_learn_the_return(tiny_run, trunk):
 
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_only_the_critic_is_trained_in_its_warm_up(tiny_run, trunk):
-    """Not even momentum of SFT, weight decay, or the expert data of stage EGSPO move the policy."""
+    """SFT momentum, weight decay and expert data do not move the policy either."""
     steps = Steps()
     tiny_run(
         StageTransition(reset_optimizer=False),
@@ -100,7 +100,7 @@ def test_only_the_critic_is_trained_in_its_warm_up(tiny_run, trunk):
 
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_sft_does_not_move_the_critic(tiny_run, trunk):
-    steps = Steps(head=0.3)  # from 0 not even weight decay would move it
+    steps = Steps(head=0.3)  # weight decay would not move a weight of 0
     tiny_run(
         StageTransition(after_epochs=2), steps, module=ppo(trunk) | {"optimizer": decaying}, trainer={"max_epochs": 2}
     ).fit()
@@ -108,14 +108,14 @@ def test_sft_does_not_move_the_critic(tiny_run, trunk):
     assert steps.moved("critic")[:3] == [False] * 3
 
 
-def test_a_critic_of_its_own_starts_from_the_policy_at_the_end_of_sft(tiny_run):
+def test_a_separate_critic_starts_from_the_policy_at_the_end_of_sft(tiny_run):
     seen = []
 
     class Look(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             policy, critic = pl_module.policy.lm.get_decoder(), pl_module.critic.trunk
             seen.append(equal(critic.parameters(), policy.parameters()))
-            if pl_module.stage == Stage.SFT:  # it has done so before the first step already
+            if pl_module.stage == Stage.SFT:  # undo the copy made before the first step
                 with torch.no_grad():
                     next(critic.parameters()).add_(1.0)
 
@@ -158,7 +158,7 @@ def test_a_critic_keeps_its_learning_rate(tiny_run, trunk, of_stage, of_critic, 
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)
-def test_accumulation_does_not_change_the_update_of_a_critic(tiny_run, trunk):
+def test_gradient_accumulation_does_not_change_the_critic(tiny_run, trunk):
     ends = []
     for parts in (1, 3):
         steps = Steps(head=0.1)
@@ -178,7 +178,7 @@ def test_accumulation_does_not_change_the_update_of_a_critic(tiny_run, trunk):
         assert float(others[name]) == pytest.approx(float(metrics[name]), rel=1e-3, abs=1e-5), name
 
 
-def test_another_model_needs_a_trunk_of_its_own():
+def test_another_critic_model_needs_its_own_trunk():
     with pytest.raises(UserError, match=r"model\.critic\.model .* model\.critic\.trunk is shared"):
         CriticConfig(model=PolicyConfig("other"))
 
@@ -195,23 +195,23 @@ METHODS = {
 
 @pytest.fixture
 def sft_ckpt(tiny_run, tmp_path):
-    """Made by a run that has neither critic nor reference."""
+    """The sft.ckpt of a run without critic and reference."""
     tiny_run(StageTransition(), trainer={"max_epochs": 1}, logger=True).fit()
     (start,) = tmp_path.rglob("sft.ckpt")
     return start
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_any_sft_ckpt_starts_any_method_just_as_its_own(tiny_run, sft_ckpt, name):
-    """A run that had the networks from the start, and one that is given them at the end of SFT, are the same."""
+def test_any_sft_ckpt_starts_any_method(tiny_run, sft_ckpt, name):
+    """A run with these networks from the start equals a run that gets them at the end of SFT."""
     whole = tiny_run(StageTransition(), module=METHODS[name]).fit()
-    begun = tiny_run(StageTransition(), module=METHODS[name]).fit(ckpt_path=sft_ckpt, weights_only=True)
-    assert begun.trainer.global_step == whole.trainer.global_step == 6
+    resumed = tiny_run(StageTransition(), module=METHODS[name]).fit(ckpt_path=sft_ckpt, weights_only=True)
+    assert resumed.trainer.global_step == whole.trainer.global_step == 6
     theirs = whole.module.state_dict()
-    assert begun.module.state_dict().keys() == theirs.keys()
-    for key, value in begun.module.state_dict().items():
+    assert resumed.module.state_dict().keys() == theirs.keys()
+    for key, value in resumed.module.state_dict().items():
         assert torch.equal(value, theirs[key]), key
-    metrics = {key: float(value) for key, value in begun.trainer.callback_metrics.items()}
+    metrics = {key: float(value) for key, value in resumed.trainer.callback_metrics.items()}
     assert all(map(math.isfinite, metrics.values()))
 
 
@@ -228,7 +228,7 @@ def test_resuming_with_these_networks_is_bit_identical(tiny_run, tmp_path, name)
 
 @pytest.fixture
 def checkpoint(tiny_run, tmp_path):
-    """A checkpoint after some epochs of a run with the given module."""
+    """Makes a checkpoint of a run with the given module."""
 
     def make(module, max_epochs):
         run = tiny_run(StageTransition(after_epochs=2), module=module, trainer={"max_epochs": max_epochs}).fit()
@@ -247,7 +247,7 @@ def checkpoint(tiny_run, tmp_path):
         ("beta", ["model.objective.beta is above 0", "holds no reference policy", "sft.ckpt", "set beta to 0"]),
     ],
 )
-def test_a_policy_that_has_left_sft_gets_no_network_that_it_lacks(tiny_run, checkpoint, name, words):
+def test_a_checkpoint_of_stage_egspo_must_hold_all_networks(tiny_run, checkpoint, name, words):
     path = checkpoint({}, 3)
     with pytest.raises(UserError) as refusal:
         tiny_run(StageTransition(after_epochs=2), module=METHODS[name]).fit(ckpt_path=path)
@@ -257,7 +257,7 @@ def test_a_policy_that_has_left_sft_gets_no_network_that_it_lacks(tiny_run, chec
 
 @pytest.mark.parametrize(("saved", "loaded", "max_epochs"), [("ppo", {}, 3), ("ppo_critic", {}, 3), ({}, "ppo", 1)])
 def test_an_optimizer_of_other_parameters_is_refused(tiny_run, checkpoint, saved, loaded, max_epochs):
-    """In mid-EGSPO, where the critic's moments would be dropped, and in mid-SFT, where the policy's would be."""
+    """Resuming would drop moments: the critic's in stage EGSPO, the policy's in stage SFT."""
     path = checkpoint(METHODS.get(saved, {}) if saved else {}, max_epochs)
     run = tiny_run(StageTransition(after_epochs=2), module=METHODS[loaded] if loaded else {})
     with pytest.raises(UserError, match=r"ckpt_path: the optimizer in the checkpoint has .*Start from sft\.ckpt"):
@@ -265,7 +265,7 @@ def test_an_optimizer_of_other_parameters_is_refused(tiny_run, checkpoint, saved
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("ppo", {}), ({}, "ppo_critic"), ({}, "beta")])
-def test_a_policy_alone_is_measured_whatever_was_trained_beside_it(tiny_run, checkpoint, saved, loaded):
+def test_evaluation_loads_the_policy_without_the_other_networks(tiny_run, checkpoint, saved, loaded):
     from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
     from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 

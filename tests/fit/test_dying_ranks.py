@@ -1,4 +1,4 @@
-"""A rank that dies ends the whole run within a minute, with its error shown and no process left behind."""
+"""If a rank dies, the run ends within a minute, shows the error, and leaves no process behind."""
 
 import os
 import signal
@@ -23,8 +23,8 @@ RUN = [
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def of_session(session):
-    """The processes that a session has, however they are related."""
+def processes_of(session):
+    """All live processes of a session."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -39,29 +39,29 @@ def of_session(session):
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 @pytest.mark.parametrize("how", ["error", "kill"])
 @pytest.mark.parametrize(("rank", "strategy"), [(0, "ddp"), (1, "ddp"), (1, "fsdp2")])
-def test_the_run_ends_with_its_rank(repository, tmp_path, rank, how, strategy, launcher):
+def test_a_dead_rank_ends_the_run(repository, tmp_path, rank, how, strategy, launcher):
     dies = [
         "--trainer.callbacks+=dying_rank.DyingRank",
         f"--trainer.callbacks.rank={rank}",
         f"--trainer.callbacks.how={how}",
     ]
-    ends_with_its_rank(repository, tmp_path, strategy, launcher, dies, has_error=how == "error")
+    assert_run_ends(repository, tmp_path, strategy, launcher, dies, has_error=how == "error")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_run_ends_with_the_thread_of_a_rank(repository, tmp_path, rank):
-    """Which fails on a collection that is sampled ahead, while the others train."""
+def test_a_failed_sampling_thread_ends_the_run(repository, tmp_path, rank):
+    """One rank fails while it samples ahead, and the other trains."""
     fails = [
         "--data.max_staleness=1",
         "--data.reward=dying_rank.FailingAhead",
         f"--data.reward.rank={rank}",
         "--data.reward.num_completions=64",  # half of the quickstart's 128
     ]
-    ends_with_its_rank(repository, tmp_path, "ddp", "lightning", fails, has_error=True)
+    assert_run_ends(repository, tmp_path, "ddp", "lightning", fails, has_error=True)
 
 
-def ends_with_its_rank(repository, tmp_path, strategy, launcher, dies, *, has_error):
+def assert_run_ends(repository, tmp_path, strategy, launcher, dies, *, has_error):
     run = [*RUN, f"--trainer.strategy={strategy}", *dies, f"--trainer.default_root_dir={tmp_path}"]
     log = tmp_path / "output"
     with log.open("w") as output:
@@ -74,13 +74,13 @@ def ends_with_its_rank(repository, tmp_path, strategy, launcher, dies, *, has_er
             start_new_session=True,
         )
         try:
-            code = process.wait(timeout=90)  # a start of two ranks takes 10 s, so the end less than a minute
+            code = process.wait(timeout=90)  # two ranks start in 10 s
             deadline = time.monotonic() + 10
-            while of_session(process.pid) and time.monotonic() < deadline:
+            while processes_of(process.pid) and time.monotonic() < deadline:
                 time.sleep(0.2)
-            left = [" ".join(p.cmdline()) for p in of_session(process.pid)]
+            left = [" ".join(p.cmdline()) for p in processes_of(process.pid)]
         finally:
-            for each in of_session(process.pid):
+            for each in processes_of(process.pid):
                 os.kill(each.pid, signal.SIGKILL)
     text = log.read_text()
     assert code != 0, text

@@ -1,4 +1,4 @@
-"""An evaluation that is killed goes on where it stopped, also on more ranks, and ends as if nothing had been."""
+"""A killed evaluation resumes, also on more ranks, and writes the same files as an uninterrupted one."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from egspo_lightning.cli.main import run
-from processes import in_group
+from processes import run_in_group
 
 SHORT = [
     "--config=configs/quickstart.yaml",
@@ -38,7 +38,7 @@ def checkpoint(repository, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(repository, checkpoint, tmp_path_factory) -> Path:
-    """The folder that one process writes without being disturbed."""
+    """The evaluation folder of an uninterrupted process."""
     root = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repository)
@@ -61,15 +61,15 @@ def written(root: Path) -> Path:
 
 
 def evaluate(repository, checkpoint: Path, root: Path, *more: str) -> tuple[int, str]:
-    """Exit code and output of the command in processes of its own."""
+    """Run the command in other processes; return its exit code and output."""
     command = [sys.executable, "-m", "egspo_lightning", "test", *arguments(checkpoint, root), *more]
-    output, code = in_group(command, repository, PYTHONPATH=str(Path(__file__).parent))
+    output, code = run_in_group(command, repository, PYTHONPATH=str(Path(__file__).parent))
     return code, output
 
 
 @pytest.fixture(scope="module")
 def killed(repository, checkpoint, tmp_path_factory) -> Path:
-    """The root of an evaluation that was killed while it wrote."""
+    """The root folder of an evaluation that was killed while it wrote a line."""
     root = tmp_path_factory.mktemp("killed")
     dying = ["--data.evaluation_grader=dying_grader.DyingGrader", "--data.evaluation_grader.num_batches=3"]
     code, output = evaluate(repository, checkpoint, root, *dying)
@@ -81,25 +81,23 @@ def killed(repository, checkpoint, tmp_path_factory) -> Path:
     return root
 
 
-def test_a_killed_evaluation_goes_on_and_ends_the_same(
-    repository, checkpoint, uninterrupted, killed, tmp_path, monkeypatch, caplog
-):
+def test_a_killed_evaluation_resumes(repository, checkpoint, uninterrupted, killed, tmp_path, monkeypatch, caplog):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(repository)
     with caplog.at_level("INFO"):
         run(["test", *arguments(checkpoint, tmp_path)])
-    require_whole(tmp_path, uninterrupted, caplog.text)
+    assert_resumed(tmp_path, uninterrupted, caplog.text)
 
 
-@pytest.mark.slow  # what it adds to the tests above and below is their combination
-def test_a_killed_evaluation_goes_on_with_more_ranks(repository, checkpoint, uninterrupted, killed, tmp_path):
+@pytest.mark.slow  # combines the tests above and below
+def test_a_killed_evaluation_resumes_on_more_ranks(repository, checkpoint, uninterrupted, killed, tmp_path):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     code, output = evaluate(repository, checkpoint, tmp_path, "--trainer.strategy=ddp", "--trainer.devices=2")
     assert code == 0, output
-    require_whole(tmp_path, uninterrupted, output)
+    assert_resumed(tmp_path, uninterrupted, output)
 
 
-def require_whole(root: Path, uninterrupted: Path, output: str) -> None:
+def assert_resumed(root: Path, uninterrupted: Path, output: str) -> None:
     assert "7 of 21 problems were answered before" in output
     folder = written(root)
     assert sorted(path.name for path in folder.iterdir()) == ["completions.jsonl", "metrics.json", "settings.json"]
@@ -108,7 +106,7 @@ def require_whole(root: Path, uninterrupted: Path, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_share_the_problems_write_and_measure_what_one_does(repository, checkpoint, uninterrupted, tmp_path):
+def test_two_ranks_write_the_same_files_as_one(repository, checkpoint, uninterrupted, tmp_path):
     code, output = evaluate(repository, checkpoint, tmp_path, "--trainer.strategy=ddp", "--trainer.devices=2")
     assert code == 0, output
     assert "answered before" not in output

@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment and again and again, ends as the one that was left alone."""
+"""A run that is killed ten times at random moments and resumed equals an uninterrupted run."""
 
 import os
 import random
@@ -24,8 +24,8 @@ SHORT = [
     "--data.num_problems=4",
     "--data.num_generations=4",
     "--data.max_completion_length=40",
-    "--data.engine.max_batch_size=6",  # several batches a collection
-    "--data.reward=ranks_program.Uneven",  # a policy that knows nothing yet has something to learn from
+    "--data.engine.max_batch_size=6",  # several engine batches per rollout batch
+    "--data.reward=ranks_program.EvenBytes",  # an untrained policy can learn from it
     "--hf_export.enabled=false",
     "--token_records.every_n_rollout_batches=1",
 ]
@@ -39,7 +39,7 @@ LATE = ("sampling", "grading", "update", "recording", "half", "whole", "replaced
 
 
 def moments_of(saving: str) -> list[str]:
-    """Ten moments, drawn at random, each counted from the start of its process; every kind is among them."""
+    """Ten random moments as KIND:COUNT, where COUNT starts anew in each process."""
     drawn = random.Random(f"2602.03309/{saving}")
     early = drawn.sample(EARLY, 3) if saving == "phases" else ["sft", *drawn.sample(EARLY[1:], 2)]
     late = drawn.sample(LATE, 7)
@@ -47,7 +47,7 @@ def moments_of(saving: str) -> list[str]:
 
 
 def fit(repository, folder: Path, saving: str, moments: list[str]) -> Path:
-    """The log folder of a run that is killed at some moments."""
+    """Run with kills at the given moments; return the log folder of the last process."""
     folder.mkdir()
     arguments = [*SHORT, *SAVING[saving], f"--trainer.default_root_dir={folder}"]
     program = [sys.executable, str(Path(__file__).with_name("killing.py")), str(folder), *moments, "never:0", "--"]
@@ -66,7 +66,7 @@ def fit(repository, folder: Path, saving: str, moments: list[str]) -> Path:
 
 @pytest.fixture(scope="module", params=SAVING)
 def runs(request, repository, tmp_path_factory) -> tuple[Path, Path]:
-    """One that was left alone, and one that was killed ten times."""
+    """The log folders of an uninterrupted run and of one that was killed ten times."""
     folder, saving = tmp_path_factory.mktemp(request.param), request.param
     alone = fit(repository, folder / "alone", saving, [])
     return alone, fit(repository, folder / "killed", saving, moments_of(saving))
@@ -90,13 +90,13 @@ def test_parameters_and_optimizer_are_bit_identical(runs):
 def test_token_records_are_equal_row_for_row(runs):
     alone, killed = (sorted((run / "token_records").iterdir()) for run in runs)
     assert [path.name for path in alone] == [path.name for path in killed]
-    assert len(alone) == 2 * 13  # collections
+    assert len(alone) == 2 * 13  # two tables per rollout batch
     assert all(pq.read_table(one).equals(pq.read_table(other)) for one, other in zip(alone, killed, strict=True))
 
 
 @pytest.mark.slow
-def test_metrics_stand_at_the_same_steps(runs):
-    """As TensorBoard shows them: what was logged after a checkpoint and then done again is hidden."""
+def test_metrics_are_equal_at_the_same_steps(runs):
+    """As TensorBoard shows them; it hides values that a resumed run has logged again."""
     alone, killed = (scalars(run) for run in runs)
     assert alone.keys() == killed.keys()
     for name, values in alone.items():
@@ -111,7 +111,7 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.slow
-def test_nothing_half_written_is_left(runs):
+def test_no_partial_files_are_left(runs):
     for run in runs:
         assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".previous")]
         assert torch.load(run / "sft.ckpt", weights_only=True)["egspo"]["stage"] == "egspo"

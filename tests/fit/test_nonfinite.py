@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite never reaches the optimizer: skipped, counted, kept, replayed."""
+"""Optimizer steps with a non-finite loss or gradient are skipped, counted, saved and replayed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("nonfinite_program.py")
 
 
 class Poison(Callback):
-    """Makes the loss of chosen updates NaN, or their gradient infinite, and keeps what the weights were."""
+    """Makes the loss of chosen steps NaN, or their gradient infinite, and records the weights before each step."""
 
     def __init__(self, steps, what="loss"):
         self.steps, self.what, self.weights, self.number = steps, what, [], 0
@@ -52,8 +52,8 @@ class Poison(Callback):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_bad_update_changes_nothing_and_is_counted(tiny_run, events, what, clip):
-    poison = Poison({1, 9}, what)  # of two phases of eight updates each
+def test_a_nonfinite_step_is_skipped_and_counted(tiny_run, events, what, clip):
+    poison = Poison({1, 9}, what)  # in two phases of eight optimizer steps each
     tiny = tiny_run(
         StageTransition(after_epochs=2),
         poison,
@@ -71,8 +71,7 @@ def test_a_bad_update_changes_nothing_and_is_counted(tiny_run, events, what, cli
     assert counts == [1, 2, 2, 2]
 
 
-def test_adam_goes_on_as_if_the_bad_update_had_not_been(tiny_run):
-    """The moments of the two runs are equal, and so is the bias correction's count."""
+def test_adam_does_not_count_a_skipped_step(tiny_run):
     data = {"sft_batch_size": 8}
     one = tiny_run(Poison({0}), data=data, trainer={"max_epochs": 3}, module={"initial_stage": "sft"}).fit()
     states = list(one.module.optimizers(use_pl_optimizer=False).state.values())
@@ -80,7 +79,7 @@ def test_adam_goes_on_as_if_the_bad_update_had_not_been(tiny_run):
     assert steps == {one.trainer.global_step - 1}
 
 
-def test_too_many_in_a_row_stop_the_run_and_fewer_do_not(tiny_run):
+def test_too_many_consecutive_bad_steps_stop_the_run(tiny_run):
     arguments = {"module": {"max_bad_updates": 3}, "data": {"sft_batch_size": 4}, "trainer": {"max_epochs": 4}}
     tiny_run(Poison({0, 1, 3, 4, 6, 7}), **arguments).fit()
     with pytest.raises(UserError, match="3 updates in a row"):
@@ -88,7 +87,7 @@ def test_too_many_in_a_row_stop_the_run_and_fewer_do_not(tiny_run):
 
 
 def test_a_run_resumes_from_the_checkpoint_of_its_stop(tiny_run, tmp_path):
-    """The count at the limit must not stop it before the first optimizer step, whose micro-batches are two."""
+    """The stored count is at the limit, but only a new bad step may stop the run."""
     arguments = {
         "module": {"max_bad_updates": 1},
         "data": {"sft_batch_size": 4},
@@ -101,7 +100,7 @@ def test_a_run_resumes_from_the_checkpoint_of_its_stop(tiny_run, tmp_path):
     assert resumed.trainer.current_epoch == 1
 
 
-# What a user sees: a run with a token whose embedding is infinite, its file, and the replay
+# From the command line: a token with a NaN embedding, the saved file, and its replay
 
 SHORT = [
     "fit",
@@ -119,7 +118,7 @@ SHORT = [
 
 
 class BadToken(Callback):
-    """From the second phase on, the digit 7 has no embedding."""
+    """Makes the embedding of the digit 7 NaN from the second phase on."""
 
     def on_train_epoch_start(self, trainer, module):
         if trainer.current_epoch == 1:
@@ -130,7 +129,7 @@ class BadToken(Callback):
 
 @pytest.fixture
 def stopped(repository, tmp_path, monkeypatch, capsys):
-    """The file that a stopped run has written, and its message."""
+    """nonfinite.ckpt and the error message of a stopped run."""
     monkeypatch.chdir(repository)
     monkeypatch.setattr("egspo_lightning.cli.main.CALLBACKS", _with(BadToken))
     with pytest.raises(SystemExit) as stop:
@@ -148,7 +147,7 @@ def _with(callback):
     return CALLBACKS | {"bad_token": callback}
 
 
-def test_the_message_names_the_batch_and_the_replay_its_tokens(stopped, capsys):
+def test_the_message_names_the_batch_and_the_replay_names_the_tokens(stopped, capsys):
     path, message = stopped
     for words in ("2 updates in a row", "micro-batch 1 of the phase (stage sft, 4 rows, loss nan)", f"replay {path}"):
         assert words in message
@@ -161,8 +160,8 @@ def test_the_message_names_the_batch_and_the_replay_its_tokens(stopped, capsys):
     assert "logprob is nan" in out
 
 
-def test_replay_computes_the_loss_that_training_had(tiny_run, repository, tmp_path, monkeypatch):
-    """On a batch that was declared bad although it is finite, both must agree, in both stages."""
+def test_replay_computes_the_loss_of_training(tiny_run, repository, tmp_path, monkeypatch):
+    """A finite batch is declared bad, so that both losses can be compared, in both stages."""
     monkeypatch.chdir(repository)
     for stage in ("sft", "egspo"):
         arguments = [*SHORT, f"--trainer.default_root_dir={tmp_path / stage}", f"--model.initial_stage={stage}"]
@@ -172,8 +171,8 @@ def test_replay_computes_the_loss_that_training_had(tiny_run, repository, tmp_pa
                 run(arguments)
         (path,) = (tmp_path / stage).rglob("nonfinite.ckpt")
         lines = replay(path)
-        said = next(line for line in lines if line.startswith("loss "))
-        computed, trained = said.removeprefix("loss ").rstrip(")").split(" (in training ")
+        loss = next(line for line in lines if line.startswith("loss "))
+        computed, trained = loss.removeprefix("loss ").rstrip(")").split(" (in training ")
         assert float(computed) == pytest.approx(float(trained), rel=1e-4, abs=1e-6)
         assert "tokens that are not finite: 0" in lines
 
@@ -184,7 +183,7 @@ def _always_bad(self, parameters, total, *, scaled):
     return True
 
 
-def test_a_file_without_such_an_update_is_told(tiny_run, tmp_path, capsys):
+def test_replay_refuses_a_checkpoint_without_a_bad_micro_batch(tiny_run, tmp_path, capsys):
     tiny = tiny_run(trainer={"max_epochs": 1}).fit()
     tiny.trainer.save_checkpoint(tmp_path / "good.ckpt")
     with pytest.raises(SystemExit) as stop:
@@ -194,7 +193,7 @@ def test_a_file_without_such_an_update_is_told(tiny_run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_ranks_skip_together_when_one_is_bad(tmp_path):
+def test_all_ranks_skip_a_step_that_is_bad_on_one_rank(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(PROGRAM)]
     done = subprocess.run(
         [*command, str(tmp_path)],

@@ -1,4 +1,4 @@
-"""Two processes do what one does: real ranks, started by the command line, talking through gloo."""
+"""Two ranks, which communicate through gloo, compute the same metrics as one process."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from processes import in_group, rows_of, told_apart
+from processes import compare_metrics, read_rows, run_in_group
 
 SHORT = [
     "--trainer.max_epochs=4",
@@ -22,20 +22,20 @@ FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
 
 
 def fit(repository, folder, *arguments):
-    """Run the quickstart in short form; the rows of its metrics, without those that measure time."""
+    """Run a short quickstart and return its rows of metrics."""
     command = ["-m", "egspo_lightning", "fit", "--config=configs/quickstart.yaml", *SHORT, *arguments]
     python(repository, *command, f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}")
-    return rows_of(folder)
+    return read_rows(folder)
 
 
 def python(repository, *arguments):
-    """Run Python in a process group of its own, with a time limit."""
-    output, code = in_group([sys.executable, *arguments], repository)
+    """Run Python in its own process group with a time limit."""
+    output, code = run_in_group([sys.executable, *arguments], repository)
     assert code == 0, output
 
 
 def assert_equal_metrics(rows, expected):
-    assert told_apart(rows, expected) > 50
+    assert compare_metrics(rows, expected) > 50
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_each_rank_records_its_own_tokens(two_processes):
         names = [f"{kind}-000000-rank-{rank}.parquet" for rank in (0, 1)]
         assert sorted(path.name for path in records.glob(f"{kind}-*")) == names
         ids = [set(pq.read_table(records / name)["completion_id"].to_pylist()) for name in names]
-        assert ids == [{f"0/{rank}/{row}" for row in range(16)} for rank in (0, 1)]  # of 4 problems x 8 completions
+        assert ids == [{f"0/{rank}/{row}" for row in range(16)} for rank in (0, 1)]  # of 4 problems x 8
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_accumulation_on_two_processes_equals_one(repository, tmp_path, one_proc
     assert_equal_metrics(fit(repository, tmp_path, *DDP, "--trainer.accumulate_grad_batches=3"), one_process)
 
 
-# A budget of tokens
+# Token budget of micro-batches
 
 BUDGET = ["--data.max_tokens_per_micro_batch=120"]
 
@@ -87,8 +87,8 @@ def without_budget(run_ranks, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [pytest.param(DDP, id="ddp"), pytest.param(FSDP2, id="fsdp2")])
-def test_ranks_agree_on_what_a_budget_of_tokens_needs(run_ranks, without_budget, tmp_path, strategy):
-    """Updates are those of one process without a budget."""
+def test_ranks_agree_on_the_number_of_micro_batches(run_ranks, without_budget, tmp_path, strategy):
+    """The optimizer steps equal those of one process without a token budget."""
     rows = run_ranks(tmp_path, {"budget": [*strategy, *BUDGET]})["budget"]
     numbers = [float(row["update/micro_batches"]) for row in rows if row["loss/total"]]
     assert len(numbers) == 4
@@ -97,17 +97,17 @@ def test_ranks_agree_on_what_a_budget_of_tokens_needs(run_ranks, without_budget,
     assert_equal_metrics(rows, without_budget)
 
 
-# Methods that add up over ranks, or whose ranks differ in what they have to do
+# Methods with sums over ranks, or whose ranks do different work
 
 METHODS = ["ppo", "ppo_critic", "reinforce_plus_plus", "dynamic_sampling", "luffy", "sequence_gate"]
 
 
 def fit_methods(repository, folder, strategy, methods):
-    """Rows of metrics by method."""
+    """Run the methods and return their rows of metrics."""
     program = str(Path(__file__).with_name("ranks_program.py"))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     python(repository, *([] if strategy == "alone" else torchrun), program, str(folder), strategy, *methods)
-    return {method: rows_of(folder / method) for method in methods}
+    return {method: read_rows(folder / method) for method in methods}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ SHOWN_BY = {
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_two_processes_equals_one(methods_alone, methods_on_two, method):
     rows = [row for row in methods_alone[method] if row.get(SHOWN_BY[method])]
-    assert len(rows) == 3  # collections
+    assert len(rows) == 3  # rollout batches
     assert any(float(row[SHOWN_BY[method]]) != 0 for row in rows)
     assert any(float(row["loss/egspo"]) != 0 for row in rows)
     assert_equal_metrics(methods_on_two[method], methods_alone[method])
@@ -158,15 +158,15 @@ leave(0)
 print("no rank yet")
 atexit.register(print, "at exit")
 pool = concurrent.futures.ThreadPoolExecutor(1)
-pool.submit(int).result()  # its thread is idle, and alive
+pool.submit(int).result()  # leaves an idle, live thread
 store = torch.distributed.HashStore()
 torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 leave(143)
-print("still there")
+print("not reached")
 """
 
 
-def test_a_rank_leaves_with_its_code_whatever_threads_are_idle(repository):
-    output, code = in_group([sys.executable, "-c", LEAVING], repository, 60)
+def test_a_rank_exits_with_its_code_despite_idle_threads(repository):
+    output, code = run_in_group([sys.executable, "-c", LEAVING], repository, 60)
     assert code == 143
     assert output.split("\n") == ["no rank yet", "at exit", ""]

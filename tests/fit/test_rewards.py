@@ -1,4 +1,4 @@
-"""Rewards through the command line: a user's own beside the project's, from YAML and flags, up to the log."""
+"""Rewards from YAML and flags, also user-defined ones, up to the logged metrics."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from egspo_lightning.cli.main import run
 
 MINE = '''
 class EvenBytes:
-    """The share of even bytes, from some length on."""
+    """Share of even bytes, of at least some length."""
 
     def __init__(self, at_least: int = 0):
         self.at_least = at_least
@@ -36,7 +36,7 @@ def source(class_path, **arguments):
 
 @pytest.fixture
 def config(small_model, tmp_path, monkeypatch):
-    """A run of two collections of 4 problems x 4 completions; `my_rewards` is importable."""
+    """Config of two rollout batches of 4 problems x 4 completions; `my_rewards` is importable."""
     (tmp_path / "my_rewards.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -85,8 +85,8 @@ def even_share(text, at_least=0):
     return sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1, at_least)
 
 
-def test_a_users_reward_beside_the_projects_own(config, fit):
-    """Each term of the last collection, by hand from its texts and tokens, up to the tensor that is trained on."""
+def test_user_rewards_and_built_in_rewards_are_weighted(config, fit):
+    """Each term is recomputed from texts and tokens, up to the reward tensor and the metrics."""
     config["data"]["reward"] = source(
         "egspo_lightning.rewards.composition.WeightedReward",
         terms={
@@ -99,9 +99,9 @@ def test_a_users_reward_beside_the_projects_own(config, fit):
         weights={"length": 0.5, "even": 3.0, "digits": 0.0, "format": 0.25},
     )
     cli = fit(config)
-    collection = cli.datamodule.phases.rollouts
+    rollouts = cli.datamodule.phases.rollouts
     columns = {"length": [], "even": [], "digits": []}
-    for completion, reward in zip(collection.completions, collection.batch.rewards.tolist(), strict=True):
+    for completion, reward in zip(rollouts.completions, rollouts.batch.rewards.tolist(), strict=True):
         length = -min(max((len(completion.token_ids) - 30) / 10, 0.0), 1.0)
         even, digits = even_share(completion.text, 7), sum(c.isdigit() for c in completion.text)
         assert completion.reward_terms == pytest.approx(
@@ -116,14 +116,14 @@ def test_a_users_reward_beside_the_projects_own(config, fit):
         assert len(set(values)) > 1
         assert float(row[f"rollout/reward/{name}"]) == pytest.approx(sum(values) / 16, abs=1e-6)
     assert float(row["rollout/reward/correctness"]) == float(row["rollout/reward/format"]) == 0.0
-    rewards = [completion.reward for completion in collection.completions]
+    rewards = [completion.reward for completion in rollouts.completions]
     assert float(row["rollout/reward_mean"]) == pytest.approx(sum(rewards) / 16, abs=1e-6)
     assert float(row["rollout/accuracy"]) == 0.0
     assert all(math.isfinite(float(row[name])) for name in ("time/sample", "time/grade"))
     assert float(row["time/sample"]) > 0
 
 
-def test_a_users_reward_alone_is_named_by_a_flag(config, fit):
+def test_a_flag_selects_a_user_reward(config, fit):
     cli = fit(config, "--data.reward=my_rewards.EvenBytes", "--data.reward.at_least=9")
     completions = cli.datamodule.phases.rollouts.completions
     assert [c.reward for c in completions] == pytest.approx([even_share(c.text, 9) for c in completions])
@@ -134,14 +134,14 @@ def test_a_users_reward_alone_is_named_by_a_flag(config, fit):
     assert saved["data"]["reward"] == source("my_rewards.EvenBytes", at_least=9)
 
 
-def test_the_default_is_correctness_alone(config, fit):
+def test_the_default_reward_is_correctness(config, fit):
     cli = fit(config)
     assert cli.datamodule.reward.weights == {"correctness": 1.0}
     row = logged(cli)[-1]
     assert float(row["rollout/reward/correctness"]) == float(row["rollout/reward_mean"]) == 0.0
 
 
-def test_terms_and_weights_can_be_given_by_flags(config, fit):
+def test_flags_set_terms_and_weights(config, fit):
     terms = {"format": "egspo_lightning.rewards.format.FormatReward", "even": {"class_path": "my_rewards.EvenBytes"}}
     cli = fit(
         config,
@@ -154,8 +154,8 @@ def test_terms_and_weights_can_be_given_by_flags(config, fit):
     assert [c.reward for c in completions] == pytest.approx([even_share(c.text) / 2 for c in completions])
 
 
-def test_accuracy_is_the_graders_whatever_the_reward(config, fit):
-    """A policy that has learned the sums, rewarded for even bytes."""
+def test_accuracy_is_independent_of_the_reward(config, fit):
+    """A policy that has learned the sums gets a reward for even bytes."""
     config["data"]["demonstrations"]["init_args"]["task"] = config["data"]["problems"]["init_args"]["task"]
     config["data"]["sft_batch_size"] = 4
     config["model"] |= {"initial_stage": "sft", "optimizer": source("torch.optim.AdamW", lr=1e-2)}
@@ -171,6 +171,6 @@ def test_accuracy_is_the_graders_whatever_the_reward(config, fit):
         assert completion.reward == pytest.approx(even_share(completion.text))
 
 
-def test_an_error_in_a_users_reward_ends_the_run_with_its_name(config, fit):
+def test_an_error_in_a_user_reward_names_the_reward(config, fit):
     with pytest.raises(RuntimeError, match=r"data\.reward: broken \(my_rewards\.broken\) raised ZeroDivisionError"):
         fit(config, "--data.reward=my_rewards.broken")

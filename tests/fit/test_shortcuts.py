@@ -1,4 +1,4 @@
-"""What saves time changes no result: losses with and without each shortcut, with the seed fixed."""
+"""Optimizations of speed do not change losses: runs with the same seed, with and without each of them."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from spies import RL, Spy, distance
 
 
 def losses_of(tiny_run, module=None, **settings):
-    """Losses of every update of two collections, with the seed fixed."""
+    """Losses of all optimizer steps of two rollout batches."""
     losses = []
 
     class Watch(Callback):
@@ -48,7 +48,7 @@ def test_losses_are_the_same_with_and_without_a_scoring_pass(tiny_run, monkeypat
 
 
 @pytest.mark.parametrize("part", ["reference", "critic", "expert", "bfloat16"])
-def test_what_the_engine_cannot_tell_is_scored(tiny_run, monkeypatch, part):
+def test_a_scoring_pass_runs_if_the_engine_lacks_statistics(tiny_run, monkeypatch, part):
     scored = []
     score = EGSPOModule.score
     monkeypatch.setattr(EGSPOModule, "score", lambda self, *batch: scored.append(1) or score(self, *batch))
@@ -62,7 +62,7 @@ def test_what_the_engine_cannot_tell_is_scored(tiny_run, monkeypatch, part):
     assert scored
 
 
-def test_losses_do_not_depend_on_the_shrinking_of_the_decode_batch(tiny_run, monkeypatch):
+def test_losses_do_not_depend_on_shrinking_the_decode_batch(tiny_run, monkeypatch):
     usual, _ = losses_of(tiny_run)
     monkeypatch.setattr(transformers_engine, "SHRINK_BELOW", 0.0)
     assert losses_of(tiny_run)[0] == pytest.approx(usual, rel=0, abs=1e-5)
@@ -75,9 +75,9 @@ def test_losses_do_not_depend_on_tiles(tiny_run, monkeypatch):
     assert losses_of(tiny_run)[0] == pytest.approx(usual, rel=0, abs=1e-5)
 
 
-def test_losses_do_not_depend_on_leaving_out_rollouts_without_spread(tiny_run, monkeypatch):
+def test_losses_do_not_depend_on_skipping_flat_groups(tiny_run, monkeypatch):
     class OneGroup:
-        """Flat but for the first group."""
+        """All groups are flat except the first."""
 
         def __call__(self, completions, golds):
             return [float(i in (0, 3)) for i in range(len(completions))]
@@ -89,7 +89,7 @@ def test_losses_do_not_depend_on_leaving_out_rollouts_without_spread(tiny_run, m
     assert left_out == pytest.approx(kept, rel=0, abs=1e-5)
 
 
-def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypatch):
+def test_losses_do_not_depend_on_batching_by_length(tiny_run, monkeypatch):
     def alone(lengths, batch_cost):
         return [[row] for row in sorted(range(len(lengths)), key=lambda row: lengths[row])]
 
@@ -101,7 +101,7 @@ def test_losses_do_not_depend_on_how_rows_are_split_by_length(tiny_run, monkeypa
 
 
 @pytest.mark.parametrize("tiles", ["one", "many"])
-def test_losses_do_not_depend_on_entropies_that_nobody_asks_for(tiny_run, monkeypatch, tiles):
+def test_losses_do_not_depend_on_unused_entropies(tiny_run, monkeypatch, tiles):
     if tiles == "many":
         monkeypatch.setattr(logit_tiles, "CPU_TILE", 300)
         monkeypatch.setattr(logit_tiles, "TILE_TOKENS", 7)
@@ -109,7 +109,7 @@ def test_losses_do_not_depend_on_entropies_that_nobody_asks_for(tiny_run, monkey
     measure = policy.token_stats
     monkeypatch.setattr(policy, "token_stats", lambda *a, **k: asked.append(k["with_entropies"]) or measure(*a, **k))
     without, spy = losses_of(tiny_run)
-    assert not any(asked)  # the engine has told those of sampling
+    assert not any(asked)  # the engine returned those of sampling
     loss = EGSPOModule._egspo_loss
     monkeypatch.setattr(EGSPOModule, "_egspo_loss", lambda *a, with_entropies: loss(*a, with_entropies=True))
     with_them, other = losses_of(tiny_run)
@@ -132,7 +132,7 @@ def test_losses_do_not_depend_on_packing(tiny_run, monkeypatch, critic):
 
 
 @pytest.mark.parametrize("critic", [None, "shared", "own"])
-def test_losses_do_not_depend_on_plain_products_for_short_attention(tiny_run, monkeypatch, critic):
+def test_losses_do_not_depend_on_plain_matrix_products_in_short_attention(tiny_run, monkeypatch, critic):
     module = {} if critic is None else {"advantage": GAE(), "critic": CriticConfig(trunk=critic)}
     used = []
     short = packing._short_attention
@@ -147,7 +147,7 @@ def test_losses_do_not_depend_on_plain_products_for_short_attention(tiny_run, mo
     assert distance(spy.gradients[0], other.gradients[0]) < 1e-5
 
 
-def test_losses_do_not_depend_on_passes_that_rollouts_and_experts_share(tiny_run, monkeypatch):
+def test_losses_do_not_depend_on_shared_passes_of_rollouts_and_experts(tiny_run, monkeypatch):
     parts = []
     together = policy.Policy.together
     monkeypatch.setattr(
@@ -159,7 +159,7 @@ def test_losses_do_not_depend_on_passes_that_rollouts_and_experts_share(tiny_run
     assert losses_of(tiny_run)[0] == pytest.approx(shared, rel=0, abs=1e-5)
 
 
-def test_losses_do_not_depend_on_probabilities_kept_for_the_backward_pass(tiny_run, monkeypatch):
+def test_losses_do_not_depend_on_keeping_probabilities_for_the_backward_pass(tiny_run, monkeypatch):
     kept, spy = losses_of(tiny_run)
     monkeypatch.setattr(logit_tiles.LogitTiles, "is_single", False)
     made_anew, other = losses_of(tiny_run)
@@ -167,7 +167,7 @@ def test_losses_do_not_depend_on_probabilities_kept_for_the_backward_pass(tiny_r
     assert distance(spy.gradients[0], other.gradients[0]) < 1e-6
 
 
-def test_losses_do_not_depend_on_one_softmax_for_draw_and_statistics(tiny_run, monkeypatch):
+def test_losses_do_not_depend_on_sharing_the_softmax_of_draw_and_statistics(tiny_run, monkeypatch):
     class DrawnApart(drawing.TokenSampler):
         def draw(self, logits, uniforms, rows, running):
             super().draw(logits, uniforms, rows, running)
@@ -188,7 +188,7 @@ def test_losses_do_not_depend_on_one_softmax_for_draw_and_statistics(tiny_run, m
     assert_same_rollouts(at_once, spy, apart, other)
 
 
-def test_losses_do_not_depend_on_steps_whose_statistics_are_taken_together(tiny_run, monkeypatch):
+def test_losses_do_not_depend_on_batched_statistics_of_decode_steps(tiny_run, monkeypatch):
     together, spy = losses_of(tiny_run)
     monkeypatch.setattr(drawing, "MAX_PENDING", 0)
     alone, other = losses_of(tiny_run)
@@ -222,7 +222,7 @@ def test_losses_do_not_depend_on_the_fused_optimizer(tiny_run):
 
 
 def test_losses_do_not_depend_on_logging_once_a_phase(tiny_run, monkeypatch):
-    """And what is logged is the mean over the updates of the phase."""
+    """The logged value is the mean over the optimizer steps of the phase."""
     logged, spy = losses_of(tiny_run)
     assert spy.metrics[0]["loss/total"] == pytest.approx(sum(logged[2:]) / 2, abs=1e-6)
 

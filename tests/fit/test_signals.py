@@ -1,4 +1,4 @@
-"""A run that is ended from outside saves, says so, and not by exit code 0; then it goes on as if nothing had been."""
+"""SIGTERM and SIGINT save a checkpoint and set the exit code; the resumed run equals an uninterrupted one."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ SHORT = [
     "--data.num_problems=4",
     "--data.num_generations=4",
     "--data.max_completion_length=40",
-    "--data.reward=ranks_program.Uneven",
+    "--data.reward=ranks_program.EvenBytes",
     "--hf_export.enabled=false",
 ]
 DDP = [
@@ -36,7 +36,7 @@ DDP = [
 
 
 def start(repository, root: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    """The command in a session of its own; what it says goes to a file."""
+    """Start the command in its own session; its output goes to a file."""
     here = str(Path(__file__).parent)
     with (root / "output").open("a") as output:
         return subprocess.Popen(
@@ -55,14 +55,14 @@ def wait_for(process: subprocess.Popen, *, until, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def end_of(process: subprocess.Popen) -> int:
-    """The exit code; nothing of the run is left behind."""
+def exit_code(process: subprocess.Popen) -> int:
+    """Wait for the exit code, and assert that all processes of the run have ended."""
     try:
         code = process.wait(timeout=120)
         deadline = time.monotonic() + 60
         while _is_alive(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not _is_alive(process.pid), "a process of the run is left"
+        assert not _is_alive(process.pid), "a process of the run is still alive"
         return code
     finally:
         if _is_alive(process.pid):
@@ -70,12 +70,12 @@ def end_of(process: subprocess.Popen) -> int:
 
 
 def _is_alive(group: int) -> bool:
-    """Whether a process group has members that are more than zombies."""
+    """Whether a process group has members other than zombies."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has just ended
+            except OSError:  # the process has just ended
                 continue
             if int(fields[2]) == group and fields[0] != "Z":
                 return True
@@ -93,24 +93,24 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def alone(repository, tmp_path_factory) -> dict[str, torch.Tensor]:
     root = tmp_path_factory.mktemp("alone")
-    assert end_of(start(repository, root)) == 0, (root / "output").read_text()
+    assert exit_code(start(repository, root)) == 0, (root / "output").read_text()
     return weights(root / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_and_the_run_goes_on_from_there(repository, tmp_path, alone, number):
+def test_a_signal_saves_and_the_run_resumes(repository, tmp_path, alone, number):
     process = start(repository, tmp_path)
     wait_for(process, until=lambda: records_of(tmp_path))
     process.send_signal(number)
-    assert end_of(process) == 128 + number
+    assert exit_code(process) == 128 + number
     text = (tmp_path / "output").read_text()
     last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
     assert f"error: ended by {number.name}. Saved {last}: resume with the same command and --ckpt_path last." in text
     assert "Traceback" not in text
     step = torch.load(last, weights_only=True)["global_step"]
     assert 8 < step < 160
-    assert end_of(start(repository, tmp_path, "--ckpt_path=last")) == 0
+    assert exit_code(start(repository, tmp_path, "--ckpt_path=last")) == 0
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
     ended = weights(last)
     assert all(torch.equal(value, ended[name]) for name, value in alone.items())
@@ -118,7 +118,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(repository, tmp_path, alo
 
 @pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_the_run_at_once(repository, tmp_path, staleness):
-    """Of a run that would not get to the end of its update, or of what it samples meanwhile, for long."""
+    """Even if the optimizer step or the sampling thread would take minutes."""
     slow = [
         f"--data.max_staleness={staleness}",
         "--data.reward=sleeping_reward.Sleeping",
@@ -134,25 +134,25 @@ def test_a_second_signal_ends_the_run_at_once(repository, tmp_path, staleness):
     )
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert end_of(process) != 0
+    assert exit_code(process) != 0
     assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_what_is_sampled_ahead(repository, tmp_path, number):
-    """The run that goes on from there ends as one that was left alone."""
+def test_a_signal_saves_rollouts_that_are_sampled_ahead(repository, tmp_path, number):
+    """The resumed run equals an uninterrupted one."""
     ended = []
-    for name in ("alone", "told"):
+    for name in ("alone", "interrupted"):
         root = tmp_path / name
         root.mkdir()
         process = start(repository, root, "--data.max_staleness=1")
-        if name == "told":
+        if name == "interrupted":
             wait_for(process, until=lambda root=root: records_of(root))
             process.send_signal(number)
-            assert end_of(process) == 128 + number, (root / "output").read_text()
+            assert exit_code(process) == 128 + number, (root / "output").read_text()
             process = start(repository, root, "--data.max_staleness=1", "--ckpt_path=last")
-        assert end_of(process) == 0, (root / "output").read_text()
+        assert exit_code(process) == 0, (root / "output").read_text()
         assert "Traceback" not in (root / "output").read_text()
         ended.append(weights(root / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"))
     assert all(torch.equal(value, ended[1][name]) for name, value in ended[0].items())
@@ -160,23 +160,23 @@ def test_a_signal_saves_what_is_sampled_ahead(repository, tmp_path, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("told", ["first", "all"])
-def test_ranks_agree_on_the_update_that_is_their_last(repository, tmp_path, number, told):
+@pytest.mark.parametrize("receivers", ["first", "all"])
+def test_ranks_agree_on_the_last_optimizer_step(repository, tmp_path, number, receivers):
     process = start(repository, tmp_path, *DDP)
     wait_for(process, until=lambda: records_of(tmp_path))
-    (os.kill if told == "first" else os.killpg)(process.pid, number)  # scancel or torchrun, or Ctrl-C in a terminal
-    assert end_of(process) == 128 + number, (tmp_path / "output").read_text()
+    (os.kill if receivers == "first" else os.killpg)(process.pid, number)  # as scancel or torchrun, or as Ctrl-C
+    assert exit_code(process) == 128 + number, (tmp_path / "output").read_text()
     text = (tmp_path / "output").read_text()
     assert text.count(f"ended by {number.name}. Saved ") == 1
     assert "Traceback" not in text
     checkpoint = torch.load(tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
     assert len(checkpoint["egspo"]["random"]) == 2
-    assert end_of(start(repository, tmp_path, *DDP, "--ckpt_path=last")) == 0, (tmp_path / "output").read_text()
+    assert exit_code(start(repository, tmp_path, *DDP, "--ckpt_path=last")) == 0, (tmp_path / "output").read_text()
 
 
 @pytest.mark.slow
-def test_slurm_has_the_run_queued_again(repository, tmp_path, alone):
-    """Its signal, its environment and a scontrol of its name; Lightning takes up hpc_ckpt by itself."""
+def test_slurm_requeues_the_run(repository, tmp_path, alone):
+    """With SLURM's signal and environment, and a fake scontrol; Lightning resumes from hpc_ckpt by itself."""
     called = tmp_path / "called"
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -196,29 +196,29 @@ def test_slurm_has_the_run_queued_again(repository, tmp_path, alone):
     process = start(repository, tmp_path, **slurm)
     wait_for(process, until=lambda: records_of(tmp_path))
     process.send_signal(signal.SIGUSR1)
-    assert end_of(process) == 128 + signal.SIGUSR1, (tmp_path / "output").read_text()
+    assert exit_code(process) == 128 + signal.SIGUSR1, (tmp_path / "output").read_text()
     assert called.read_text() == "requeue 4711\n"
     assert [path.name for path in tmp_path.glob("hpc_ckpt*")] == ["hpc_ckpt_1.ckpt"]
-    assert end_of(start(repository, tmp_path, **slurm)) == 0, (tmp_path / "output").read_text()
+    assert exit_code(start(repository, tmp_path, **slurm)) == 0, (tmp_path / "output").read_text()
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_4711"]
     ended = weights(tmp_path / "lightning_logs" / "version_4711" / "checkpoints" / "last.ckpt")
     assert all(torch.equal(value, ended[name]) for name, value in alone.items())
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_run_and_two_ranks_go_on_with_equal_losses(repository, tmp_path):
-    """Their losses are the scalars that TensorBoard shows."""
+def test_a_run_with_killed_ranks_resumes_with_equal_losses(repository, tmp_path):
+    """Losses are the scalars that TensorBoard shows."""
     often = [*DDP, "--checkpoint.every_n_epochs=0", "--checkpoint.every_n_train_steps=1"]
     roots = [tmp_path / name for name in ("alone", "killed")]
     for root in roots:
         root.mkdir()
-    assert end_of(start(repository, roots[0], *often)) == 0, (roots[0] / "output").read_text()
-    for victim, number in ((0, 1), (1, 5), (0, 9)):  # files of records, two a collection
+    assert exit_code(start(repository, roots[0], *often)) == 0, (roots[0] / "output").read_text()
+    for victim, number in ((0, 1), (1, 5), (0, 9)):  # record files, one per rank and rollout batch
         process = start(repository, roots[1], *often, "--ckpt_path=last")
         wait_for(process, until=lambda number=number: len(records_of(roots[1])) >= number)
         os.kill(process.pid if victim == 0 else child_of(process.pid), signal.SIGKILL)
-        assert end_of(process) != 0
-    assert end_of(start(repository, roots[1], *often, "--ckpt_path=last")) == 0, (roots[1] / "output").read_text()
+        assert exit_code(process) != 0
+    assert exit_code(start(repository, roots[1], *often, "--ckpt_path=last")) == 0, (roots[1] / "output").read_text()
     one, other = (losses(root / "lightning_logs" / "version_0") for root in roots)
     assert one == other
     assert len(one) == 14
@@ -227,7 +227,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_two_ranks_go_on_with_equal_losse
 
 
 def child_of(pid: int) -> int:
-    """The rank that a process has started."""
+    """The process of rank 1, a child of rank 0."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     (rank,) = [int(c) for c in children if b"LOCAL_RANK=1" in Path(f"/proc/{c}/environ").read_bytes()]
     return rank

@@ -1,4 +1,4 @@
-"""Hundreds of collections in which all goes wrong that can: the counts are right, and the policy still learns."""
+"""Soak test: 250 rollout batches with random faults; fault counts are exact, and the policy still learns."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-COLLECTIONS, SFT_PHASES = 250, 20
+NUM_ROLLOUT_BATCHES, SFT_PHASES = 250, 20
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def soaked(repository, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("soak")
     arguments = [
         "--config=configs/quickstart.yaml",
-        f"--trainer.max_epochs={SFT_PHASES + COLLECTIONS}",
+        f"--trainer.max_epochs={SFT_PHASES + NUM_ROLLOUT_BATCHES}",
         f"--trainer.default_root_dir={folder}",
         "--trainer.enable_progress_bar=false",
         f"--stage_transition.after_epochs={SFT_PHASES}",
@@ -30,7 +30,7 @@ def soaked(repository, tmp_path_factory) -> Path:
         "--data.reward.deadline_s=1",
     ]
     here = Path(__file__).parent
-    program = [sys.executable, str(here / "soak.py"), str(folder), str(COLLECTIONS), "--", *arguments]
+    program = [sys.executable, str(here / "soak.py"), str(folder), str(NUM_ROLLOUT_BATCHES), "--", *arguments]
     with (folder / "output").open("w") as output:
         subprocess.run(
             program,
@@ -50,15 +50,15 @@ def rows(soaked) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def collections(rows) -> dict[int, dict]:
-    """The last word on each collection: those after a checkpoint were done twice."""
-    found = {row["collection"]: row for row in rows if row["collection"] >= 0}
+def rollout_batches(rows) -> dict[int, dict]:
+    """The last row of each rollout batch; those after a checkpoint ran twice."""
+    found = {row["rollout_batch"]: row for row in rows if row["rollout_batch"] >= 0}
     assert list(found) == sorted(found)
     return found
 
 
 @pytest.mark.slow
-def test_each_end_has_its_code_and_its_message(soaked):
+def test_each_process_ends_with_its_code_and_message(soaked):
     first, second, third = json.loads((soaked / "codes.json").read_text())
     text = (soaked / "output").read_text()
     assert first == 128 + signal.SIGTERM
@@ -70,20 +70,20 @@ def test_each_end_has_its_code_and_its_message(soaked):
 
 
 @pytest.mark.slow
-def test_counts_are_those_of_what_was_injected(collections):
-    injected = Counter(row["fault"] for row in collections.values())
-    assert len(injected) == 8  # seven kinds, and none
+def test_metrics_count_the_injected_faults(rollout_batches):
+    injected = Counter(row["fault"] for row in rollout_batches.values())
+    assert len(injected) == 8  # seven kinds, and no fault
     assert min(injected.values()) >= 3
-    last = collections[max(collections)]["metrics"]
+    last = rollout_batches[max(rollout_batches)]["metrics"]
     assert last["fault/nonfinite_updates"] == injected["nan_loss"] + injected["infinite_gradient"]
     for kind, metric in (("timeout", "rollout/grader_timeouts"), ("crash", "rollout/grader_crashes")):
-        assert {n: row["metrics"][metric] for n, row in collections.items() if row["metrics"][metric]} == {
-            n: 1.0 for n, row in collections.items() if row["fault"] == kind
+        assert {n: row["metrics"][metric] for n, row in rollout_batches.items() if row["metrics"][metric]} == {
+            n: 1.0 for n, row in rollout_batches.items() if row["fault"] == kind
         }
-    whole = {n for n, row in collections.items() if row["metrics"]["rollout/truncated_fraction"] == 1}
-    assert whole == {n for n, row in collections.items() if row["fault"] == "truncated"}
-    flat = {n for n, row in collections.items() if row["metrics"]["rollout/zero_spread_fraction"] == 1}
-    assert flat >= {n for n, row in collections.items() if row["fault"] == "flat"}
+    whole = {n for n, row in rollout_batches.items() if row["metrics"]["rollout/truncated_fraction"] == 1}
+    assert whole == {n for n, row in rollout_batches.items() if row["fault"] == "truncated"}
+    flat = {n for n, row in rollout_batches.items() if row["metrics"]["rollout/zero_spread_fraction"] == 1}
+    assert flat >= {n for n, row in rollout_batches.items() if row["fault"] == "flat"}
     assert last["guard/flat_rollout_batches"] == len(flat)
 
 
@@ -97,7 +97,7 @@ def test_the_policy_still_learns(soaked):
 
 @pytest.mark.slow
 def test_memory_does_not_grow(rows):
-    """Of the last process, from its 20th collection to its 200th."""
+    """Between phases 20 and 200 of the last process."""
     memory = [row["memory_mb"] for row in rows if row["pid"] == rows[-1]["pid"]]
     assert len(memory) >= 200
     assert memory[199] <= 1.05 * memory[19]

@@ -1,4 +1,4 @@
-"""One process, DDP and FSDP2 make the same updates, and each goes on from the others' checkpoints."""
+"""One process, DDP and FSDP2 compute the same optimizer steps and resume from each other's checkpoints."""
 
 import json
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from egspo_lightning.models.lora import is_adapter, is_reference
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.training.fsdp2_strategy import AnyCheckpointIO
-from processes import SHORT_QUICKSTART, told_apart
+from processes import SHORT_QUICKSTART, compare_metrics
 
 DDP = ["--trainer.strategy=ddp", "--trainer.devices=2"]
 FSDP2 = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
@@ -31,7 +31,7 @@ def norms_of(folder, kind):
     return [line["norm"] for line in lines if line["kind"] == kind]
 
 
-pytestmark = pytest.mark.slow  # tests/fit/test_ranks.py has the fast part
+pytestmark = pytest.mark.slow  # tests/fit/test_ranks.py has the fast tests
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def ranks(run_ranks, folder):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_the_first_update_is_that_of_one_process(alone, ranks, folder, strategy):
-    """Its loss and its gradient norm, and the norm that clipping leaves."""
+def test_the_first_optimizer_step_equals_that_of_one_process(alone, ranks, folder, strategy):
+    """Loss, and gradient norm before and after clipping."""
     first, other = (next(row for row in rows if row["loss/total"]) for rows in (alone, ranks[strategy]))
     assert float(other["loss/total"]) == pytest.approx(float(first["loss/total"]), rel=1e-5)
     for kind in ("norm", "clipped"):
@@ -63,7 +63,7 @@ def test_the_first_update_is_that_of_one_process(alone, ranks, folder, strategy)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_after_ten_iterations_the_rewards_are_those_of_one_process(alone, ranks, strategy):
+def test_rewards_of_ten_rollout_batches_equal_those_of_one_process(alone, ranks, strategy):
     rewards = [
         [row["rollout/reward_mean"] for row in rows if row.get("rollout/reward_mean")]
         for rows in (alone, ranks[strategy])
@@ -76,7 +76,7 @@ def test_after_ten_iterations_the_rewards_are_those_of_one_process(alone, ranks,
 # Checkpoints
 
 ON = ["--trainer.max_epochs=5"]
-"""From the end of the third phase, the second with rollouts, whose optimizer has moments."""
+"""Resume after the third phase, which has rollouts, so that the optimizer has moments."""
 
 
 def at(folder, name, checkpoint="checkpoints/epoch=2.ckpt"):
@@ -85,7 +85,7 @@ def at(folder, name, checkpoint="checkpoints/epoch=2.ckpt"):
 
 @pytest.fixture(scope="module")
 def resumed(run_ranks, ranks, alone, folder):
-    """Runs that began under one strategy and go on under another: metrics of phases 4 and 5."""
+    """Rows of runs that resume from checkpoints of another strategy."""
     sharded = {
         "ddp_to_fsdp2": [*ON, *FSDP2, at(folder, "ddp")],
         "alone_to_fsdp2": [*ON, *FSDP2, at(folder, "alone")],
@@ -108,12 +108,12 @@ ENTERED = ["entry_to_fsdp2", "own_entry_to_fsdp2", "phase_to_fsdp2", "entry_to_d
 
 
 @pytest.mark.parametrize(("name", "done"), [(n, 3) for n in RESUMED] + [(n, 1) for n in ENTERED])
-def test_a_run_goes_on_under_another_strategy_as_if_it_had_not_stopped(alone, resumed, name, done):
-    assert told_apart(resumed[name], alone[done:5]) > 30
+def test_resuming_under_another_strategy_equals_one_process(alone, resumed, name, done):
+    assert compare_metrics(resumed[name], alone[done:5]) > 30
 
 
-def test_offloaded_to_the_memory_that_it_is_in_nothing_changes(ranks, run_ranks, folder):
-    """The way through the host's memory, as far as it goes without a GPU; also on from shards and from a file."""
+def test_cpu_offload_does_not_change_losses(ranks, run_ranks, folder):
+    """Without a GPU this covers the code path only; the runs resume from shards and from a file."""
     begun = run_ranks(folder, {"offloaded": [*ON, *OFFLOADED]})["offloaded"]
     file = [*OFFLOADED, "--trainer.strategy.save_distributed_checkpoint=false"]
     on = {
@@ -127,7 +127,7 @@ def test_offloaded_to_the_memory_that_it_is_in_nothing_changes(ranks, run_ranks,
         assert [float(row["loss/total"]) for row in rows[name]] == pytest.approx(losses[done:], abs=1e-6), name
 
 
-def test_checkpoints_are_what_their_strategy_says(ranks, folder):
+def test_checkpoints_are_files_or_folders_as_configured(ranks, folder):
     for name, is_folder in (("ddp", False), ("fsdp2", True), ("to_file", False)):
         path = folder / name / "lightning_logs" / "version_0" / "checkpoints" / "epoch=2.ckpt"
         assert path.exists()
@@ -141,23 +141,23 @@ WHOLE_METHOD = [
     "--model.objective.beta=0.01",
     "--trainer.accumulate_grad_batches=2",
 ]
-"""A reference and a value head beside the policy."""
+"""Flags of a run with reference policy and value head."""
 
 
-def test_reference_and_value_head_go_along(run_ranks, folder):
+def test_reference_and_value_head_are_sharded_and_resumed(run_ranks, folder):
     one = run_ranks(folder, {"ppo_alone": WHOLE_METHOD}, num_ranks=1)["ppo_alone"]
     assert any(float(row.get("loss/kl") or 0) > 0 for row in one)
     began = {"ppo_fsdp2": [*WHOLE_METHOD, *FSDP2], "ppo_to_file": [*WHOLE_METHOD, *TO_FILE]}
     for rows in run_ranks(folder, began).values():
-        assert told_apart(rows, one) > 50
+        assert compare_metrics(rows, one) > 50
     on = {f"{name}_on": [*WHOLE_METHOD, *DDP, at(folder, name)] for name in began}
     on |= {"ppo_alone_on": [*WHOLE_METHOD, *FSDP2, at(folder, "ppo_alone")]}
     for rows in run_ranks(folder, on).values():
-        assert told_apart(rows, one[3:]) > 30
+        assert compare_metrics(rows, one[3:]) > 30
 
 
-def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, folder, repository):
-    """With the reference beside them; a sharded sft.ckpt starts a method with other networks."""
+def test_lora_trains_alike_and_checkpoints_hold_adapters_only(run_ranks, folder, repository):
+    """With a reference policy; also, a sharded sft.ckpt starts a run that adds the reference."""
     torch.manual_seed(1)
     PolicyConfig(str(repository / "configs" / "tiny_model"), from_scratch=True).build().lm.save_pretrained(
         folder / "lm"
@@ -165,7 +165,7 @@ def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, folder, 
     AutoTokenizer.from_pretrained(repository / "configs" / "tiny_model").save_pretrained(folder / "lm")
     lora = [f"--model.policy.name_or_path={folder / 'lm'}", "--model.policy.from_scratch=false", *ON]
     lora += ["--model.policy.lora.rank=4", "--model.objective.beta=0.01"]
-    lora += ["--model.gate=egspo_lightning.ops.gate.OpenGate"]  # a token at a quantile may round to either side of it
+    lora += ["--model.gate=egspo_lightning.ops.gate.OpenGate"]  # rounding could move a token across a threshold
     one = run_ranks(folder, {"lora_alone": lora}, num_ranks=1)["lora_alone"]
     on = {
         "lora_fsdp2": [*lora, *FSDP2],
@@ -175,18 +175,18 @@ def test_adapters_train_alike_and_alone_stand_in_checkpoints(run_ranks, folder, 
         "lora_with_again": [*lora, *FSDP2, at(folder, "lora_fsdp2_without", "sft.ckpt")],
     }
     rows = run_ranks(folder, on)
-    assert told_apart(rows["lora_fsdp2"], one) > 50
+    assert compare_metrics(rows["lora_fsdp2"], one) > 50
     for name in ("lora_fsdp2_on", "lora_alone_on"):
-        assert told_apart(rows[name], one[3:]) > 30
-    assert told_apart(rows["lora_with_again"], one[1:]) > 30
+        assert compare_metrics(rows[name], one[3:]) > 30
+    assert compare_metrics(rows["lora_with_again"], one[1:]) > 30
     weights = AnyCheckpointIO().load_checkpoint(at(folder, "lora_fsdp2").split("=", 1)[1])["state_dict"]
     assert weights
     assert all(is_adapter(name) for name in weights)
-    _without_sft(run_ranks, folder, [*lora, "--model.initial_stage=egspo"])
+    _check_base_as_reference(run_ranks, folder, [*lora, "--model.initial_stage=egspo"])
 
 
-def _without_sft(run_ranks, folder, base):
-    """The sharded model without its adapter is the reference."""
+def _check_base_as_reference(run_ranks, folder, base):
+    """Without SFT, the sharded model without its adapters is the reference."""
     one = run_ranks(folder, {"base_alone": base}, num_ranks=1)["base_alone"]
     assert float(one[-1]["loss/kl"]) > 0
     on = {
@@ -195,16 +195,16 @@ def _without_sft(run_ranks, folder, base):
         "base_alone_on": [*base, *FSDP2, at(folder, "base_alone")],
     }
     rows = run_ranks(folder, on)
-    assert told_apart(rows["base_fsdp2"], one) > 50
+    assert compare_metrics(rows["base_fsdp2"], one) > 50
     for name in ("base_fsdp2_on", "base_alone_on"):
-        assert told_apart(rows[name], one[3:]) > 30
+        assert compare_metrics(rows[name], one[3:]) > 30
     weights = AnyCheckpointIO().load_checkpoint(at(folder, "base_fsdp2").split("=", 1)[1])["state_dict"]
     assert weights
     assert not any(is_reference(name) for name in weights)
 
 
-def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
-    """The loss is that of autocast within its rounding, and what the optimizer moves is float32."""
+def test_mixed_precision_keeps_float32_weights(run_ranks, folder):
+    """The loss equals that of autocast up to rounding."""
     mixed = ["--trainer.max_epochs=3", "--trainer.precision=bf16-mixed"]
     rows = run_ranks(folder, {"mixed_ddp": [*mixed, *DDP], "mixed": [*mixed, *FSDP2]})
     mine, theirs = (next(float(row["loss/sft"]) for row in rows[run] if row.get("loss/sft")) for run in rows)
@@ -215,16 +215,16 @@ def test_weights_in_bfloat16_are_gathered_from_float32(run_ranks, folder):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_nodes_of_one_rank_are_one_node_of_two(run_ranks, alone, folder, strategy):
-    """Two agents of torchrun, each with a process of its own."""
+def test_two_nodes_equal_one_process(run_ranks, alone, folder, strategy):
+    """Two torchrun agents with one process each."""
     nodes = ["--trainer.max_epochs=3", "--trainer.num_nodes=2", "--trainer.devices=1", f"--trainer.strategy={strategy}"]
     name = f"nodes_{strategy}"
     rows = run_ranks(folder, {name: nodes}, num_nodes=2)[name]
-    assert told_apart(rows, alone[:3]) > 40
+    assert compare_metrics(rows, alone[:3]) > 40
 
 
-def test_the_quickstart_in_short_form_learns_under_fsdp2(run_ranks, folder):
-    """From SFT on, as in the quickstart itself; the exported model is the last checkpoint's."""
+def test_a_short_quickstart_learns_under_fsdp2(run_ranks, folder):
+    """The exported model equals the last checkpoint."""
     quickstart = [*SHORT_QUICKSTART, "--trainer.accumulate_grad_batches=1", "--hf_export.enabled=true"]
     rows = run_ranks(folder, {"quickstart": [*quickstart, *FSDP2]})["quickstart"]
     accuracy = [float(row["eval/arithmetic/avg@1"]) for row in rows if row.get("eval/arithmetic/avg@1")]

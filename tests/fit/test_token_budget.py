@@ -1,4 +1,4 @@
-"""Micro-batches that are bounded by tokens: the same updates, in the fewest passes that keep the bound."""
+"""Token budget of micro-batches: the same optimizer steps, with as few micro-batches as the budget allows."""
 
 from itertools import chain
 
@@ -17,9 +17,9 @@ from egspo_lightning.ops.padding import row_lengths
 from spies import Spy, distance
 
 BUDGET = 60
-"""Tokens: two or three rows of at most 8 + 18."""
+"""In tokens; two or three rows of at most 8 + 18 tokens fit."""
 STEADY = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.05)}
-"""An optimizer that does not blow rounding up."""
+"""SGD, which does not amplify rounding errors."""
 METHODS = {
     "egspo": {},
     "grpo": {"gate": OpenGate(), "objective": Objective(mu=0.0)},
@@ -30,19 +30,19 @@ METHODS = {
 
 @pytest.fixture(autouse=True)
 def no_padding(monkeypatch):
-    """Which is no token of a prompt or a completion."""
+    """Pack all batches, so that no pass contains padding."""
     monkeypatch.setattr(policy_module, "PACKED_WORTH", 0)
 
 
 class Passes(Callback):
-    """What the real decoder is given in every micro-batch, and what Lightning made of it."""
+    """Records the tokens that the decoder gets in each micro-batch, and the accumulation state of the trainer."""
 
     def __init__(self):
         self.seen, self.phases = 0, []
 
     def on_fit_start(self, trainer, pl_module):
         def count(decoder, args, kwargs):
-            if torch.is_grad_enabled():  # neither sampling nor scoring
+            if torch.is_grad_enabled():  # excludes sampling and scoring
                 self.seen += kwargs["input_ids"].numel()
 
         pl_module.policy.lm.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
@@ -62,7 +62,7 @@ class Passes(Callback):
 
 
 def least_number(lengths, most):
-    """Of runs of the sorted lengths, by going through all ends of the last one."""
+    """Minimal number of micro-batches by dynamic programming over the sorted lengths."""
     ordered, best = sorted(lengths), [0]
     for end in range(1, len(ordered) + 1):
         best.append(min(best[start] + 1 for start in range(end) if sum(ordered[start:end]) <= most))
@@ -71,7 +71,7 @@ def least_number(lengths, most):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_budget_changes_neither_losses_nor_weights(tiny_run, method):
-    """Two phases of SFT with two updates each, then two with four."""
+    """Two phases of SFT with two optimizer steps each, then two of EGSPO with four each."""
     ends = []
     for budget in (None, BUDGET):
         spy = Spy()
@@ -94,7 +94,7 @@ def test_a_budget_changes_neither_losses_nor_weights(tiny_run, method):
 
 @pytest.mark.parametrize("method", ["egspo", "grpo"])
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_no_pass_sees_more_and_no_phase_has_a_micro_batch_too_many(tiny_run, method, staleness):
+def test_micro_batches_keep_the_budget_and_are_as_few_as_possible(tiny_run, method, staleness):
     spy = Passes()
     data = {"num_ppo_epochs": 2, "max_tokens_per_micro_batch": BUDGET, "max_staleness": staleness}
     module = METHODS[method]
@@ -110,15 +110,15 @@ def test_no_pass_sees_more_and_no_phase_has_a_micro_batch_too_many(tiny_run, met
         assert is_last == (False,) * (len(phase) - 1) + (True,)
         assert list(steps) == [step + (i + 1) // parts[0] for i in range(len(phase))]
         updates = [[*chain(*lengths[i : i + parts[0]])] for i in range(0, len(phase), parts[0])]
-        reserved = 2 if max(kinds) == 2 else 0  # for the row that stands for none
+        reserved = 2 if max(kinds) == 2 else 0  # for the placeholder of an empty part
         assert parts[0] == max(least_number(update, BUDGET - reserved) for update in updates)
         step += num_updates
     assert len({phase[0][3] for phase in spy.phases}) > 1  # phases differ
-    assert run.trainer.accumulate_grad_batches == 1  # as it was given
+    assert run.trainer.accumulate_grad_batches == 1  # restored
     assert run.trainer.callback_metrics["update/micro_batches"] == spy.phases[-1][0][3]
 
 
-def test_one_trainer_can_be_used_again(tiny_run):
+def test_a_trainer_can_fit_again(tiny_run):
     run = tiny_run(data={"max_tokens_per_micro_batch": BUDGET}, trainer={"max_epochs": 1}).fit()
     run.trainer.fit_loop.max_epochs = 2
     run.fit()
@@ -128,7 +128,7 @@ def test_one_trainer_can_be_used_again(tiny_run):
 # Resuming
 
 
-def resumable(tiny_run, folder, *callbacks, module=None, budget=BUDGET, staleness=0, **checkpoint):
+def make_run(tiny_run, folder, *callbacks, module=None, budget=BUDGET, staleness=0, **checkpoint):
     save = PhaseCheckpoint(dirpath=folder, save_top_k=-1, **(checkpoint or {"every_n_epochs": 1}))
     data = {"num_ppo_epochs": 2, "max_tokens_per_micro_batch": budget, "max_staleness": staleness}
     trainer = {"max_epochs": 4, "enable_checkpointing": True}
@@ -141,20 +141,20 @@ def weights(run):
 
 
 @pytest.mark.parametrize(("method", "staleness"), [("egspo", 0), ("egspo", 1), ("ppo", 0)])
-def test_every_checkpoint_leads_to_the_same_end(tiny_run, tmp_path, method, staleness):
-    """Bit for bit, within phases and between them; the last update of a phase is saved when that is over."""
+def test_resuming_is_bit_identical(tiny_run, tmp_path, method, staleness):
+    """From mid-epoch checkpoints and between phases; the last step of a phase is saved after the phase."""
     settings = {"module": METHODS[method], "staleness": staleness}
     passes = Passes()
-    run = resumable(tiny_run, tmp_path / "whole", passes, **settings, every_n_train_steps=1).fit()
+    run = make_run(tiny_run, tmp_path / "whole", passes, **settings, every_n_train_steps=1).fit()
     expected, whole = weights(run), passes.phases
     saved = sorted((tmp_path / "whole").glob("epoch*.ckpt"), key=lambda path: int(path.stem.split("step=")[1]))
     assert len(saved) == run.trainer.global_step == 12
     assert len({phase[0][3] for phase in whole}) > 1
     within = 0
-    for path in (saved[i - 1] for i in (1, 2, 4, 5, 7, 11)):  # phases end after updates 2, 4 and 8
+    for path in (saved[i - 1] for i in (1, 2, 4, 5, 7, 11)):  # phases end after steps 2, 4 and 8
         rest_passes = Passes()
-        rest_passes.phases.append([])  # that of a phase which goes on is not begun again
-        rest = resumable(tiny_run, tmp_path / path.stem, rest_passes, **settings)
+        rest_passes.phases.append([])  # a resumed phase does not call on_train_epoch_start
+        rest = make_run(tiny_run, tmp_path / path.stem, rest_passes, **settings)
         torch.manual_seed(99)
         rest.fit(ckpt_path=path, weights_only=True)
         assert all(torch.equal(value, expected[name]) for name, value in weights(rest).items()), path.stem
@@ -166,24 +166,24 @@ def test_every_checkpoint_leads_to_the_same_end(tiny_run, tmp_path, method, stal
 
 
 @pytest.mark.parametrize(("before", "after"), [(BUDGET, 61), (BUDGET, None), (None, BUDGET)])
-def test_a_phase_goes_on_under_its_own_budget_alone(tiny_run, tmp_path, before, after):
-    resumable(tiny_run, tmp_path, budget=before, every_n_train_steps=1).fit()
+def test_resuming_within_a_phase_needs_the_same_budget(tiny_run, tmp_path, before, after):
+    make_run(tiny_run, tmp_path, budget=before, every_n_train_steps=1).fit()
     names = ["null" if value is None else str(value) for value in (before, after)]
     message = rf"max_tokens_per_micro_batch = {names[0]}, and this config has {names[1]}\. Resume with the"
     with pytest.raises(UserError, match=message):
-        resumable(tiny_run, tmp_path / "rest", budget=after).fit(ckpt_path=tmp_path / "epoch=2-step=5.ckpt")
+        make_run(tiny_run, tmp_path / "rest", budget=after).fit(ckpt_path=tmp_path / "epoch=2-step=5.ckpt")
 
 
-def test_between_phases_the_budget_may_change(tiny_run, tmp_path):
-    resumable(tiny_run, tmp_path / "whole", budget=None).fit()
+def test_the_budget_may_change_between_phases(tiny_run, tmp_path):
+    make_run(tiny_run, tmp_path / "whole", budget=None).fit()
     spy = Passes()
-    run = resumable(tiny_run, tmp_path / "rest", spy, budget=BUDGET)
+    run = make_run(tiny_run, tmp_path / "rest", spy, budget=BUDGET)
     run.fit(ckpt_path=tmp_path / "whole" / "epoch=1-step=4.ckpt")
     assert run.trainer.global_step == 12
     assert max(step[2] for phase in spy.phases for step in phase) <= BUDGET
 
 
-# What is refused
+# Invalid settings
 
 
 @pytest.mark.parametrize(
@@ -196,12 +196,12 @@ def test_between_phases_the_budget_may_change(tiny_run, tmp_path):
         (60, {}, {"limit_train_batches": 4}, r"limit_train_batches = 4 counts micro-batches"),
     ],
 )
-def test_what_cannot_be_is_refused(tiny_run, budget, module, trainer, message):
+def test_invalid_settings_are_refused(tiny_run, budget, module, trainer, message):
     with pytest.raises(UserError, match=message):
         tiny_run(module=module, data={"max_tokens_per_micro_batch": budget}, trainer=trainer).fit()
 
 
-def test_the_longest_row_that_may_come_is_enough(tiny_run):
+def test_the_smallest_valid_budget_works(tiny_run):
     passes = Passes()
     data = {"max_tokens_per_micro_batch": 26}
     tiny_run(passes, module=METHODS["grpo"] | {"initial_stage": "egspo"}, data=data, trainer={"max_epochs": 1}).fit()

@@ -1,4 +1,4 @@
-"""The module under the real Lightning loop: what an update is, when it is refused, when it is skipped."""
+"""EGSPOModule in training: stages, optimizer steps, skipped steps, refused settings."""
 
 import pytest
 import torch
@@ -18,24 +18,24 @@ PURE_RL = {"initial_stage": Stage.EGSPO, "objective": Objective(mu=0.0)}
 
 
 class FlatReward:
-    """Every completion earns the same: no group has spread."""
+    """The same reward for all completions, so no group has spread."""
 
     def __call__(self, completions, golds):
         return [1.0 for _ in completions]
 
 
-def test_sft_lowers_its_loss_and_the_stages_alternate_by_epoch(tiny_run):
+def test_stages_follow_one_another_by_epoch(tiny_run):
     spy = Spy()
     run = tiny_run(StageTransition(after_epochs=2), spy, trainer={"max_epochs": 4}).fit()
     stages = [batch.stage for batch in spy.batches]
-    assert stages == [Stage.SFT] * 4 + [Stage.EGSPO] * 4  # 2 x 2 updates of 16, then 2 x 2 minibatches
+    assert stages == [Stage.SFT] * 4 + [Stage.EGSPO] * 4  # 2 x 2 steps of 16 rows, then 2 x 2 minibatches
     assert all((batch.rollout is None) == (batch.stage == Stage.SFT) for batch in spy.batches)
-    assert all(batch.expert is not None for batch in spy.batches)  # mu > 0: each update carries both
+    assert all(batch.expert is not None for batch in spy.batches)  # mu > 0: each step has expert data
     assert run.module.stage == Stage.EGSPO
     assert run.data.phases.num_rollout_batches == 2
 
 
-def test_every_collection_is_sampled_by_the_policy_as_it_is(tiny_run):
+def test_every_rollout_batch_comes_from_the_current_policy(tiny_run):
     spy = Spy()
     tiny_run(spy, module=RL).fit()
     assert [batch.rollout.policy_version for batch in spy.batches] == [0, 0, 2, 2, 4, 4]
@@ -56,7 +56,7 @@ def test_the_first_ratio_is_one_and_later_ones_are_not(tiny_run):
     assert second > 1e-3
 
 
-def test_rollouts_at_another_temperature_are_caught(tiny_run, monkeypatch):
+def test_rollouts_at_another_temperature_are_detected(tiny_run, monkeypatch):
     monkeypatch.setattr(EGSPOModule, "takes_sampled_statistics", False)
     run = tiny_run(module=RL)
     score = run.module.score
@@ -74,11 +74,11 @@ def test_rollouts_at_another_temperature_are_caught(tiny_run, monkeypatch):
 
 
 @pytest.mark.parametrize("is_scored", [True, False])
-def test_an_engine_that_samples_from_another_policy_is_caught(tiny_run, monkeypatch, is_scored):
+def test_an_engine_that_samples_from_other_weights_is_detected(tiny_run, monkeypatch, is_scored):
     from egspo_lightning.rollout.transformers_engine import TransformersEngine
 
     class Stale(TransformersEngine):
-        """Samples from the weights of before."""
+        """Samples from scaled weights."""
 
         def stream(self, lm, requests, sampling, *, eos_ids, pad_id):
             for p in lm.parameters():
@@ -93,7 +93,7 @@ def test_an_engine_that_samples_from_another_policy_is_caught(tiny_run, monkeypa
         tiny_run(module=RL, data={"engine": Stale()}).fit()
 
 
-def test_half_precision_that_would_round_the_rollouts_is_refused(tiny_run):
+def test_bf16_true_precision_is_refused(tiny_run):
     with pytest.raises(UserError, match=r"trainer\.precision bf16-true rounds old log-probabilities"):
         tiny_run(trainer={"precision": "bf16-true"}).fit()
 
@@ -107,12 +107,12 @@ def test_half_precision_that_would_round_the_rollouts_is_refused(tiny_run):
         ({"overfit_batches": 2}, "would end a phase within an optimizer step"),
     ],
 )
-def test_flags_under_which_an_epoch_is_no_phase_are_refused(tiny_run, flags, message):
+def test_trainer_flags_that_cut_a_phase_are_refused(tiny_run, flags, message):
     with pytest.raises(UserError, match=message):
         tiny_run(trainer=flags).fit()
 
 
-def test_more_tokens_than_the_model_has_positions_are_refused(tiny_run):
+def test_more_tokens_than_positions_are_refused(tiny_run):
     with pytest.raises(UserError, match=r"8 \+ 4090 is more than the 4096 positions"):
         tiny_run(data={"max_completion_length": 4090}).fit()
 
@@ -125,8 +125,8 @@ def test_a_foreign_checkpoint_is_refused(tiny_run, tmp_path):
         tiny_run().fit(ckpt_path=tmp_path / "other.ckpt")
 
 
-def test_approx_kl_is_over_the_tokens_that_are_trained(tiny_run):
-    """Half of the groups without spread must not halve it."""
+def test_active_tokens_exclude_flat_groups(tiny_run):
+    """approx_kl is normalized by them, so flat groups must not shrink it."""
 
     class Half:
         def __call__(self, completions, golds):
@@ -142,7 +142,7 @@ def test_approx_kl_is_over_the_tokens_that_are_trained(tiny_run):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_rewards_that_are_no_numbers_are_refused(tiny_run, value):
+def test_nonfinite_rewards_are_refused(tiny_run, value):
     class Broken(FlatReward):
         def __call__(self, completions, golds):
             return [value for _ in completions]
@@ -151,7 +151,7 @@ def test_rewards_that_are_no_numbers_are_refused(tiny_run, value):
         tiny_run(module=RL, data={"reward": Broken()}).fit()
 
 
-def test_a_reward_that_forgets_completions_is_refused(tiny_run):
+def test_a_reward_that_returns_too_few_values_is_refused(tiny_run):
     class Short(FlatReward):
         def __call__(self, completions, golds):
             return super().__call__(completions[1:], golds[1:])
@@ -160,7 +160,7 @@ def test_a_reward_that_forgets_completions_is_refused(tiny_run):
         tiny_run(module=RL, data={"reward": Short()}).fit()
 
 
-def test_a_gate_or_an_attenuation_that_gives_nonsense_is_refused(tiny_run):
+def test_invalid_values_of_gate_and_attenuation_are_refused(tiny_run):
     class NoThreshold:
         def threshold(self, entropies):
             return entropies.rows.new_tensor(torch.nan)
@@ -186,7 +186,7 @@ def test_stale_rollouts_are_refused(tiny_run):
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
-def test_accumulation_does_not_change_the_update(tiny_run, aggregation):
+def test_gradient_accumulation_does_not_change_the_optimizer_step(tiny_run, aggregation):
     spies = []
     for parts in (1, 3, 16):
         spy = Spy()
@@ -211,7 +211,7 @@ def test_accumulation_does_not_change_the_update(tiny_run, aggregation):
             assert spy.metrics[0][name] == pytest.approx(whole.metrics[0][name], rel=1e-3, abs=1e-5), name
 
 
-def test_a_batch_without_any_spread_moves_nothing(tiny_run):
+def test_rollouts_without_spread_change_no_weights(tiny_run):
     spy = Spy()
     run = tiny_run(spy, module=PURE_RL, data={"reward": FlatReward()})
     run.module.configure_model()
@@ -222,9 +222,9 @@ def test_a_batch_without_any_spread_moves_nothing(tiny_run):
     assert spy.metrics[0]["rollout/zero_spread_fraction"] == 1.0
 
 
-def test_without_spread_momentum_does_not_move_the_policy_either(tiny_run):
+def test_momentum_does_not_change_weights_without_spread(tiny_run):
     class Turning(FlatReward):
-        """Has no spread after the first collection."""
+        """Has no spread after the first rollout batch."""
 
         num_rollout_batches = 0
 
@@ -238,7 +238,7 @@ def test_without_spread_momentum_does_not_move_the_policy_either(tiny_run):
     assert spy.metrics[0]["policy/skipped_fraction"] == 1.0
 
 
-def test_reinforcement_raises_the_reward(tiny_run):
+def test_training_raises_the_reward(tiny_run):
     rewards = []
 
     class Watch(Callback):
@@ -254,7 +254,7 @@ def test_reinforcement_raises_the_reward(tiny_run):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
 
 
-def test_the_threshold_is_that_of_the_whole_collection(tiny_run):
+def test_the_threshold_is_that_of_the_whole_rollout_batch(tiny_run):
     spy = Spy()
     run = tiny_run(spy, module=RL | {"gate": QuantileGate(0.25)}, trainer={"max_epochs": 1}).fit()
     rollout = run.data.phases.rollouts.batch
@@ -265,7 +265,7 @@ def test_the_threshold_is_that_of_the_whole_collection(tiny_run):
 
 
 @pytest.mark.parametrize(("gate", "fraction"), [(OpenGate(), 1.0), (AbsoluteGate(100.0), 0.0)])
-def test_gates_at_their_ends(tiny_run, gate, fraction):
+def test_gates_that_open_for_all_or_no_tokens(tiny_run, gate, fraction):
     spy = Spy()
     tiny_run(spy, module=RL | {"gate": gate}, trainer={"max_epochs": 1}).fit()
     assert spy.metrics[0]["gate/high_fraction"] == fraction
@@ -285,7 +285,7 @@ def test_the_reference_is_the_policy_at_the_end_of_sft(tiny_run):
     assert spy.metrics[0]["loss/kl"] > 0.0
 
 
-def test_the_kl_alone_moves_a_policy_whose_rollouts_have_no_spread(tiny_run):
+def test_the_kl_loss_trains_without_spread(tiny_run):
     class Shift(Callback):
         """Moves the policy away from its reference."""
 
@@ -329,7 +329,7 @@ def test_gradient_checkpointing_samples_the_same_tokens_and_takes_the_same_step(
     assert distance(plain.weights[-1], checkpointed.weights[-1]) < 1e-6
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_run):
+def test_runs_are_deterministic_given_the_seed(tiny_run):
     ends = []
     for seed in (1, 1, 2):
         spy = Spy()
@@ -345,7 +345,7 @@ def test_resuming_at_a_phase_boundary_is_bit_identical(tiny_run, tmp_path):
     first = tiny_run(StageTransition(**stages), trainer={"max_epochs": 2}).fit()
     first.trainer.save_checkpoint(tmp_path / "half.ckpt")
     rest = tiny_run(StageTransition(**stages), trainer={"max_epochs": 4})
-    torch.manual_seed(99)  # nothing may depend on the global generator
+    torch.manual_seed(99)  # results must not depend on the global generator
     rest.fit(ckpt_path=tmp_path / "half.ckpt")
     assert rest.data.phases.num_rollout_batches == whole.data.phases.num_rollout_batches == 3
     assert distance(list(whole.module.policy.parameters()), list(rest.module.policy.parameters())) == 0.0

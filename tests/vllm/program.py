@@ -1,6 +1,6 @@
-"""Run by the tests in processes of their own, since ``vllm.LLM`` leaves its process changed: ``program.py CASE ARGS``.
+"""Test cases for vLLM, each in its own process, because ``vllm.LLM`` changes global state: ``program.py CASE ARGS``.
 
-Prints a line of JSON, which the tests judge.
+A case prints one line of JSON, which the test checks.
 """
 
 import json
@@ -23,68 +23,71 @@ from egspo_lightning.types import Sampling
 
 EOS, PAD = [256], 257
 LENGTHS = (5, 200)
-"""Of prompts: a block of vLLM's cache holds 128 tokens on a CPU, so that only the longer ones have a cached prefix."""
+"""Prompt lengths. A block of vLLM's cache holds 128 tokens on a CPU, so only longer prompts have a cached prefix."""
 
 
 def model(folder: str, *, tied: bool, seed: int = 0) -> Any:
-    """Random weights large enough that different ones give different tokens."""
+    """A model whose random weights are so large that other weights sample other tokens."""
     torch.manual_seed(seed)
     config = AutoConfig.from_pretrained(folder, tie_word_embeddings=tied)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    shake(lm, seed)
+    randomize(lm, seed)
     return lm
 
 
 @torch.no_grad()
-def shake(lm: Any, seed: int) -> None:
-    """Other weights, every one of them."""
+def randomize(lm: Any, seed: int) -> None:
+    """Replace all weights."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in lm.parameters():
         parameter.copy_(parameter.new_empty(parameter.shape).normal_(0.0, 0.3, generator=generator))
 
 
-def requests(num: int = 8) -> list[Request]:
+def make_requests(num: int = 8) -> list[Request]:
     generator = random.Random(0)
     prompts = [[generator.randrange(200) for _ in range(length)] for length in LENGTHS for _ in range(num // 2)]
     return [Request(prompt, f"stream/{i}") for i, prompt in enumerate(prompts)]
 
 
-def ask(engine: Any, lm: Any, asked: list[Request], sampling: Sampling) -> list[Any]:
-    batches = engine.stream(lm, asked, sampling, eos_ids=EOS, pad_id=PAD)
-    return [sample for _, sample in sorted(pair for batch in batches for pair in batch)]
+def sample(engine: Any, lm: Any, requests: list[Request], sampling: Sampling) -> list[Any]:
+    batches = engine.stream(lm, requests, sampling, eos_ids=EOS, pad_id=PAD)
+    return [completion for _, completion in sorted(pair for batch in batches for pair in batch)]
 
 
 @torch.no_grad()
 def forward_logprobs(lm: Any, request: Request, token_ids: list[int], temperature: float) -> torch.Tensor:
-    """By one forward pass over prompt and completion, without a cache."""
+    """Log-probabilities of one forward pass over prompt and completion, without a cache."""
     whole = torch.tensor([[*request.prompt_ids, *token_ids]])
     logits = lm(input_ids=whole, use_cache=False).logits[0, len(request.prompt_ids) - 1 : -1].double() / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None]).squeeze(1)
 
 
 def compare(engine: VLLMEngine, lm: Any) -> dict[str, Any]:
-    """Greedy tokens against the transformers engine's, and log-probabilities of samples against a forward pass."""
-    asked, greedy = requests(), Sampling(12, temperature=0.0)
-    pairs = zip(ask(engine, lm, asked, greedy), ask(TransformersEngine(), lm, asked, greedy), strict=True)
+    """Compare greedy tokens with the transformers engine, and log-probabilities of samples with a forward pass."""
+    prompts, greedy = make_requests(), Sampling(12, temperature=0.0)
+    pairs = zip(sample(engine, lm, prompts, greedy), sample(TransformersEngine(), lm, prompts, greedy), strict=True)
     sampling = Sampling(12, temperature=0.7)
     gaps = [
-        (torch.tensor(sample.logprobs) - forward_logprobs(lm, request, sample.token_ids, 0.7)).abs().max().item()
-        for request, sample in zip(asked, ask(engine, lm, asked, sampling), strict=True)
+        (torch.tensor(found.logprobs) - forward_logprobs(lm, request, found.token_ids, 0.7)).abs().max().item()
+        for request, found in zip(prompts, sample(engine, lm, prompts, sampling), strict=True)
     ]
-    half = len(asked) // 2
+    half = len(prompts) // 2
     same = [ours.token_ids == theirs.token_ids for ours, theirs in pairs]
     return {"same": {LENGTHS[0]: sum(same[:half]), LENGTHS[1]: sum(same[half:])}, "of": half, "gap": max(gaps)}
 
 
 def agreement(folder: str, tied: str, fault: str) -> list[dict[str, Any]]:
-    """At first, after new weights, and with another object of the same shape; ``fault`` is left out after the first."""
+    """Compare with the first weights, with new weights, and with another model of the same shape.
+
+    After the first comparison the engine no longer syncs weights (``fault`` "sync") or clears its cache ("reset").
+    """
     engine, lm = VLLMEngine(max_model_len=512, kv_cache_gib=0.25), model(folder, tied=tied == "tied")
     found = [compare(engine, lm)]
     if fault == "sync":
         engine.copy_weights = lambda *_: None  # type: ignore[method-assign]
     if fault == "reset":
         engine._forget_prefixes = lambda *_: None  # type: ignore[method-assign]
-    shake(lm, 1)
+    randomize(lm, 1)
     found.append(compare(engine, lm))
     found.append(compare(engine, model(folder, tied=tied == "tied", seed=2)))
     engine.close()
@@ -92,10 +95,10 @@ def agreement(folder: str, tied: str, fault: str) -> list[dict[str, Any]]:
 
 
 def adapters(folder: str) -> list[dict[str, Any]]:
-    """A policy with adapters, as they are at first and when they have been trained."""
+    """Compare a policy with LoRA adapters, for two sets of adapter weights."""
     torch.manual_seed(0)
     lm = PolicyConfig(folder, from_scratch=True, lora=LoraConfig(rank=4)).build().eval().lm
-    shake(lm, 0)
+    randomize(lm, 0)
     engine, found = VLLMEngine(max_model_len=512, kv_cache_gib=0.25), []
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
@@ -108,8 +111,8 @@ def adapters(folder: str) -> list[dict[str, Any]]:
 
 
 def checkpoint(folder: str, root: str, fault: str) -> list[dict[str, Any]]:
-    """One engine, through a fit and two checkpoints that are loaded into the same module; ``fault`` as above."""
-    VLLMEngine.close = lambda self: None  # type: ignore[method-assign]  # it lives on from one command to the next
+    """Compare after a fit and after loading two checkpoints into the same module; ``fault`` as in ``agreement``."""
+    VLLMEngine.close = lambda self: None  # type: ignore[method-assign]  # keep the engine for the next command
     cli = run(
         [
             "fit",
@@ -138,50 +141,50 @@ def checkpoint(folder: str, root: str, fault: str) -> list[dict[str, Any]]:
     return found
 
 
-def manners(folder: str) -> dict[str, Any]:
-    """What a sample depends on, how it ends, and what vLLM leaves behind in the process."""
-    lm, asked = model(folder, tied=True), requests()
+def isolation(folder: str) -> dict[str, Any]:
+    """Check what a sample depends on, how it ends, what is refused, and which global state vLLM leaves behind."""
+    lm, prompts = model(folder, tied=True), make_requests()
     sampling = Sampling(12, temperature=1.0)
     engine = VLLMEngine(max_model_len=512, kv_cache_gib=0.25)
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002  the global one
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002  the global generator
     expected = random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
     random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002
-    together = [sample.token_ids for sample in ask(engine, lm, asked, sampling)]
+    together = [found.token_ids for found in sample(engine, lm, prompts, sampling)]
     drawn = random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
-    alone = [ask(engine, lm, [request], sampling)[0].token_ids for request in asked]
+    alone = [sample(engine, lm, [request], sampling)[0].token_ids for request in prompts]
     torch.set_num_threads(2)
     threads = torch.get_num_threads()
     ends = sorted({token for tokens in together for token in tokens[1:]})[:40]
-    stream = engine.stream(lm, asked, sampling, eos_ids=ends, pad_id=PAD)
-    assert len(next(stream)) < len(asked)
-    second = refusal(lambda: ask(engine, lm, asked, sampling))
-    stream.close()  # whoever stops in between leaves nothing behind
-    again = [sample.token_ids for sample in ask(engine, lm, asked, sampling)]
+    stream = engine.stream(lm, prompts, sampling, eos_ids=ends, pad_id=PAD)
+    assert len(next(stream)) < len(prompts)
+    second = refusal(lambda: sample(engine, lm, prompts, sampling))
+    stream.close()  # an unfinished stream must leave no state behind
+    again = [found.token_ids for found in sample(engine, lm, prompts, sampling)]
     engine.close()
     has_group = torch.distributed.is_initialized()
-    anew = [sample.token_ids for sample in ask(engine, lm, asked, sampling)]
-    stopped = list(engine.stream(lm, asked, sampling, eos_ids=ends, pad_id=PAD))
+    restarted = [found.token_ids for found in sample(engine, lm, prompts, sampling)]
+    stopped = list(engine.stream(lm, prompts, sampling, eos_ids=ends, pad_id=PAD))
     engine.close()
-    lm.config.eos_token_id = ends[0]  # not one of those that are asked for
-    endless = [sample.token_ids for sample in ask(engine, lm, asked, sampling)]
-    one, two, three = ask(engine, lm, [asked[0]._replace(seed=seed) for seed in "aba"], sampling)
-    longer = refusal(lambda: ask(engine, lm, asked, Sampling(313)))
-    cold = refusal(lambda: ask(engine, lm, asked, Sampling(3, temperature=0.001)))
-    other = refusal(lambda: ask(engine, model(folder, tied=False), asked, sampling))
+    lm.config.eos_token_id = ends[0]  # not among the requested EOS ids
+    endless = [found.token_ids for found in sample(engine, lm, prompts, sampling)]
+    one, two, three = sample(engine, lm, [prompts[0]._replace(seed=seed) for seed in "aba"], sampling)
+    longer = refusal(lambda: sample(engine, lm, prompts, Sampling(313)))
+    cold = refusal(lambda: sample(engine, lm, prompts, Sampling(3, temperature=0.001)))
+    other = refusal(lambda: sample(engine, model(folder, tied=False), prompts, sampling))
     lm.named_parameters = lambda **_: iter(list(torch.nn.Module.named_parameters(lm))[:-1])
-    partial = refusal(lambda: ask(engine, lm, asked, sampling))
+    partial = refusal(lambda: sample(engine, lm, prompts, sampling))
     return {
         "distinct": len({tuple(tokens) for tokens in together}),
         "alone": alone == together,
         "again": again == together,
-        "anew": anew == together,
+        "restarted": restarted == together,
         "random": drawn == expected,
         "threads": threads,
         "has_group": has_group,
         "endless": endless == together,
         "ends": ends,
-        "stopped": [[sample.token_ids, sample.is_truncated] for batch in stopped for _, sample in batch],
-        "cut": [[len(sample.token_ids), sample.is_truncated] for sample in (one, two, three)],
+        "stopped": [[found.token_ids, found.is_truncated] for batch in stopped for _, found in batch],
+        "cut": [[len(found.token_ids), found.is_truncated] for found in (one, two, three)],
         "seeds": [one.token_ids == three.token_ids, one.token_ids == two.token_ids],
         "refusals": [longer, cold, other, second, partial],
     }
@@ -195,7 +198,7 @@ def refusal(call: Any) -> str:
     return ""
 
 
-CASES = {case.__name__: case for case in (agreement, adapters, checkpoint, manners)}
+CASES = {case.__name__: case for case in (agreement, adapters, checkpoint, isolation)}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""vLLM itself, on a CPU: `pip install -r tests/vllm/requirements.txt` as there, then `pytest -m vllm -n 0`."""
+"""VLLMEngine with a real vLLM on a CPU; tests/vllm/requirements.txt describes installation and command."""
 
 import csv
 import json
@@ -19,11 +19,11 @@ pytestmark = [
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
 PROGRAM = str(Path(__file__).with_name("program.py"))
 LARGEST_GAP = 1e-4
-"""Nats: a hundred times what float32 rounds to here, and a hundredth of what stale values do."""
+"""Nats; a hundred times the rounding error of float32 here, and a hundredth of the error of stale weights."""
 
 
 def python(repository, *arguments):
-    """Run Python in a process group of its own, with a time limit; what it prints."""
+    """Run Python in its own process group with a time limit, and return its output."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=repository,
@@ -47,18 +47,18 @@ def case(repository, *arguments):
 
 
 def agrees(found):
-    """Greedy tokens equal the transformers engine's for short and long prompts, log-probabilities a forward pass's."""
+    """Whether greedy tokens equal those of the transformers engine, and log-probabilities those of a forward pass."""
     assert found["of"] == 4
     return found["same"] == {"5": 4, "200": 4} and found["gap"] <= LARGEST_GAP
 
 
 @pytest.mark.parametrize("tied", ["tied", "untied"])
-def test_it_samples_from_the_policy_as_it_is(repository, tiny_model, tied):
+def test_samples_come_from_the_current_policy(repository, tiny_model, tied):
     found = case(repository, "agreement", tiny_model, tied, "none")
     assert [agrees(each) for each in found] == [True, True, True], found
 
 
-def test_without_new_weights_the_comparison_fails(repository, tiny_model):
+def test_the_comparison_detects_stale_weights(repository, tiny_model):
     fresh, *stale = case(repository, "agreement", tiny_model, "tied", "sync")
     assert agrees(fresh)
     for each in stale:
@@ -66,7 +66,7 @@ def test_without_new_weights_the_comparison_fails(repository, tiny_model):
         assert each["same"] == {"5": 0, "200": 0}
 
 
-def test_with_cached_prefixes_the_comparison_fails_for_prompts_longer_than_a_block(repository, tiny_model):
+def test_the_comparison_detects_stale_prefix_caches(repository, tiny_model):
     fresh, *stale = case(repository, "agreement", tiny_model, "tied", "reset")
     assert agrees(fresh)
     for each in stale:
@@ -80,25 +80,25 @@ def test_adapters_are_merged_at_every_call(repository, tiny_model):
 
 
 @pytest.mark.parametrize("fault", ["none", "sync"])
-def test_a_checkpoint_that_is_loaded_is_what_is_sampled_from(repository, tiny_model, tmp_path, fault):
+def test_samples_come_from_a_loaded_checkpoint(repository, tiny_model, tmp_path, fault):
     fitted, *loaded = case(repository, "checkpoint", tiny_model, str(tmp_path), fault)
     assert agrees(fitted)
     if fault == "none":
         assert all(map(agrees, loaded)), loaded
-    else:  # the last checkpoint holds what was sampled from at last, the one before does not
+    else:  # last.ckpt holds the weights of the last sync, sft.ckpt does not
         assert not agrees(loaded[0])
 
 
-def test_what_a_sample_depends_on_and_what_is_left_behind(repository, tiny_model):
-    found = case(repository, "manners", tiny_model)
+def test_samples_are_independent_and_no_global_state_is_left_behind(repository, tiny_model):
+    found = case(repository, "isolation", tiny_model)
     assert found["distinct"] == 8
-    assert found["alone"], "a sample depends on what is sampled beside it"
-    assert found["again"], "a stream that was given up left something behind"
-    assert found["anew"], "it does not start again after it was closed"
-    assert found["random"], "it drew from the global generators"
+    assert found["alone"], "a sample depends on the other requests"
+    assert found["again"], "an unfinished stream changed later samples"
+    assert found["restarted"], "samples differ after close and restart"
+    assert found["random"], "sampling used the global random generators"
     assert found["threads"] == 2
     assert not found["has_group"]
-    assert found["endless"], "it ends at the EOS of the model's config, which was not asked for"
+    assert found["endless"], "completions end at the EOS of the model config, which was not requested"
     assert len(found["stopped"]) == 8
     for token_ids, is_truncated in found["stopped"]:
         assert is_truncated == (token_ids[-1] not in found["ends"])
@@ -113,7 +113,7 @@ def test_what_a_sample_depends_on_and_what_is_left_behind(repository, tiny_model
     assert partial.startswith("UserError: data.engine VLLMEngine: vLLM takes none of LlamaForCausalLM's weights for")
 
 
-def test_the_quickstart_learns_in_twenty_collections(repository, tmp_path):
+def test_the_quickstart_learns_in_twenty_rollout_batches(repository, tmp_path):
     arguments = [
         "--trainer.max_epochs=38",
         "--trainer.logger=CSVLogger",
@@ -134,7 +134,7 @@ def test_the_quickstart_learns_in_twenty_collections(repository, tmp_path):
         return [float(row[name]) for row in rows if row.get(name)]
 
     before, after_sft, after = values("eval/arithmetic/avg@1")
-    assert before < 0.05 < after_sft + 0.08 < after  # the bar of the other strategies
+    assert before < 0.05 < after_sft + 0.08 < after  # the same bar as for the strategies
     assert len(values("rollout/sampler_gap")) == 20
     assert max(values("rollout/sampler_gap")) < 1e-5
     assert max(values("policy/sampler_ratio_max")) < 1.001
