@@ -125,8 +125,8 @@ CHAT = """{% if thinking is not defined %}{{ raise_exception('thinking is not gi
 {% for message in messages %}{{ message.content }}{% endfor %}"""
 
 
-def test_variables_of_the_chat_template_reach_every_command(small_model, repository, tmp_path, monkeypatch, capsys):
-    """The template refuses any prompt without the variable; the run's config keeps it."""
+def test_chat_template_kwargs_reach_every_command(small_model, repository, tmp_path, monkeypatch, capsys):
+    """The template raises an error without the variable; the config of the run keeps it."""
     monkeypatch.chdir(repository)
     model = tmp_path / "chat"
     shutil.copytree(small_model, model)
@@ -141,10 +141,10 @@ def test_variables_of_the_chat_template_reach_every_command(small_model, reposit
     assert cli.datamodule.phases.num_rollout_batches == 1
     assert cli.trainer.callback_metrics["eval/arithmetic/avg@1"] >= 0
     assert "thinking: false" in (folder / "config.yaml").read_text()
-    run(["test", *measuring(folder), root])
+    run(["test", *checkpoint_flags(folder), root])
     (tmp_path / "mine.jsonl").write_text('{"problem": "11+11=?", "answer": "22"}')
     mine = ["--data.problems=DatasetProblems", f"--data.problems.init_args.path={tmp_path / 'mine.jsonl'}"]
-    run(["predict", *measuring(folder), root, *mine])
+    run(["predict", *checkpoint_flags(folder), root, *mine])
 
 
 def test_the_console_script_is_the_same_command():
