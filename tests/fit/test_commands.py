@@ -55,7 +55,7 @@ def test_the_exported_model_samples_the_same_completions(quickstart):
     data, module = cli.datamodule, cli.model
     data.trainer.accelerator.setup(data.trainer)
     batch = next(iter(data.problems_of(data.benchmarks[0].name)))
-    ours = [completion.text for completion in data.answer(batch)]
+    ours = [answer.completion for answer in data.answer(batch)]
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
     theirs = []
