@@ -47,8 +47,8 @@ class OneBadLoss(Callback):
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 2:
-            (part,) = pl_module._finite._parts
-            pl_module._finite._parts = [part._replace(loss=part.loss * float("nan"))]
+            (recorded,) = pl_module._finite.micro_batches
+            pl_module._finite.micro_batches = [recorded._replace(loss=recorded.loss * float("nan"))]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.moved.append(not torch.equal(self.before, weights(pl_module)))
