@@ -122,7 +122,7 @@ def test_rollout_imports_only_batching_and_scoring_ops(path):
     """It reaches only ops that batch, pad, mask and compute token statistics."""
     known = {name.removeprefix("ops.") for name in transitive_imports(path) if name.startswith("ops.")}
     token_stats = {"token_stats", "token_stats_backward", "logit_tiles"}
-    assert known <= {"batching", "masking", "padding", *token_stats}
+    assert known <= {"batching", "masking", *token_stats}
 
 
 def test_only_the_upper_layers_import_lightning():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from egspo_lightning.ops.padding import row_lengths
+from egspo_lightning.ops.batching import row_lengths
 from measuring.timing import Reading, Stopwatch
 
 

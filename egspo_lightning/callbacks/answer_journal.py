@@ -75,7 +75,7 @@ def open_journal(name: str, module: EGSPOModule, data: HybridDataModule, folder:
     trainer.strategy.barrier()
     earlier = journal.read()
     trainer.strategy.barrier()  # nobody appends before all have read
-    answerer.remember(name, earlier)
+    answerer.earlier[name] = earlier
     if earlier:
         rank_zero_info(
             f"{name}: {len(earlier)} of {len(journal.problems)} problems were answered before, in {place}; they are "
@@ -91,7 +91,7 @@ def close_journal(journal: Journal, module: EGSPOModule, data: HybridDataModule)
     if trainer.is_global_zero:
         journal.merge()
     trainer.strategy.barrier()
-    data.answerer.remember(journal.settings["benchmark"], {})
+    data.answerer.earlier.pop(journal.settings["benchmark"])
 
 
 def _checkpoint(module: EGSPOModule) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from egspo_lightning.data.prompts import PromptEncoder
 from egspo_lightning.data.sources import EndlessOrder
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.padding import BLANK_TOKENS, pad_right
+from egspo_lightning.ops.batching import BLANK_TOKENS, pad_right
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.types import Demonstration, ExpertBatch, ExpertSolution, Problem, UpdateSize
 

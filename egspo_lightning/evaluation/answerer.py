@@ -46,7 +46,8 @@ class Answerer:
 
     problems: dict[str, list[Problem]] = field(default_factory=dict, init=False, repr=False)
     """The problems of each benchmark by its name, and the user's own under the name ``PREDICT``."""
-    _earlier: dict[str, Mapping[str, Sequence[Answer]]] = field(default_factory=dict, init=False, repr=False)
+    earlier: dict[str, Mapping[str, Sequence[Answer]]] = field(default_factory=dict, init=False, repr=False)
+    """Answers to a benchmark, by problem id, to return instead of sampling new ones."""
 
     def load(self, encoder: PromptEncoder) -> None:
         """Read the benchmarks once, and check the lengths of their prompts before training starts.
@@ -112,39 +113,29 @@ class Answerer:
             "num_problems": len(asked),
             "problems": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
             "num_samples": num_samples,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_completion_length": sampling.max_completion_length,
+            **sampling._asdict(),
             "seed": self.seed,
             "engine": type(self.engine).__name__,
             **self.grader.settings(),
         }
 
-    def remember(self, name: str, answers: Mapping[str, Sequence[Answer]]) -> None:
-        """Return these answers, by problem id, instead of sampling new ones; an empty mapping removes them."""
-        self._earlier[name] = answers
-
     def answer(self, policy: RolloutPolicy, encoder: PromptEncoder, batch: ProblemBatch) -> list[Answer]:
-        """Sample and grade the answers to a batch of problems; remembered answers are reused. Collective."""
-        earlier = self._earlier.get(batch.benchmark, {})
+        """Sample and grade the answers to a batch of problems; those in ``earlier`` are reused. Collective."""
+        earlier = self.earlier.get(batch.benchmark, {})
         new = [problem for problem in batch.problems if problem.id not in earlier]
         prompts = [Prompt(p, encoder.encode(p), f"{self.seed}/{batch.benchmark}/{p.id}") for p in new]
         n = batch.num_samples
         samples = sample(policy, self.engine, prompts, n, batch.sampling)
-        graded: list[Answer] = []
-        if samples:
-            asked = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
-            graded = self._grade(new, samples, decode(policy, samples), asked)
+        graded = self._grade(policy, prompts, samples) if samples else []
         fresh = {problem.id: graded[i * n : (i + 1) * n] for i, problem in enumerate(new)}
         return [answer for problem in batch.problems for answer in earlier.get(problem.id) or fresh[problem.id]]
 
-    def _grade(
-        self, problems: Sequence[Problem], samples: Sequence[Sample], texts: Sequence[str], prompts: Sequence[str]
-    ) -> list[Answer]:
+    def _grade(self, policy: RolloutPolicy, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Answer]:
         """Grade the samples. A box inside reasoning that the prompt has opened does not count as an answer."""
-        n = len(samples) // len(problems)
-        judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
-        asked = [problem for problem in problems for _ in range(n)]
+        n, texts = len(samples) // len(prompts), decode(policy, samples)
+        contexts = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
+        judged = [with_opened_block(text, context) for text, context in zip(texts, contexts, strict=True)]
+        asked = [prompt.problem for prompt in prompts for _ in range(n)]
         known = [i for i, problem in enumerate(asked) if problem.answer]
         grades = dict(
             zip(known, self.grader.grade([judged[i] for i in known], [asked[i].answer for i in known]), strict=True)

@@ -106,7 +106,6 @@ class DatasetBenchmark(Benchmark, ProblemRows):
     """A benchmark from a file, a local folder or the Hugging Face Hub.
 
     Args:
-        name: The name in metrics.
         split: The split of a data set, or a part of it ("test[:100]").
     """
 
@@ -140,7 +139,6 @@ class KnownBenchmark(Benchmark):
         temperature: Sampling temperature; 0 is greedy; null for the usual value.
         top_p: Sample from the smallest set of tokens with this probability mass; null for the usual value.
         max_completion_length: Longest answer in tokens; null for the usual length.
-        limit: Only the first problems; null for all.
 
     Raises:
         UserError: on loading, as ``DatasetBenchmark`` does.

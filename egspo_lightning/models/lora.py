@@ -6,8 +6,6 @@ Source: arXiv 2106.09685, equation 3. The reference policy is the policy at the 
 the model with a frozen copy of the adapter; without SFT, where B A = 0, it is the model without adapters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

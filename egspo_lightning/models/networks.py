@@ -1,14 +1,16 @@
-"""Policy, reference policy and critic, scored together."""
+"""Policy, reference policy and critic: scored together, and held in eval mode with whole weights for inference."""
 
-from __future__ import annotations
-
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from egspo_lightning.models import lora
 from egspo_lightning.models.critic import Critic
+from egspo_lightning.models.fsdp import ShardingPlan, gathered
 from egspo_lightning.models.policy import Policy
 from egspo_lightning.types import NetworkOutputs
 
@@ -46,3 +48,33 @@ class Networks:
         with lora.as_reference(self.policy.lm) if self.reference is None else nullcontext():
             stats = (self.reference or self.policy)(input_ids, completion_mask, self.temperature, False)
         return stats.logprobs
+
+
+class InferenceMode:
+    """Puts networks into eval mode and gathers their shards; may be entered again within itself."""
+
+    def __init__(self) -> None:
+        self._held: list[Any] = []
+
+    @contextmanager
+    def hold(self, networks: list[Any], precision: AbstractContextManager[Any], plan: ShardingPlan) -> Iterator[None]:
+        """Hold networks whole and in eval mode, in the training precision; skip those that an outer call holds.
+
+        With sharded networks, all ranks must enter together.
+        """
+        fresh = [network for network in networks if network not in self._held]
+        was_training = [network.training for network in fresh]
+        for network in fresh:
+            network.eval()  # gradient checkpointing in train mode breaks the cache
+        self._held += fresh
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(precision)
+                for network in fresh:
+                    stack.enter_context(gathered(network, plan))
+                yield
+        finally:
+            for network, training in zip(fresh, was_training, strict=True):
+                self._held.remove(network)
+                network.train(training)

@@ -17,8 +17,7 @@ from torch.nn.functional import pad
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.packed_attention import Run, Runs, packed_states, use_packing
-from egspo_lightning.ops.batching import similar_length_batches
-from egspo_lightning.ops.padding import row_lengths
+from egspo_lightning.ops.batching import row_lengths, similar_length_batches
 from egspo_lightning.ops.token_stats import token_stats
 from egspo_lightning.types import NetworkOutputs
 

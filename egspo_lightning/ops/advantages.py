@@ -27,9 +27,8 @@ def group_relative(rewards: Values, group_size: int, *, scale_by_std: bool = Tru
 def leave_one_out(rewards: Values, group_size: int) -> Tensor:
     """RLOO's advantage: the reward minus the mean of the other rewards in the group (arXiv 2402.14740).
 
-    ``A_i = R_i - (sum_j R_j - R_i) / (G - 1) = (R_i - mean) * G / (G - 1)``.
-
-    ``rewards`` and ``group_size`` are those of ``group_relative``.
+    ``A_i = R_i - (sum_j R_j - R_i) / (G - 1) = (R_i - mean) * G / (G - 1)``. The arguments are those of
+    ``group_relative``.
     """
     return group_relative(rewards, group_size, scale_by_std=False) * (group_size / (group_size - 1))
 

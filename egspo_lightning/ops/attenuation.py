@@ -33,7 +33,7 @@ class ConfidenceAttenuation(Attenuation):
 
 @dataclass(frozen=True)
 class ConstantAttenuation(Attenuation):
-    """The same phi for every low-entropy token: 0 drops them ("80/20"), 1 is plain PPO.
+    """One phi for all low-entropy tokens: 0 drops them ("80/20"), 1 is plain PPO.
 
     Args:
         value: phi, in [0, 1]; above 1 low-entropy tokens would weigh more than high-entropy ones.
@@ -42,7 +42,7 @@ class ConstantAttenuation(Attenuation):
     value: UnitInterval
 
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
-        """phi everywhere."""
+        """(B, T), constant."""
         return torch.full_like(old_logprobs, self.value)
 
 

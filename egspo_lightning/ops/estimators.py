@@ -71,7 +71,7 @@ class GroupRelative(Advantage):
     min_generations: ClassVar[int] = 2
 
     def estimate(self, experience: Experience) -> Estimate:
-        """The same advantage at every token of a completion."""
+        """One advantage for all tokens of a completion."""
         per_row = group_relative(experience.rewards, experience.group_size, scale_by_std=self.scale_by_std)
         return Estimate(per_row.unsqueeze(1) * experience.mask)
 
@@ -87,7 +87,7 @@ class LeaveOneOut(Advantage):
     min_generations: ClassVar[int] = 2
 
     def estimate(self, experience: Experience) -> Estimate:
-        """The same advantage at every token of a completion."""
+        """One advantage for all tokens of a completion."""
         per_row = leave_one_out(experience.rewards, experience.group_size)
         return Estimate(per_row.unsqueeze(1) * experience.mask)
 

@@ -37,7 +37,7 @@ def token_stats_from_logits(logits: Values, input_ids: Values, *, temperature: f
 
 
 def stats_from_probs(probs: Tensor, logits: Tensor, input_ids: Tensor, *, with_entropies: bool = True) -> TokenStats:
-    """The same from a softmax that exists already, without an exponential or a logarithm for each entry.
+    """Token statistics from an existing softmax, without an exponential or a logarithm for each entry.
 
     With m the largest logit, ``log p_v = z_v - m + log max_w p_w``. Then ``H = -log max_w p_w - sum_v p_v (z_v - m)``,
     two terms that are never negative.
@@ -64,7 +64,7 @@ def token_stats(
     vocab_chunk_size: int | None = None,
     with_entropies: bool = True,
 ) -> TokenStats:
-    """The same from hidden states, one tile of tokens x vocabulary at a time: the logits (N, V) never exist at once.
+    """Token statistics from hidden states, tile by tile: the logits (N, V) never exist at once.
 
     With z the logits over the temperature, p their softmax and m a running maximum, the forward pass accumulates
     ``s = sum_v exp(z_v - m)`` and ``u = sum_v exp(z_v - m) (z_v - m)`` over the tiles. Then
@@ -167,7 +167,7 @@ def _single_tile(tiles: LogitTiles, input_ids: Tensor, with_entropies: bool) -> 
 
 
 def _many_tiles(tiles: LogitTiles, input_ids: Tensor, with_entropies: bool) -> tuple[Tensor, Tensor, Tensor, None]:
-    """The same tile by tile, without the probabilities."""
+    """Log-normalizer, log-probability and entropy of all tokens, (N,) each, tile by tile; keeps no probabilities."""
     wide = wide_dtype(tiles.hidden.dtype)
     log_norms, chosen, entropies = (tiles.hidden.new_empty(len(input_ids), dtype=wide) for _ in range(3))
     for tokens in tiles.tokens:

@@ -65,9 +65,7 @@ def sample(
 ) -> list[Sample]:
     """Sample ``num_samples`` completions of each prompt; those of a prompt are adjacent. Collective.
 
-    Statistics, which take 64 bytes a token, are left out.
-
-    All ranks must call it equally often, with or without prompts.
+    Statistics, which take 64 bytes a token, are left out. All ranks must call it equally often, even without prompts.
     """
     batches = stream_samples(policy, engine, prompts, num_samples, sampling)
     done = {i: found._replace(logprobs=[], entropies=None) for batch in batches for i, found in batch}

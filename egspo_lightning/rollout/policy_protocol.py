@@ -43,7 +43,7 @@ class RolloutPolicy(Protocol):
         """
 
     def scoring(self) -> AbstractContextManager[Any]:
-        """The same context for ``score``, with all networks; may be entered within ``sampling``."""
+        """Context for ``score``, like ``sampling`` with all networks; may be entered within ``sampling``."""
 
     def score(self, input_ids: Tensor, completion_mask: Tensor) -> NetworkOutputs:
         """Score given sequences with all networks, at the sampling temperature."""

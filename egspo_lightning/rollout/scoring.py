@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from egspo_lightning.ops.batching import batches_within
-from egspo_lightning.ops.padding import pad_right, row_lengths
+from egspo_lightning.ops.batching import batches_within, pad_right, row_lengths
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Group, SampledGroups
 from egspo_lightning.types import Completion, Measurements, NetworkOutputs, ScoredRollouts

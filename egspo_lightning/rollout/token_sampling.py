@@ -6,7 +6,6 @@ small vocabulary, an operation takes longer to launch than to process the rows o
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,17 +49,6 @@ class RandomStreams:
         self._generators = [self._generators[row] for row in kept.tolist()]
 
 
-class _Step(NamedTuple):
-    """The tokens of one decode step, (n,) each."""
-
-    rows: Tensor
-    """int64, row numbers in the whole batch"""
-    tokens: Tensor
-    """int64"""
-    running: Tensor
-    """bool, false where the row had ended before"""
-
-
 class TokenSampler:
     """Samples the tokens of a batch step by step, and records them with their statistics.
 
@@ -83,7 +71,7 @@ class TokenSampler:
         self._lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         shape = max(MAX_PENDING // num_entries, num_rows), num_entries
         self._logits, self._probs = (torch.empty(shape, device=device, dtype=torch.float32) for _ in range(2))
-        self._pending: list[_Step] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, tokens and running of each step, see ``draw``
         self._num_pending = 0  # rows of the pending steps
         self._num_recorded = 0  # steps
 
@@ -107,7 +95,7 @@ class TokenSampler:
             tokens = logits.argmax(-1)
         else:
             tokens = invert(probs, uniforms, self._sampling.top_p)
-        self._pending.append(_Step(rows, tokens, running))
+        self._pending.append((rows, tokens, running))
         self._num_pending += len(rows)
         return tokens
 
@@ -116,7 +104,7 @@ class TokenSampler:
         if not self._pending:
             return
         numbers = enumerate(self._pending, self._num_recorded)
-        steps = torch.cat([torch.full_like(step.rows, number) for number, step in numbers])  # no wait for the device
+        steps = torch.cat([torch.full_like(rows, number) for number, (rows, _, _) in numbers])  # no wait for the device
         rows, tokens, running = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._tokens[rows, steps] = tokens
         pending = slice(self._num_pending)

@@ -29,8 +29,9 @@ LEAST_TEMPERATURE = 0.01
 class VLLMEngine(RolloutEngine):
     """Samples with vLLM; needs ``pip install "egspo-lightning[vllm]"`` and one process.
 
-    A sample depends on its seed and prompt alone, up to rounding, which varies with the batch. vLLM reports no
-    entropies, so the policy scores the rollouts; ``rollout/sampler_gap`` logs the distance between the two.
+    One GPU holds the whole model; for a larger one, use ``--trainer.strategy fsdp2`` with the default engine. A sample
+    depends on its seed and prompt alone, up to rounding, which varies with the batch. vLLM reports no entropies, so the
+    policy scores the rollouts; ``rollout/sampler_gap`` logs the distance between the two.
 
     Args:
         gpu_memory_utilization: Share of a GPU's memory for vLLM's weights and cache, in (0, 1]; training takes the
@@ -42,7 +43,6 @@ class VLLMEngine(RolloutEngine):
         dtype: Type of vLLM's weights; by default the type in which training computes.
         enable_sleep: On a GPU, free vLLM's memory between calls.
         enforce_eager: On a GPU, run without CUDA graphs: slower, with less memory.
-        tensor_parallel_size: GPUs that share a model; more than 1 is not supported yet.
     """
 
     def __init__(
@@ -54,13 +54,7 @@ class VLLMEngine(RolloutEngine):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         enable_sleep: bool = True,
         enforce_eager: bool = False,
-        tensor_parallel_size: int = 1,
     ) -> None:
-        allowed = (
-            "1: each rank samples its own problems with a whole model. If the model and its training do not fit on "
-            "one GPU, use --trainer.strategy fsdp2 with the default engine"
-        )
-        require(tensor_parallel_size == 1, "VLLMEngine.tensor_parallel_size", tensor_parallel_size, allowed)
         if find_spec("vllm") is None:
             raise UserError(
                 "data.engine VLLMEngine needs vLLM, which is not installed: "

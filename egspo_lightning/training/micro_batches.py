@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.data.expert_pool import ExpertShare
-from egspo_lightning.ops.batching import balanced_batches, batches_within
+from egspo_lightning.ops.batching import BLANK_TOKENS, balanced_batches, batches_within, row_lengths
 from egspo_lightning.ops.masking import Total
-from egspo_lightning.ops.padding import BLANK_TOKENS, row_lengths
 from egspo_lightning.types import RolloutBatch, Stage, TrainingBatch, UpdateSize
 
 

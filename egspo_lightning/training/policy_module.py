@@ -14,8 +14,7 @@ from torch import Tensor
 
 from egspo_lightning.models import lora
 from egspo_lightning.models.fsdp import shard
-from egspo_lightning.models.inference import InferenceMode
-from egspo_lightning.models.networks import Networks
+from egspo_lightning.models.networks import InferenceMode, Networks
 from egspo_lightning.models.policy import end_of_sequence_ids
 from egspo_lightning.models.snapshot import Snapshot
 from egspo_lightning.training.resumable_module import ResumableModule

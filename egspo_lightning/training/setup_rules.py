@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.ops.attenuation import ConstantAttenuation
+from egspo_lightning.ops.batching import BLANK_TOKENS
 from egspo_lightning.ops.estimators import ExpertAdvantage, GroupRelative
 from egspo_lightning.ops.gate import OpenGate
-from egspo_lightning.ops.padding import BLANK_TOKENS
 
 # The module's parts
 

@@ -10,9 +10,9 @@ from egspo_lightning.models import policy
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops import logit_tiles, token_stats
+from egspo_lightning.ops.batching import row_lengths
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
-from egspo_lightning.ops.padding import row_lengths
 from egspo_lightning.rollout import token_sampling as drawing
 from egspo_lightning.rollout import transformers_engine
 from spies import RL, Spy, distance

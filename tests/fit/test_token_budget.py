@@ -10,10 +10,10 @@ from egspo_lightning import PhaseCheckpoint, StageTransition
 from egspo_lightning.errors import UserError
 from egspo_lightning.models import policy as policy_module
 from egspo_lightning.models.critic import CriticConfig
+from egspo_lightning.ops.batching import row_lengths
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.gate import OpenGate
 from egspo_lightning.ops.objective import Objective
-from egspo_lightning.ops.padding import row_lengths
 from spies import Spy, distance
 
 BUDGET = 60

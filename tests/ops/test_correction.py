@@ -7,10 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
-from egspo_lightning.ops.batching import balanced_batches
+from egspo_lightning.ops.batching import balanced_batches, row_lengths
 from egspo_lightning.ops.correction import SamplerCorrection, is_corrected, sampler_ratios, sampler_weights
 from egspo_lightning.ops.objective import Coefficients, Objective
-from egspo_lightning.ops.padding import row_lengths
 from egspo_lightning.training.micro_batches import RolloutShare
 from egspo_lightning.types import NetworkOutputs
 

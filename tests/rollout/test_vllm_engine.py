@@ -47,11 +47,6 @@ def engine_parser():
     return parser
 
 
-def test_tensor_parallel_size_above_one_is_refused():
-    with pytest.raises(UserError, match=r"VLLMEngine.tensor_parallel_size must be 1: .*, got 2"):
-        VLLMEngine(tensor_parallel_size=2)
-
-
 def test_vllm_with_several_ranks_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)

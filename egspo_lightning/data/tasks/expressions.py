@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
 from math import prod
 from typing import ClassVar, NamedTuple
 
@@ -165,10 +165,7 @@ def _terms(text: str) -> Terms:
 def _partial_sums(terms: Terms) -> Iterator[int]:
     """The sums of neighboring terms, of all lengths."""
     for start in range(len(terms)):
-        total = 0
-        for term in terms[start:]:
-            total += term.value
-            yield total
+        yield from accumulate(term.value for term in terms[start:])
 
 
 @cache
