@@ -73,6 +73,11 @@ def extract_answer(text: str, extractor: AnswerExtractor, where: str) -> str:
     return answer
 
 
+def ending_of(solution: str) -> Literal["boxed", "gsm8k", "plain"]:
+    """Return the format of a solution's end, which ``auto`` takes."""
+    return "boxed" if extract_boxed(solution) else "gsm8k" if gsm8k_answer(solution) else "plain"
+
+
 def boxed_solution(solution: str, answer: str | None, solution_format: SolutionFormat, where: str) -> str:
     r"""Convert a solution into the form of all training data: worked text whose final answer is in ``\boxed{}``.
 
@@ -83,12 +88,10 @@ def boxed_solution(solution: str, answer: str | None, solution_format: SolutionF
     Raises:
         UserError: the row has no answer in this format.
     """
-    is_boxed, final = extract_boxed(solution), gsm8k_answer(solution)
-    if solution_format == "auto":
-        solution_format = "boxed" if is_boxed else "gsm8k" if final else "plain"
-    match solution_format:
+    final = gsm8k_answer(solution)
+    match ending_of(solution) if solution_format == "auto" else solution_format:
         case "boxed":
-            if is_boxed:
+            if extract_boxed(solution):
                 return solution.strip()
             missing = "the solution has no \\boxed{} with an answer"
         case "gsm8k":

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from decimal import Decimal
 from glob import glob
 from itertools import chain
 from pathlib import Path
@@ -71,7 +72,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_float=Decimal)  # numbers keep their digits
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start}). Re-encode it.") from None
     except RecursionError:

@@ -1,15 +1,24 @@
 """Rows of a data set, and their conversion into problems and demonstrations."""
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
-from egspo_lightning.data.answer_formats import AnswerExtractor, SolutionFormat, boxed_solution, extract_answer
+from egspo_lightning.data.answer_formats import (
+    AnswerExtractor,
+    SolutionFormat,
+    boxed_solution,
+    ending_of,
+    extract_answer,
+)
 from egspo_lightning.data.reader import Row, read_rows
 from egspo_lightning.errors import UserError
 from egspo_lightning.types import Demonstration, PositiveInt, Problem
+
+MAX_DIGITS = 1000
+"""Numbers with more digits before or after the point are refused: they are no answers."""
 
 
 @dataclass
@@ -77,14 +86,11 @@ def problem_of(
         UserError: the problem is absent or empty, or the answer is, unless ``needs_answer`` is false and the row has
             none.
     """
-    answer = row.get(answer_field)
-    if isinstance(answer, list) and answer and all(isinstance(part, str) for part in answer):
-        row = row | {answer_field: ", ".join(answer)}  # OlympiadBench lists the parts of an answer
-    is_open = answer is None and not needs_answer
+    is_open = row.get(answer_field) is None and not needs_answer
     return Problem(
         id=_row_id(row, where),
         problem=_text(row, problem_field, where),
-        answer="" if is_open else extract_answer(_text(row, answer_field, where), answer_extractor, where),
+        answer="" if is_open else extract_answer(_answer(row, answer_field, where), answer_extractor, where),
         subject=str(row.get("subfield") or row.get("subject") or ""),  # OlympiadBench has both, and one subject
         level=str(row.get("level") or ""),
     )
@@ -104,9 +110,12 @@ def demonstration_of(
         UserError: the problem or the solution is absent or empty, or no answer can be found.
     """
     problem, solution = _text(row, problem_field, where), _text(row, solution_field, where)
-    answer = None if answer_field == solution_field else row.get(answer_field)
-    given = None if answer is None else str(answer)
-    return Demonstration(_row_id(row, where), problem, boxed_solution(solution, given, solution_format, where))
+    if solution_format == "auto":
+        solution_format = ending_of(solution)
+    answer = None if answer_field == solution_field or solution_format != "plain" else row.get(answer_field)
+    if answer is not None and str(answer).strip():
+        answer = _answer(row, answer_field, where)
+    return Demonstration(_row_id(row, where), problem, boxed_solution(solution, answer, solution_format, where))
 
 
 def _row_id(row: dict[str, Any], where: str) -> str:
@@ -117,11 +126,19 @@ def _row_id(row: dict[str, Any], where: str) -> str:
     return where.replace("\\", "/").rpartition("/")[2]
 
 
-def _text(row: dict[str, Any], field: str, where: str) -> str:
-    """The text of a field; a finite number becomes its text."""
+def _answer(row: dict[str, Any], field: str, where: str) -> str:
+    """The text of an answer field; the parts of a list, as OlympiadBench has them, are joined by commas."""
     value = row.get(field)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
+    rows = [row | {field: part} for part in value] if isinstance(value, list) and value else [row]
+    return ", ".join(_text(each, field, where) for each in rows)
+
+
+def _text(row: dict[str, Any], field: str, where: str) -> str:
+    """The text of a field; a finite number is written in digits (0.00005, never 5e-05)."""
+    value = row.get(field)
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        number = Decimal(str(value))
+        value = f"{number:f}" if number.is_finite() and abs(number.adjusted()) < MAX_DIGITS else value
     if not isinstance(value, str) or not value.strip():
         shown = "nothing" if field not in row else repr(value)
         raise UserError(

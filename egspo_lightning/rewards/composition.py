@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -72,7 +73,11 @@ class WeightedReward(Reward):
         """
         columns = {name: _values(name, term, completions, golds, details) for name, term in self.terms.items()}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return [Scored(sum(self.weights[name] * value for name, value in row.items()), row) for row in rows]
+        sums = [sum(self.weights[name] * value for name, value in row.items()) for row in rows]
+        return [
+            Scored(_single_precision(_finite(total, "data.reward: the weighted sum")), row)
+            for total, row in zip(sums, rows, strict=True)
+        ]
 
     def require_fit(self, max_completion_length: int) -> None:
         """Let each term check the length limit.
@@ -118,11 +123,22 @@ def _finite(value: object, where: str) -> float:
     """Return a number of any type as a float. Texts and arrays with dimensions are refused."""
     try:
         number = float(value) if isinstance(value, SupportsFloat) and not getattr(value, "ndim", 0) else math.nan
+        _single_precision(number)  # refuses what is too large
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(f"{where} gave a reward of {_shown(value)}. Rewards must be finite numbers.")
     return number
+
+
+def _single_precision(value: float) -> float:
+    """Round to float32, as advantages do, so that sums that differ by float64 rounding alone make a flat group.
+
+    Raises:
+        OverflowError: the value is too large.
+    """
+    (rounded,) = struct.unpack("f", struct.pack("f", value))
+    return float(rounded)
 
 
 def _shown(value: object) -> str:

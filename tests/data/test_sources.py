@@ -89,6 +89,44 @@ class TestJsonLinesDemonstrations:
         assert [d.id for d in loaded] == ["5", "a.jsonl:2", "a.jsonl:3"]
 
     @pytest.mark.parametrize(
+        ("answer", "text"),
+        [
+            ("0.00005", "0.00005"),
+            ("5e-05", "0.00005"),
+            ("1.50", "1.50"),
+            ("6.02e23", "602000000000000000000000"),
+            ("0", "0"),
+            ('["3", "4"]', "3, 4"),
+            ("[3, 0.5]", "3, 0.5"),
+        ],
+    )
+    def test_problem_and_demonstration_read_an_answer_alike(self, tmp_path, answer, text):
+        path = tmp_path / "a.jsonl"
+        path.write_text(f'{{"problem": "p", "solution": "So.", "answer": {answer}}}', encoding="utf-8")
+        (problem,) = DatasetProblems(str(path)).load()
+        (demonstration,) = DatasetDemonstrations(str(path)).load()
+        assert (problem.answer, demonstration.solution) == (text, f"So.\n\\boxed{{{text}}}")
+
+    @pytest.mark.parametrize(
+        "answer", ["true", '{"value": "7"}', "NaN", "Infinity", "1e999999999", "[]", '["3", null]']
+    )
+    def test_answer_that_is_neither_text_nor_number_is_refused_with_its_row(self, tmp_path, answer):
+        path = tmp_path / "a.jsonl"
+        path.write_text(f'{{"problem": "p", "solution": "So.", "answer": {answer}}}', encoding="utf-8")
+        for source in (DatasetProblems(str(path)), DatasetDemonstrations(str(path))):
+            with pytest.raises(UserError, match=r"a\.jsonl:1: field 'answer' must be non-empty text"):
+                source.load()
+
+    def test_float_column_is_written_in_digits(self, tmp_path):
+        import datasets
+
+        path = tmp_path / "a.parquet"
+        datasets.Dataset.from_dict({"problem": ["p"], "solution": ["So."], "answer": [5e-05]}).to_parquet(path)
+        (problem,) = DatasetProblems(str(path)).load()
+        (demonstration,) = DatasetDemonstrations(str(path)).load()
+        assert (problem.answer, demonstration.solution) == ("0.00005", "So.\n\\boxed{0.00005}")
+
+    @pytest.mark.parametrize(
         ("solution_format", "row"),
         [
             ("auto", {"solution": "no end"}),

@@ -128,6 +128,15 @@ def test_flat_groups_are_replaced_in_place_up_to_max_resampling(max_resampling, 
     assert source.num_drawn == len(drawn) >= 8 + len(discarded)
 
 
+def test_rewards_that_differ_by_float64_rounding_make_a_flat_group():
+    def nearly_equal(completions, golds):
+        return [(0.1 + 0.2) + 0.3 if text[-1] == "0" else 0.1 + (0.2 + 0.3) for text in completions]
+
+    sampled = sample(collector(reward=WeightedReward.of(nearly_equal), max_resampling=1), BytePolicy(), 0, 0, 1)
+    assert ids(sampled.discarded) == ["0", "1", "2", "3"]
+    assert all(group.is_flat for group in sampled.groups)
+
+
 def test_every_resampling_round_has_its_own_seeds():
     sampled = sample(collector({1, 4, 5}, max_resampling=2), BytePolicy(), 3, 0, 1)
     groups = [group for group in (*sampled.discarded, *sampled.groups) if group.number == 1]
