@@ -20,7 +20,7 @@ from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 
-RECIPES = ["quickstart", "expressions", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
+RECIPES = ["quickstart", "expressions", "smollm2_135m", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
 
 EGSPO = {
     "objective": Objective(mu=0.1),

@@ -6,6 +6,7 @@ A case prints one line of JSON, which the test checks.
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from egspo_lightning.cli.main import run
+from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.models.lora import LoraConfig
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout.engine import Request
@@ -62,9 +64,9 @@ def forward_logprobs(lm: Any, request: Request, token_ids: list[int], temperatur
     return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None]).squeeze(1)
 
 
-def compare(engine: VLLMEngine, lm: Any) -> dict[str, Any]:
+def compare(engine: VLLMEngine, lm: Any, prompts: list[Request] | None = None) -> dict[str, Any]:
     """Compare greedy tokens with the transformers engine, and log-probabilities of samples with a forward pass."""
-    prompts, greedy = make_requests(), Sampling(12, temperature=0.0)
+    prompts, greedy = prompts or make_requests(), Sampling(12, temperature=0.0)
     pairs = zip(sample(engine, lm, prompts, greedy), sample(TransformersEngine(), lm, prompts, greedy), strict=True)
     sampling = Sampling(12, temperature=0.7)
     gaps = [
@@ -107,6 +109,28 @@ def adapters(folder: str) -> list[dict[str, Any]]:
                 if "lora" in name:
                     parameter.copy_(parameter.new_empty(parameter.shape).normal_(0.0, 0.1, generator=generator))
         found.append(compare(engine, lm))
+    return found
+
+
+def pretrained(name: str, file: str) -> list[dict[str, Any]]:
+    """A real model with prompts of its own chat template: as it is, and with adapters that change it."""
+    config = PolicyConfig(name, gguf_file=file)
+    tokenizer, found = config.load_tokenizer(), []
+    prompts = [
+        Request(PromptTemplate(system=system).encode(tokenizer, f"What is {number} times 7?"), f"stream/{number}")
+        for system in ("Calculate.", "Explain every step of the calculation in full sentences. " * 20)
+        for number in range(11, 15)
+    ]
+    for adapters in (None, LoraConfig(rank=4)):
+        lm = replace(config, lora=adapters).build().eval().lm
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                if adapters is not None and parameter.requires_grad:
+                    parameter.copy_(parameter.new_empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+        engine = VLLMEngine(max_model_len=512, kv_cache_gib=0.25)
+        found.append(compare(engine, lm, prompts))
+        engine.close()
     return found
 
 
@@ -198,7 +222,7 @@ def refusal(call: Any) -> str:
     return ""
 
 
-CASES = {case.__name__: case for case in (agreement, adapters, checkpoint, isolation)}
+CASES = {case.__name__: case for case in (agreement, adapters, pretrained, checkpoint, isolation)}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
