@@ -121,7 +121,10 @@ def test_recipes_build(build, name):
     assert isinstance(cli.datamodule, HybridDataModule)
 
 
-@pytest.mark.parametrize(("name", "family"), [("quickstart", ArithmeticTask), ("expressions", ExpressionTask)])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("quickstart", ArithmeticTask), ("expressions", ExpressionTask), ("smollm2_135m", ExpressionTask)],
+)
 def test_generated_recipes_use_one_task_for_training_and_benchmarks(build, name, family):
     data = build(f"--config=configs/{name}.yaml").datamodule
     assert data.demonstrations.task == data.problems.task == data.benchmarks[0].task == family()
