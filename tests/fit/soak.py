@@ -62,11 +62,12 @@ class Faults(Callback):
                     stop_workers(grader, grade, dies=kind == "crash")
             return grade(grader, texts, golds)
 
-        def rewarded(*args):
-            values = reward(*args)
+        @wraps(reward)  # the parser checks signatures when it dumps the config
+        def rewarded(*args, **kwargs):
+            values = reward(*args, **kwargs)
             return [1.0] * len(values) if faults.is_on("flat") else values
 
-        @wraps(stream)  # the parser checks the signature when it dumps the config
+        @wraps(stream)
         def streamed(*args, **kwargs):
             for batch in stream(*args, **kwargs):
                 yield faults.cut(batch) if faults.is_sampling else batch
