@@ -217,6 +217,8 @@ class RolloutBatch(NamedTuple):
     """(B,) float32"""
     is_expert: Tensor
     """(B,) bool: an expert solution, which the policy did not sample"""
+    is_masked: Tensor
+    """(B,) bool: left out of the loss, its normalizer and the gate: truncated, with ``mask_truncated``"""
     threshold: Tensor
     """(B, 1) float32, nats: tau, the entropy from which a token counts as high"""
     weight_scale: Tensor
@@ -229,8 +231,18 @@ class RolloutBatch(NamedTuple):
 
     @property
     def sampled_mask(self) -> Tensor:
-        """(B, T) bool: the tokens that the policy sampled itself."""
+        """(B, T) bool: the tokens that the policy sampled itself, masked completions included."""
         return self.completion_mask & ~self.is_expert.unsqueeze(1)
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """(B, T) bool: the tokens that the loss and its normalizer count."""
+        return self.completion_mask & ~self.is_masked.unsqueeze(1)
+
+    @property
+    def gated_mask(self) -> Tensor:
+        """(B, T) bool: the tokens that the gate ranks and weights: those of the loss that the policy sampled."""
+        return self.loss_mask & self.sampled_mask
 
 
 class TrainingBatch(NamedTuple):

@@ -57,7 +57,8 @@ TEMPLATE = """
 <div><dt>answer</dt><dd dir="auto">{{ c.extracted | text if c.extracted is string else "none found" }}</dd></div>
 <div><dt>gold answer</dt><dd dir="auto">{{ c.gold | text }}</dd></div>
 <div><dt>verdict</dt><dd dir="auto">{{ verdict }}, reward {{ "%g" | format(c.reward) }}, {{ c.length }} tokens
-{%- if c.is_truncated %}, cut at the length limit{% endif %}</dd></div></dl><div class="text" dir="auto">
+{%- if c.is_truncated %}, cut at the length limit{% endif %}
+{%- if c.is_masked is true %}, masked: not in the loss{% endif %}</dd></div></dl><div class="text" dir="auto">
 {%- for t in tokens[c.run, c.completion_id] %}
 {%- set opacity = darkest * ([[t.entropy / most, 0.0] | max, 1.0] | min) -%}
 <span class="t{{ " high" if t.is_high_entropy }}" style="--h:{{ "%.2f" | format(opacity) }}" data-v="{{ t | values }}">
@@ -148,5 +149,7 @@ def _text(text: str) -> str:
 def _values(token: dict[str, Any]) -> str:
     """Recorded values of a token, one a line, with control characters replaced."""
     gate = "high: full update" if token["is_high_entropy"] else "low: attenuated"
+    if token.get("is_masked") is True:  # absent from earlier records
+        gate = "none: masked, not in the loss"
     texts = {"token": visible(token["token"], spaces=True), "problem_id": visible(token["problem_id"]), "gate": gate}
     return VALUES.format(**token | texts)

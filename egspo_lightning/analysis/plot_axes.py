@@ -48,6 +48,11 @@ def require_frame(plot: str, frame: pd.DataFrame, columns: Sequence[str], *, one
         raise UserError(f"{plot} draws one run, got {', '.join(runs)}. Use side_by_side({plot}, frame), or choose one.")
 
 
+def without_masked(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the tokens of masked completions, which the gate does not weight; earlier records mark none."""
+    return tokens[tokens["is_masked"].ne(True)] if "is_masked" in tokens else tokens
+
+
 def entropy_edges(entropies: pd.Series, bins: int) -> np.ndarray:
     """Borders of ``bins`` bins from 0 to the 99.5 % quantile of the entropies, in nats.
 

@@ -29,6 +29,9 @@ _KEYS = [
     _column("problem_id", pa.string(), "id of the problem in its source"),
     _column("completion_id", pa.string(), "rollout batch/rank/row: unique in a run"),
 ]
+_MASKED = _column(
+    "is_masked", pa.bool_(), "whether the loss leaves the completion out (truncated, with mask_truncated)"
+)
 
 TOKENS = pa.schema(
     [
@@ -38,16 +41,21 @@ TOKENS = pa.schema(
         _column("token", pa.string(), "the token decoded alone; part of a character becomes U+FFFD"),
         _column("entropy", pa.float32(), "H_t, nats: entropy of the distribution that the token was sampled from"),
         _column("old_logprob", pa.float32(), "log pi_old(y_t), nats, at the sampling temperature"),
-        _column("is_high_entropy", pa.bool_(), "whether H_t >= tau, so that the token takes the full update"),
+        _column(
+            "is_high_entropy",
+            pa.bool_(),
+            "whether H_t >= tau, so that the token takes the full update; false if masked",
+        ),
         _column("phi", pa.float32(), "phi_t: weight of a low-entropy token; also given for high-entropy tokens"),
-        _column("token_weight", pa.float32(), "g_t before the first optimizer step, with rescaling"),
-        _column("advantage", pa.float32(), "A_t"),
+        _column("token_weight", pa.float32(), "g_t before the first optimizer step, with rescaling; 0 if masked"),
+        _column("advantage", pa.float32(), "A_t; 0 if masked"),
         _column("ratio", pa.float32(), "pi(y_t) / pi_old(y_t) after the last optimizer step on the rollout batch"),
         _column(
             "entropy_after", pa.float32(), "H_t of the policy after the last optimizer step on the rollout batch, nats"
         ),
         _column("reward", pa.float32(), "reward of the completion"),
         _column("threshold", pa.float32(), "tau, nats; -inf where the gate is open"),
+        _MASKED,
     ],
     metadata={VERSION_KEY: VERSION.encode()},
 )
@@ -63,6 +71,7 @@ COMPLETIONS = pa.schema(
         _column("is_correct", pa.bool_(), "the grader's verdict"),
         _column("length", pa.int32(), "length in tokens, with EOS"),
         _column("is_truncated", pa.bool_(), "whether the length limit came before an EOS"),
+        _MASKED,
     ],
     metadata={VERSION_KEY: VERSION.encode()},
 )

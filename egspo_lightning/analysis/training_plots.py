@@ -20,6 +20,7 @@ from egspo_lightning.analysis.plot_axes import (
     by_run,
     entropy_edges,
     finish,
+    without_masked,
 )
 
 
@@ -50,9 +51,9 @@ def threshold_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def high_share_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Share of recorded tokens of high entropy, with 95 % intervals over completions."""
+    """Share of recorded tokens of high entropy, with 95 % intervals over completions; without masked ones."""
     ax = axes_for(ax, "high_share_curve", tokens, ["rollout_batch", "completion_id", "is_high_entropy"])
-    for run, rows, color in by_run(tokens):
+    for run, rows, color in by_run(without_masked(tokens)):
         share = means(rows, ["rollout_batch"], "is_high_entropy") * 100
         ax.errorbar(share.index, share["mean"], share["half_width"], color=color, marker=".", capsize=2, label=run)
     ax.set_ylim(bottom=0)
@@ -60,8 +61,12 @@ def high_share_curve(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def weight_mass(tokens: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Shares of high-entropy and low-entropy tokens in the sum of the weights g_t, and the share of high tokens."""
+    """Shares of high-entropy and low-entropy tokens in the sum of the weights g_t, and the share of high tokens.
+
+    Masked completions are left out.
+    """
     ax = axes_for(ax, "weight_mass", tokens, ["rollout_batch", "token_weight", "is_high_entropy"], one_run=True)
+    tokens = without_masked(tokens)
     mass = tokens.pivot_table("token_weight", "rollout_batch", "is_high_entropy", aggfunc="sum", fill_value=0.0)
     mass = mass.reindex(columns=[True, False], fill_value=0.0)
     share = 100 * mass.div(mass.sum(axis=1), axis=0)

@@ -9,7 +9,7 @@ from egspo_lightning.types import NonNegativeInt
 
 
 class EntropyHistogram(Callback):
-    """Logs histograms of token entropy: all tokens, high-entropy tokens, low-entropy tokens.
+    """Logs histograms of token entropy: all tokens that the gate ranks, high-entropy tokens, low-entropy tokens.
 
     TensorBoard and Weights & Biases get histograms. Other loggers get mean and quantiles as metrics
     (``entropy/all/mean``, ``.../p10``, ``.../p50``, ``.../p90``). Training itself logs threshold and gate as curves
@@ -34,7 +34,7 @@ class EntropyHistogram(Callback):
         if rollouts is None:
             return
         rollout = rollouts.batch
-        sampled = rollout.sampled_mask
-        high = high_entropy_mask(rollout.entropies, sampled, rollout.threshold)
-        masks = {"entropy/all": sampled, "entropy/high": high, "entropy/low": sampled & ~high}
+        gated = rollout.gated_mask
+        high = high_entropy_mask(rollout.entropies, gated, rollout.threshold)
+        masks = {"entropy/all": gated, "entropy/high": high, "entropy/low": gated & ~high}
         log_histograms(trainer, {tag: rollout.entropies[mask] for tag, mask in masks.items() if mask.any()})

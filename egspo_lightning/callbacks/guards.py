@@ -1,5 +1,6 @@
 """Guards: warnings about runs that train but do not learn."""
 
+import math
 from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
@@ -96,17 +97,20 @@ class Guards(CheckpointedCallback):
 
     def _judge(self, metrics: Mapping[str, float]) -> dict[str, tuple[bool, str]]:
         """Whether each guard fires, and what it found."""
-        entropy, kl = metrics["policy/entropy"], metrics["policy/approx_kl"]
+        kl = metrics["policy/approx_kl"]
+        entropy = metrics.get("policy/entropy", math.nan)  # absent where all completions are masked
         gap = metrics.get("policy/first_ratio_gap", 0.0)  # stale rollouts have none
         truncated = metrics["rollout/truncated_fraction"]
         is_flat = metrics["rollout/zero_spread_fraction"] == 1
-        self.first_entropy = entropy if self.first_entropy is None else self.first_entropy
+        if self.first_entropy is None and not math.isnan(entropy):
+            self.first_entropy = entropy
+        first = math.nan if self.first_entropy is None else self.first_entropy
         self.num_zero = self.num_zero + 1 if is_flat and metrics["rollout/reward_mean"] == 0 else 0
         self.num_flat += is_flat
         return {
             "entropy_collapse": (
-                entropy < self.min_entropy_share * self.first_entropy,
-                f"the policy's entropy is {entropy:.4g} nats a token, against {self.first_entropy:.4g} at first",
+                entropy < self.min_entropy_share * first,
+                f"the policy's entropy is {entropy:.4g} nats a token, against {first:.4g} at first",
             ),
             "kl_runaway": (not kl <= self.max_kl, f"the policy is {kl:.4g} nats a token away from the sampling policy"),
             "ratio_after_sampling": (

@@ -58,13 +58,15 @@ class RolloutSamples(Callback):
     def _sample(self, rollouts: CollectedRollouts, row: int, module: EGSPOModule) -> str:
         """Verdict and problem as indented blocks, which Markdown shows literally; then the tokens."""
         completion = rollouts.completions[row]
-        blocks = [_block(self._cut(text)) for text in (_verdict(completion), completion.problem.problem)]
+        verdict = _verdict(completion) + (", masked: not in the loss" if rollouts.batch.is_masked[row] else "")
+        blocks = [_block(self._cut(text)) for text in (verdict, completion.problem.problem)]
         return "\n\n".join([*blocks, f"<pre>{''.join(self._tokens(rollouts, row, module))}</pre>"])
 
     def _tokens(self, rollouts: CollectedRollouts, row: int, module: EGSPOModule) -> Iterator[str]:
         """The tokens as HTML, at most ``max_characters`` of text."""
         rollout, token_ids = rollouts.batch, rollouts.completions[row].token_ids
         mask, threshold = rollout.completion_mask[row], rollout.threshold[row].item()
+        has_gate = isfinite(threshold) and not rollout.is_masked[row]  # an open gate highlights nothing
         values = zip(rollout.entropies[row][mask].tolist(), rollout.advantages[row][mask].tolist(), strict=True)
         length = 0
         for i, (token_id, (entropy, advantage)) in enumerate(zip(token_ids, values, strict=True)):
@@ -73,7 +75,7 @@ class RolloutSamples(Callback):
             if length > self.max_characters:
                 yield f" ... ({len(token_ids) - i} more tokens)"
                 return
-            is_marked = isfinite(threshold) and entropy >= threshold  # an open gate highlights nothing
+            is_marked = has_gate and entropy >= threshold
             hint = f"entropy {entropy:.3g} nats, advantage {advantage:.3g}"
             yield f'<strong><a title="{hint}">{escape(text)}</a></strong>' if is_marked else escape(text)
 

@@ -15,6 +15,7 @@ from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, file_of,
 from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, log_folder, module_of, resumes_in
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.ops.gate import high_entropy_mask
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
@@ -91,6 +92,7 @@ def record(
         "is_correct": [completion.correct for completion in completions],
         "length": [len(completion.token_ids) for completion in completions],
         "is_truncated": [completion.is_truncated for completion in completions],
+        "is_masked": rollout.is_masked[chosen].tolist(),
     }
     tokens = {name: values.cpu().numpy() for name, values in _token_columns(rollout, module, chosen).items()}
     token_ids, rows = tokens["token_id"].tolist(), rollout.sampled_mask[chosen].nonzero()[:, 0].tolist()
@@ -104,7 +106,7 @@ def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -
     """The columns of TOKENS that tensors hold, for the tokens of the chosen rows in order."""
     high, low = module.objective.branch_weights(rollout, module.attenuation, rollout.entropies)
     phi = module.attenuation.phi(rollout.old_logprobs, rollout.entropies, rollout.threshold)
-    mask = rollout.sampled_mask[chosen]
+    mask, gated = rollout.sampled_mask[chosen], rollout.gated_mask[chosen]
     after = _outputs_now(module, rollout.input_ids[chosen], mask)
     starts = mask.int().argmax(-1, keepdim=True)
     aligned = {
@@ -112,9 +114,9 @@ def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -
         "token_id": rollout.input_ids[chosen],
         "entropy": rollout.entropies[chosen],
         "old_logprob": rollout.old_logprobs[chosen],
-        "is_high_entropy": (rollout.entropies >= rollout.threshold)[chosen],
+        "is_high_entropy": high_entropy_mask(rollout.entropies[chosen], gated, rollout.threshold[chosen]),
         "phi": phi[chosen],
-        "token_weight": (high + low)[chosen],
+        "token_weight": (high + low)[chosen] * gated,
         "advantage": rollout.advantages[chosen],
         "ratio": log_ratio(after.logprobs, rollout.old_logprobs[chosen]).exp(),
         "entropy_after": after.entropies,

@@ -69,7 +69,7 @@ class PhaseMetrics:
 @torch.no_grad()
 def policy_metrics(logprobs: Tensor, rollout: RolloutBatch, clip_low: float, clip_high: float) -> Metrics:
     """Distance from the sampling policy; a token counts as clipped by the given range, whichever branch it takes."""
-    old, mask = rollout.old_logprobs, rollout.sampled_mask
+    old, mask = rollout.old_logprobs, rollout.gated_mask
     below, above = clipped_tokens(logprobs, old, rollout.advantages, clip_low=clip_low, clip_high=clip_high)
     num_tokens = max(rollout.update_size.num_sampled_tokens, 1.0)
     return {
@@ -87,13 +87,13 @@ def value_metrics(values: Tensor, rollout: RolloutBatch, clip: float | None) -> 
         return {}
     moved = ((values - rollout.old_values).abs() > clip).float()
     num_tokens = max(rollout.update_size.num_active_tokens, 1.0)
-    return {"value/moved_fraction": masked_sum(moved, rollout.completion_mask) / num_tokens}
+    return {"value/moved_fraction": masked_sum(moved, rollout.loss_mask) / num_tokens}
 
 
 @torch.no_grad()
 def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
-    """Sums over the sampled tokens of this rank's rollout batch, to be added over ranks; ``weights`` is g_t, (B, T)."""
-    mask = rollout.sampled_mask
+    """Sums over the gated tokens of this rank's rollout batch, to be added over ranks; ``weights`` is g_t, (B, T)."""
+    mask = rollout.gated_mask
     high = high_entropy_mask(rollout.entropies, mask, rollout.threshold)
     has_tokens = mask.any(-1) & torch.isfinite(rollout.threshold.squeeze(1))
     sums = {
@@ -118,8 +118,13 @@ def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
 
 
 def rollout_batch_metrics(sums: Metrics) -> Metrics:
-    """Metrics of gate and critic for a rollout batch, from its ``rollout_batch_sums`` over all ranks."""
-    tokens, high = sums["tokens"].clamp(min=1), sums["high"]
+    """Metrics of gate and critic for a rollout batch, from its ``rollout_batch_sums`` over all ranks.
+
+    A rollout batch whose completions are all masked has no mean.
+    """
+    if sums["tokens"] == 0:
+        return {"gate/weight_sum": sums["weight"]}
+    tokens, high = sums["tokens"], sums["high"]
     metrics = {
         "gate/high_fraction": high / tokens,
         "gate/weight_mean": sums["weight"] / tokens,

@@ -158,7 +158,7 @@ class Objective:
 
         ``expert_loss`` is the SFT loss of its demonstrations; None leaves the SFT term out.
         """
-        size, mask = rollout.update_size, rollout.sampled_mask
+        size, mask = rollout.update_size, rollout.gated_mask
         terms = {"loss/egspo": (1 - weights.mu, self.egspo_loss(current, rollout, attenuation))}
         if expert_loss is not None:
             terms["loss/sft"] = (weights.mu, expert_loss)
@@ -184,7 +184,7 @@ class Objective:
         if has_expert_rows:
             expert = off_policy(current.logprobs, rollout.advantages, shaping=self.expert_shaping)
             per_token = torch.where(rollout.is_expert.unsqueeze(1), expert, per_token)
-        return self._reduce(per_token, rollout.completion_mask, size)
+        return self._reduce(per_token, rollout.loss_mask, size)
 
     def branch_weights(
         self, rollout: RolloutBatch, attenuation: Attenuation, current_entropies: Tensor
@@ -228,7 +228,7 @@ class Objective:
         correction, sampled = self.sampler_correction, rollout.sampled_logprobs
         if correction.mode == "off" or sampled is None:
             return per_token
-        ratios = sampler_ratios(rollout.old_logprobs, sampled, rollout.sampled_mask, level=correction.level)
+        ratios = sampler_ratios(rollout.old_logprobs, sampled, rollout.gated_mask, level=correction.level)
         return per_token * sampler_weights(ratios, mode=correction.mode, cap=correction.cap)
 
     def _reduce(self, per_token: Tensor, mask: Tensor, size: UpdateSize) -> Tensor:
@@ -246,17 +246,17 @@ def sft_loss(logprobs: Tensor, expert: ExpertBatch, *, weighting: Literal["plain
         weighting: plain, or by phi = p (1 - p) with p of the current policy, detached (CHORD-phi)
     """
     per_token = nll(logprobs) if weighting == "plain" else confidence_phi(logprobs) * nll(logprobs)
-    return _token_mean(per_token, expert)
+    return _token_mean(per_token, expert.completion_mask, expert.update_size)
 
 
 def value_loss(values: Tensor, rollout: RolloutBatch, *, clip: float | None) -> tuple[Tensor, Metrics]:
     """L_V and metrics: the critic's clipped error, token-mean over the step; see ``ops.losses.value_clip``."""
     assert rollout.old_values is not None
     assert rollout.returns is not None
-    loss = _token_mean(value_clip(values, rollout.old_values, rollout.returns, clip=clip), rollout)
+    per_token = value_clip(values, rollout.old_values, rollout.returns, clip=clip)
+    loss = _token_mean(per_token, rollout.loss_mask, rollout.update_size)
     return loss, {"loss/value": loss.detach()} | value_metrics(values.detach(), rollout, clip)
 
 
-def _token_mean(per_token: Tensor, batch: ExpertBatch | RolloutBatch) -> Tensor:
-    size = max(batch.update_size.num_tokens, 1.0)
-    return aggregate(per_token, batch.completion_mask, "token-mean", normalizer=size)
+def _token_mean(per_token: Tensor, mask: Tensor, size: UpdateSize) -> Tensor:
+    return aggregate(per_token, mask, "token-mean", normalizer=max(size.num_tokens, 1.0))

@@ -69,8 +69,7 @@ class AdvantageAndGate:
         estimate = estimate_credit(rollouts, self.advantage, penalty=penalty, total=ranks.sum_over_ranks)
         self._require_estimate(estimate, rollouts, ranks)
         mask, scores = rollouts.completion_mask, rollouts.scores
-        if self.objective.mask_truncated:
-            mask = mask & ~rollouts.is_truncated.unsqueeze(1)
+        is_masked = rollouts.is_truncated & self.objective.mask_truncated
         rows = torch.arange(mask.shape[0], device=mask.device)
         return RolloutBatch(
             input_ids=rollouts.input_ids,
@@ -79,10 +78,11 @@ class AdvantageAndGate:
             entropies=scores.entropies,
             ref_logprobs=scores.ref_logprobs if self.objective.beta > 0 else None,
             old_values=scores.values,
-            advantages=torch.where(mask, estimate.advantages, 0.0),
+            advantages=torch.where(mask & ~is_masked.unsqueeze(1), estimate.advantages, 0.0),
             returns=estimate.returns,
             rewards=rollouts.rewards,
             is_expert=rows >= rollouts.num_sampled,
+            is_masked=is_masked,
             threshold=scores.entropies.new_full((len(rows), 1), -torch.inf),
             weight_scale=scores.entropies.new_ones(len(rows), 1),
             policy_version=rollouts.policy_version,
@@ -98,7 +98,7 @@ class AdvantageAndGate:
         sampled, correction = rollout.sampled_logprobs, self.objective.sampler_correction
         if sampled is None:
             return {}
-        mask = rollout.sampled_mask
+        mask = rollout.gated_mask
         ratios = sampler_ratios(rollout.old_logprobs, sampled, mask, level=correction.level)[mask]
         corrected = is_corrected(ratios, mode=correction.mode, cap=correction.cap)
         largest = torch.cat([ratios, ratios.new_zeros(1)]).max()
@@ -125,7 +125,7 @@ class AdvantageAndGate:
 
     def _settle_gate(self, rollout: RolloutBatch, ranks: Collectives) -> tuple[RolloutBatch, Tensor]:
         """The rollout batch with tau and the scale of the weights, and the weights g_t, (B, T). Collective."""
-        mask = rollout.sampled_mask
+        mask = rollout.gated_mask
         pooled = ranks.gather_over_ranks(rollout.entropies[mask])
         tau = self.gate.threshold(Entropies(rollout.entropies, mask, pooled))
         if shape_of(tau) not in ((), (1,), (len(mask), 1)):

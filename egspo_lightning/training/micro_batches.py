@@ -82,7 +82,7 @@ def share_optimizer_steps(
     """This rank's share of each optimizer step of a plan, with the size of the step over all ranks.
 
     Rows of advantage 0 contribute nothing to the surrogate. They are left out unless ``keep_inactive``, and still count
-    in the normalizer N. Rows without tokens are always left out.
+    in the normalizer N. Rows without tokens in the loss are always left out.
 
     Args:
         rollout: this rank's rollout batch
@@ -103,17 +103,17 @@ def share_optimizer_steps(
 def count_steps(rollout: RolloutBatch, plan: Sequence[Sequence[int]], *, keep_inactive: bool) -> Tensor:
     """This rank's part of the size of each optimizer step, (number of steps, 4) float64.
 
-    The columns are tokens, sequences, active tokens, and active tokens that the policy sampled.
+    The columns are tokens in the loss, their sequences, active tokens, and active tokens that the policy sampled.
     """
-    lengths = rollout.completion_mask.sum(-1).double()
+    lengths = rollout.loss_mask.sum(-1).double()
     active = lengths * _is_kept(rollout, keep_inactive)
     counts = torch.stack([lengths, (lengths > 0).double(), active, active * ~rollout.is_expert], dim=1).cpu()
     return torch.stack([counts[list(rows)].sum(0) for rows in plan])
 
 
 def _is_kept(rollout: RolloutBatch, keep_inactive: bool) -> Tensor:
-    """Whether to train on a row, (B,): it has a completion token and, if inactive rows are dropped, an advantage."""
-    tokens = rollout.completion_mask if keep_inactive else (rollout.advantages != 0) & rollout.completion_mask
+    """Whether to train on a row, (B,): it has a token in the loss and, if inactive rows are dropped, an advantage."""
+    tokens = rollout.loss_mask if keep_inactive else (rollout.advantages != 0) & rollout.loss_mask
     return tokens.any(-1)
 
 

@@ -71,6 +71,7 @@ def test_token_records_match_the_rollout_batch(tiny_run):
                 "token_id": token_id,
                 "token": tokenizer.decode([token_id]),
                 "is_high_entropy": is_high,
+                "is_masked": False,
             }
     assert next(rows, None) is None
     total = sum(len(c.token_ids) for c in completions)
@@ -95,6 +96,7 @@ def test_completion_records_match_the_rollout_batch(tiny_run):
             "is_correct": completion.correct,
             "length": len(completion.token_ids),
             "is_truncated": completion.is_truncated,
+            "is_masked": False,
         }
 
 

@@ -253,7 +253,8 @@ def test_masked_truncated_completions_count_nowhere(tiny_run, masked, aggregatio
     rollout, ((batch,),) = rollouts.batch, phases.batches
     lengths = torch.tensor([len(completion.token_ids) for completion in rollouts.completions])
     kept = ~TRUNCATED if masked else torch.ones(16, dtype=torch.bool)
-    assert rollout.completion_mask.sum(-1).tolist() == (lengths * kept).tolist()
+    assert rollout.completion_mask.sum(-1).tolist() == lengths.tolist()
+    assert rollout.loss_mask.sum(-1).tolist() == (lengths * kept).tolist()
     size = batch.rollout.update_size
     assert (size.num_tokens, size.num_sequences) == (lengths[kept].sum(), kept.sum())
     assert size.num_active_tokens == batch.rollout.completion_mask.sum() == lengths[kept].sum()
@@ -263,7 +264,7 @@ def test_masked_truncated_completions_count_nowhere(tiny_run, masked, aggregatio
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)).flatten()
     assert_close(rollout.advantages.sum(-1), advantages * lengths * kept, rtol=0, atol=1e-4)
 
-    entropies = [rollout.entropies[row][rollout.completion_mask[row]] for row in range(16) if kept[row]]
+    entropies = [rollout.entropies[row][rollout.loss_mask[row]] for row in range(16) if kept[row]]
     pooled = torch.cat(entropies)
     tau = torch.quantile(pooled, 0.6)
     assert metrics["gate/threshold"] == pytest.approx(tau.item(), rel=1e-6)
@@ -301,6 +302,7 @@ def test_a_fully_truncated_rollout_batch_changes_no_weights(tiny_run):
     assert all(map(torch.equal, before, run.module.policy.parameters()))
     assert phases.metrics[0]["policy/skipped_fraction"] == 1.0
     assert all(map(math.isfinite, phases.metrics[0].values()))
+    assert "policy/entropy" not in phases.metrics[0]  # a mean over no token, not 0
 
 
 def test_the_length_penalty_reaches_the_rewards(tiny_run):

@@ -23,6 +23,7 @@ def make(**fields):
         returns=None,
         rewards=torch.zeros(2),
         is_expert=torch.tensor([False, True]),
+        is_masked=torch.tensor([False, False]),
         threshold=torch.ones(2, 1, **doubles),
         weight_scale=torch.ones(2, 1, **doubles),
         policy_version=0,

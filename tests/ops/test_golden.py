@@ -46,6 +46,7 @@ def batch_of(case, dtype, **fields):
         ref_logprobs=None,
         rewards=zeros[:, 0],
         is_expert=torch.zeros(rows, dtype=torch.bool),
+        is_masked=torch.zeros(rows, dtype=torch.bool),
         threshold=torch.full((rows, 1), -torch.inf, dtype=dtype),
         weight_scale=torch.ones(rows, 1, dtype=dtype),
         policy_version=0,

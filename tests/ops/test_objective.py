@@ -116,6 +116,7 @@ def by_hand(**fields):
         returns=None,
         rewards=torch.zeros(1),
         is_expert=torch.tensor([False]),
+        is_masked=torch.tensor([False]),
         threshold=torch.tensor([[1.0]], **doubles),
         weight_scale=torch.ones(1, 1, **doubles),
         policy_version=0,

@@ -194,7 +194,8 @@ def test_masked_truncated_completions_still_count_for_their_group(make_scored, m
         for masked in (False, True)
     ]
     for rollout, masked in zip(results, (False, True), strict=True):
-        assert rollout.completion_mask[1].any() != masked
+        assert rollout.completion_mask[1].any()
+        assert rollout.loss_mask[1].any() != masked
         assert rollout.advantages[1].any() != masked
         first = scored.completion_mask[0].nonzero()[0].item()
         assert rollout.advantages[0, first].item() == pytest.approx(1.5, abs=1e-5)

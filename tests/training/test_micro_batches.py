@@ -121,6 +121,7 @@ def rollout_batch(with_reference: bool = False, num_experts: int = 0) -> Rollout
         returns=3.0 * grid if with_reference else None,
         old_values=4.0 * grid if with_reference else None,
         is_expert=torch.tensor([False] * (5 - num_experts) + [True] * num_experts),
+        is_masked=torch.zeros(5, dtype=torch.bool),
         threshold=0.1 * torch.arange(5).unsqueeze(1),
         weight_scale=1.0 + torch.arange(5).unsqueeze(1),
         policy_version=3,
