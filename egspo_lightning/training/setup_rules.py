@@ -15,6 +15,7 @@ from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.batching import BLANK_TOKENS
 from egspo_lightning.ops.estimators import ExpertAdvantage, GroupRelative
 from egspo_lightning.ops.gate import OpenGate
+from egspo_lightning.training.callback_rules import require_callbacks
 
 # The module's parts
 
@@ -116,6 +117,7 @@ def require_run(trainer: Any, module: Any, data: Any) -> None:
         UserError: naming the settings that do not fit together, and a remedy.
     """
     _require_phases(trainer)
+    require_callbacks(trainer)
     _require_whole_steps(trainer, data.max_tokens_per_micro_batch)
     require_token_budget(data, trainer.accumulate_grad_batches, is_mixed=module.mixes_expert_data)
     _require_groups(module, data)

@@ -1,0 +1,47 @@
+"""Rules for Lightning's callbacks: refuses those whose meaning this module cannot keep, before training."""
+
+from typing import Any
+
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+
+from egspo_lightning.errors import UserError
+
+
+def require_callbacks(trainer: Any) -> None:
+    """Refuse callbacks that would change the run without a word, or do nothing.
+
+    Raises:
+        UserError: naming the callback, and what to use instead.
+    """
+    for callback in trainer.callbacks:
+        _require_callback(callback)
+
+
+def _require_callback(callback: Any) -> None:
+    if isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches():
+        raise UserError(
+            f"trainer.callbacks: GradientAccumulationScheduler with scheduling {callback.scheduling} would merge "
+            "optimizer steps, whose sizes the data settings fix. Remove it, and set trainer.accumulate_grad_batches, "
+            "which splits each optimizer step into that many micro-batches."
+        )
+    if isinstance(callback, StochasticWeightAveraging):
+        raise UserError(
+            "trainer.callbacks: StochasticWeightAveraging copies the module before its networks are built, so it "
+            "would average nothing, and it replaces the learning-rate schedule. Use EMAWeightAveraging or "
+            "WeightAveraging instead."
+        )
+    if isinstance(callback, BatchSizeFinder):
+        raise UserError(
+            "trainer.callbacks: BatchSizeFinder (Tuner.scale_batch_size) changes an attribute that the training data "
+            "does not read. Set data.max_tokens_per_micro_batch to bound memory; `egspo plan` estimates it."
+        )
+    if isinstance(callback, LearningRateFinder):
+        raise UserError(
+            "trainer.callbacks: LearningRateFinder (Tuner.lr_find) changes an attribute that the optimizer does not "
+            "read. Set the learning rates by model.optimizer and stage_transition.learning_rate."
+        )
