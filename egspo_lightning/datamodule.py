@@ -31,6 +31,7 @@ from egspo_lightning.training.fit_loop import resume_with_next_epoch
 from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
 from egspo_lightning.training.rollout_phase import Phases
 from egspo_lightning.training.setup_rules import require_positions, require_run
+from egspo_lightning.training.start_probe import probe_policy
 from egspo_lightning.types import Count, NonNegativeInt, ProblemBatch, UnitInterval
 
 
@@ -110,6 +111,7 @@ class HybridDataModule(LightningDataModule):
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch and int(max_tokens_per_micro_batch)
         self.sft_batch_size, self.expert_batch_size = sft_batch_size, expert_batch_size
         self.eval_batch_size, self.seed, self.long_problems = eval_batch_size, seed, long_problems
+        self._is_probed = False
         self.num_duplicates = 0
         """Number of training problems and demonstrations that were dropped because a benchmark contains them."""
         self.answerer = Answerer(
@@ -146,6 +148,7 @@ class HybridDataModule(LightningDataModule):
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
         if stage == TrainerFn.FITTING:
+            self._is_probed = False
             resume_with_next_epoch(self.trainer)
             require_run(self.trainer, self._policy, self)
             self.phases.rank, self.phases.world_size = self.trainer.global_rank, self.trainer.world_size
@@ -202,7 +205,11 @@ class HybridDataModule(LightningDataModule):
     # Training
 
     def train_dataloader(self) -> SizedLoader:
-        """The loader of the next phase, by the policy's stage."""
+        """The loader of the next phase, by the policy's stage; the first one of a run comes after the start probe."""
+        if not self._is_probed:
+            lengths = {"max_prompt_length": self.max_prompt_length, "max_completion_length": self.max_completion_length}
+            probe_policy(self._policy, self.engine, **lengths)
+            self._is_probed = True
         samples_ahead, number = self.max_staleness > 0 and self._has_next_phase, self.trainer.accumulate_grad_batches
         return self.phases.loader(self._policy, number, samples_ahead=samples_ahead)
 

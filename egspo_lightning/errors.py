@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 NUM_SHOWN = 3
 """Faults that an error message lists."""
+PASS_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError)
+"""Errors that a model's code raises where it cannot compute a pass."""
 
 
 class UserError(ValueError):

@@ -276,6 +276,14 @@ class EGSPOModule(PolicyModule):
         for logger in self.loggers:
             logger.log_metrics({**values, "epoch": self.current_epoch}, step=self.global_step - 1)
 
+    def trained_logprobs(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """Log-probabilities by the passes of an optimizer step with expert data: two batches, in train mode."""
+        halves = zip(input_ids.tensor_split(2), completion_mask.tensor_split(2), strict=True)
+        parts = [Sequences(ids, mask, self.temperature, with_entropies=False) for ids, mask in halves]
+        with self.sampling():
+            self._policy.train()  # the outermost context restores the mode
+            return torch.cat([outputs.logprobs for outputs in self._policy.together(*parts)])
+
     # Evaluation: the datamodule samples and grades; these hooks only forward its answers
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -109,6 +109,14 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def trunk_of(lm: Any) -> Any:
+    """The model without its output layer; ``get_decoder`` gives another part for some (Llama 4, ModernBERT)."""
+    decoder = lm.get_decoder()
+    if decoder is not lm and isinstance(decoder, PreTrainedModel):
+        return decoder
+    return next((child for child in lm.children() if isinstance(child, PreTrainedModel)), decoder)
+
+
 def packed_states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Runs) -> Tensor:
     """Last hidden states of all tokens, (N, D).
 
@@ -173,7 +181,7 @@ def _num_windows(config: Any) -> int:
 @torch.no_grad()
 def _keeps_sequences_apart(lm: Any) -> bool:
     """Whether sequences of two runs have the same states packed as alone."""
-    decoder, device = lm.get_decoder(), next(lm.parameters()).device
+    decoder, device = trunk_of(lm), next(lm.parameters()).device
     rows = [torch.tensor([[1, 2, 3], [2, 0, 1]], device=device), torch.tensor([[3, 1, 2, 0, 3]], device=device)]
     runs = Runs([Run(*ids.shape) for ids in rows])
     positions = torch.cat([torch.arange(width, device=device).repeat(num_rows) for num_rows, width in runs.runs])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from egspo_lightning.errors import UserError
-from egspo_lightning.models.packed_attention import Run, Runs, packed_states, use_packing
+from egspo_lightning.errors import PASS_ERRORS, UserError
+from egspo_lightning.models.packed_attention import Run, Runs, packed_states, trunk_of, use_packing
 from egspo_lightning.ops.batching import row_lengths, similar_length_batches
 from egspo_lightning.ops.token_stats import token_stats
 from egspo_lightning.types import NetworkOutputs
@@ -62,7 +62,7 @@ class Policy(nn.Module):
     @property
     def trunk(self) -> Any:
         """The model without its output layer."""
-        return self.lm.get_decoder()
+        return trunk_of(self.lm)
 
     def forward(
         self, input_ids: Tensor, completion_mask: Tensor, temperature: float = 1.0, with_entropies: bool = True
@@ -191,11 +191,18 @@ def _check_linear_head(lm: Any) -> None:
     if parameter.is_meta:
         return
     probe = torch.arange(4, device=parameter.device).unsqueeze(0)
-    with torch.no_grad():
-        logits = lm(input_ids=probe, use_cache=False).logits
-        hidden = lm.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state
-        linear = lm.get_output_embeddings()(hidden)
-    if not torch.allclose(logits, linear.to(logits.dtype), rtol=1e-2, atol=1e-3):
+    try:
+        with torch.no_grad():
+            logits = lm(input_ids=probe, use_cache=False).logits
+            hidden = trunk_of(lm)(input_ids=probe, use_cache=False).last_hidden_state
+            linear = lm.get_output_embeddings()(hidden)
+    except PASS_ERRORS as error:
+        raise UserError(
+            f"model.policy.name_or_path: the forward pass of {type(lm).__name__} on four tokens failed: "
+            f"{type(error).__name__}: {error}. Check its config.json, choose another model.policy.attn_implementation, "
+            "or another model."
+        ) from error
+    if logits.shape != linear.shape or not torch.allclose(logits, linear.to(logits.dtype), rtol=1e-2, atol=1e-3):
         _refuse_head(lm, "its forward pass")
 
 

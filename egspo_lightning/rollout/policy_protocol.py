@@ -77,6 +77,13 @@ class TrainedPolicy(RolloutPolicy, Protocol):
     def needs_every_rollout(self) -> bool:
         """Whether rollouts of advantage 0 take part in the loss."""
 
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether all computation is in float32."""
+
+    def trained_logprobs(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """Log-probabilities as an optimizer step computes them, without gradients; call it within ``scoring``."""
+
     def snapshot(self) -> FrozenPolicy:
         """Copy the policy as it is now. Overwrites the previous snapshot, which must not be in use."""
 

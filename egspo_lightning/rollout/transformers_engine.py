@@ -1,5 +1,7 @@
 """Transformers engine: samples with the training model in a decode loop, in place of ``generate``.
 
+The loop suits models with a cache of keys and values. Others are decoded by ``generate_decoding``, which is slower.
+
 Differences from ``generate``:
 
 - All completions of a prompt share one prefill.
@@ -9,15 +11,19 @@ Differences from ``generate``:
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from egspo_lightning.errors import PASS_ERRORS
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
+from egspo_lightning.rollout.generate_decoding import decode_by_generate
 from egspo_lightning.rollout.token_sampling import RandomStreams, TokenSampler
 from egspo_lightning.types import Count, Sampling
 
@@ -43,11 +49,15 @@ class TransformersEngine(RolloutEngine):
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
     ) -> Iterator[list[tuple[int, Sample]]]:
         """See ``RolloutEngine``; prompts of similar length are batched together."""
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # keeps equal prompts adjacent
-        for start in range(0, len(order), self.max_batch_size):
-            part = order[start : start + self.max_batch_size]
+        lengths = [len(request.prompt_ids) for request in requests]
+        order = sorted(range(len(requests)), key=lengths.__getitem__)  # keeps equal prompts adjacent
+        uses_loop = suits_decode_loop(lm)
+        decode = _decode if uses_loop else decode_by_generate
+        runs = [order] if uses_loop else [list(run) for _, run in groupby(order, key=lengths.__getitem__)]
+        size = self.max_batch_size
+        for part in (run[start : start + size] for run in runs for start in range(0, len(run), size)):
             batch = [requests[i] for i in part]
-            for done in _decode(lm, batch, sampling, eos_ids=eos_ids, pad_id=pad_id):
+            for done in decode(lm, batch, sampling, eos_ids=eos_ids, pad_id=pad_id):
                 yield [(part[row], sample) for row, sample in done]
 
     def generate(
@@ -163,3 +173,32 @@ def _prefill(lm: Any, requests: list[Request], pad_id: int, device: torch.device
     cache.batch_select_indices(index)
     repeated = mask[index] if is_padded else None
     return _DecodeState(cache, output.logits[index, -1], repeated, lengths[index].unsqueeze(1))
+
+
+_SUITS_LOOP: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def suits_decode_loop(lm: Any) -> bool:
+    """Whether the decode loop gives a model's own logits; tried once, on two prompts of different lengths."""
+    if lm not in _SUITS_LOOP:
+        _SUITS_LOOP[lm] = False
+        with suppress(*PASS_ERRORS):  # its cache holds something else than keys and values
+            _SUITS_LOOP[lm] = _has_own_logits(lm)
+    return _SUITS_LOOP[lm]
+
+
+@torch.no_grad()
+def _has_own_logits(lm: Any) -> bool:
+    """Whether logits after a prefill with padding, a selection of rows and two steps are those of each row alone."""
+    device = next(lm.parameters()).device
+    long, short = (torch.tensor([row], device=device) for row in ([1, 2, 3, 2, 0, 3, 3, 1], [0, 3, 1, 2, 3]))
+    rows = [short, long, long]
+    with torch.autocast(device.type, enabled=False):
+        state = _prefill(lm, [Request(row[0, :-2].tolist(), "") for row in rows], 0, device)
+        state.select(torch.tensor([2, 0, 1], device=device))
+        rows = [long, short, long]
+        for step in (-2, -1):
+            state.advance(lm, torch.cat([row[:, step] for row in rows]))
+        alone = torch.cat([lm(input_ids=row, use_cache=False).logits[:, -1] for row in rows])
+    distance = (state.logits - alone).float().norm() / alone.float().norm()
+    return bool(distance < (1e-2 if alone.dtype == torch.float32 else 0.25))

@@ -58,17 +58,23 @@ def test_the_first_ratio_is_one_and_later_ones_are_not(tiny_run):
 
 def test_rollouts_at_another_temperature_are_detected(tiny_run, monkeypatch):
     monkeypatch.setattr(EGSPOModule, "takes_sampled_statistics", False)
-    run = tiny_run(module=RL)
-    score = run.module.score
 
-    def score_at_another(input_ids, completion_mask):
-        run.module.temperature = 0.5
-        try:
-            return score(input_ids, completion_mask)
-        finally:
-            run.module.temperature = 1.0
+    class ScoreAtAnother(Callback):
+        """Begins after the start probe."""
 
-    run.module.score = score_at_another
+        def on_train_start(self, trainer, pl_module):
+            score = pl_module.score
+
+            def score_at_another(input_ids, completion_mask):
+                pl_module.temperature = 0.5
+                try:
+                    return score(input_ids, completion_mask)
+                finally:
+                    pl_module.temperature = 1.0
+
+            pl_module.score = score_at_another
+
+    run = tiny_run(ScoreAtAnother(), module=RL)
     with pytest.raises(RuntimeError, match=r"forward pass disagree|samples from another distribution"):
         run.fit()
 

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM as CausalLM
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    OpenAIGPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from egspo_lightning.models.policy import Policy
 from egspo_lightning.models.policy_config import PolicyConfig
@@ -33,6 +43,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "neox": GPTNeoXConfig(**ROPE),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4),
 }
+WITHOUT_LOOP: dict[str, PreTrainedConfig] = {
+    "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, initializer_range=0.4),
+    "lfm2": Lfm2Config(**ROPE, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
+    "no-cache": OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+"""Models that ``generate`` decodes: a recurrent state, convolutions and attention, neither positions nor a cache."""
 PROMPTS = [[5, 9, 3], [7], [11, 2, 8, 30, 21, 4, 4, 19], [12, 13], [5, 9, 3, 1, 1, 6]]
 
 
@@ -45,7 +61,7 @@ class Drawn(NamedTuple):
 
 def build(name: str = "llama") -> nn.Module:
     torch.manual_seed(0)
-    return CausalLM.from_config(CONFIGS[name]).eval()
+    return CausalLM.from_config((CONFIGS | WITHOUT_LOOP)[name]).eval()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +95,7 @@ def reference(lm, prompt: list[int], length: int, eos_ids: list[int] | None = No
 # Greedy decoding
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *WITHOUT_LOOP])
 def test_greedy_equals_generate_for_prompts_of_different_lengths(name):
     lm = build(name)
     expected = [reference(lm, prompt, 20) for prompt in PROMPTS]
@@ -89,7 +105,7 @@ def test_greedy_equals_generate_for_prompts_of_different_lengths(name):
     assert all(sample.is_truncated for sample in samples)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *WITHOUT_LOOP])
 def test_rows_that_end_early_have_the_tokens_of_generate(name):
     lm = build(name)
     free = [reference(lm, prompt, 20) for prompt in PROMPTS]
