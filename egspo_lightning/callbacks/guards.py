@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
 from egspo_lightning.callbacks.trainer_access import data_of, module_of
-from egspo_lightning.types import PositiveFloat, PositiveInt, UnitInterval
+from egspo_lightning.callbacks.weight_sample import WeightSample
+from egspo_lightning.module import EGSPOModule
+from egspo_lightning.types import PositiveFloat, PositiveInt, Stage, UnitInterval
 
 LIMITS = {
     "entropy_collapse": "min_entropy_share",
@@ -16,6 +20,7 @@ LIMITS = {
     "ratio_after_sampling": "max_first_ratio_gap",
     "truncated": "max_truncated_fraction",
     "zero_reward": "num_zero_rewards",
+    "unmoved_weights": "min_moved_fraction",
 }
 """The argument that a guard compares with."""
 REMEDIES = {
@@ -26,6 +31,7 @@ REMEDIES = {
     "zero_reward": "Train longer by SFT, choose easier problems, or read in the rollout samples what the reward finds.",
     "flat_rewards": "Choose problems of another difficulty, more data.num_generations, or data.max_resampling. "
     "guard/flat_rollout_batches counts such rollout batches.",
+    "unmoved_weights": "Set model.policy.dtype: float32 and trainer.precision: bf16-mixed, or raise the learning rate.",
     "duplicate_problems": "Problems that differ in wording alone are not found.",
 }
 
@@ -34,7 +40,8 @@ class Guards(CheckpointedCallback):
     """Checks the metrics of each rollout batch; logs ``guard/*`` as 1 where a guard fires, else 0, and warns once.
 
     ``guard/flat_rollout_batches`` (rollout batches in which all groups are flat) and ``guard/duplicate_problems`` are
-    counts. The callback neither changes nor stops training.
+    counts. ``guard/unmoved_weights`` is found in the first phase of each stage, from a sample of the weights. The
+    callback neither changes nor stops training.
 
     Args:
         min_entropy_share: Entropy collapse: fires where the mean token entropy falls below this share of its value in
@@ -49,9 +56,12 @@ class Guards(CheckpointedCallback):
             completions mostly lack the answer, so length is punished instead of error (arXiv 2503.14476, overlong
             filtering).
         num_zero_rewards: Reward never fires: this many rollout batches in a row without any reward other than 0.
+        min_moved_fraction: Rounded-off steps: fires where a smaller share of bfloat16 or float16 weights moves in the
+            first phase of a stage; a phase in which the learning rate rises is not judged. Of bfloat16 weights, a
+            learning rate of 1e-6 moves 1 %, of float32 weights 99 %.
     """
 
-    checkpointed = ("first_entropy", "num_rollout_batches", "num_flat", "num_zero", "spoken")
+    checkpointed = ("first_entropy", "num_rollout_batches", "num_flat", "num_zero", "spoken", "moved_fractions")
 
     def __init__(
         self,
@@ -60,13 +70,31 @@ class Guards(CheckpointedCallback):
         max_first_ratio_gap: PositiveFloat = 0.1,
         max_truncated_fraction: UnitInterval = 0.3,
         num_zero_rewards: PositiveInt = 5,
+        min_moved_fraction: UnitInterval = 0.5,
     ) -> None:
         self.min_entropy_share, self.max_kl, self.max_first_ratio_gap = min_entropy_share, max_kl, max_first_ratio_gap
         self.max_truncated_fraction, self.num_zero_rewards = max_truncated_fraction, num_zero_rewards
+        self.min_moved_fraction = min_moved_fraction
         self.first_entropy: float | None = None
         self.num_rollout_batches = self.num_flat = self.num_zero = 0
         self.spoken: list[str] = []
         """Guards that have warned."""
+        self.moved_fractions: dict[str, float] = {}
+        """Share of the half-precision weights that moved, by stage."""
+        self._stage, self._learning_rate, self._sample = "", 0.0, WeightSample(nn.Module())
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample the weights until their movement in this stage is known."""
+        self._stage, self._learning_rate = str(module_of(pl_module).stage), _learning_rate(trainer)
+        is_known = self._stage in self.moved_fractions
+        self._sample = WeightSample(nn.Module() if is_known else pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the weights after the last optimizer step of the phase, while there are gradients."""
+        if trainer.is_last_batch and self._sample.before and _learning_rate(trainer) <= self._learning_rate:
+            self._check_weights(module_of(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the rollout batch of the ending phase."""
@@ -76,6 +104,9 @@ class Guards(CheckpointedCallback):
         self.num_rollout_batches = data.phases.num_rollout_batches
         findings = self._judge({name: float(value) for name, value in trainer.callback_metrics.items()})
         values = {f"guard/{guard}": float(fires) for guard, (fires, _) in findings.items()}
+        values["guard/unmoved_weights"] = float(
+            self.moved_fractions.get(Stage.EGSPO.value, 1.0) < self.min_moved_fraction
+        )
         values["guard/flat_rollout_batches"] = float(self.num_flat)
         values["guard/duplicate_problems"] = float(data.num_duplicates)
         module_of(pl_module).log_phase(values)
@@ -86,6 +117,17 @@ class Guards(CheckpointedCallback):
         for guard, (fires, message) in findings.items():
             if fires and guard not in self.spoken:
                 self._warn(guard, message)
+
+    def _check_weights(self, module: EGSPOModule) -> None:
+        """Measure the share of the half-precision weights that moved in this phase; warn if it is small. Collective."""
+        moved, total = module.sum_over_ranks(self._sample.count_moved(module)).tolist()
+        if total == 0:  # every optimizer step was skipped
+            return
+        self.moved_fractions[self._stage] = moved / total
+        if moved / total < self.min_moved_fraction and "unmoved_weights" not in self.spoken:
+            dtype = module.policy_config.dtype
+            found = f"the first optimizer steps moved {moved / total:.1%} of the weights; {dtype} rounds the rest off"
+            self._warn("unmoved_weights", found)
 
     def _warn(self, guard: str, message: str) -> None:
         self.spoken.append(guard)
@@ -128,3 +170,8 @@ class Guards(CheckpointedCallback):
                 "optimizer steps without another loss term are skipped (policy/skipped_fraction)",
             ),
         }
+
+
+def _learning_rate(trainer: Trainer) -> float:
+    """The largest learning rate of the optimizer."""
+    return max(float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)

@@ -9,7 +9,7 @@ Values are detached; those of micro-batches and ranks are parts that add up. Mod
 - ``rollout/*``: ``rollout.scoring``, ``training.advantage_and_gate``, ``module``
 - ``time/*``: ``rollout.scoring``, ``rollout.sampling_ahead``, ``training.advantage_and_gate``
 - ``update/*``, ``fault/*``: ``module``
-- ``eval/*``: ``evaluation.scores``; ``guard/*``: ``callbacks.guards``
+- ``eval/*``: ``evaluation.scores``; ``guard/*``, such as ``guard/unmoved_weights``: ``callbacks.guards``
 
 docs/guides/metrics.md explains each one.
 """

@@ -12,8 +12,17 @@ from egspo_lightning import Guards, StageTransition
 from egspo_lightning.data.dataset_sources import DatasetProblems
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
+from egspo_lightning.models.policy_config import PolicyConfig
 
-NAMES = {"entropy_collapse", "kl_runaway", "ratio_after_sampling", "truncated", "zero_reward", "flat_rewards"}
+NAMES = {
+    "entropy_collapse",
+    "kl_runaway",
+    "ratio_after_sampling",
+    "truncated",
+    "zero_reward",
+    "flat_rewards",
+    "unmoved_weights",
+}
 EGSPO = {"initial_stage": "egspo"}
 
 
@@ -136,6 +145,76 @@ def test_duplicate_problems_guard_counts_benchmark_problems(guarded, tmp_path):
     metrics, warned = guarded(module=LOW_LR, data={"benchmarks": [benchmark], "problems": DatasetProblems(str(path))})
     assert metrics["duplicate_problems"] == [6, 6, 6]
     assert warned.count("duplicate_problems") == 1
+
+
+HALF_PRECISION_STAGES = {"bfloat16": 1, "float16": 1, "float32": 0}
+
+
+@pytest.fixture
+def trained(tiny_run, small_model):
+    """Trains weights of a type at a learning rate, with guards or without; returns the run and the warnings."""
+
+    def run(dtype: str, rate: float, *callbacks, stage="egspo", schedule=None):
+        module = {
+            "policy": PolicyConfig(small_model, from_scratch=True, dtype=dtype),
+            "optimizer": lambda params: torch.optim.AdamW(params, lr=rate, eps=1e-6, weight_decay=0.0),
+            "lr_scheduler": schedule,
+            "initial_stage": stage,
+        }
+        tiny = tiny_run(*callbacks, module=module, logger=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tiny.fit()
+        return tiny, [str(w.message) for w in caught if "Guard unmoved_weights" in str(w.message)]
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", HALF_PRECISION_STAGES)
+@pytest.mark.parametrize("stage", ["sft", "egspo"])
+def test_unmoved_weights_guard_warns_once_of_rounded_steps(trained, events, dtype, stage):
+    run, warned = trained(dtype, 1e-6, StageTransition(after_epochs=1), Guards(), stage=stage)
+    expected = HALF_PRECISION_STAGES[dtype]
+    assert len(warned) == expected
+    assert all(f"{dtype} rounds the rest off (guards.min_moved_fraction = 0.5)" in message for message in warned)
+    assert all("model.policy.dtype: float32 and trainer.precision: bf16-mixed" in message for message in warned)
+    assert {event.value for event in events(run.trainer).Scalars("guard/unmoved_weights")} == {expected}
+
+
+def test_unmoved_weights_guard_measures_all_weights_in_a_small_model(trained):
+    """The share is that of a comparison of all weights, where the sample holds them all."""
+    start, guards = {}, Guards()
+
+    class First(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if not start:
+                start.update({name: p.detach().clone() for name, p in module.policy.named_parameters()})
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.is_last_batch and "share" not in start:
+                moved = [(p != start[name])[p.grad != 0] for name, p in module.policy.named_parameters()]
+                start["share"] = torch.cat(moved).double().mean().item()
+
+    trained("bfloat16", 1e-6, First(), guards)
+    assert guards.moved_fractions == {"egspo": pytest.approx(start["share"], abs=1e-12)}
+    assert 0 < start["share"] < 0.03
+
+
+def test_unmoved_weights_guard_accepts_a_large_rate_and_waits_for_the_end_of_a_warmup(trained, events):
+    assert trained("bfloat16", 1e-2, Guards())[1] == []
+
+    def warmup(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-5 if step < 2 else 1.0)
+
+    guards = Guards()
+    assert trained("bfloat16", 1e-2, guards, schedule=warmup)[1] == []
+    assert guards.moved_fractions["egspo"] > 0.5
+
+
+def test_unmoved_weights_guard_changes_no_weight(trained):
+    with_guards, without = (trained("bfloat16", 1e-4, *callbacks)[0] for callbacks in ([Guards()], []))
+    pairs = zip(with_guards.module.policy.parameters(), without.module.policy.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_guards_ignore_sft_epochs(tiny_run, events):
