@@ -1,6 +1,6 @@
-"""The LightningDataModule: alternates between expert demonstrations and freshly sampled rollouts.
+"""The LightningDataModule: SFT batches of expert demonstrations, then rollouts, mixed with demonstrations if mu > 0.
 
-All sizes in its config are global: of one optimizer step or one rollout batch, over all ranks and accumulated
+Batch sizes of training are global: of one optimizer step or one rollout batch, over all ranks and accumulated
 micro-batches. More ranks, ``--trainer.accumulate_grad_batches`` or ``max_tokens_per_micro_batch`` change speed and
 memory. The optimizer step stays the same up to rounding.
 """
@@ -57,7 +57,7 @@ class HybridDataModule(LightningDataModule):
         num_ppo_epochs: Passes over a rollout batch.
         num_minibatches: Optimizer steps of a pass.
         max_tokens_per_micro_batch: Token budget, prompts and completions, of one forward and backward pass on a device.
-            Padding is not counted; a packed pass adds little. Each phase uses the fewest micro-batches within the
+            Padding is not counted; packed passes have little of it. Each phase uses the fewest micro-batches within the
             budget, split by length. null takes their number from trainer.accumulate_grad_batches.
         max_staleness: Maximum lag of the sampling policy, in rollout batches. 0 samples, then trains. 1 samples the
             next rollout batch in a thread while the policy trains on this one.
@@ -196,7 +196,7 @@ class HybridDataModule(LightningDataModule):
 
     def _end_training(self) -> None:
         if self.max_tokens_per_micro_batch is not None and hasattr(self.phases, "pool"):
-            self.trainer.accumulate_grad_batches = 1  # as given: every phase with a token budget sets its own
+            self.trainer.accumulate_grad_batches = 1  # the user's value; phases with a token budget change it
         self.phases.ahead.cancel()
         self.reward.close()  # unblocks a sampling thread that waits for grades
         self.phases.drop_ahead()

@@ -60,7 +60,7 @@ class EGSPOModule(PolicyModule):
         lr_scheduler: Learning-rate schedule over optimizer steps; constant by default.
         initial_stage: sft, or egspo to start with rollouts at once.
         max_bad_updates: Stop after this number of optimizer steps in a row with a non-finite loss or gradient. Each
-            step is skipped and counted. At the limit, weights and batch are saved to nonfinite.ckpt, for
+            such step is skipped and counted. At the limit, weights and batch are saved to nonfinite.ckpt, for
             ``egspo replay``.
     """
 
@@ -129,7 +129,7 @@ class EGSPOModule(PolicyModule):
         return rollout
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Loss of a micro-batch, times ranks and micro-batches, because DDP and Lightning average over them."""
+        """Loss of a micro-batch, times the numbers of ranks and micro-batches: DDP and Lightning average over them."""
         assert batch.stage == self.stage, "the loader was not reloaded"
         weights = None
         if batch.rollout is None:
@@ -156,7 +156,7 @@ class EGSPOModule(PolicyModule):
         require_version(rollout.policy_version, self._allowed_versions)
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
         uses_entropies = self.objective.gate_entropy == "current" or self.entropy_bonus is not None
-        loss, metrics, current = self._egspo_loss(rollout, expert, weights, with_entropies=uses_entropies)
+        loss, metrics, current = self._hybrid_loss(rollout, expert, weights, with_entropies=uses_entropies)
         ratios = ratio_metrics(
             current.logprobs.detach(),
             rollout,
@@ -173,7 +173,7 @@ class EGSPOModule(PolicyModule):
         """Policy versions of this phase's rollouts: its own or, with data.max_staleness 1, the previous phase's too."""
         if getattr(self.trainer.datamodule, "max_staleness", 0) == 0:  # type: ignore[attr-defined]
             return {self.phase_version}
-        return {self.phase_version, max(self.previous_version, self.egspo_start_step)}  # none from before the stage
+        return {self.phase_version, max(self.previous_version, self.egspo_start_step)}  # never a version from stage SFT
 
     # Losses
 
@@ -181,7 +181,7 @@ class EGSPOModule(PolicyModule):
         current = self._policy(expert.input_ids, expert.completion_mask, with_entropies=with_entropies)
         return sft_loss(current.logprobs, expert, weighting="plain"), current
 
-    def _egspo_loss(
+    def _hybrid_loss(
         self, rollout: RolloutBatch, expert: ExpertBatch | None, weights: Coefficients, *, with_entropies: bool
     ) -> tuple[Tensor, Metrics, NetworkOutputs]:
         """L, metrics, and network outputs on the rollouts; demonstrations share the policy's passes with them."""
@@ -203,7 +203,7 @@ class EGSPOModule(PolicyModule):
         return loss, metrics, current
 
     def _zero_critic_loss(self, values: Tensor | None) -> Tensor | float:
-        """A loss of 0 over the critic, which this batch does not train: DDP waits for the gradient of each parameter.
+        """A loss of 0 over every critic parameter: DDP waits for each gradient, and this batch trains none of them.
 
         ``values`` are those of a value head on the policy, if there is one.
         """
@@ -219,7 +219,7 @@ class EGSPOModule(PolicyModule):
         if rollout is None or weights is None:
             assert expert is not None
             return self._plain_sft_loss(expert, with_entropies=True)
-        loss, _, current = self._egspo_loss(rollout, expert, weights, with_entropies=True)
+        loss, _, current = self._hybrid_loss(rollout, expert, weights, with_entropies=True)
         return loss, current
 
     def _coefficients(self) -> Coefficients:
@@ -241,9 +241,9 @@ class EGSPOModule(PolicyModule):
     # Optimizer steps
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Set gradients to None in a skipped step, and those of an untrained network.
+        """Skip a step with bad gradients or without tokens: set all gradients to None, so that momentum rests too.
 
-        Momentum and weight decay then do not apply either.
+        In other steps the gradients of a network that is not trained now are set to None.
         """
         policy, critic = self._trained_parameters()
         scaled = str(self.trainer.precision) == "16-mixed"  # GradScaler skips the step and lowers its scale
@@ -256,7 +256,7 @@ class EGSPOModule(PolicyModule):
             parameter.grad = None
 
     def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
-        """Log the phase at its last micro-batch, before callbacks see its end.
+        """Log the phase at its last micro-batch, before the callbacks' ``on_train_epoch_end``.
 
         Metrics are logged once a phase because Lightning's ``log`` takes longer than computing them.
         """

@@ -111,7 +111,7 @@ class Completion(NamedTuple):
     logprobs: list[float]
     """Log-probabilities that the engine reported, nats."""
     text: str
-    """The decoded tokens, without special tokens."""
+    """The decoded tokens, without special tokens other than think marks."""
     is_truncated: bool
     """The length limit was reached before an EOS."""
     reward: float

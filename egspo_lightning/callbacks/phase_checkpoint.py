@@ -15,7 +15,7 @@ PARTIAL, PREVIOUS = ".partial", ".previous"
 
 
 class PhaseCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, whose checkpoints a run resumes from bit for bit, whenever it was killed.
+    """Lightning's ModelCheckpoint. A run that was killed at any time resumes from these checkpoints bit for bit.
 
     ``last.ckpt`` of a finished run is the final policy, whatever ended the run (max_epochs, max_steps, max_time or a
     callback), and whatever the interval and ``save_top_k`` are. Where another checkpoint holds the same state, it is a
@@ -29,7 +29,7 @@ class PhaseCheckpoint(ModelCheckpoint):
     """Whether the run was told to stop within an optimizer step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the ``last.ckpt`` that the run resumes from; a hard link to another checkpoint cannot name it."""
+        """Remember the ``last.ckpt`` that the run resumes from: as a hard link it holds the path of an older one."""
         super().on_train_start(trainer, pl_module)
         path = str(trainer.ckpt_path or "")
         if os.path.dirname(path) == self.dirpath and os.path.basename(path).startswith(self.CHECKPOINT_NAME_LAST):
@@ -38,7 +38,7 @@ class PhaseCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save between two optimizer steps, if a checkpoint is due or the run ends; delay an end within a step."""
+        """Save between two optimizer steps, if a checkpoint is due or the run ends; a stop waits for its step's end."""
         stops, is_whole = trainer.should_stop or self._must_stop, not trainer.fit_loop.epoch_loop._should_accumulate()
         trainer.should_stop, self._must_stop = stops and is_whole, stops and not is_whole
         if is_between_optimizer_steps(trainer):

@@ -28,8 +28,8 @@ class StageTransition(CheckpointedCallback):
     """Ends stage SFT after a number of epochs, or when a monitored metric reaches a target or stops improving.
 
     The first condition that holds ends SFT; without any, SFT is one epoch. ``on_train_epoch_end`` decides for the next
-    epoch. At the transition the SFT policy becomes the reference policy (where beta > 0), the optimizer may start
-    anew, and the checkpoint ``sft.ckpt`` is written. Stage EGSPO can be started from it.
+    epoch. At the transition the SFT policy becomes the reference policy (where beta > 0 or kl_reward is set), the
+    optimizer may start anew, and the checkpoint ``sft.ckpt`` is written. Stage EGSPO can be started from it.
 
     Args:
         after_epochs: Maximum number of SFT epochs; null leaves it to the monitored metric.
@@ -38,7 +38,7 @@ class StageTransition(CheckpointedCallback):
         mode: Whether smaller (min) or larger (max) values are better.
         target: Value of the metric that ends SFT.
         patience: Epochs without an improvement after which SFT ends.
-        min_delta: Smallest change that counts as an improvement.
+        min_delta: An improvement must be larger than this.
         reset_optimizer: Clear the optimizer's moments and restart its schedule.
         learning_rate: Learning rate of stage EGSPO; null keeps that of the optimizer's config. Needs reset_optimizer.
         save_checkpoint: Whether to write sft.ckpt into the log folder.
@@ -101,9 +101,10 @@ class StageTransition(CheckpointedCallback):
             module_of(pl_module).stage = Stage.SFT
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the start of stage EGSPO, set up reference policy, critic and optimizer from this run's config.
+        """Set up reference policy, critic and optimizer from this run's config, if stage EGSPO starts with the run.
 
-        This is the case for a run that starts from ``sft.ckpt`` or with ``initial_stage: egspo``.
+        A run starts with stage EGSPO from ``sft.ckpt`` or by ``initial_stage: egspo``. Also warn of a max_epochs that
+        ends within SFT.
         """
         module = module_of(pl_module)
         has_left_sft = module.stage == Stage.EGSPO or module.egspo_start_step > 0
@@ -142,7 +143,7 @@ class StageTransition(CheckpointedCallback):
             module.restart_optimizer(self.learning_rate)
 
     def _reason_to_end_sft(self, trainer: Trainer) -> str | None:
-        """Why SFT should end now; None where it goes on. The monitored metric comes before the number of epochs."""
+        """Why SFT should end now; None where it goes on. The monitored metric is judged first."""
         benchmark, monitor = _benchmark(trainer), self.monitor or ""
         is_stale = monitor.startswith("eval/") and benchmark and benchmark.latest_step != trainer.global_step
         reason = self._judge(monitor, trainer.callback_metrics) if monitor and not is_stale else None

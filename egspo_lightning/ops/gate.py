@@ -73,7 +73,7 @@ class Entropies(NamedTuple):
     rows: Tensor
     """(B, T), nats: this rank's completions"""
     mask: Tensor
-    """(B, T) bool: their completion tokens"""
+    """(B, T) bool: tokens that the policy sampled"""
     pooled: Tensor
     """(N,), nats: the completion tokens of all ranks"""
 

@@ -76,7 +76,8 @@ class Objective:
         low_branch_epsilon_high: Upper clip for low-entropy tokens; null is epsilon_high.
         dual_clip: Bound of the ratio where A < 0, above 1; null sets none.
         gate_entropy: Which policy's entropy the gate uses: sampling or current. They are equal in the first optimizer
-            step on a rollout batch. tau and the gate's metrics always use the sampling policy.
+            step on a rollout batch, unless the rollouts were sampled ahead. tau and the gate's metrics always
+            use the sampling policy.
         gate_width: Width of a soft gate, in nats: the share of a token that takes the full update is
             sigmoid((H - tau) / width). 0 is a hard gate.
         rescale_weights: Divide the gate's weights by their mean over the rollout batch. The mean is computed with the
@@ -86,7 +87,7 @@ class Objective:
         mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT; or CHORD's schedule of it.
         expert_weighting: plain, or confidence, which weights the expert's tokens by CHORD's p (1 - p).
         expert_shaping: gamma of LUFFY's p / (p + gamma), for expert solutions among the rollouts, above 0.
-        beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 keeps no reference.
+        beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 adds no KL.
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
         aggregation: Aggregation of surrogate, KL and entropy, which share N: token-mean, seq-mean-token-mean,
             seq-mean-token-sum or seq-mean-token-sum-norm (divides by the sequences times max_completion_length).

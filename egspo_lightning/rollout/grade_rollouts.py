@@ -1,8 +1,8 @@
 """Grading of rollouts: adds texts, verdicts and rewards to sampled completions, while others are still sampled.
 
 ``grade_rollouts`` grades samples. ``OverlappedGrading`` calls it in a thread for complete groups while the engine
-decodes the rest. The grader works in its own processes and the language model on a device, so neither waits for the
-other. The thread takes part in no collective, so ranks stay in step however long grading takes.
+decodes the rest. The grader works in its own processes and the language model on a device, so sampling does
+not wait for grading. The thread takes part in no collective, so ranks stay in step however long grading takes.
 """
 
 import time
@@ -29,7 +29,7 @@ def sample_and_grade(
     num_samples: int,
     sampling: Sampling,
 ) -> tuple[list[Completion], float]:
-    """Sample and grade ``num_samples`` completions of each prompt, while sampling and grading overlap. Collective.
+    """Sample and grade ``num_samples`` completions of each prompt; sampling and grading overlap. Collective.
 
     All ranks must call it equally often, with or without prompts.
 

@@ -1,4 +1,4 @@
-"""Policy interface used for rollouts and by the datamodule; the LightningModule implements it."""
+"""Policy interface used for rollouts and by the datamodule; the LightningModule and its Snapshot implement it."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -88,7 +88,7 @@ class TrainedPolicy(RolloutPolicy, Protocol):
         """Copy the policy as it is now. Overwrites the previous snapshot, which must not be in use."""
 
     def add_advantages_and_gate(self, rollouts: ScoredRollouts, measurements: Measurements) -> RolloutBatch:
-        """Add advantages and the gate's threshold to scored rollouts, and log measurements. Collective."""
+        """Add advantages and the gate's threshold to scored rollouts; keep the measurements for the log. Collective."""
 
     def set_num_micro_batches(self, number: int, num_steps: int) -> None:
         """Set the number of micro-batches of each optimizer step, before the phase's first one is trained on."""

@@ -25,7 +25,7 @@ from egspo_lightning.types import RolloutBatch, ScoredRollouts, UpdateSize
 
 @dataclass(frozen=True)
 class AdvantageAndGate:
-    """Advantage estimator, gate and adaptive coefficients, applied in order to each rollout batch."""
+    """KL penalty, advantages, gate and entropy coefficient, applied in this order to each rollout batch."""
 
     objective: Objective
     gate: Gate
@@ -39,7 +39,7 @@ class AdvantageAndGate:
         penalty, metrics = self._penalize_kl(rollouts, ranks)
         rollout = self._credit(rollouts, penalty, ranks)
         started = time.perf_counter()
-        rollout, weights = self._settle_gate(rollout, ranks)
+        rollout, weights = self._add_threshold(rollout, ranks)
         metrics["time/gate"] = torch.tensor(time.perf_counter() - started)
         sums = rollout_batch_sums(rollout, weights)
         summed = ranks.sum_over_ranks(torch.stack(list(sums.values())))
@@ -123,7 +123,7 @@ class AdvantageAndGate:
         is_finite = torch.stack([tensor[mask].isfinite().all() for tensor in tensors if tensor is not None]).all()
         _require_on_all(ranks, is_finite, f"{name} gave advantages or returns that are infinite or NaN.")
 
-    def _settle_gate(self, rollout: RolloutBatch, ranks: Collectives) -> tuple[RolloutBatch, Tensor]:
+    def _add_threshold(self, rollout: RolloutBatch, ranks: Collectives) -> tuple[RolloutBatch, Tensor]:
         """The rollout batch with tau and the scale of the weights, and the weights g_t, (B, T). Collective."""
         mask = rollout.gated_mask
         pooled = ranks.gather_over_ranks(rollout.entropies[mask])

@@ -1,8 +1,8 @@
 """Optimizer steps over a rollout batch, and the micro-batches of each step on one rank.
 
-The minibatch of a completion is a pure function of (seed, epoch, problem), so an optimizer step holds the same
-completions on one rank or many. Each group is spread evenly over the minibatches, so that the mean advantage of each
-minibatch is near 0.
+The minibatch of a completion depends only on the seed, the rollout batch, the PPO epoch and its place in the batch.
+So an optimizer step holds the same completions on one rank or many. Each group is spread evenly over the minibatches,
+so that the mean advantage of each minibatch is near 0.
 """
 
 import random

@@ -4,8 +4,9 @@ A phase is one Lightning epoch: an SFT pass over the demonstrations, or one roll
 minibatches. ``Phases.rollout_phase`` is the whole rollout phase in order. All ranks must call the methods
 marked as collective.
 
-The order of the data depends only on the seed and the phase's number, so a resumed run draws the same data. Only a
-rollout batch that is being trained on, or was sampled ahead, must be in the checkpoint.
+The order of the data depends only on the seed and on the numbers of phases and problems drawn, which checkpoints hold.
+So a resumed run draws the same data. Of the rollouts, only a batch that is being trained on or was sampled ahead is
+saved.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from egspo_lightning.types import Stage, TrainingBatch
 
 @dataclass
 class Phases:
-    """Makes the micro-batches of one phase after another. All sizes are over all ranks and micro-batches.
+    """Makes the micro-batches of one phase after another. Sizes other than ``max_tokens`` are over all ranks.
 
     Args:
         collector: Draws problems, and samples and grades completions.
@@ -36,7 +37,7 @@ class Phases:
         expert_batch_size: Demonstrations of an optimizer step in stage EGSPO, where mu > 0.
         num_ppo_epochs: Passes over a rollout batch.
         num_minibatches: Optimizer steps of a pass.
-        max_tokens: Token budget of a micro-batch. The number of micro-batches then varies by phase. None takes it from
+        max_tokens: Token budget of a micro-batch. Their number then varies by phase. None takes their number from
             trainer.accumulate_grad_batches.
         seed: Seed of the order within a rollout batch.
     """
@@ -58,8 +59,9 @@ class Phases:
     pool: ExpertPool = field(init=False, repr=False)
     """The demonstrations, once they are loaded."""
     rank: int = field(default=0, init=False)
-    world_size: int = field(default=1, init=False)
     """This process among the ranks of the run, once it is set up."""
+    world_size: int = field(default=1, init=False)
+    """Number of ranks, once the run is set up."""
     ahead: SamplingAhead = field(default_factory=SamplingAhead, init=False)
     """The next rollout batch, where it is sampled while this one is trained on."""
     _num_drawn: int = field(default=0, init=False)  # collector.num_drawn also counts problems that are sampled ahead
@@ -72,7 +74,7 @@ class Phases:
     def rollout_phase(
         self, policy: TrainedPolicy, saved: MidEpochPosition | None, samples_ahead: bool
     ) -> Iterator[TrainingBatch]:
-        """Make a rollout batch, then give the micro-batches of each optimizer step on it.
+        """Make a rollout batch, then give the micro-batches of each optimizer step on it. Collective.
 
         Args:
             policy: the policy in training
@@ -131,7 +133,7 @@ class Phases:
         return share_optimizer_steps(rollouts.batch, plan, keep_inactive=keep, total=total)
 
     def draw_demonstrations(self, policy: TrainedPolicy, num_steps: int) -> Sequence[ExpertShare | None]:
-        """This rank's demonstrations of each optimizer step on the latest rollout batch; None where mu = 0."""
+        """This rank's demonstrations of each optimizer step on the latest rollout batch; None where mu is always 0."""
         if not policy.mixes_expert_data:
             return [None] * num_steps
         size, first = self.expert_batch_size, (self.num_rollout_batches - 1) * num_steps
@@ -181,7 +183,7 @@ class Phases:
     def micro_batches(
         self, policy: TrainedPolicy, steps: Sequence[StepShare], saved: MidEpochPosition | None
     ) -> Iterator[TrainingBatch]:
-        """Split optimizer steps into micro-batches, leaving out those before a saved position."""
+        """Split optimizer steps into micro-batches, leaving out those before a saved position. Collective."""
         progress = self._progress
         if self.max_tokens is not None and saved is None:
             own = max(step.num_needed(self.max_tokens) for step in steps)
