@@ -13,6 +13,8 @@ from egspo_lightning.callbacks.phase_checkpoint import save_whole
 from egspo_lightning.callbacks.trainer_access import log_folder, module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.training.callback_rules import require_early_stopping
+from egspo_lightning.training.fit_loop import extend_fast_dev_run
 from egspo_lightning.types import PositiveFloat, PositiveInt, Stage
 
 
@@ -80,8 +82,15 @@ class StageTransition(CheckpointedCallback):
         """Check settings against each other.
 
         Raises:
-            UserError: enabled is false with model.initial_stage egspo, or no benchmark measures the monitored metric.
+            UserError: enabled is false with model.initial_stage egspo, no benchmark measures the monitored metric, or
+                the schedule does not read learning_rate.
         """
+        if stage == TrainerFn.FITTING and self.enabled and self.learning_rate is not None:
+            module_of(pl_module).require_rate_kept(self.learning_rate)
+        if getattr(trainer, "fast_dev_run", False) and stage == TrainerFn.FITTING and self.enabled:
+            self.after_epochs, self.save_checkpoint = 1, False
+            if module_of(pl_module).stage == Stage.SFT:
+                extend_fast_dev_run(trainer)
         if stage == TrainerFn.FITTING and not self.enabled and module_of(pl_module).stage == Stage.EGSPO:
             raise UserError(
                 "stage_transition.enabled: false trains by SFT only, but model.initial_stage: egspo skips SFT. "
@@ -105,8 +114,13 @@ class StageTransition(CheckpointedCallback):
 
         A run starts with stage EGSPO from ``sft.ckpt`` or by ``initial_stage: egspo``. Also warn of a max_epochs that
         ends within SFT.
+
+        Raises:
+            UserError: the run starts in stage SFT, and an EarlyStopping needs a metric of stage EGSPO.
         """
         module = module_of(pl_module)
+        if module.stage == Stage.SFT:
+            require_early_stopping(trainer)
         has_left_sft = module.stage == Stage.EGSPO or module.egspo_start_step > 0
         if has_left_sft and module.egspo_start_step == trainer.global_step:
             self._start_egspo(module)

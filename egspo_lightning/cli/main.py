@@ -163,7 +163,10 @@ class EgspoCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], added: list[Callback]) -> Trainer:
         """Leave out the callbacks that Lightning's own flags switch off."""
         flags = {"enable_progress_bar": egspo_lightning.PhaseProgress, "enable_checkpointing": ModelCheckpoint}
-        unwanted = tuple(kind for flag, kind in flags.items() if config.get(flag) is False)
+        is_bare = bool(config.get("barebones"))  # it switches them off, and refuses this program's default of logging
+        if is_bare and config.get("log_every_n_steps") == TRAINER_DEFAULTS["log_every_n_steps"]:
+            config = {**config, "log_every_n_steps": None}
+        unwanted = tuple(kind for flag, kind in flags.items() if is_bare or config.get(flag) is False)
         return super()._instantiate_trainer(config, [part for part in added if not isinstance(part, unwanted)])
 
     def _run_subcommand(self, subcommand: str) -> None:

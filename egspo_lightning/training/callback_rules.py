@@ -4,12 +4,17 @@ from typing import Any
 
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
 )
 
 from egspo_lightning.errors import UserError
+
+METRICS_OF_SFT = ("loss/sft", "loss/total", "policy/skipped_fraction")
+FAMILIES_OF_EGSPO = ("loss", "gate", "policy", "rollout", "value", "time", "guard")
+"""Families whose metrics only stage EGSPO logs, but for those of ``METRICS_OF_SFT``."""
 
 
 def require_callbacks(trainer: Any) -> None:
@@ -45,3 +50,19 @@ def _require_callback(callback: Any) -> None:
             "trainer.callbacks: LearningRateFinder (Tuner.lr_find) changes an attribute that the optimizer does not "
             "read. Set the learning rates by model.optimizer and stage_transition.learning_rate."
         )
+
+
+def require_early_stopping(trainer: Any) -> None:
+    """Refuse an EarlyStopping that would fail at the end of the first SFT phase, for want of its metric.
+
+    Raises:
+        UserError: its metric is logged in stage EGSPO alone.
+    """
+    for callback in trainer.callbacks:
+        monitor = callback.monitor if isinstance(callback, EarlyStopping) and callback.strict else None
+        is_late = monitor is not None and monitor.split("/")[0] in FAMILIES_OF_EGSPO and monitor not in METRICS_OF_SFT
+        if is_late:
+            raise UserError(
+                f"trainer.callbacks: EarlyStopping monitors {monitor}, which is not logged in stage SFT. Set its "
+                "strict to false, so that it waits for stage EGSPO."
+            )

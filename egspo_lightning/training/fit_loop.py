@@ -28,3 +28,9 @@ def resume_with_next_epoch(trainer: Any) -> None:
     """
     assert hasattr(trainer.fit_loop, "_iteration_based_training")
     trainer.fit_loop._iteration_based_training = lambda: False
+
+
+def extend_fast_dev_run(trainer: Any) -> None:
+    """Let ``trainer.fast_dev_run`` n, which Lightning ends after n steps of one epoch, take n steps of both stages."""
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit_loop.epoch_loop.max_steps *= 2

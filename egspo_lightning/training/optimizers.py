@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -64,3 +65,50 @@ def build_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer) -
             "Use a schedule over steps, such as torch.optim.lr_scheduler.LinearLR."
         )
     return scheduler
+
+
+PROBED_STEPS = 1000
+"""Optimizer steps over which two schedules are compared."""
+
+
+def require_rate_kept(
+    optimizer: Callable[[Any], Optimizer], scheduler: Callable[[Optimizer], Any], learning_rate: float
+) -> None:
+    """Refuse a learning rate of stage EGSPO that the schedule does not read.
+
+    Two schedules, from the rate and from a tenth of it, must not have the same highest rate.
+
+    Raises:
+        UserError: the schedule sets the rate itself, as OneCycleLR and CyclicLR do.
+    """
+    if _highest_rate(optimizer, scheduler, learning_rate) != _highest_rate(optimizer, scheduler, learning_rate / 10):
+        return
+    name = type(build_scheduler(scheduler, _probe(optimizer, learning_rate))).__name__
+    raise UserError(
+        f"stage_transition.learning_rate = {learning_rate} has no effect with model.lr_scheduler {name}, which sets "
+        "the learning rate itself. Leave learning_rate out, so that both stages follow the schedule, or use a schedule "
+        "that multiplies the optimizer's rate, such as torch.optim.lr_scheduler.LinearLR."
+    )
+
+
+def _probe(factory: Callable[[Any], Optimizer], learning_rate: float) -> Optimizer:
+    """The configured optimizer over one number, at a learning rate."""
+    optimizer = build_optimizer(factory, [torch.nn.Parameter(torch.zeros(1))])
+    optimizer.param_groups[0]["lr"] = learning_rate
+    return optimizer
+
+
+def _highest_rate(
+    factory: Callable[[Any], Optimizer], scheduler: Callable[[Optimizer], Any], learning_rate: float
+) -> float:
+    """The highest learning rate of the first optimizer steps, or of all if the schedule ends earlier."""
+    optimizer = _probe(factory, learning_rate)
+    schedule, rates = build_scheduler(scheduler, optimizer), []
+    for _ in range(PROBED_STEPS):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        try:
+            schedule.step()
+        except ValueError:  # OneCycleLR beyond total_steps
+            break
+    return max(rates)

@@ -1,7 +1,7 @@
 """Base LightningModule: optimizer, and checkpoints from which a run resumes as if it had never stopped."""
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,7 +23,7 @@ from egspo_lightning.models.critic import Critic, CriticConfig
 from egspo_lightning.models.policy import Policy
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.training.collectives import Collectives
-from egspo_lightning.training.optimizers import build_optimizer, build_scheduler
+from egspo_lightning.training.optimizers import build_optimizer, build_scheduler, require_rate_kept
 from egspo_lightning.types import PositiveFloat, Stage
 
 STEPS = ("phase_version", "previous_version", "egspo_start_step")
@@ -105,6 +105,11 @@ class ResumableModule(Collectives):
         critic = [p for part in heads for p in part.parameters() if p.requires_grad]
         return [p for p in self._policy.lm.parameters() if p.requires_grad], critic
 
+    def require_rate_kept(self, learning_rate: float) -> None:
+        """Refuse a learning rate for ``restart_optimizer`` that the schedule would replace by its own."""
+        if self._lr_scheduler is not None:
+            require_rate_kept(self._optimizer, self._lr_scheduler, learning_rate)
+
     def restart_optimizer(self, learning_rate: float | None) -> None:
         """Clear the optimizer's moments and restart its schedule, from the given or the configured learning rate.
 
@@ -121,6 +126,19 @@ class ResumableModule(Collectives):
             config.scheduler = build_scheduler(self._lr_scheduler, optimizer)
 
     # Checkpoints
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: checkpoints do not hold the arguments of the constructor.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"{cls.__name__}.load_from_checkpoint: checkpoints do not hold the model's config. Build {cls.__name__} "
+            "from the config, and give ckpt_path to trainer.fit, validate, test or predict; or load the folder that "
+            "HFExport writes with transformers."
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the stage, step counters and the random state of each rank.
