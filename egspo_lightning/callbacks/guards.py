@@ -28,7 +28,7 @@ REMEDIES = {
     "kl_runaway": "Lower the learning rate or data.num_ppo_epochs, or clip the gradient.",
     "ratio_after_sampling": "Score in the precision of training, or train in float32.",
     "truncated": "Raise data.max_completion_length, or set model.objective.mask_truncated.",
-    "zero_reward": "Train longer by SFT, choose easier problems, or read in the rollout samples what the reward finds.",
+    "zero_reward": "Train longer by SFT, choose easier problems, or check the reward by the rollout samples.",
     "flat_rewards": "Choose problems of another difficulty, more data.num_generations, or data.max_resampling. "
     "guard/flat_rollout_batches counts such rollout batches.",
     "unmoved_weights": "Set model.policy.dtype: float32 and trainer.precision: bf16-mixed, or raise the learning rate.",

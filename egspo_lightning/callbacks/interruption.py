@@ -1,8 +1,6 @@
 """Interruption: saves a checkpoint and exits on SIGINT or SIGTERM."""
 
-import os
 import signal
-import subprocess
 import threading
 from types import FrameType
 from typing import Any
@@ -11,9 +9,9 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
-from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint, is_between_optimizer_steps, save_whole
+from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint, is_between_optimizer_steps
 from egspo_lightning.callbacks.trainer_access import callbacks_of
 from egspo_lightning.errors import RunStopped
 
@@ -91,7 +89,13 @@ class Interruption(Callback):
         number = self._agreed(trainer) if self.enabled else 0
         if not number:
             return
-        saved = _save_and_requeue(trainer) if number in _requeue_signals(trainer) else _save(trainer)
+        if number in _requeue_signals(trainer):
+            saved: str | None = str(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+            frame: Any = None  # Lightning's handler, which saves there and requeues the job, does not use it
+            trainer._signal_connector._slurm_sigusr_handler_fn(signal.Signals(number), frame)
+        else:
+            checkpoints = callbacks_of(trainer, PhaseCheckpoint)  # none where checkpoints are switched off
+            saved = next((checkpoint.save_now(trainer) for checkpoint in checkpoints), None)
         self._restore()
         raise RunStopped(number, saved, is_first_rank=trainer.is_global_zero)
 
@@ -114,26 +118,3 @@ def _requeue_signals(trainer: Trainer) -> set[int]:
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
         return set()
     return {int(environment.requeue_signal or signal.SIGUSR1)}
-
-
-def _save(trainer: Trainer) -> str | None:
-    """Save ``last.ckpt`` and return its path; None where checkpoints are switched off."""
-    return next((checkpoint.save_now(trainer) for checkpoint in callbacks_of(trainer, PhaseCheckpoint)), None)
-
-
-def _save_and_requeue(trainer: Trainer) -> str:
-    """Save where Lightning looks when SLURM restarts the job, and requeue the job."""
-    path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
-    save_whole(trainer, path)
-    if trainer.is_global_zero:
-        _requeue()
-    return str(path)
-
-
-def _requeue() -> None:
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        rank_zero_warn(f"The job {job} could not be requeued ({error}). Submit it again: it resumes by itself.")

@@ -67,7 +67,7 @@ class MathBenchmark(CheckpointedCallback):
     # During fit
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the policy before its first optimizer step; a resumed run was measured by the first one."""
+        """Measure the policy before its first optimizer step, unless a resumed run has that result already."""
         self._drop_later_rows(trainer)
         self._drop_other_benchmarks({b.name for b in data_of(trainer).benchmarks} if self.enabled else set())
         if self.stage is None:

@@ -1,17 +1,14 @@
 """PhaseCheckpoint: checkpoints between optimizer steps, written atomically, and one after the last phase."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
 
-PARTIAL, PREVIOUS = ".partial", ".previous"
-"""Suffixes of a checkpoint that is being written, and of the one that it replaces until that is deleted."""
+from egspo_lightning.checkpointing import atomic_files
 
 
 class PhaseCheckpoint(ModelCheckpoint):
@@ -20,9 +17,9 @@ class PhaseCheckpoint(ModelCheckpoint):
     ``last.ckpt`` of a finished run is the final policy, whatever ended the run (max_epochs, max_steps, max_time or a
     callback), and whatever the interval and ``save_top_k`` are. Where another checkpoint holds the same state, it is a
     hard link to it. Mid-epoch checkpoints (``every_n_train_steps``, ``train_time_interval``) are saved between two
-    optimizer steps, never among the micro-batches of one; a run that is told to stop completes its optimizer step. One
-    that is due at a phase's last optimizer step is saved after the phase. A file is replaced only once the new one is
-    complete.
+    optimizer steps, never among the micro-batches of one; a run that is told to stop completes its optimizer step.
+    One that is due at a phase's last optimizer step is saved after the phase. ``RunTrainer`` replaces a file only
+    once the new one is complete.
     """
 
     _must_stop = False
@@ -76,7 +73,7 @@ class PhaseCheckpoint(ModelCheckpoint):
         if saved != filepath and os.path.exists(saved):
             link_whole(trainer, saved, filepath)
         else:
-            save_whole(trainer, filepath, weights_only=self.save_weights_only)
+            trainer.save_checkpoint(filepath, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         if trainer.is_global_zero:
@@ -95,87 +92,14 @@ def _ends(trainer: Trainer) -> bool:
     return bool(can_stop) or trainer.global_step == trainer.max_steps
 
 
-def save_whole(trainer: Trainer, path: str | Path, *, weights_only: bool = False) -> None:
-    """Save a checkpoint (a file or a folder of shards) atomically: the old or the new one always exists. Collective.
-
-    For a URL the store must guarantee that.
-    """
-    if "://" in str(path):
-        trainer.save_checkpoint(path, weights_only)
-        return
-    path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
-    _delete(partial)
-    trainer.strategy.barrier()
-    try:
-        trainer.save_checkpoint(partial, weights_only)
-        trainer.strategy.barrier()
-        _replace(partial, path)
-        trainer.strategy.barrier()
-    except OSError:
-        _delete(partial)
-        raise
-
-
 def link_whole(trainer: Trainer, saved: str, path: str) -> None:
     """Give a saved checkpoint (a file or a folder of shards) a second name, atomically. Collective.
 
     The second name is a hard link, which stays valid when the first is deleted, or a copy where there are none.
     """
     trainer.strategy.barrier()
-    _link(Path(saved), Path(path + PARTIAL))
-    _replace(Path(path + PARTIAL), Path(path))
+    if trainer.is_global_zero:
+        partial = atomic_files.partial_of(Path(path))
+        atomic_files.link(Path(saved), partial)
+        atomic_files.replace(partial, Path(path))
     trainer.strategy.barrier()
-
-
-@rank_zero_only
-def _link(saved: Path, path: Path) -> None:
-    _delete(path)
-    if saved.is_dir():
-        shutil.copytree(saved, path, copy_function=_link_file)
-    else:
-        _link_file(saved, path)
-
-
-def _link_file(saved: str | Path, path: str | Path) -> None:
-    try:
-        os.link(saved, path)
-    except OSError:
-        shutil.copy2(saved, path)
-
-
-@rank_zero_only
-def recover(folder: Path) -> None:
-    """Clean up after a ``save_whole`` that was killed."""
-    for previous in folder.glob(f"*{PREVIOUS}"):
-        path = previous.with_name(previous.name.removesuffix(PREVIOUS))
-        if path.exists():
-            _delete(previous)
-        else:
-            previous.rename(path)
-    for partial in folder.glob(f"*{PARTIAL}"):
-        _delete(partial)
-
-
-@rank_zero_only
-def _replace(partial: Path, path: Path) -> None:
-    """Replace a file in one step once it is on disk; a folder cannot be, so the old one is renamed first."""
-    if partial.is_file():
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-    if not path.is_dir() or path.is_symlink():
-        os.replace(partial, path)
-        return
-    previous = path.with_name(path.name + PREVIOUS)
-    _delete(previous)
-    path.rename(previous)
-    partial.rename(path)
-    _delete(previous)
-
-
-@rank_zero_only
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""RunConfig: saves the run's config in log folder and checkpoints, and prints what a resumed run changes."""
+"""RunConfig: saves the config in log folder and checkpoints, and prints the fields that a resumed run changes."""
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import yaml
@@ -13,6 +12,21 @@ from lightning.pytorch.utilities import rank_zero_info
 KEY = "egspo_config"
 NOT_TRAINING = ("ckpt_path", "weights_only", "trainer.default_root_dir")
 """Fields that say where a run is, not what it trains."""
+HYPERPARAMETERS = ("seed_everything", "model", "data", "stage_transition")
+"""Sections of the config that are hyperparameters as a whole, but for ``ONLY_EVALUATION``."""
+ONLY_EVALUATION = ("benchmarks", "eval_batch_size", "evaluation_grader", "predict_sampling")
+"""Keys of ``data`` that are left out."""
+TRAINER_HYPERPARAMETERS = (
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+)
+"""Keys of ``trainer`` that are hyperparameters."""
 
 
 class RunConfig(SaveConfigCallback):
@@ -21,10 +35,10 @@ class RunConfig(SaveConfigCallback):
     A resumed run uses its own values, and prints each that differs from the checkpoint's.
     """
 
-    @cached_property
-    def values(self) -> dict[str, Any]:
-        """The config as plain data."""
-        return plain(self.parser, self.config)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml``; checkpoints get the same values."""
+        super().setup(trainer, pl_module, stage)
+        self.values = plain(self.parser, self.config)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the config into the checkpoint."""
@@ -37,7 +51,7 @@ class RunConfig(SaveConfigCallback):
             return
         changed = differences(checkpoint[KEY], self.values)
         if changed:
-            rank_zero_info("\n  ".join(["Changed against the checkpoint; the values of this run hold:", *changed]))
+            rank_zero_info("\n  ".join(["Changed since the checkpoint; this run uses its own values:", *changed]))
 
 
 def plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
@@ -62,6 +76,13 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in items:
         yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters in a config of fit, by dotted key."""
+    data = {key: value for key, value in config["data"].items() if key not in ONLY_EVALUATION}
+    trainer = {key: config["trainer"][key] for key in TRAINER_HYPERPARAMETERS}
+    return flatten_by_class({key: config[key] for key in HYPERPARAMETERS} | {"data": data, "trainer": trainer})
 
 
 def flatten_by_class(config: Mapping[str, Any]) -> dict[str, str | float]:

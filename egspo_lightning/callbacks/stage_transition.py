@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
-from egspo_lightning.callbacks.phase_checkpoint import save_whole
 from egspo_lightning.callbacks.trainer_access import log_folder, module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
@@ -148,7 +147,7 @@ class StageTransition(CheckpointedCallback):
         self.sft_end_reason = reason
         self._start_egspo(module)
         if self.save_checkpoint:
-            save_whole(trainer, log_folder(trainer) / "sft.ckpt")
+            trainer.save_checkpoint(log_folder(trainer) / "sft.ckpt")
         module.print(f"Stage sft -> egspo after phase {trainer.current_epoch + 1}: {reason}.")
 
     def _start_egspo(self, module: EGSPOModule) -> None:

@@ -18,13 +18,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
 import egspo_lightning
-from egspo_lightning.callbacks.run_config import RunConfig, plain
+from egspo_lightning.callbacks.run_config import RunConfig, hyperparameters, plain
 from egspo_lightning.callbacks.trainer_access import callbacks_of
 from egspo_lightning.checkpointing.load import open_checkpoint
 from egspo_lightning.cli.config_files import require_one_method, shipped_path, use_configs
 from egspo_lightning.cli.environment import require_ranks, require_writable
 from egspo_lightning.cli.exit_codes import DEBUG, end
-from egspo_lightning.cli.hyperparameters import hyperparameters
 from egspo_lightning.cli.parser import Parser
 from egspo_lightning.cli.plan import plan_run
 from egspo_lightning.cli.process_exit import end_other_ranks

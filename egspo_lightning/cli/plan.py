@@ -86,13 +86,13 @@ def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) 
     bound = "" if work.max_tokens is None else f", in micro-batches of at most {work.max_tokens} tokens"
     return "\n".join(
         [
-            f"Memory of one device of {num_devices}, GiB, were every sequence {work.length} tokens long{bound}:",
+            f"Memory of one device of {num_devices}, GiB, if every sequence has {work.length} tokens{bound}:",
             *rows,
             "Peaks:",
             *phases,
             *([f"In the host's memory, for each device: {memory.host / GIB:.3f} GiB."] if memory.host else []),
-            f"The peak of {memory.peak / GIB:.3f} GiB {verdict} in {device_gib:g} GiB. What the allocator, kernels and "
-            "communication need comes on top.",
+            f"The peak of {memory.peak / GIB:.3f} GiB {verdict} in {device_gib:g} GiB. Allocator, kernels and "
+            "communication need more on top.",
         ]
     )
 

@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from egspo_lightning.callbacks.phase_checkpoint import recover
+from egspo_lightning.checkpointing.atomic_files import recover
 from egspo_lightning.checkpointing.load import open_checkpoint
 from egspo_lightning.errors import UserError
 
@@ -29,7 +29,7 @@ def resume_path(trainer: Trainer, *, starts_anew: bool) -> str | None:
     """
     folders, searched = _checkpoint_folders(trainer)
     for folder in folders:
-        recover(folder)
+        rank_zero_only(recover)(folder)
     found = [path for folder in folders for path in folder.glob("last*.ckpt")]
     if found:
         last = max(found, key=lambda path: path.stat().st_mtime)

@@ -1,9 +1,13 @@
-"""Lightning's Trainer with a separate log folder for each run, whatever the logger."""
+"""Lightning's Trainer with a separate log folder for each run, whatever the logger, and atomic checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from egspo_lightning.checkpointing import atomic_files
 
 
 class RunTrainer(Trainer):
@@ -22,3 +26,25 @@ class RunTrainer(Trainer):
         version = first.version if isinstance(first.version, str) else f"version_{first.version}"
         folder = Path(first.save_dir or self.default_root_dir) / str(first.name) / version
         return self.strategy.broadcast(str(folder))
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Save a checkpoint (a file or a folder of shards) atomically. Collective.
+
+        For a URL the store must guarantee that.
+        """
+        if "://" in str(filepath):
+            super().save_checkpoint(filepath, weights_only, storage_options)
+            return
+        path = Path(filepath)
+        partial = atomic_files.partial_of(path)
+        rank_zero_only(atomic_files.delete)(partial)
+        self.strategy.barrier()
+        try:
+            super().save_checkpoint(partial, weights_only, storage_options)
+            rank_zero_only(atomic_files.replace)(partial, path)
+            self.strategy.barrier()
+        except OSError:
+            rank_zero_only(atomic_files.delete)(partial)
+            raise

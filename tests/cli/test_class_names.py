@@ -6,6 +6,7 @@ import pytest
 
 from egspo_lightning.cli.main import EgspoCLI
 from egspo_lightning.cli.parser import PARTS, class_names
+from smallest_config import put
 
 QUICKSTART = "--config=configs/quickstart.yaml"
 JSONL = {"class_path": "DatasetProblems", "init_args": {"path": "problems.jsonl"}}
@@ -88,13 +89,6 @@ def at(config, key):
 
 def flag(value):
     return json.dumps(value) if isinstance(value, (dict, list)) else value
-
-
-def put(config, key, value):
-    *parents, last = key.split(".")
-    for parent in parents:
-        config = config.setdefault(parent, {})
-    config[last] = value
 
 
 def assert_holds(config, parts):

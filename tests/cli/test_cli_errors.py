@@ -14,13 +14,9 @@ import pytest
 import yaml
 
 from egspo_lightning.cli.main import main, run
+from smallest_config import Config, put, smallest_config, source
 
-Config = dict[str, Any]
 Run = Callable[..., str]
-
-
-def source(class_path: str, **arguments: Any) -> Config:
-    return {"class_path": f"egspo_lightning.{class_path}", "init_args": arguments}
 
 
 def benchmark(**arguments: Any) -> Config:
@@ -30,20 +26,7 @@ def benchmark(**arguments: Any) -> Config:
 @pytest.fixture
 def config(small_model: str, tmp_path: Path) -> Config:
     """A valid config, which each case makes invalid."""
-    return {
-        "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path / "logs")},
-        "model": {"policy": {"name_or_path": small_model, "from_scratch": True}},
-        "data": {
-            "demonstrations": source("data.generated_sources.GeneratedDemonstrations", num_demonstrations=8),
-            "problems": source("data.generated_sources.GeneratedProblems"),
-            "prompt": {"system": "", "plain": "{problem}"},
-            "num_problems": 2,
-            "num_generations": 2,
-            "max_prompt_length": 16,
-            "max_completion_length": 40,
-        },
-        "hf_export": {"enabled": False},
-    }
+    return put(smallest_config(tmp_path, small_model), "trainer.max_epochs", 1)
 
 
 @pytest.fixture
@@ -63,16 +46,6 @@ def error_of(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
         return output.err
 
     return run
-
-
-def put(config: Config, key: str, value: Any) -> Config:
-    """Set a config value by its dotted key, as in "data.num_problems"."""
-    *parents, last = key.split(".")
-    place = config
-    for parent in parents:
-        place = place.setdefault(parent, {})
-    place[last] = value
-    return config
 
 
 GAE = {"class_path": "egspo_lightning.ops.estimators.GAE"}

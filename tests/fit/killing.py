@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import phase_checkpoint as checkpoint
 from egspo_lightning.callbacks import token_records
+from egspo_lightning.checkpointing import atomic_files
 from processes import run_forked
 
 MOMENTS = ("sft", "sampling", "grading", "update", "half", "whole", "replaced", "recording")
@@ -41,7 +41,7 @@ class Kill(Callback):
     def on_train_start(self, trainer, pl_module):
         """Patch classes; the process has no other run."""
         grader, engine = type(trainer.datamodule.reward.grader), type(trainer.datamodule.engine)
-        grade, stream, replace, write = grader.grade, engine.stream, checkpoint._replace, token_records.write
+        grade, stream, replace, write = grader.grade, engine.stream, atomic_files.replace, token_records.write
 
         def graded(*args):
             grades = grade(*args)
@@ -68,7 +68,7 @@ class Kill(Callback):
                 self._event("recording")
 
         grader.grade, engine.stream = graded, streamed
-        checkpoint._replace, token_records.write = replaced, recorded
+        atomic_files.replace, token_records.write = replaced, recorded
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self._event("sft" if pl_module.stage == "sft" else "update")

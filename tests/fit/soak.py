@@ -20,11 +20,11 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from egspo_lightning.callbacks import phase_checkpoint as checkpoint
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rewards.functions import CorrectnessReward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from egspo_lightning.training.trainer import RunTrainer
 from processes import run_forked
 
 KINDS = ("nan_loss", "infinite_gradient", "flat", "truncated", "empty", "timeout", "crash")
@@ -53,7 +53,7 @@ class Faults(Callback):
         """Patch the classes in which faults occur; the process has no other run."""
         faults = self
         grade, reward, stream = MathGrader.grade, CorrectnessReward.__call__, TransformersEngine.stream
-        step, save = EGSPOModule.training_step, checkpoint.save_whole
+        step, save = EGSPOModule.training_step, RunTrainer.save_checkpoint
 
         def graded(grader, texts, golds):
             for kind in ("timeout", "crash"):
@@ -82,7 +82,7 @@ class Faults(Callback):
             save(*args, **kwargs)
 
         MathGrader.grade, CorrectnessReward.__call__, TransformersEngine.stream = graded, rewarded, streamed
-        EGSPOModule.training_step, checkpoint.save_whole = stepped, saved
+        EGSPOModule.training_step, RunTrainer.save_checkpoint = stepped, saved
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.is_sampling = pl_module.stage == "egspo"

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from smallest_config import put, smallest_config
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "1000", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -70,11 +72,7 @@ class Run:
 
     def put(self, key: str, value: Any) -> None:
         """Set a config value by its dotted key, as in "data.num_problems"."""
-        *parents, last = key.split(".")
-        place = self.config
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
+        put(self.config, key, value)
 
     @property
     def command(self) -> list[str]:
@@ -82,11 +80,6 @@ class Run:
         path = self.folder / "run.yaml"
         path.write_bytes(self.config if isinstance(self.config, bytes) else yaml.safe_dump(self.config).encode())
         return [self.subcommand, f"--config={path}", *self.arguments]
-
-
-def source(class_path: str, **arguments: Any) -> dict[str, Any]:
-    """Config entry of a class of this package: class_path and init_args."""
-    return {"class_path": f"egspo_lightning.{class_path}", "init_args": arguments}
 
 
 @pytest.fixture(scope="session")
@@ -97,18 +90,4 @@ def smallest() -> Callable[[Path, str], Run]:
 
 def _smallest(folder: Path, model: str) -> Run:
     """One epoch of SFT and one of EGSPO, which take seconds."""
-    config = {
-        "trainer": {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": str(folder / "logs")},
-        "model": {"policy": {"name_or_path": model, "from_scratch": True}},
-        "data": {
-            "demonstrations": source("data.generated_sources.GeneratedDemonstrations", num_demonstrations=8),
-            "problems": source("data.generated_sources.GeneratedProblems"),
-            "prompt": {"system": "", "plain": "{problem}"},
-            "num_problems": 2,
-            "num_generations": 2,
-            "max_prompt_length": 16,
-            "max_completion_length": 40,
-        },
-        "hf_export": {"enabled": False},
-    }
-    return Run(folder, config)
+    return Run(folder, smallest_config(folder, model))

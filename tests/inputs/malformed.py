@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from smallest_config import source
+
 
 class Case(NamedTuple):
     """A function that makes a run invalid, and the words that the error message must contain."""
@@ -47,11 +49,6 @@ def flags(name: str, *arguments: str, words: tuple[str, ...]) -> None:
         run.arguments = arguments
 
     CASES[name] = Case(apply, words)
-
-
-def source(class_path: str, **arguments: Any) -> dict[str, Any]:
-    """Config entry of a class of this package: class_path and init_args."""
-    return {"class_path": f"egspo_lightning.{class_path}", "init_args": arguments}
 
 
 def torch_class(kind: str, name: str, **arguments: Any) -> dict[str, Any]:
