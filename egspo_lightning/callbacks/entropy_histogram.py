@@ -3,7 +3,7 @@
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from egspo_lightning.callbacks.logger_displays import SHOWS_HISTOGRAMS, log_histograms, note_once
-from egspo_lightning.callbacks.trainer_access import due_rollout_batch
+from egspo_lightning.callbacks.trainer_access import due_rollout_batch, step_of_phase
 from egspo_lightning.ops.gate import high_entropy_mask
 from egspo_lightning.types import NonNegativeInt
 
@@ -37,4 +37,5 @@ class EntropyHistogram(Callback):
         gated = rollout.gated_mask
         high = high_entropy_mask(rollout.entropies, gated, rollout.threshold)
         masks = {"entropy/all": gated, "entropy/high": high, "entropy/low": gated & ~high}
-        log_histograms(trainer, {tag: rollout.entropies[mask] for tag, mask in masks.items() if mask.any()})
+        found = {tag: rollout.entropies[mask] for tag, mask in masks.items() if mask.any()}
+        log_histograms(trainer, found, step_of_phase(trainer))

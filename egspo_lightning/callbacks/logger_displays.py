@@ -24,9 +24,8 @@ def note_once(trainer: Trainer, key: str, able: tuple[type[Logger], ...], instea
 
 
 @rank_zero_only
-def log_histograms(trainer: Trainer, histograms: Mapping[str, Tensor]) -> None:
+def log_histograms(trainer: Trainer, histograms: Mapping[str, Tensor], step: int) -> None:
     """Log values as histograms, or as the metrics of ``summary`` where a logger has none. First rank only."""
-    step = trainer.global_step
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             for tag, values in histograms.items():
@@ -42,9 +41,8 @@ def log_histograms(trainer: Trainer, histograms: Mapping[str, Tensor]) -> None:
 
 
 @rank_zero_only
-def log_text(trainer: Trainer, tag: str, text: str) -> None:
+def log_text(trainer: Trainer, tag: str, text: str, step: int) -> None:
     """Log Markdown to the loggers that keep text. First rank only."""
-    step = trainer.global_step
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(tag, text, step)

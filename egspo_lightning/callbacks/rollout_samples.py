@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from egspo_lightning.analysis.record_schema import files_of
 from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.callbacks.logger_displays import SHOWS_TEXT, log_text, note_once
-from egspo_lightning.callbacks.trainer_access import due_rollout_batch, log_folder, module_of
+from egspo_lightning.callbacks.trainer_access import due_rollout_batch, log_folder, module_of, step_of_phase
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.types import Completion, NonNegativeInt, PositiveInt
@@ -53,7 +53,8 @@ class RolloutSamples(Callback):
         if rollouts is not None and trainer.is_global_zero:
             num_shown = min(self.num_samples, len(rollouts.completions))
             samples = [self._sample(rollouts, row, module_of(pl_module)) for row in range(num_shown)]
-            log_text(trainer, "rollout/samples", SEPARATOR.join([*samples, _legend(log_dir)]))
+            text = SEPARATOR.join([*samples, _legend(log_dir)])
+            log_text(trainer, "rollout/samples", text, step_of_phase(trainer))
 
     def _sample(self, rollouts: CollectedRollouts, row: int, module: EGSPOModule) -> str:
         """Verdict and problem as indented blocks, which Markdown shows literally; then the tokens."""

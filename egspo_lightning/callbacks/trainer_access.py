@@ -53,6 +53,11 @@ def due_rollout_batch(trainer: Trainer, every_n: int) -> CollectedRollouts | Non
     return data.phases.rollouts if is_due else None
 
 
+def step_of_phase(trainer: Trainer) -> int:
+    """The step at which the module has logged the metrics of the ending phase."""
+    return trainer.global_step - 1
+
+
 def resumes_in(trainer: Trainer, folder: Path) -> bool:
     """Whether the run resumes the run that wrote its files into a folder, instead of starting a new one there."""
     if trainer.ckpt_path is None:

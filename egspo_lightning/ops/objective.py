@@ -37,7 +37,7 @@ from egspo_lightning.ops.correction import SamplerCorrection, sampler_ratios, sa
 from egspo_lightning.ops.diagnostics import Metrics, policy_metrics, value_metrics
 from egspo_lightning.ops.gate import confidence_phi, high_share
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
-from egspo_lightning.ops.masking import Aggregation, aggregate, shape_of
+from egspo_lightning.ops.masking import Aggregation, aggregate, masked_sum, shape_of
 from egspo_lightning.ops.schedules import ChordMu
 from egspo_lightning.types import (
     AboveOne,
@@ -170,6 +170,9 @@ class Objective:
             terms["loss/entropy"] = (-weights.entropy, self._reduce(current.entropies, mask, size))
         loss = weights.policy * torch.stack([weight * term for weight, term in terms.values()]).sum()
         metrics = {name: term.detach() for name, (_, term) in terms.items()}
+        if weights.entropy > 0:  # in nats a token, whatever the aggregation
+            sum_of_entropies = masked_sum(current.entropies.detach(), mask)
+            metrics["loss/entropy"] = sum_of_entropies / max(size.num_sampled_tokens, 1.0)
         metrics |= policy_metrics(current.logprobs.detach(), rollout, self.epsilon_low, self.epsilon_high)
         return loss, metrics
 

@@ -9,7 +9,8 @@ def test_histograms_are_logged_for_each_rollout_batch(tiny_run, events):
     run = tiny_run(EntropyHistogram(), StageTransition(), logger=True).fit()
     log = events(run.trainer)
     for name in ("all", "high", "low"):
-        assert [event.step for event in log.Histograms(f"entropy/{name}")] == [4, 6]  # none in SFT
+        assert [event.step for event in log.Histograms(f"entropy/{name}")] == [3, 5]  # none in SFT
+    assert [event.step for event in log.Scalars("gate/threshold")] == [3, 5]
 
 
 def test_histograms_contain_every_completion_token_and_split_at_the_threshold(tiny_run, events):
@@ -25,7 +26,7 @@ def test_histograms_contain_every_completion_token_and_split_at_the_threshold(ti
     assert histogram["low"].max < rollout.threshold[0].item()
 
 
-@pytest.mark.parametrize(("every", "steps"), [(2, [2, 6]), (0, [])])
+@pytest.mark.parametrize(("every", "steps"), [(2, [1, 5]), (0, [])])
 def test_histograms_are_logged_every_n_rollout_batches(tiny_run, events, every, steps):
     options = ONE_ROLLOUT_BATCH | {"trainer": {"max_epochs": 3}}
     run = tiny_run(EntropyHistogram(every), **options).fit()

@@ -46,12 +46,12 @@ def test_csv_logger_gets_quantiles_for_histograms_and_one_note(tiny_run, tmp_pat
     found = fit(tiny_run, CSVLogger(tmp_path, version="csv"))
     assert notes() == [f"entropy_histogram: CSVLogger {HISTOGRAMS}", f"rollout_samples: CSVLogger {TEXT}"]
     rows = pd.read_csv(Path(found.trainer.log_dir) / "metrics.csv").groupby("step").first()
-    assert rows["entropy/all/mean"].dropna().index.tolist() == [4, 6]  # two rollout batches
+    assert rows["entropy/all/mean"].dropna().index.tolist() == [3, 5]  # two rollout batches
     rollout = found.data.phases.rollouts.batch
     entropies = rollout.entropies[rollout.completion_mask]
-    assert rows["entropy/all/mean"][6] == pytest.approx(entropies.mean().item(), rel=1e-5)
-    assert rows["entropy/high/p10"][6] >= rollout.threshold[0].item() - 1e-6 > rows["entropy/low/p90"][6]
-    assert (rows["entropy/all/p10"][6], rows["entropy/all/p90"][6]) == pytest.approx(
+    assert rows["entropy/all/mean"][5] == pytest.approx(entropies.mean().item(), rel=1e-5)
+    assert rows["entropy/high/p10"][5] >= rollout.threshold[0].item() - 1e-6 > rows["entropy/low/p90"][5]
+    assert (rows["entropy/all/p10"][5], rows["entropy/all/p90"][5]) == pytest.approx(
         entropies.sort().values[[-(-len(entropies) // 10) - 1, -(-9 * len(entropies) // 10) - 1]].tolist()
     )
 
@@ -94,12 +94,12 @@ def test_mlflow_gets_numbers_text_and_hyperparameters(tiny_run, tmp_path, notes,
     assert status == "FINISHED"
     texts = {path.relative_to(tmp_path / "kept").parts[2:]: path.read_text() for path in tmp_path.rglob("*.md")}
     assert set(texts) == {
-        ("rollout", "samples", "step-00000004.md"),
-        ("rollout", "samples", "step-00000006.md"),
+        ("rollout", "samples", "step-00000003.md"),
+        ("rollout", "samples", "step-00000005.md"),
         ("stage", "step-00000000.md"),
         ("stage", "step-00000002.md"),
     }
-    assert "<pre>" in texts["rollout", "samples", "step-00000006.md"]
+    assert "<pre>" in texts["rollout", "samples", "step-00000005.md"]
 
 
 SHORT = [

@@ -38,7 +38,7 @@ def texts(events, run) -> list[tuple[int, str]]:
 def test_completions_are_logged_as_text_with_verdicts(tiny_run, events):
     run = tiny_run(RolloutSamples(num_samples=3), StageTransition(), logger=True, trainer={"max_epochs": 2}).fit()
     ((step, text),) = texts(events, run)
-    assert step == 4
+    assert step == 3
     *samples, pointers = text.split(SEPARATOR)
     assert len(samples) == 3
     for sample, completion in zip(samples, run.data.phases.rollouts.completions, strict=False):
@@ -173,7 +173,7 @@ def test_weighted_reward_shows_its_terms(tiny_run, events):
     assert text.startswith("    reward 1.5 (format 0, short 0.5), answer none, gold ")
 
 
-@pytest.mark.parametrize(("every", "steps"), [(1, [2, 4, 6]), (2, [2, 6]), (0, [])])
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 3, 5]), (2, [1, 5]), (0, [])])
 def test_samples_are_logged_every_n_rollout_batches(tiny_run, events, every, steps):
     run = tiny_run(RolloutSamples(every), **ONE_ROLLOUT_BATCH | {"trainer": {"max_epochs": 3}}).fit()
     assert [step for step, _ in texts(events, run)] == steps
