@@ -63,6 +63,7 @@ class MathBenchmark(CheckpointedCallback):
         self.stage: str | None = None
         """Stage of the latest phase."""
         self._running: list[Measurement] = []
+        self._returned: list[Any] = []
 
     # During fit
 
@@ -173,7 +174,16 @@ class MathBenchmark(CheckpointedCallback):
         """Reduce over ranks, log and write."""
         self._finish(self._running, trainer)
         self._running = []
+        self._returned = trainer._evaluation_loop._logged_outputs
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the metrics to what ``trainer.validate`` or ``test`` returns, once Lightning has logged its own."""
+        for outputs in self._returned:
+            outputs.update(
+                {f"eval/{name}/{metric}": value for name, part in self.latest.items() for metric, value in part.items()}
+            )
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end

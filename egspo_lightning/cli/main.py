@@ -155,6 +155,8 @@ class EgspoCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Resolve ``--ckpt_path last``: the latest run's last checkpoint. A resumed run logs into that run's folder."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in ("validate", "test"):
+            kwargs["verbose"] = False  # after_validate prints the scores
         if kwargs.get("ckpt_path") != "last":
             return kwargs
         return kwargs | {"ckpt_path": resume_path(self.trainer, starts_anew=subcommand == "fit")}

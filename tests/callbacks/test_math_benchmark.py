@@ -337,3 +337,13 @@ def test_remote_checkpoint_is_evaluated_and_recorded(tiny_run, tmp_path):
     for folder in benchmark.written:
         stored = json.loads((folder / "metrics.json").read_text())
         assert (stored["ckpt_path"], stored["step"]) == (remote, 2)
+
+
+@pytest.mark.parametrize("name", ["validate", "test"])
+def test_validate_and_test_return_the_metrics_of_all_benchmarks(tiny_run, name):
+    benchmark = MathBenchmark()
+    run = tiny_run(benchmark, data=benchmarks())
+    returned = getattr(run.trainer, name)(run.module, run.data)
+    expected = {f"eval/{n}/{metric}": value for n, part in benchmark.latest.items() for metric, value in part.items()}
+    assert len(expected) == sum(map(len, NAMES.values()))
+    assert returned == [expected, expected]
