@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from egspo_lightning.checkpointing import atomic_files
+from egspo_lightning.training.trainer import RunTrainer
 
 
 class PhaseCheckpoint(ModelCheckpoint):
@@ -70,7 +71,8 @@ class PhaseCheckpoint(ModelCheckpoint):
         for logger in trainer.loggers:
             logger.save()  # a resumed run does not log the earlier steps again
         saved = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else filepath
-        if saved != filepath and os.path.exists(saved):
+        is_replaced = os.path.isfile(saved) or isinstance(trainer, RunTrainer)  # others write shards into the old files
+        if saved != filepath and os.path.exists(saved) and is_replaced:
             link_whole(trainer, saved, filepath)
         else:
             trainer.save_checkpoint(filepath, self.save_weights_only)
