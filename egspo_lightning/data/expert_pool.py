@@ -20,7 +20,7 @@ class Encoded(NamedTuple):
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    """With the EOS."""
+    """With the EOS, or the token that ends a turn in the chat template."""
     demonstration: Demonstration
 
 

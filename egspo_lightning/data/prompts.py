@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
+from egspo_lightning.chat_turns import assistant_text, turn_end
 from egspo_lightning.errors import UserError
 from egspo_lightning.types import Demonstration, Problem
 
@@ -95,13 +96,20 @@ class PromptTemplate:
     def encode_demonstration(
         self, tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration
     ) -> tuple[list[int], list[int]]:
-        """Return the ids of the prompt, and of the solution followed by the EOS.
+        """Return the ids of the prompt, and of the solution with its end.
+
+        After plain text the end is the EOS. In a chat, solution and end are what the template writes for the
+        assistant's turn, up to and with the token that ends it; a template without such a token gets the EOS.
 
         Raises:
             UserError: as ``render`` does.
         """
-        solution = tokenizer.encode(demonstration.solution, add_special_tokens=False)
-        return self.encode(tokenizer, demonstration.problem), [*solution, tokenizer.eos_token_id]
+        problem, text, end_id = demonstration.problem, demonstration.solution, tokenizer.eos_token_id
+        if self._is_chat(tokenizer) and (end := turn_end(tokenizer)):
+            rendered = self._render_chat(tokenizer, problem, text)
+            text = assistant_text(rendered, self.render(tokenizer, problem), text, end)
+            end_id = tokenizer.convert_tokens_to_ids(end)
+        return self.encode(tokenizer, problem), [*tokenizer.encode(text, add_special_tokens=False), end_id]
 
     def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         if self.use_chat_template == "always" and not tokenizer.chat_template:
@@ -111,13 +119,18 @@ class PromptTemplate:
             )
         return self.use_chat_template != "never" and bool(tokenizer.chat_template)
 
-    def _render_chat(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> str:
+    def _render_chat(self, tokenizer: PreTrainedTokenizerBase, problem_text: str, solution: str | None = None) -> str:
+        """The prompt, or, with a solution, the whole conversation."""
         messages = [{"role": "user", "content": problem_text}]
+        if solution is not None:
+            messages.append({"role": "assistant", "content": solution})
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         variables = self._variables(tokenizer)
         try:
-            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
+            rendered = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=solution is None, tokenize=False, **variables
+            )
         except TemplateError as error:
             raise UserError(
                 f"The tokenizer's chat template refuses the prompt: {error}. "

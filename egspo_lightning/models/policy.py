@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from egspo_lightning.chat_turns import turn_end_id
 from egspo_lightning.errors import PASS_ERRORS, UserError
 from egspo_lightning.models.packed_attention import Run, Runs, packed_states, trunk_of, use_packing
 from egspo_lightning.ops.batching import row_lengths, similar_length_batches
@@ -166,10 +167,10 @@ class ValueHead(nn.Module):
 
 
 def end_of_sequence_ids(lm: Any, tokenizer: Any) -> list[int]:
-    """All ids that end a completion: the tokenizer's EOS and the model's own."""
+    """All ids that end a completion: the tokenizer's EOS, the model's own, and the chat template's end of a turn."""
     declared = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     more = declared if isinstance(declared, list) else [declared]
-    return sorted({tokenizer.eos_token_id, *more} - {None})
+    return sorted({tokenizer.eos_token_id, turn_end_id(tokenizer), *more} - {None})
 
 
 def _disable_dropout(lm: nn.Module) -> None:

@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,8 @@ from transformers import AutoTokenizer
 
 from egspo_lightning.data.prompts import PromptTemplate
 from egspo_lightning.errors import UserError
+from egspo_lightning.models.policy_config import PolicyConfig
+from egspo_lightning.module import EGSPOModule
 from egspo_lightning.types import Demonstration
 
 TINY_MODEL = Path(__file__).parents[2] / "configs" / "tiny_model"
@@ -118,6 +122,56 @@ def test_demonstration_prompt_equals_sampling_prompt(load):
     assert completion[-1] == 256
 
 
+GEMMA = (  # no EOS; the text is stripped
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+SPACED = (  # as Llama 2 and Mistral
+    "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
+    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+EMPTY_BLOCK = (  # as Qwen3 does for a turn without reasoning
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+REASONING = (  # as DeepSeek-R1: the prompt opens the block, and reasoning of earlier turns is dropped
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}<end_of_turn>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+TWO_ENDS = GEMMA.replace("{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add")  # Phi-3
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "solution", "target"),
+    [
+        (GEMMA, "so 2", "so 2<end_of_turn>"),
+        (GEMMA, " so 2\n", "so 2<end_of_turn>"),
+        (TWO_ENDS, "so 2", "so 2<end_of_turn>"),
+        (SPACED, "so 2", " so 2 <|endoftext|>"),
+        (EMPTY_BLOCK, "so 2", "<think>\n\n</think>\n\nso 2<end_of_turn>"),
+        (REASONING, "1+1</think>so 2", "1+1</think>so 2<end_of_turn>"),
+        (REASONING, "so 2", "so 2<end_of_turn>"),
+        (CHAT, "so 2", "so 2<|endoftext|>"),  # no token ends the turn
+        (
+            CHAT + "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}",
+            "2",
+            "2<|endoftext|>",
+        ),
+    ],
+)
+def test_demonstration_ends_as_the_chat_template_ends_a_turn(load, chat_template, solution, target):
+    tokenizer = load(chat_template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    template = PromptTemplate(system="")
+    prompt, completion = template.encode_demonstration(tokenizer, Demonstration("1", "1+1?", solution))
+    assert prompt == template.encode(tokenizer, "1+1?")
+    assert tokenizer.decode(completion) == target
+    assert completion[-1] == (tokenizer.convert_tokens_to_ids("<end_of_turn>") if "turn>" in target else 256)
+    plain = PromptTemplate(use_chat_template="never")
+    assert plain.encode_demonstration(tokenizer, Demonstration("1", "1+1?", "2"))[1] == [ord("2"), 256]
+
+
 @pytest.mark.parametrize("plain", ["", "{system}", "{problem} and {problem}"])
 def test_plain_template_without_exactly_one_problem_is_refused(plain):
     with pytest.raises(UserError, match="exactly once"):
@@ -129,3 +183,15 @@ def test_unknown_use_chat_template_is_refused():
     parser.add_argument("--prompt", type=PromptTemplate)
     with pytest.raises(ArgumentError, match=r"(?s)use_chat_template.*auto.*always.*never.*sometimes"):
         parser.parse_args(["--prompt.use_chat_template=sometimes"])
+
+
+def test_sampling_stops_at_the_eos_and_at_the_end_of_a_turn(load, tmp_path):
+    tokenizer = load(GEMMA)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    shutil.copytree(TINY_MODEL, tmp_path, dirs_exist_ok=True)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokenizer)}))
+    module = EGSPOModule(policy=PolicyConfig(str(tmp_path), from_scratch=True))
+    module.configure_model()
+    assert module.eos_ids == [256, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
