@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from egspo_lightning.errors import PASS_ERRORS, UserError
 from egspo_lightning.models.critic import Critic
 from egspo_lightning.models.policy import Policy
 from egspo_lightning.rollout.token_sampling import TokenSampler
@@ -48,7 +49,19 @@ class FakePasses:
         """Bytes of the cache of keys and values, and of the last step of decoding beyond it.
 
         ``rows`` completions are decoded at a time; ``length`` is that of prompt and completion, in tokens.
+
+        Raises:
+            UserError: the model has no plain cache of keys and values.
         """
+        try:
+            return self._decoding(rows, length, completion_length)
+        except PASS_ERRORS as error:
+            raise UserError(
+                f"plan counts the memory of caches of keys and values. Models of type "
+                f"{self._policy.lm.config.model_type!r} keep something else. Leave out plan, and try a short run."
+            ) from error
+
+    def _decoding(self, rows: int, length: int, completion_length: int) -> tuple[int, int]:
         lm = self._policy.lm
         config = lm.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

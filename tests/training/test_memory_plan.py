@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from architectures import tiny_config
 from egspo_lightning.cli.main import main
 from egspo_lightning.cli.plan import workload
 from egspo_lightning.models.critic import CriticConfig
@@ -210,3 +211,14 @@ def test_plan_refuses_a_token_budget_below_one_row(repository, monkeypatch, caps
         main(["plan", "--config=configs/quickstart.yaml", "--data.max_tokens_per_micro_batch=129"])
     assert ended.value.code == 2
     assert "data.max_tokens_per_micro_batch must be at least 130" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "lfm2"])
+def test_plan_refuses_a_model_without_a_plain_cache(repository, tmp_path, monkeypatch, capsys, model_type):
+    monkeypatch.chdir(repository)
+    folder = shutil.copytree(repository / "configs" / "tiny_model", tmp_path / "model")
+    tiny_config(model_type).save_pretrained(folder)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config=configs/quickstart.yaml", f"--model.policy.name_or_path={folder}"])
+    assert ended.value.code == 2
+    assert f"'{model_type}'" in capsys.readouterr().err
