@@ -1,9 +1,10 @@
 """Four short runs with fixed seeds, whose recorded metrics detect a change of behavior.
 
-    python tests/fit/golden_runs.py
+    python tests/fit/golden_runs.py PROCESSOR
 
-This command runs them, prints old and new values where they differ, and writes the new ones to golden_runs.json. Only a
-commit that names the cause may do so; its message shows the old and the new values.
+This command runs them, prints old and new values where they differ from the record of this processor (vendor-family-model), and
+writes the new ones to golden_runs.json. Only a commit that names the cause may do so; its message shows the old and the
+new values. The records of other processors are then out of date: make them again, or remove them.
 """
 
 import json
@@ -94,18 +95,20 @@ def record_all(runs: Iterable[tuple[str, Path]], jobs: int) -> Iterator[Recorded
         yield from pool.map(lambda run: record(*run), runs)
 
 
-def main() -> None:
+def main(processor: str) -> None:
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     results = record_all([(name, HERE.parents[1]) for name in RUNS], jobs=2)
     new = {name: recorded["steps"] for name, recorded in zip(RUNS, results, strict=True)}
     for run, steps in new.items():
+        before = stored.get(run, {}).get(processor, [])
         for i, step in enumerate(steps):
-            old = stored[run][i] if i < len(stored.get(run, [])) else {}
+            old = before[i] if i < len(before) else {}
             for name in sorted(step.keys() | old.keys()):
                 if step.get(name) != old.get(name):
                     print(f"{run}, step {i + 1}, {name}: {old.get(name)} -> {step.get(name)}")
-    STORED.write_text(json.dumps(new, indent=1) + "\n")
+        stored.setdefault(run, {})[processor] = steps
+    STORED.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
