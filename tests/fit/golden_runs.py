@@ -2,9 +2,9 @@
 
     python tests/fit/golden_runs.py PROCESSOR
 
-This command runs them, prints old and new values where they differ from the record of this processor (vendor-family-model), and
-writes the new ones to golden_runs.json. Only a commit that names the cause may do so; its message shows the old and the
-new values. The records of other processors are then out of date: make them again, or remove them.
+This command runs them, prints where they differ from the record of this processor (vendor-family-model), and writes the
+new values to golden_runs.json. Only a commit that names the cause may do so; its message shows the old and the new
+values. The records of other processors are then out of date: make them again, or remove them.
 """
 
 import json
