@@ -111,8 +111,8 @@ def test_losses_do_not_depend_on_unused_entropies(tiny_run, monkeypatch, tiles):
     without, spy = losses_of(tiny_run)
     assert not any(asked[1:])  # the start probe scores once; then the engine returned those of sampling
     asked.clear()
-    loss = EGSPOModule._egspo_loss
-    monkeypatch.setattr(EGSPOModule, "_egspo_loss", lambda *a, with_entropies: loss(*a, with_entropies=True))
+    loss = EGSPOModule._hybrid_loss
+    monkeypatch.setattr(EGSPOModule, "_hybrid_loss", lambda *a, with_entropies: loss(*a, with_entropies=True))
     with_them, other = losses_of(tiny_run)
     assert any(asked[1:])
     assert without == pytest.approx(with_them, rel=0, abs=1e-5)

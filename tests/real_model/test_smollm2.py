@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from egspo_lightning.checkpointing.compatibility import tokenizer_digest
+from egspo_lightning.checkpointing.adapt import tokenizer_digest
 from egspo_lightning.cli.main import run
 from egspo_lightning.rollout.engine import Request
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
@@ -51,7 +51,7 @@ def test_it_trains_and_its_export_writes_the_same_text_in_transformers(repositor
     """A phase of SFT and two of EGSPO."""
     monkeypatch.chdir(repository)
     cli = run(["fit", RECIPE, *SHORT, f"--trainer.default_root_dir={tmp_path}", *arguments])
-    assert (cli.datamodule.num_passes, cli.datamodule.num_rollout_batches) == (1, 2)
+    assert (cli.datamodule.phases.num_passes, cli.datamodule.phases.num_rollout_batches) == (1, 2)
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     assert all(map(math.isfinite, metrics.values())), metrics
     assert metrics["policy/first_ratio_gap"] < 1e-4
