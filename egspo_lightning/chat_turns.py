@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -14,8 +15,12 @@ _PROBE = "probe of a turn"
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The first added token that the chat template writes after an assistant's text; None without such a token."""
-    if not tokenizer.chat_template:
-        return None
+    return _turn_end(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else None
+
+
+@lru_cache(maxsize=8)
+def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """``turn_end`` of a tokenizer with this template: asked for each demonstration, and found once."""
     messages = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
     try:
         rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -34,7 +39,7 @@ def turn_end_id(tokenizer: Any) -> int | None:
 
 
 def assistant_text(rendered: str, prompt: str, text: str, end: str) -> str:
-    """What the chat template writes behind the prompt for an assistant's text, without the end of the turn.
+    """Text that the chat template writes behind the prompt for an assistant's text, without the end of the turn.
 
     It may strip whitespace, or write some, or an empty think block, around the text. Where it changes the text itself,
     or does not continue the prompt, the text is returned as it is.

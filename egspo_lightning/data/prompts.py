@@ -86,8 +86,10 @@ class PromptTemplate:
         Raises:
             UserError: as ``render`` does.
         """
-        text = self.render(tokenizer, problem_text)
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return self._prompt_ids(tokenizer, self.render(tokenizer, problem_text))
+
+    def _prompt_ids(self, tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
         bos_id = tokenizer.bos_token_id
         if not self._is_chat(tokenizer) and bos_id is not None and tokenizer.encode("")[:1] == [bos_id]:
             return [bos_id, *ids]
@@ -104,12 +106,12 @@ class PromptTemplate:
         Raises:
             UserError: as ``render`` does.
         """
-        problem, text, end_id = demonstration.problem, demonstration.solution, tokenizer.eos_token_id
+        prompt = self.render(tokenizer, demonstration.problem)
+        text, end_id = demonstration.solution, tokenizer.eos_token_id
         if self._is_chat(tokenizer) and (end := turn_end(tokenizer)):
-            rendered = self._render_chat(tokenizer, problem, text)
-            text = assistant_text(rendered, self.render(tokenizer, problem), text, end)
+            text = assistant_text(self._render_chat(tokenizer, demonstration.problem, text), prompt, text, end)
             end_id = tokenizer.convert_tokens_to_ids(end)
-        return self.encode(tokenizer, problem), [*tokenizer.encode(text, add_special_tokens=False), end_id]
+        return self._prompt_ids(tokenizer, prompt), [*tokenizer.encode(text, add_special_tokens=False), end_id]
 
     def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         if self.use_chat_template == "always" and not tokenizer.chat_template:

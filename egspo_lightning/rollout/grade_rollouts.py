@@ -102,9 +102,11 @@ def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
 
 
 def prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
-    """Texts of prompts with special tokens, since a think mark may be one."""
-    texts: list[str] = policy.tokenizer.batch_decode([p.token_ids for p in prompts], skip_special_tokens=False)
-    return texts
+    """Texts of prompts with special tokens, since a think mark may be one; each distinct prompt is decoded once."""
+    distinct = {tuple(prompt.token_ids): prompt.token_ids for prompt in prompts}
+    texts = policy.tokenizer.batch_decode(list(distinct.values()), skip_special_tokens=False)
+    by_ids = dict(zip(distinct, texts, strict=True))
+    return [by_ids[tuple(prompt.token_ids)] for prompt in prompts]
 
 
 class OverlappedGrading:
