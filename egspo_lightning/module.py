@@ -5,7 +5,6 @@ Optimization is automatic, so clipping, accumulation, precision, strategies and 
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +29,7 @@ from egspo_lightning.training.nonfinite_updates import FiniteUpdates, RecordedMi
 from egspo_lightning.training.policy_module import PolicyModule
 from egspo_lightning.training.rollout_checks import ratio_metrics, require_version
 from egspo_lightning.training.setup_rules import require_bounded_passes, require_method
+from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import (
     ExpertBatch,
     Measurements,
@@ -261,7 +261,7 @@ class EGSPOModule(PolicyModule):
         Metrics are logged once a phase because Lightning's ``log`` takes longer than computing them.
         """
         if self._finite.must_stop:
-            path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "nonfinite.ckpt"
+            path = log_folder(self.trainer) / "nonfinite.ckpt"
             self.trainer.save_checkpoint(path, weights_only=False)
             raise self._finite.error(path, self.global_step, self.current_epoch + 1)
         if self.trainer.is_last_batch or self.trainer.fit_loop.epoch_loop.done:

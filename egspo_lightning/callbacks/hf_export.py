@@ -1,6 +1,5 @@
 """HFExport: saves the trained policy in Hugging Face format."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
-from egspo_lightning.callbacks.trainer_access import log_folder, module_of
+from egspo_lightning.callbacks.trainer_access import module_of
+from egspo_lightning.checkpointing import atomic_files
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.lora import merged
+from egspo_lightning.training.trainer import log_folder
 
 EXPORTED = (
     "config.json",
@@ -63,8 +64,8 @@ class HFExport(Callback):
         lm, options = module.networks.policy.lm, StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Any] = get_model_state_dict(lm, options=options)
         if trainer.is_global_zero:
-            partial = target.with_name(target.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = atomic_files.partial_of(target)
+            atomic_files.delete(partial)
             configured = lm.generation_config  # its penalties and filters were not used in training
             lm.generation_config = GenerationConfig(
                 eos_token_id=module.eos_ids, pad_token_id=module.tokenizer.pad_token_id
@@ -72,7 +73,6 @@ class HFExport(Callback):
             lm.save_pretrained(partial, state_dict=merged(lm, weights))
             lm.generation_config = configured
             module.tokenizer.save_pretrained(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            atomic_files.replace(partial, target)
         trainer.strategy.barrier("hf_export")
         self.exported = target

@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 
 from egspo_lightning.callbacks.answer_journal import Measurement
 from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
-from egspo_lightning.callbacks.trainer_access import data_of, log_folder, module_of, resumes_in
+from egspo_lightning.callbacks.trainer_access import data_of, module_of, resumes_in
 from egspo_lightning.evaluation.report import Report, headline
+from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import NonNegativeInt, Stage
 
 Results = dict[str, dict[str, float]]

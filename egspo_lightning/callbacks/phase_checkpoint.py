@@ -73,7 +73,7 @@ class PhaseCheckpoint(ModelCheckpoint):
         saved = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else filepath
         is_replaced = os.path.isfile(saved) or isinstance(trainer, RunTrainer)  # others write shards into the old files
         if saved != filepath and os.path.exists(saved) and is_replaced:
-            link_whole(trainer, saved, filepath)
+            _link(trainer, saved, filepath)
         else:
             trainer.save_checkpoint(filepath, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
@@ -94,7 +94,7 @@ def _ends(trainer: Trainer) -> bool:
     return bool(can_stop) or trainer.global_step == trainer.max_steps
 
 
-def link_whole(trainer: Trainer, saved: str, path: str) -> None:
+def _link(trainer: Trainer, saved: str, path: str) -> None:
     """Give a saved checkpoint (a file or a folder of shards) a second name, atomically. Collective.
 
     The second name is a hard link, which stays valid when the first is deleted, or a copy where there are none.

@@ -10,9 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from egspo_lightning.analysis.record_schema import files_of
 from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.callbacks.logger_displays import SHOWS_TEXT, log_text, note_once
-from egspo_lightning.callbacks.trainer_access import due_rollout_batch, log_folder, module_of, step_of_phase
+from egspo_lightning.callbacks.trainer_access import due_rollout_batch, module_of, step_of_phase
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
+from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import Completion, NonNegativeInt, PositiveInt
 
 SEPARATOR = "\n\n---\n\n"

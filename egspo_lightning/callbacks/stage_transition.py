@@ -9,11 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
-from egspo_lightning.callbacks.trainer_access import log_folder, module_of
+from egspo_lightning.callbacks.trainer_access import module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.training.callback_rules import require_early_stopping
 from egspo_lightning.training.fit_loop import extend_fast_dev_run
+from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import PositiveFloat, PositiveInt, Stage
 
 

@@ -12,13 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, file_of, files_of
-from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, log_folder, module_of, resumes_in
+from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, module_of, resumes_in
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.gate import high_entropy_mask
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
+from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import NetworkOutputs, NonNegativeInt, PositiveInt, RolloutBatch
 
 

@@ -1,4 +1,4 @@
-"""Typed accessors used by callbacks: module, datamodule, other callbacks, log folder, rollout batch."""
+"""Typed accessors used by callbacks: module, datamodule, other callbacks, rollout batch."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -39,11 +39,6 @@ def data_of(trainer: Trainer) -> HybridDataModule:
 def callbacks_of(trainer: Trainer, kind: type[CallbackT]) -> list[CallbackT]:
     """The trainer's callbacks of this class."""
     return [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, kind)]
-
-
-def log_folder(trainer: Trainer) -> Path:
-    """The folder of the run's files. Collective: Lightning broadcasts it."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def due_rollout_batch(trainer: Trainer, every_n: int) -> CollectedRollouts | None:

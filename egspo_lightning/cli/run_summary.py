@@ -10,8 +10,9 @@ from egspo_lightning.callbacks.hf_export import HFExport
 from egspo_lightning.callbacks.logger_displays import tensorboard_of
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark
 from egspo_lightning.callbacks.prediction_writer import PredictionWriter
-from egspo_lightning.callbacks.trainer_access import callbacks_of, log_folder
+from egspo_lightning.callbacks.trainer_access import callbacks_of
 from egspo_lightning.evaluation.report import milestones_table, score_tables
+from egspo_lightning.training.trainer import log_folder
 
 CHARTS_ADDRESS = "http://localhost:6006/#custom_scalars"
 

@@ -10,6 +10,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from egspo_lightning.checkpointing import atomic_files
 
 
+def log_folder(trainer: Trainer) -> Path:
+    """The folder of the run's files. Collective: Lightning broadcasts it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 class RunTrainer(Trainer):
     """Lightning's Trainer, whose ``log_dir`` is a separate folder for each run.
 
