@@ -119,8 +119,11 @@ def test_parser_refuses_out_of_range_values_by_field(parser, field, value):
 
 
 def test_parser_accepts_values_at_the_bounds(parser):
-    flags = [f"--data.{field}={value}" for field in SIZES for value in (1, 10**8)]
-    parser.parse_args([*flags, "--data.max_resampling=0", "--data.max_staleness=1", "--data.expert_fraction=1.0"])
+    others = {"max_resampling": 0, "max_staleness": 1, "expert_fraction": 1.0}
+    for value in (1, 10**8):
+        bounds = dict.fromkeys(SIZES, value) | others
+        parsed = parser.parse_args([f"--data.{field}={bound}" for field, bound in bounds.items()])
+        assert {field: parsed[f"data.{field}"] for field in bounds} == bounds
 
 
 def test_more_minibatches_than_completions_are_refused(tiny_run):

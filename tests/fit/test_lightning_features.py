@@ -186,7 +186,8 @@ def test_weights_are_averaged_over_both_stages(tiny_run, callback, shares):
 
 
 def test_early_stopping_on_a_rollout_metric_works_from_the_start_of_stage_egspo(tiny_run):
-    tiny_run(EarlyStopping("rollout/accuracy", patience=9), StageTransition(), module=RL).fit()
+    run = tiny_run(EarlyStopping("rollout/accuracy", patience=9), StageTransition(), module=RL).fit()
+    assert run.data.phases.num_rollout_batches == run.trainer.current_epoch == 3
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_fast_dev_run_ends_sft_after_one_epoch(tiny_run):
 
 
 def test_barebones_is_accepted_on_the_command_line(repository, tmp_path):
-    run(
+    cli = run(
         [
             "fit",
             f"--config={repository}/configs/quickstart.yaml",
@@ -238,6 +239,8 @@ def test_barebones_is_accepted_on_the_command_line(repository, tmp_path):
             f"--trainer.default_root_dir={tmp_path}",
         ]
     )
+    assert cli.trainer.barebones
+    assert cli.trainer.global_step == 1
 
 
 def test_load_from_checkpoint_says_what_to_do_instead(tmp_path):

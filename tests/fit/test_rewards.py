@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from egspo_lightning.cli.main import run
+from smallest_config import smallest_config
 
 MINE = '''
 class EvenBytes:
@@ -41,29 +42,17 @@ def config(small_model, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "10000")
-    task = {"init_args": {"num_digits": 1}, "class_path": "egspo_lightning.data.tasks.arithmetic.ArithmeticTask"}
-    return {
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}},
-            "enable_checkpointing": False,
-        },
-        "model": {"policy": {"name_or_path": small_model, "from_scratch": True}, "initial_stage": "egspo"},
-        "data": {
-            "demonstrations": source(
-                "egspo_lightning.data.generated_sources.GeneratedDemonstrations", num_demonstrations=8
-            ),
-            "problems": source("egspo_lightning.data.generated_sources.GeneratedProblems", task=task),
-            "engine": source("egspo_lightning.rollout.transformers_engine.TransformersEngine", max_batch_size=5),
-            "prompt": {"system": "", "plain": "{problem}"},
-            "num_problems": 4,
-            "num_generations": 4,
-            "max_prompt_length": 16,
-            "max_completion_length": 40,
-        },
-        "hf_export": {"enabled": False},
+    task = source("egspo_lightning.data.tasks.arithmetic.ArithmeticTask", num_digits=1)
+    config = smallest_config(tmp_path, small_model)
+    config["trainer"] |= {"logger": source("CSVLogger", save_dir=str(tmp_path / "logs")), "enable_checkpointing": False}
+    config["model"]["initial_stage"] = "egspo"
+    config["data"] |= {
+        "problems": source("egspo_lightning.data.generated_sources.GeneratedProblems", task=task),
+        "engine": source("egspo_lightning.rollout.transformers_engine.TransformersEngine", max_batch_size=5),
+        "num_problems": 4,
+        "num_generations": 4,
     }
+    return config
 
 
 @pytest.fixture
