@@ -21,7 +21,7 @@ _MAX_ATTEMPTS = 10_000
 class ProblemFamily(ABC):
     """Problems generated from a seed. A hash of its key assigns each problem to one split, whatever the seed.
 
-    Problems read ``EXPRESSION=?``. All methods are pure functions of the settings and their arguments.
+    All methods are pure functions of the settings and their arguments.
     """
 
     name: ClassVar[str]
