@@ -90,6 +90,7 @@ def test_readme_equation_matches_the_objective(repository):
     )
 
 
+@pytest.mark.slow
 def test_readme_commands_run_in_order(repository, tmp_path, monkeypatch, capsys, shared_file):
     """In the README's order, since later commands read the logs of the first."""
     for name in ("gsm8k_train", "math500", "aime24"):
