@@ -29,8 +29,8 @@ class RunStopped(SystemExit):
     def __str__(self) -> str:
         name = signal.Signals(self.number).name
         if self.checkpoint is None:
-            return f"ended by {name}; checkpoints are off, so nothing was saved."
-        return f"ended by {name}. Saved {self.checkpoint}: resume with the same command and --ckpt_path last."
+            return f"Ended by {name}. Checkpoints are off, so nothing was saved."
+        return f"Ended by {name}. Saved {self.checkpoint}: resume with the same command and --ckpt_path last."
 
 
 def cause_of(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:

@@ -1,20 +1,24 @@
 """Exit codes and error messages of failed runs.
 
 A user's mistake is reported in one message with exit code 2, a fault of the machine (a full disk, a missing package)
-with exit code 1. Any other exception is a bug of this package: its traceback is printed, since the log may be all that
-is left of a long job. ``--debug`` shows the traceback of every exception.
+with exit code 1. An exception in the user's own code (a reward, gate, engine, source, callback ...) is reported in one
+message with the lines of that code. Any other exception is a bug of this package: its traceback is printed, since the
+log may be all that is left of a long job. ``--debug`` shows the traceback of every exception.
 """
 
 import errno
 import signal
 import sys
+import sysconfig
 import traceback
+from pathlib import Path
 from typing import NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
+import egspo_lightning
 from egspo_lightning.errors import UserError, cause_of
 
 DEBUG = "--debug"
@@ -36,6 +40,8 @@ FAULTS = {
     errno.ENOMEM: "Use smaller batches, or give the job more memory",
 }
 """Suggested fixes by errno."""
+PACKAGE = Path(egspo_lightning.__file__).parent
+LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
 
 
 class Ending(NamedTuple):
@@ -51,14 +57,21 @@ def end(error: BaseException, *, debug: bool) -> int:
     ending = judge(error)
     if debug or not ending.is_foreseen:
         traceback.print_exception(error)
-    print(f"error: {ending.text}", file=sys.stderr, flush=True)
+    print(ending.text, file=sys.stderr, flush=True)
     return ending.code
 
 
 def judge(error: BaseException) -> Ending:
-    """Classify an exception: a signal, a mistake of the user, a fault of the machine, or a bug."""
+    """Classify an exception: a signal, a mistake of the user, a fault of the machine, the user's code, or a bug."""
     if isinstance(error, SIGTERMException):  # Lightning's own exit code would be 0
-        return Ending("ended by SIGTERM. Resume with --ckpt_path last.", 128 + signal.SIGTERM)
+        return Ending("Ended by SIGTERM. Resume with --ckpt_path last.", 128 + signal.SIGTERM)
+    if isinstance(error, KeyboardInterrupt):  # outside fit; the terminal shows ^C on the last line
+        return Ending("\nEnded by SIGINT.", 128 + signal.SIGINT)
+    ending = _judge_failure(error)
+    return ending._replace(text=f"error: {ending.text}")
+
+
+def _judge_failure(error: BaseException) -> Ending:
     if isinstance(error, CheckpointException):
         return Ending(_sharded(error), MISTAKE)
     mistake = cause_of(error, UserError, MisconfigurationException)  # jsonargparse wraps mistakes within lists
@@ -74,8 +87,27 @@ def judge(error: BaseException) -> Ending:
     if isinstance(fault, OSError) and fault.errno in FAULTS:
         where = f": {fault.filename}" if fault.filename else ""
         return Ending(f"{fault.strerror}{where}. {FAULTS[fault.errno]}. ({DEBUG} shows the traceback.)", FAULT)
+    if lines := _user_lines(error):
+        what = traceback.format_exception_only(error)[-1].strip()
+        return Ending(f"{what}\nYour own code raised it:\n{lines}({DEBUG} shows the whole traceback.)", MISTAKE)
     kind = type(error).__name__
     return Ending(f"{kind} is a bug of this program. Report it with the traceback above.", BUG, False)
+
+
+def _user_lines(error: BaseException | None) -> str:
+    """The lines of the user's code in the traceback of an exception or of its causes; empty if there are none."""
+    while error is not None:
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(Path(frame.filename))]
+        if own:
+            return "".join(traceback.format_list(own))
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _is_users(file: Path) -> bool:
+    """Whether a source file is neither of this package, nor of an installed one, nor of Python."""
+    is_installed = bool({"site-packages", "dist-packages"} & set(file.parts))
+    return file.is_file() and not is_installed and not {PACKAGE, *LIBRARIES} & set(file.parents)
 
 
 def _sharded(error: CheckpointException) -> str:

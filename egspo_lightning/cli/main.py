@@ -220,9 +220,9 @@ def main(args: Sequence[str] | None = None) -> None:
         run([argument for argument in arguments if argument != DEBUG])
     except RunStopped as stopped:
         if stopped.code:
-            print(f"error: {stopped}", file=sys.stderr)
+            print(stopped, file=sys.stderr)
         raise
-    except (Exception, SIGTERMException) as error:  # SIGTERM outside fit: Lightning would exit with 0
+    except (Exception, SIGTERMException, KeyboardInterrupt) as error:  # for SIGTERM Lightning would exit with 0
         sys.exit(end(error, debug=DEBUG in arguments))
 
 

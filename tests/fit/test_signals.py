@@ -106,7 +106,7 @@ def test_a_signal_saves_and_the_run_resumes(repository, tmp_path, alone, number)
     assert exit_code(process) == 128 + number
     text = (tmp_path / "output").read_text()
     last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
-    assert f"error: ended by {number.name}. Saved {last}: resume with the same command and --ckpt_path last." in text
+    assert f"\nEnded by {number.name}. Saved {last}: resume with the same command and --ckpt_path last.\n" in text
     assert "Traceback" not in text
     step = torch.load(last, weights_only=True)["global_step"]
     assert 8 < step < 160
@@ -167,7 +167,7 @@ def test_ranks_agree_on_the_last_optimizer_step(repository, tmp_path, number, re
     (os.kill if receivers == "first" else os.killpg)(process.pid, number)  # as scancel or torchrun, or as Ctrl-C
     assert exit_code(process) == 128 + number, (tmp_path / "output").read_text()
     text = (tmp_path / "output").read_text()
-    assert text.count(f"ended by {number.name}. Saved ") == 1
+    assert text.count(f"Ended by {number.name}. Saved ") == 1
     assert "Traceback" not in text
     checkpoint = torch.load(tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
     assert len(checkpoint["egspo"]["random"]) == 2

@@ -62,7 +62,7 @@ def test_each_process_ends_with_its_code_and_message(soaked):
     first, second, third = json.loads((soaked / "codes.json").read_text())
     text = (soaked / "output").read_text()
     assert first == 128 + signal.SIGTERM
-    assert "ended by SIGTERM. Saved " in text
+    assert "Ended by SIGTERM. Saved " in text
     assert second not in (0, first)
     assert os.strerror(errno.ENOSPC) in text
     assert third == 0

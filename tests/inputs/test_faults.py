@@ -1,12 +1,15 @@
 """System faults during a run: one clear message, no orphan process, and the last checkpoint stays valid."""
 
 import hashlib
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from egspo_lightning.cli.exit_codes import FAULTS, judge
+from egspo_lightning.errors import RunStopped
 
 
 @pytest.fixture
@@ -77,6 +80,16 @@ def test_every_fault_message_names_file_and_debug_flag(number):
     assert ending.is_foreseen
     assert "/some/file" in ending.text
     assert "--debug" in ending.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_is_no_error(number):
+    ending = judge(KeyboardInterrupt() if number == signal.SIGINT else SIGTERMException())
+    assert ending.code == 128 + number
+    assert ending.is_foreseen
+    assert f"Ended by {number.name}." in ending.text
+    assert "error" not in ending.text
+    assert str(RunStopped(number, None, is_first_rank=True)).startswith(f"Ended by {number.name}.")
 
 
 def test_unforeseen_exception_asks_for_a_report():
