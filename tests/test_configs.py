@@ -10,6 +10,7 @@ from egspo_lightning import StageTransition
 from egspo_lightning.cli.main import EgspoCLI, run
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.expressions import ExpressionTask
+from egspo_lightning.data.tasks.word_problems import WordProblemTask
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
@@ -20,7 +21,15 @@ from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 
-RECIPES = ["quickstart", "expressions", "smollm2_135m", "gsm8k_tiny", "qwen2.5_1.5b_math", "qwen2.5_7b_math"]
+RECIPES = [
+    "quickstart",
+    "expressions",
+    "smollm2_135m",
+    "smollm2_135m_gsm8k",
+    "gsm8k_tiny",
+    "qwen2.5_1.5b_math",
+    "qwen2.5_7b_math",
+]
 
 EGSPO = {
     "objective": Objective(mu=0.1),
@@ -122,12 +131,12 @@ def test_recipes_build(build, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
-    [("quickstart", ArithmeticTask), ("expressions", ExpressionTask), ("smollm2_135m", ExpressionTask)],
+    ("name", "task"),
+    [("quickstart", ArithmeticTask()), ("expressions", ExpressionTask()), ("smollm2_135m", WordProblemTask(2))],
 )
-def test_generated_recipes_use_one_task_for_training_and_benchmarks(build, name, family):
+def test_generated_recipes_use_one_task_for_training_and_benchmarks(build, name, task):
     data = build(f"--config=configs/{name}.yaml").datamodule
-    assert data.demonstrations.task == data.problems.task == data.benchmarks[0].task == family()
+    assert data.demonstrations.task == data.problems.task == data.benchmarks[0].task == task
     assert data.benchmarks[0].split == "test"
     longest = max(len(d.solution) for d in data.demonstrations.load())
     assert longest < data.max_completion_length  # leaves room for EOS

@@ -22,7 +22,14 @@ pytestmark = [
     ),
 ]
 
-PROBLEMS, LENGTH = ["What is the capital of France?", "3*4-2=?", "Name a color."], 24
+PROBLEMS, LENGTH = (
+    [
+        "What is the capital of France?",
+        "Tom has 9 pens, loses 4, then buys 2 more. How many pens does Tom have now?",
+        "Name a color.",
+    ],
+    24,
+)
 RECIPE = "--config=configs/smollm2_135m.yaml"
 SHORT = [
     "--trainer.max_epochs=3",
