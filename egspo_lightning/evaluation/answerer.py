@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from egspo_lightning.data.answer_formats import normalize_problem
+from egspo_lightning.data.decoding import decode
 from egspo_lightning.data.prompts import PromptEncoder
 from egspo_lightning.data.sources import FiniteProblems, ProblemSource
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.answers import Answer, AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark, require_different_ids
-from egspo_lightning.rewards.extraction import extract_boxed, with_opened_block
+from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.engine import RolloutEngine, Sample, sample
-from egspo_lightning.rollout.grade_rollouts import decode, prompt_texts
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Problem, ProblemBatch, Sampling
@@ -132,9 +132,10 @@ class Answerer:
 
     def _grade(self, policy: RolloutPolicy, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Answer]:
         """Grade the samples. A box inside reasoning that the prompt has opened does not count as an answer."""
-        n, texts = len(samples) // len(prompts), decode(policy, samples)
-        contexts = [text for text in prompt_texts(policy, prompts) for _ in range(n)]
-        judged = [with_opened_block(text, context) for text, context in zip(texts, contexts, strict=True)]
+        n = len(samples) // len(prompts)
+        asked_ids = [prompt.token_ids for prompt in prompts for _ in range(n)]
+        decoded = decode(policy.tokenizer, asked_ids, [sampled.token_ids for sampled in samples])
+        judged = [it.judged for it in decoded]
         asked = [prompt.problem for prompt in prompts for _ in range(n)]
         known = [i for i, problem in enumerate(asked) if problem.answer]
         grades = dict(
@@ -147,7 +148,7 @@ class Answerer:
             Answer(
                 problem=asked[i],
                 sample=i % n,
-                completion=texts[i],
+                completion=decoded[i].text,
                 extracted=found[i],
                 answer_class=classes[i],
                 correct=grades[i].correct if i in grades else None,

@@ -79,6 +79,11 @@ class WeightedReward(Reward):
             for total, row in zip(sums, rows, strict=True)
         ]
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a term of weight other than 0 rewards correct answers, see `CorrectnessReward`."""
+        return any(getattr(term, "needs_answers", False) for name, term in self.terms.items() if self.weights[name])
+
     def require_fit(self, max_completion_length: int) -> None:
         """Let each term check the length limit.
 

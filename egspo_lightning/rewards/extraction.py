@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-THINK_MARKS = _OPEN, _CLOSE = "<think>", "</think>"
+from egspo_lightning.rewards.think_blocks import after_reasoning
 
 MAX_ANSWER_LENGTH = 512
 """Characters. A longer box is no answer, so that the grader never gets a page of LaTeX."""
@@ -15,16 +15,6 @@ _TOKEN = re.compile(r"\\(?P<box>boxed|fbox|framebox)(?:\s*+\[[^\[\]{}]{0,20}\]){
 _SEPARATORS = re.compile(r"(?:[\s,;$&~]|\\[,;:!()\[\] ]|\\q?quad|and|or|\\text\{\s*,?\s*(?:and|or)\s*\})*")
 _JOINER = ", "  # with its space: 12,150 would be one number
 _FRAMES = frozenset({"boxed", "fbox", "framebox"})
-
-
-def after_reasoning(text: str) -> str:
-    """Return the text after the last ``</think>``, without reasoning that is opened and never closed."""
-    return text.rpartition(_CLOSE)[2].partition(_OPEN)[0]
-
-
-def with_opened_block(text: str, prompt: str) -> str:
-    """Return a completion, preceded by the think mark in which its prompt ends, if it does."""
-    return _OPEN + text if prompt.rstrip().endswith(_OPEN) else text
 
 
 def extract_boxed(text: str) -> str | None:

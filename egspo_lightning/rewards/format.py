@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from egspo_lightning.rewards.extraction import THINK_MARKS, extract_boxed, with_opened_block
+from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.rewards.functions import Details, Reward
+from egspo_lightning.rewards.think_blocks import FINAL_CHANNEL, THINK_MARK, THINK_MARKS, with_opened_block
 
-_OPEN, _CLOSE = THINK_MARKS
 # A backslash escapes the character after it: \\boxed{ is a line break and a word.
 _BOX_OR_ESCAPE = re.compile(r"\\boxed\s*+\{|\\.", re.DOTALL)
 
@@ -16,9 +16,9 @@ _BOX_OR_ESCAPE = re.compile(r"\\boxed\s*+\{|\\.", re.DOTALL)
 class FormatReward(Reward):
     r"""1 for exactly one ``\boxed{}`` with an answer, behind a closed think block if there is one; 0 otherwise.
 
-    A block exists if the prompt ends in ``<think>``, as in chat templates of reasoning models, or if the completion
-    holds a think mark. It must then be opened once, before anything else, and closed once. Its content is free, and
-    boxes in it do not count. Text around the box is free.
+    A block exists if the prompt ends in a mark that opens one, such as ``<think>``, or if the completion holds such a
+    mark (`THINK_MARKS` lists them). It must then be opened once, before anything else, and closed once. Its content is
+    free, and boxes in it do not count. Text around the box is free.
     """
 
     def __call__(
@@ -31,11 +31,12 @@ class FormatReward(Reward):
 
 def is_well_formed(text: str, prompt: str = "") -> bool:
     """Return whether a completion has one box, behind a closed think block if it or its prompt opens one."""
-    text = with_opened_block(text, prompt)
-    if _OPEN in text or _CLOSE in text:
-        block, _, text = text.partition(_CLOSE)  # never closed: no text is left, and no box in it
-        is_one_block = block.lstrip().startswith(_OPEN) and block.count(_OPEN) == 1
-        if not is_one_block or _OPEN in text or _CLOSE in text:
+    text = with_opened_block(text, prompt).lstrip().removeprefix(FINAL_CHANNEL)
+    if first := THINK_MARK.search(text):
+        if first.start() > 0 or first[0] not in THINK_MARKS:
+            return False
+        block, _, text = text[first.end() :].partition(THINK_MARKS[first[0]])  # never closed: no text is left
+        if first[0] in block or THINK_MARK.search(text):
             return False
     num_boxes = sum(token.endswith("{") and token != r"\{" for token in _BOX_OR_ESCAPE.findall(text))
     return num_boxes == 1 and extract_boxed(text) is not None

@@ -61,6 +61,9 @@ class CorrectnessReward(Reward):
         UserError: a reward is not finite, or memory_limit_mb is below 256.
     """
 
+    needs_answers = True
+    """A completion without an answer gets no reward, so demonstrations without one are dropped."""
+
     def __init__(
         self,
         correct: float = 1.0,

@@ -40,12 +40,13 @@ from typing import Any, Literal
 
 from egspo_lightning.errors import require
 from egspo_lightning.rewards import equivalence
-from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, after_reasoning, extract_boxed
+from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed
 from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
+from egspo_lightning.rewards.think_blocks import after_reasoning
 from egspo_lightning.rewards.workers import Grade, WorkerPool
 from egspo_lightning.types import Count, PositiveFloat
 
-_RULES_VERSION = 3
+_RULES_VERSION = 4
 """Version of the grading rules. Increase it if a verdict may change: stored verdicts of older versions are dropped."""
 
 
@@ -85,7 +86,7 @@ class MathGrader:
         self.close()
 
     def grade(self, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
-        """Grade whole completions, in their order; text before the last ``</think>`` is ignored.
+        """Grade whole completions, in their order; reasoning in them is ignored (`after_reasoning`).
 
         Raises:
             ValueError: the numbers of completions and gold answers differ.

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from egspo_lightning.data.decoding import decode
 from egspo_lightning.rewards.composition import WeightedReward
-from egspo_lightning.rewards.extraction import THINK_MARKS, with_opened_block
 from egspo_lightning.rewards.functions import Details
 from egspo_lightning.rollout.engine import RolloutEngine, Sample, stream_samples
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
@@ -64,22 +64,20 @@ def grade_rollouts(
     """
     if not samples:
         return []
-    texts = decode(policy, samples)
-    asked = prompt_texts(policy, prompts)
+    decoded = decode(policy.tokenizer, [it.token_ids for it in prompts], [it.token_ids for it in samples])
     golds = [prompt.problem.answer for prompt in prompts]
-    judged = [with_opened_block(text, prompt) for text, prompt in zip(texts, asked, strict=True)]
-    grades = reward.grader.grade(judged, golds)
+    grades = reward.grader.grade([it.judged for it in decoded], golds)
     details = [
-        Details(prompt.problem, text, len(sample.token_ids), max_completion_length, sample.is_truncated, verdict)
-        for prompt, text, sample, verdict in zip(prompts, asked, samples, grades, strict=True)
+        Details(prompt.problem, it.prompt, len(sample.token_ids), max_completion_length, sample.is_truncated, verdict)
+        for prompt, it, sample, verdict in zip(prompts, decoded, samples, grades, strict=True)
     ]
-    scored = reward.score(texts, golds, details)
+    scored = reward.score([it.text for it in decoded], golds, details)
     return [
         Completion(
             problem=detail.problem,
             token_ids=sample.token_ids,
             logprobs=sample.logprobs,
-            text=text,
+            text=it.text,
             is_truncated=sample.is_truncated,
             reward=result.reward,
             correct=detail.grade.correct,
@@ -88,25 +86,8 @@ def grade_rollouts(
             reward_terms=result.terms,
             entropies=sample.entropies,
         )
-        for sample, text, detail, result in zip(samples, texts, details, scored, strict=True)
+        for sample, it, detail, result in zip(samples, decoded, details, scored, strict=True)
     ]
-
-
-def decode(policy: RolloutPolicy, samples: Sequence[Sample]) -> list[str]:
-    """Texts of samples without special tokens, except think marks, which some tokenizers declare special."""
-    added = policy.tokenizer.added_tokens_decoder.items()
-    dropped = {number for number, token in added if token.special and token.content not in THINK_MARKS}
-    kept = [[token for token in s.token_ids if token not in dropped] for s in samples]
-    texts: list[str] = policy.tokenizer.batch_decode(kept, skip_special_tokens=False)
-    return texts
-
-
-def prompt_texts(policy: RolloutPolicy, prompts: Sequence[Prompt]) -> list[str]:
-    """Texts of prompts with special tokens, since a think mark may be one; each distinct prompt is decoded once."""
-    distinct = {tuple(prompt.token_ids): prompt.token_ids for prompt in prompts}
-    texts = policy.tokenizer.batch_decode(list(distinct.values()), skip_special_tokens=False)
-    by_ids = dict(zip(distinct, texts, strict=True))
-    return [by_ids[tuple(prompt.token_ids)] for prompt in prompts]
 
 
 class OverlappedGrading:

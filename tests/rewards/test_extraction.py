@@ -59,8 +59,10 @@ def test_answers_above_max_length_are_ignored() -> None:
         r"\boxed " * 100_000,
         "\\" * 500_000,
         "<think>" * 100_000,
+        "<" * 500_000,
+        "<seed:think>[THINK]" * 100_000,
     ],
-    ids=["unclosed", "nested", "braces", "spaces", "no brace", "backslashes", "think"],
+    ids=["unclosed", "nested", "braces", "spaces", "no brace", "backslashes", "think", "brackets", "two marks"],
 )
 def test_extract_boxed_takes_linear_time_on_hostile_text(text: str) -> None:
     started = time.process_time()

@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from egspo_lightning.data.decoding import decode
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.format import FormatReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Details
 from egspo_lightning.rewards.length import SoftLengthPenalty
 from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.rollout.engine import Request, Sample, sample
-from egspo_lightning.rollout.grade_rollouts import decode, grade_rollouts, sample_and_grade
+from egspo_lightning.rollout.grade_rollouts import grade_rollouts, sample_and_grade
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Problem, Sampling
@@ -156,8 +157,10 @@ def test_reward_receives_details(policy):
         ("Q <think>\n", r"so \boxed{2}, but wait", False),
         ("Q <think>\n", r"hm</think> \boxed{2}", True),
         ("Q", r"so \boxed{2}, but wait", True),
+        ("Q", r"[THINK]so \boxed{2}, but wait", False),
+        ("Q<|channel|>analysis<|message|>", r"so \boxed{2}<|channel|>final<|message|>\boxed{3}", False),
     ],
-    ids=["never closed", "closed", "none"],
+    ids=["never closed", "closed", "none", "opened by itself", "channels"],
 )
 def test_boxed_text_inside_an_open_think_block_is_not_graded(policy, reward, prompt, completion, correct):
     asked = prompts(policy, "2", text=prompt)
@@ -168,14 +171,22 @@ def test_boxed_text_inside_an_open_think_block_is_not_graded(policy, reward, pro
     assert found.text == completion
 
 
-def test_decode_keeps_think_tags_that_are_special_tokens(policy, small_model, repository):
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        (("<think>", "3", "</think>", "<other>", r"\boxed{2}"), r"<think>3</think>\boxed{2}"),
+        (
+            ("<|channel|>", "analysis", "<|message|>", "3", "<|end|>", "<|channel|>", "final", "<|message|>", "2"),
+            "<|channel|>analysis<|message|>3<|channel|>final<|message|>2",
+        ),
+    ],
+)
+def test_decode_keeps_think_marks_that_are_special_tokens(repository, pieces, text):
     tokenizer = AutoTokenizer.from_pretrained(repository / "configs" / "tiny_model")
-    tokenizer.add_tokens(["<think>", "</think>", "<other>"], special_tokens=True)
-    marked = SmallPolicy(small_model)
-    marked.tokenizer = tokenizer
-    begin, end, other = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<other>"])
-    ids = [begin, *b"3", end, other, *tokenizer.encode(r"\boxed{2}"), tokenizer.eos_token_id]
-    assert decode(marked, [Sample(ids, False, [0.0] * len(ids))]) == [r"<think>3</think>\boxed{2}"]
+    tokenizer.add_tokens([piece for piece in pieces if piece[0] == "<"], special_tokens=True)
+    tokenizer.split_special_tokens = False
+    ids = [*(token for piece in pieces for token in tokenizer.encode(piece)), tokenizer.eos_token_id]
+    assert decode(tokenizer, [tokenizer.encode("Q<think>")], [ids]) == [("Q<think>", text)]
 
 
 def test_reward_receives_prompt_with_special_tokens(policy):
