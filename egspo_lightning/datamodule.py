@@ -27,6 +27,7 @@ from egspo_lightning.rollout.collector import Collector
 from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from egspo_lightning.training.callback_rules import reaches_egspo
 from egspo_lightning.training.fit_loop import resume_with_next_epoch
 from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
 from egspo_lightning.training.rollout_phase import Phases
@@ -166,9 +167,15 @@ class HybridDataModule(LightningDataModule):
         return trained | {f: self.answerer.sampling(name)[1].max_completion_length for name, f in fields.items()}
 
     def _load_training_data(self) -> None:
-        excluded, length = self.answerer.asked, self.max_completion_length
+        excluded = self.answerer.asked
         pool, num_asked = load_demonstrations(
-            self.demonstrations, self.encoder, excluded, max_completion_length=length, seed=self.seed
+            self.demonstrations,
+            self.encoder,
+            excluded,
+            max_completion_length=self.max_completion_length,
+            seed=self.seed,
+            grader=self.reward.grader,
+            needs_answers=self.reward.needs_answers and reaches_egspo(self.trainer, self._policy.stage),
         )
         dropped = prepare_problems(
             self.problems, self.encoder, excluded, long_problems=self.long_problems, seed=self.seed
@@ -179,8 +186,9 @@ class HybridDataModule(LightningDataModule):
         self.phases.pool = pool
         rank_zero_info(
             f"Data: {len(pool.demonstrations)} demonstrations (dropped: {num_asked} that a benchmark contains, "
-            f"{pool.num_dropped} that are too long). Training problems dropped because a benchmark contains them: "
-            f"{dropped[0]}; because they are too long: {dropped[1]}."
+            f"{pool.num_dropped} that are too long, {pool.num_wrong} that the grader marks wrong; without an answer: "
+            f"{pool.num_unanswered}). Training problems dropped because a benchmark contains them: {dropped[0]}; "
+            f"because they are too long: {dropped[1]}."
         )
 
     def teardown(self, stage: str) -> None:

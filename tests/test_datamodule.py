@@ -3,10 +3,13 @@ import json
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
+from egspo_lightning import StageTransition
 from egspo_lightning.data.dataset_sources import DatasetDemonstrations, DatasetProblems
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.benchmarks import DatasetBenchmark
+from egspo_lightning.rewards.format import FormatReward
+from egspo_lightning.rewards.functions import CorrectnessReward
 
 
 def write(path, rows):
@@ -38,9 +41,36 @@ def test_training_data_in_a_benchmark_is_dropped_and_counted(tiny_run, files, ca
         run = tiny_run(data=data, trainer={"max_epochs": 1}).fit()
     drawn = {problem.id for problem in run.data.problems.draw(0, 50)}
     assert drawn == {f"row-{i}" for i in range(3, 10)}
-    assert "Data: 7 demonstrations (dropped: 3 that a benchmark contains, 0 that are too long)" in caplog.text
+    assert "Data: 7 demonstrations (dropped: 3 that a benchmark contains, 0 that are too long, 0 that" in caplog.text
     dropped = "Training problems dropped because a benchmark contains them: 3; because they are too long: 0."
     assert dropped in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("enabled", "reward", "num_kept"),
+    [(True, CorrectnessReward(), 1), (True, FormatReward(), 3), (False, CorrectnessReward(), 3)],
+    ids=["graded rollouts", "another reward", "SFT only"],
+)
+def test_demonstrations_without_an_answer_are_dropped_where_rollouts_need_one(
+    tiny_run, tmp_path, caplog, enabled, reward, num_kept
+):
+    """An answer field alone does not end cut-off reasoning."""
+    rows = [row(1), *({"problem": "1+1=?", "solution": "<think>1+", "answer": "2"} for _ in range(2))]
+    demonstrations = DatasetDemonstrations(write(tmp_path / "train.jsonl", rows))
+    data = {"demonstrations": demonstrations, "reward": reward, "max_completion_length": 40}
+    with caplog.at_level("INFO"):
+        tiny_run(StageTransition(enabled=enabled), data=data, trainer={"max_epochs": 1}).fit()
+    counts = f"{3 - num_kept} that the grader marks wrong; without an answer: {num_kept - 1}"
+    assert f"Data: {num_kept} demonstrations" in caplog.text
+    assert counts in caplog.text
+
+
+def test_demonstrations_that_the_grader_marks_wrong_are_refused_at_the_start(tiny_run, tmp_path):
+    rows = [{"problem": "1+1=?", "solution": "<think>1+1=2, so", "answer": "2"}]
+    demonstrations = DatasetDemonstrations(write(tmp_path / "train.jsonl", rows))
+    data = {"demonstrations": demonstrations, "reward": CorrectnessReward(), "max_completion_length": 40}
+    with pytest.raises(UserError, match=r"data\.demonstrations: the grader of rollouts marks all 1 of them wrong"):
+        tiny_run(StageTransition(), data=data).fit()
 
 
 def test_problems_answered_by_predict_stay_in_training_data(tiny_run, files):

@@ -55,6 +55,10 @@ class ExpertPool:
     max_length: int
     pad_id: int
     seed: int
+    num_wrong: int = 0
+    """Number that were dropped because the grader marks them wrong, see ``drop_wrong``."""
+    num_unanswered: int = 0
+    """Number that are kept without an answer."""
 
     @classmethod
     def encode(

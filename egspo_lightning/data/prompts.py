@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 
 from egspo_lightning.chat_turns import assistant_text, turn_end
 from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.think_blocks import close_opened_block
 from egspo_lightning.types import Demonstration, Problem
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class PromptTemplate:
         """Return the ids of the prompt, and of the solution with its end.
 
         After plain text the end is the EOS. In a chat, solution and end are what the template writes for the
-        assistant's turn, up to and with the token that ends it; a template without such a token gets the EOS.
+        assistant's turn, up to and with the token that ends it; a template without such a token gets the EOS. A
+        block of reasoning that the prompt opens is closed, see ``close_opened_block``.
 
         Raises:
             UserError: as ``render`` does.
@@ -111,6 +113,7 @@ class PromptTemplate:
         if self._is_chat(tokenizer) and (end := turn_end(tokenizer)):
             text = assistant_text(self._render_chat(tokenizer, demonstration.problem, text), prompt, text, end)
             end_id = tokenizer.convert_tokens_to_ids(end)
+        text = close_opened_block(text, prompt)
         return self._prompt_ids(tokenizer, prompt), [*tokenizer.encode(text, add_special_tokens=False), end_id]
 
     def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,12 +1,14 @@
-"""Preparation of training data: removes benchmark problems and long prompts, and counts them."""
+"""Preparation of training data: removes benchmark problems, long ones and wrong demonstrations, and counts them."""
 
 from typing import Literal
 
 from egspo_lightning.data.answer_formats import normalize_problem
+from egspo_lightning.data.demonstration_check import drop_wrong
 from egspo_lightning.data.expert_pool import ExpertPool
 from egspo_lightning.data.prompts import PromptEncoder
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
 from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.grading import MathGrader
 
 LongProblems = Literal["error", "drop"]
 
@@ -18,8 +20,19 @@ def load_demonstrations(
     *,
     max_completion_length: int,
     seed: int,
+    grader: MathGrader,
+    needs_answers: bool,
 ) -> tuple[ExpertPool, int]:
-    """Load and encode the demonstrations; also returns the number that were dropped as benchmark problems.
+    """Load, encode and grade the demonstrations; also returns the number that were dropped as benchmark problems.
+
+    Args:
+        source: gives the demonstrations
+        encoder: encodes their prompts
+        excluded: normalized texts of benchmark problems
+        max_completion_length: longest solution, in tokens
+        seed: seed of their order
+        grader: grades rollouts; see ``drop_wrong``
+        needs_answers: whether demonstrations without an answer are dropped
 
     Raises:
         UserError: no demonstration is left.
@@ -31,6 +44,7 @@ def load_demonstrations(
     if not clean:
         raise UserError(f"data.demonstrations: benchmarks ask all {len(loaded)} of them. Use others.")
     pool = ExpertPool.encode(clean, encoder, max_completion_length=max_completion_length, seed=seed)
+    pool = drop_wrong(pool, encoder.tokenizer, grader, needs_answers=needs_answers)
     return pool, len(loaded) - len(clean)
 
 

@@ -1,6 +1,6 @@
 """Rules for Lightning's callbacks: refuses those whose meaning this module cannot keep, before training."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -11,10 +11,24 @@ from lightning.pytorch.callbacks import (
 )
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.types import Stage
 
 METRICS_OF_SFT = ("loss/sft", "loss/total", "policy/skipped_fraction")
 FAMILIES_OF_EGSPO = ("loss", "gate", "policy", "rollout", "value", "time", "guard")
 """Families whose metrics only stage EGSPO logs, but for those of ``METRICS_OF_SFT``."""
+
+
+@runtime_checkable
+class EndsSFT(Protocol):
+    """The part of StageTransition that tells whether it ends stage SFT."""
+
+    enabled: bool
+    sft_end_reason: str | None
+
+
+def reaches_egspo(trainer: Any, stage: Stage) -> bool:
+    """Return whether a run that starts in this stage is set up to train stage EGSPO, however long it takes."""
+    return stage == Stage.EGSPO or any(isinstance(it, EndsSFT) and it.enabled for it in trainer.callbacks)
 
 
 def require_callbacks(trainer: Any) -> None:

@@ -151,7 +151,8 @@ TWO_ENDS = GEMMA.replace("{% if add", "{% if not add_generation_prompt %}{{ eos_
         (SPACED, "so 2", " so 2 <|endoftext|>"),
         (EMPTY_BLOCK, "so 2", "<think>\n\n</think>\n\nso 2<end_of_turn>"),
         (REASONING, "1+1</think>so 2", "1+1</think>so 2<end_of_turn>"),
-        (REASONING, "so 2", "so 2<end_of_turn>"),
+        (REASONING, "<think>\n1+1</think>so 2", "1+1</think>so 2<end_of_turn>"),  # the prompt has the mark
+        (REASONING, "so 2", "\n</think>\n\nso 2<end_of_turn>"),
         (CHAT, "so 2", "so 2<|endoftext|>"),  # no token ends the turn
         (
             CHAT + "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}",
@@ -170,6 +171,8 @@ def test_demonstration_ends_as_the_chat_template_ends_a_turn(load, chat_template
     assert completion[-1] == (tokenizer.convert_tokens_to_ids("<end_of_turn>") if "turn>" in target else 256)
     plain = PromptTemplate(use_chat_template="never")
     assert plain.encode_demonstration(tokenizer, Demonstration("1", "1+1?", "2"))[1] == [ord("2"), 256]
+    opened = PromptTemplate(plain="{problem}[THINK]", use_chat_template="never")
+    assert bytes(opened.encode_demonstration(tokenizer, Demonstration("1", "1+1?", "2"))[1][:-1]) == b"[/THINK]2"
 
 
 @pytest.mark.parametrize("plain", ["", "{system}", "{problem} and {problem}"])
