@@ -59,6 +59,7 @@ class EGSPOModule(PolicyModule):
         optimizer: The optimizer, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimizer steps; constant by default.
         initial_stage: sft, or egspo to start with rollouts at once.
+        method: Name of the method, which is the label of stage EGSPO on the screen.
         max_bad_updates: Stop after this number of optimizer steps in a row with a non-finite loss or gradient. Each
             such step is skipped and counted. At the limit, weights and batch are saved to nonfinite.ckpt, for
             ``egspo replay``.
@@ -78,6 +79,7 @@ class EGSPOModule(PolicyModule):
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         initial_stage: Literal["sft", "egspo"] = "sft",
+        method: str = "egspo",
         max_bad_updates: PositiveInt = 5,
     ) -> None:
         gate, attenuation = instantiate_lazy_default(gate), instantiate_lazy_default(attenuation)
@@ -86,11 +88,16 @@ class EGSPOModule(PolicyModule):
         super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
         self.advantage_and_gate = AdvantageAndGate(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
         self.objective, self.advantage, self.gate, self.attenuation = objective, advantage, gate, attenuation
-        self.kl_reward, self.entropy_bonus = kl_reward, entropy_bonus
+        self.kl_reward, self.entropy_bonus, self.method = kl_reward, entropy_bonus, method
         require_method(self)
         self._phase = PhaseMetrics()
         self._skip_update = False
         self._finite = FiniteUpdates(int(max_bad_updates))
+
+    @property
+    def stage_label(self) -> str:
+        """The stage as the user reads it: sft, or the name of the method."""
+        return str(self.stage) if self.stage == Stage.SFT else self.method
 
     @property
     def mixes_expert_data(self) -> bool:

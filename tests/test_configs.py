@@ -149,6 +149,7 @@ def test_method_overlays_set_exactly_the_documented_differences(build, repositor
     assert set(overlay) <= {"model", "data", "stage_transition"}
     cli = build("--config=configs/qwen2.5_1.5b_math.yaml", f"--config=configs/methods/{method}.yaml", *ON_THIS_MACHINE)
     assert settings(cli) == EGSPO | METHODS[method]
+    assert cli.model.method == method
     assert cli.datamodule.num_minibatches == 4
 
 

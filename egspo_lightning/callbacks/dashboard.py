@@ -79,7 +79,8 @@ class Dashboard(CheckpointedCallback):
             self.begun, why = trainer.global_step, _reason_sft_ended(trainer)
         if self.enabled:
             where = f"phase {trainer.current_epoch + 1}, step {trainer.global_step}"
-            log_text(trainer, "stage", f"Stage **{stage}** from {where}{why}.", trainer.global_step)
+            label = module_of(pl_module).stage_label
+            log_text(trainer, "stage", f"Stage **{label}** from {where}{why}.", trainer.global_step)
         self.stage = stage
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

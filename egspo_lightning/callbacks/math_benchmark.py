@@ -53,7 +53,7 @@ class MathBenchmark(CheckpointedCallback):
         self.every_n_epochs, self.at_start, self.enabled = every_n_epochs, at_start, enabled
         self.save_completions, self.folder = save_completions, folder
         self.milestones: dict[str, Results] = {}
-        """Results by milestone: "before", "after SFT", "after EGSPO"."""
+        """Results by milestone: "before", "after SFT", and "after" with the name of the method."""
         self.latest: Results = {}
         self.latest_step = -1
         """Optimizer steps taken at the latest evaluation."""
@@ -90,7 +90,8 @@ class MathBenchmark(CheckpointedCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final policy."""
-        self._reach("after EGSPO" if self.stage == Stage.EGSPO else "after SFT", trainer, pl_module)
+        method = module_of(pl_module).method if self.stage == Stage.EGSPO else "sft"
+        self._reach(f"after {method.upper()}", trainer, pl_module)
 
     def _drop_later_rows(self, trainer: Trainer) -> None:
         """Remove the rows of optimizer steps that a resumed run takes again."""

@@ -7,6 +7,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 KEY = "egspo_config"
@@ -45,7 +46,9 @@ class RunConfig(SaveConfigCallback):
         checkpoint[KEY] = self.values
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Print the fields that have changed."""
+        """Print the fields that a resumed run changes; an evaluation takes only the weights from the checkpoint."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         if KEY not in checkpoint:
             rank_zero_info("The checkpoint holds no config, so changes since then cannot be listed.")
             return

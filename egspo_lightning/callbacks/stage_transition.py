@@ -132,6 +132,12 @@ class StageTransition(CheckpointedCallback):
                 "stage_transition.enabled: false to train by SFT only."
             )
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the transition once a phase of stage EGSPO starts: the run may end with SFT."""
+        module = module_of(pl_module)
+        if self.sft_end_reason is not None and module.egspo_start_step == trainer.global_step:
+            module.print(f"Stage sft -> {module.method} after phase {trainer.current_epoch}: {self.sft_end_reason}.")
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide the stage of the next epoch here: Lightning requests its loader before ``on_train_epoch_start``."""
         if not self.enabled or module_of(pl_module).stage != Stage.SFT:
@@ -148,8 +154,7 @@ class StageTransition(CheckpointedCallback):
         self.sft_end_reason = reason
         self._start_egspo(module)
         if self.save_checkpoint:
-            trainer.save_checkpoint(log_folder(trainer) / "sft.ckpt")
-        module.print(f"Stage sft -> egspo after phase {trainer.current_epoch + 1}: {reason}.")
+            trainer.save_checkpoint(log_folder(trainer) / "sft.ckpt", weights_only=False)
 
     def _start_egspo(self, module: EGSPOModule) -> None:
         module.start_egspo_stage()

@@ -6,6 +6,7 @@ Every constructor argument is a flag and a config key, and every Lightning flag 
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,10 @@ class EgspoCLI(LightningCLI):
             print(plan_run(self.model, self.datamodule, config.trainer, config.num_devices, config.device_gib))
             return
         try:
-            super()._run_subcommand(subcommand)
+            with warnings.catch_warnings():
+                if subcommand != "fit":  # which needs the weights alone
+                    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used")
+                super()._run_subcommand(subcommand)
         except Exception:
             end_other_ranks(self.trainer)
             raise

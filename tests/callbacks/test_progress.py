@@ -2,6 +2,8 @@ import pickle
 import re
 
 import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from egspo_lightning import PhaseProgress, StageTransition
@@ -54,14 +56,25 @@ def test_progress_prints_markup_literally(capsys):
     assert capsys.readouterr().err == "[bold]x[/bold] [/nothing] [sft]\n"
 
 
-def test_progress_bar_on_a_terminal_shows_phase_and_stage(tiny_run, tmp_path):
+class Says(Callback):
+    """Logs a message as Lightning does, while the bar is open."""
+
+    def on_train_batch_end(self, *args):
+        rank_zero_info("a message")
+
+
+@pytest.mark.parametrize("method", ["egspo", "reinforce_plus_plus"])
+def test_progress_bar_on_a_terminal_shows_phase_and_method(tiny_run, tmp_path, method):
+    """At 100 columns the times are whole, and each message has a line of its own."""
     bar = PhaseProgress()
     with (tmp_path / "screen").open("w") as screen:
-        bar._console = Console(file=screen, force_terminal=True, width=120)
-        tiny_run(bar, StageTransition(), **BAR).fit()
+        bar._console = Console(file=screen, force_terminal=True, width=100)
+        tiny_run(bar, Says(), StageTransition(), module={"method": method}, **BAR).fit()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", (tmp_path / "screen").read_text())
-    assert "phase 3/3" in text
-    assert "[egspo]" in text  # not parsed as markup
+    lines = re.split(r"[\r\n]+", text)
+    assert re.fullmatch(rf"\[{method}\] · .* phase 3/3 0:\d\d:\d\d 0:00:00 *", lines[-2])  # not parsed as markup
+    assert f"Stage sft -> {method} after phase 1: 1 epochs done." in [line.rstrip() for line in lines]
+    assert [line.rstrip() for line in lines].count("a message") == sum("a message" in line for line in lines) == 6
     assert bar._progress is None
 
 

@@ -45,6 +45,12 @@ class LogValues(Callback):
 SFT, EGSPO = "sft", "egspo"
 
 
+def test_a_transition_that_no_phase_follows_is_not_printed(tiny_run, capsys):
+    run = tiny_run(StageTransition(), trainer={"max_epochs": 1}).fit()
+    assert run.module.stage == Stage.EGSPO
+    assert "Stage sft ->" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -1,6 +1,7 @@
 """Subcommands fit, validate, test and predict on a short quickstart."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -41,9 +42,10 @@ def test_fit_writes_config_checkpoints_events_records_and_model(quickstart):
 
 def test_fit_ends_with_a_table_and_the_paths(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(repository)
-    main(["fit", "--config=configs/quickstart.yaml", f"--trainer.default_root_dir={tmp_path}", *SHORT])
+    configs = ["--config=configs/quickstart.yaml", "--config=configs/methods/grpo.yaml"]
+    main(["fit", *configs, f"--trainer.default_root_dir={tmp_path}", *SHORT])
     out = capsys.readouterr().out
-    for text in ("benchmark", "problems", "before", "after SFT", "after EGSPO", "arithmetic", "32"):
+    for text in ("benchmark", "problems", "before", "after SFT", "after GRPO", "arithmetic", "32"):
         assert text in out
     folder = tmp_path / "lightning_logs" / "version_0"
     assert f"Logs:  {folder}" in out
@@ -69,11 +71,17 @@ def test_the_exported_model_samples_the_same_completions(quickstart):
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
-def test_validate_and_test_evaluate_a_checkpoint(quickstart, repository, tmp_path, monkeypatch, capsys, command):
+def test_validate_and_test_evaluate_a_checkpoint(
+    quickstart, repository, tmp_path, monkeypatch, capsys, caplog, recwarn, command
+):
     cli, folder = quickstart
     monkeypatch.chdir(repository)
-    again = run([command, *checkpoint_flags(folder), f"--trainer.default_root_dir={tmp_path}"])
-    out = capsys.readouterr().out
+    changed = ["--checkpoint.every_n_epochs=7", "--data.num_problems=3"]  # which an evaluation does not use
+    caplog.set_level(logging.INFO)
+    again = run([command, *checkpoint_flags(folder), *changed, f"--trainer.default_root_dir={tmp_path}"])
+    out, err = capsys.readouterr()
+    assert "Changed since the checkpoint" not in caplog.text
+    assert "callbacks used to create the checkpoint" not in err + "".join(str(w.message) for w in recwarn)
     measured = {name: float(value) for name, value in again.trainer.callback_metrics.items()}
     during_fit = {
         name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("eval/")
