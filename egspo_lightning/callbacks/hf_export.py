@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from egspo_lightning.callbacks.trainer_access import module_of
 from egspo_lightning.checkpointing import atomic_files
 from egspo_lightning.errors import UserError
-from egspo_lightning.models.lora import merged
+from egspo_lightning.models.lora_merge import merged
 from egspo_lightning.training.trainer import log_folder
 
 EXPORTED = (

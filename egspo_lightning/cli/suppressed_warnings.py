@@ -15,6 +15,9 @@ def silence_noise() -> None:
         "The dirpath has changed",  # ModelCheckpoint, when a checkpoint of another run is evaluated
         "LightningCLI's args parameter is intended to run from within Python",  # as `run` is
         ".*does not have many workers",  # loaders are lazy and in memory
+        "fan_in_fan_out is set to False",  # peft notices GPT-2's layers by itself
+        r"The following (rank|alpha)_pattern keys did not match",  # peft's own, for fused experts, where they do
+        "Model has `tie_word_embeddings=True` and a tied layer",  # models/lora.py unties them
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(  # 4-bit weights, which are not used here

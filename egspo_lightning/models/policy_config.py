@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.errors import UserError, listed
 from egspo_lightning.models.lora import LoraConfig
+from egspo_lightning.models.lora_merge import require_mergeable
 from egspo_lightning.models.policy import Policy, ValueHead
 
 LOADING_ERRORS = (
@@ -86,7 +87,8 @@ class PolicyConfig:
         """Build the model in train mode, without dropout; with LoRA, the reference is a frozen second adapter.
 
         Raises:
-            UserError: it cannot be loaded, or its output layer is more than a linear map of the last hidden state.
+            UserError: it cannot be loaded, its adapters cannot be merged, or its output layer is more than a linear map
+                of the last hidden state.
         """
         kernel = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         kwargs: dict[str, Any] = {"dtype": getattr(torch, self.dtype), **kernel}
@@ -102,6 +104,7 @@ class PolicyConfig:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.lora is not None:
             self.lora.inject(lm, with_reference=with_reference)
+            require_mergeable(lm)
         return Policy(lm, ValueHead(lm) if with_value_head else None)
 
     def max_positions(self) -> int | None:

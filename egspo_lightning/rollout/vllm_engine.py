@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.models import lora
+from egspo_lightning.models.lora_merge import merged
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
 from egspo_lightning.types import Count, PositiveFloat, PositiveShare, Sampling
@@ -154,8 +154,10 @@ class VLLMEngine(RolloutEngine):
         Raises:
             UserError: the policy has no values for some of vLLM's weights.
         """
-        weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in lm.named_parameters()}
-        taken = vllm.model.load_weights(lora.merged(lm, weights).items())
+        is_tied = getattr(lm.config.get_text_config(), "tie_word_embeddings", True)
+        parameters = lm.named_parameters(remove_duplicate=is_tied)  # an adapted embedding unties the output layer
+        weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters}
+        taken = vllm.model.load_weights(merged(lm, weights).items())
         stale = {name for name, _ in vllm.model.named_parameters()} - (taken or set())
         if stale:
             raise UserError(

@@ -18,6 +18,7 @@ from egspo_lightning.models.networks import InferenceMode, Networks
 from egspo_lightning.models.policy import end_of_sequence_ids
 from egspo_lightning.models.snapshot import Snapshot
 from egspo_lightning.training.resumable_module import ResumableModule
+from egspo_lightning.training.setup_rules import require_separate_passes
 from egspo_lightning.training.strategies import require_strategy, sharding_plan
 from egspo_lightning.types import NetworkOutputs
 
@@ -54,6 +55,9 @@ class PolicyModule(ResumableModule):
             self.critic.require_fit(self.policy)
         if self.has_reference and is_training and not is_adapted:
             self.reference = self.policy_config.build().requires_grad_(False).eval()
+        if is_training:
+            data = getattr(self._trainer, "datamodule", None)
+            require_separate_passes(self._networks, getattr(data, "max_staleness", 0))
         self.start_egspo_stage()
         if self.device_mesh is not None:  # ModelParallelStrategy
             for network in self._networks:

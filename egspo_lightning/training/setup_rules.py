@@ -1,16 +1,19 @@
 """Setup rules: which settings of module, data and trainer fit together.
 
-``require_method`` runs when the module is built, ``require_run`` in the datamodule's ``setup``, and
-``require_bounded_passes``, which needs the built policy, when a phase begins. ``require_positions`` also serves
-evaluation. Ranges of single fields are in their annotations, and rules within one part in its constructor.
+``require_method`` runs when the module is built, and ``require_run`` in the datamodule's ``setup``. Two rules need the
+built networks: ``require_separate_passes``, which follows at once, and ``require_bounded_passes``, when a phase begins.
+``require_positions`` also serves evaluation. Ranges of single fields are in their annotations, and rules within one
+part in its constructor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
 from egspo_lightning.errors import UserError, require
+from egspo_lightning.models.lora import adapts_parameters
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.batching import BLANK_TOKENS
 from egspo_lightning.ops.estimators import ExpertAdvantage, GroupRelative
@@ -214,6 +217,27 @@ def require_positions(max_positions: int | None, max_prompt_length: int, complet
                 f"data.max_prompt_length + {field} = {max_prompt_length} + {length} is more than the {max_positions} "
                 "positions of the model. Lower one of them."
             )
+
+
+def require_separate_passes(networks: Sequence[nn.Module], max_staleness: int) -> None:
+    """Refuse sampling in a thread where two threads would mix up weights with adapters.
+
+    peft adapts single parameters by ``torch.nn.utils.parametrize``, whose cache all threads share. A forward pass would
+    take weights that were computed before the latest optimizer step.
+
+    Args:
+        networks: policy and critic, once they are built
+        max_staleness: data.max_staleness
+
+    Raises:
+        UserError: adapters of fused experts, with sampling ahead.
+    """
+    if max_staleness > 0 and any(adapts_parameters(network) for network in networks):
+        raise UserError(
+            f"data.max_staleness = {max_staleness} samples in a thread, and adapters of fused experts are exact in "
+            "one thread only. Set max_staleness to 0, or name the layers of the attention alone in "
+            "model.policy.lora.target_modules, such as [q_proj, k_proj, v_proj, o_proj]."
+        )
 
 
 def require_bounded_passes(passes: Any) -> None:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from architectures import tiny_config
 from egspo_lightning.models.lora import is_adapter, is_reference
-from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.training.fsdp2_strategy import AnyCheckpointIO
 from processes import SHORT_QUICKSTART, compare_metrics
 
@@ -156,18 +156,30 @@ def test_reference_and_value_head_are_sharded_and_resumed(run_ranks, folder):
         assert compare_metrics(rows, one[3:]) > 30
 
 
-def test_lora_trains_alike_and_checkpoints_hold_adapters_only(run_ranks, folder, repository):
-    """With a reference policy; also, a sharded sft.ckpt starts a run that adds the reference."""
-    torch.manual_seed(1)
-    PolicyConfig(str(repository / "configs" / "tiny_model"), from_scratch=True).build().lm.save_pretrained(
-        folder / "lm"
-    )
-    AutoTokenizer.from_pretrained(repository / "configs" / "tiny_model").save_pretrained(folder / "lm")
-    lora = [f"--model.policy.name_or_path={folder / 'lm'}", "--model.policy.from_scratch=false", *ON]
-    lora += ["--model.policy.lora.rank=4", "--model.objective.beta=0.01"]
-    lora += ["--model.gate=egspo_lightning.ops.gate.OpenGate"]  # rounding could move a token across a threshold
-    one = run_ranks(folder, {"lora_alone": lora}, num_ranks=1)["lora_alone"]
+@pytest.fixture(scope="module")
+def with_adapters(folder, repository):
+    """Arguments of runs with adapters, for a tied model and for one with fused experts, both with saved weights."""
+    tiny_model = repository / "configs" / "tiny_model"
+    common = ["--model.policy.from_scratch=false", "--model.policy.lora.rank=4", "--model.objective.beta=0.01", *ON]
+    common += ["--model.gate=egspo_lightning.ops.gate.OpenGate"]  # rounding could move a token across a threshold
+    configs = {"lm": AutoConfig.from_pretrained(tiny_model), "moe": tiny_config("qwen3_moe")}
+    for name, config in configs.items():
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / name)
+    return {name: [f"--model.policy.name_or_path={folder / name}", *common] for name in configs}
+
+
+def test_lora_trains_alike_and_checkpoints_hold_adapters_only(run_ranks, folder, with_adapters):
+    """With a reference policy; also, a sharded sft.ckpt starts a run that adds the reference.
+
+    Adapters of a tied embedding, of linear layers, and of fused experts.
+    """
+    lora = [*with_adapters["lm"], "--model.policy.lora.target_modules=[embed_tokens,q_proj,v_proj,down_proj]"]
+    alone = run_ranks(folder, {"lora_alone": lora, "moe_alone": with_adapters["moe"]}, num_ranks=1)
+    one = alone["lora_alone"]
     on = {
+        "moe_fsdp2": [*with_adapters["moe"], *FSDP2],
         "lora_fsdp2": [*lora, *FSDP2],
         "lora_fsdp2_on": [*lora, *FSDP2, at(folder, "lora_fsdp2")],
         "lora_alone_on": [*lora, *FSDP2, at(folder, "lora_alone")],
@@ -175,6 +187,7 @@ def test_lora_trains_alike_and_checkpoints_hold_adapters_only(run_ranks, folder,
         "lora_with_again": [*lora, *FSDP2, at(folder, "lora_fsdp2_without", "sft.ckpt")],
     }
     rows = run_ranks(folder, on)
+    assert compare_metrics(rows["moe_fsdp2"], alone["moe_alone"]) > 50
     assert compare_metrics(rows["lora_fsdp2"], one) > 50
     for name in ("lora_fsdp2_on", "lora_alone_on"):
         assert compare_metrics(rows[name], one[3:]) > 30

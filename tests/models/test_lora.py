@@ -16,6 +16,7 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.models import lora
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.models.lora import LoraConfig
+from egspo_lightning.models.lora_merge import merged
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.estimators import GAE, GroupRelative
@@ -44,7 +45,7 @@ def batch():
 
 
 def layers(lm):
-    return dict(lora._layers(lm))
+    return lora.adapted_layers(lm)
 
 
 def test_new_adapters_do_not_change_the_output(with_weights):
@@ -97,18 +98,15 @@ def test_merged_weights_equal_adapted_model(with_weights):
         torch.nn.init.normal_(layer.lora_B["default"].weight)
     plain = PolicyConfig(with_weights).build()
     before = plain(*batch()).logprobs
-    plain.lm.load_state_dict(lora.merged(policy.lm, policy.lm.state_dict()))
+    plain.lm.load_state_dict(merged(policy.lm, policy.lm.state_dict()))
     assert torch.allclose(plain(*batch()).logprobs, policy(*batch()).logprobs, atol=1e-5)
     assert not torch.allclose(plain(*batch()).logprobs, before, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [({"target_modules": ["query"]}, "target_modules"), ({"target_modules": ["lm_head"]}, "output layer")],
-)
-def test_unknown_or_output_target_modules_are_refused(with_weights, config, message):
-    with pytest.raises(UserError, match=message):
-        PolicyConfig(with_weights, lora=LoraConfig(**config)).build()
+def test_unknown_or_output_target_modules_are_refused(with_weights):
+    for name, message in (("query", "weight matrix: .*q_proj"), ("lm_head", "output layer.*Leave it out")):
+        with pytest.raises(UserError, match=f"target_modules.*{message}"):
+            PolicyConfig(with_weights, lora=LoraConfig(target_modules=[name])).build()
 
 
 # Runs
@@ -157,7 +155,7 @@ def test_reference_adapter_scores_equal_merged_sft_model(adapted_run, tiny_run, 
     state = torch.load(tmp_path / "a" / "epoch=0.ckpt", weights_only=True)["state_dict"]  # the end of SFT
     adapters = {name.removeprefix("policy.lm."): value for name, value in state.items()}
     base = run.module.policy.lm.state_dict()
-    frozen.lm.load_state_dict(lora.merged(run.module.policy.lm, base | adapters))
+    frozen.lm.load_state_dict(merged(run.module.policy.lm, base | adapters))
     assert torch.allclose(scores.ref_logprobs, frozen(input_ids, mask).logprobs, atol=1e-5)
     assert not torch.allclose(scores.ref_logprobs, scores.logprobs, atol=1e-3)
 

@@ -1,11 +1,16 @@
 """VLLMEngine without vLLM: refused settings and the installation message. tests/vllm runs vLLM itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from egspo_lightning.cli.main import run
 from egspo_lightning.errors import UserError
+from egspo_lightning.models.lora import LoraConfig, zero_factors
+from egspo_lightning.models.lora_merge import merged
+from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout import vllm_engine
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.rollout.vllm_engine import VLLMEngine, stable_seed
@@ -61,6 +66,22 @@ def test_vllm_on_another_gpu_than_the_first_is_refused():
 
 def test_stable_seed_is_a_fixed_hash():
     assert stable_seed("abc") == 0xBA7816BF8F01CFEA >> 1  # FIPS 180-2, appendix B.1: SHA-256 of "abc"
+
+
+@pytest.mark.parametrize(("targets", "num_missing"), [(["q_proj"], 1), (["q_proj", "embed_tokens"], 0)])
+def test_copied_weights_are_merged_and_untied_from_an_adapted_embedding(monkeypatch, tiny_model, targets, num_missing):
+    """vLLM ties the output layer by the config, and takes no weights for it then."""
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: True)
+    lm = PolicyConfig(tiny_model, from_scratch=True, lora=LoraConfig(rank=2, target_modules=targets)).build().lm
+    factor = zero_factors(lm).popitem()[1]
+    torch.nn.init.normal_(factor)
+    taken = {}
+    model = SimpleNamespace(load_weights=lambda weights: taken.update(weights), named_parameters=dict)
+    VLLMEngine().copy_weights(SimpleNamespace(model=model), lm)
+    expected = merged(lm, lm.state_dict())
+    assert len(expected) - len(taken) == num_missing
+    assert lm.config.tie_word_embeddings == (num_missing == 1)
+    assert all(torch.equal(value, expected[name]) for name, value in taken.items())
 
 
 def test_run_closes_its_engine(tiny_run):
