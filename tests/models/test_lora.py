@@ -131,16 +131,21 @@ def adapted_run(tiny_run, with_weights):
 
 
 @pytest.mark.parametrize(
-    "critic",
-    [{}, {"critic": CriticConfig("shared"), "advantage": GAE()}, {"critic": CriticConfig("own"), "advantage": GAE()}],
+    ("targets", "critic"),
+    [
+        (["q_proj", "embed_tokens"], {}),
+        (None, {"critic": CriticConfig("shared"), "advantage": GAE()}),
+        (["q_proj", "embed_tokens"], {"critic": CriticConfig("own"), "advantage": GAE()}),
+    ],
 )
-def test_checkpoints_hold_only_adapters_and_resume(adapted_run, tmp_path, critic):
-    straight = adapted_run(tmp_path / "a", **critic).fit()
+def test_checkpoints_hold_only_adapters_and_resume(adapted_run, with_weights, tmp_path, targets, critic):
+    arguments = critic | {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4, target_modules=targets))}
+    straight = adapted_run(tmp_path / "a", **arguments).fit()
     weights = torch.load(tmp_path / "a" / "epoch=1.ckpt", weights_only=True)["state_dict"]
     assert weights
     assert all(lora.is_adapter(name) or "value_head" in name for name in weights)
     assert any(lora.is_reference(name) for name in weights)
-    resumed = adapted_run(tmp_path / "b", **critic).fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
+    resumed = adapted_run(tmp_path / "b", **arguments).fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
     for (name, theirs), ours in zip(straight.module.named_parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert straight.module.reference is None

@@ -158,7 +158,8 @@ def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
 @pytest.mark.parametrize("stage", ["sft", "egspo"])
 def test_plan_counts_a_reference_adapter_only_after_sft(tiny_run, wide_model, stage):
     """Compared with the parameters of a run."""
-    policy = PolicyConfig(wide_model, from_scratch=True, lora=LoraConfig(rank=2))
+    adapters = LoraConfig(rank=2, target_modules=["embed_tokens", "q_proj"])
+    policy = PolicyConfig(wide_model, from_scratch=True, lora=adapters)
     run = tiny_run(module={"policy": policy, "initial_stage": stage, "objective": Objective(beta=0.01)})
     flags = SimpleNamespace(precision="32-true", accumulate_grad_batches=1, strategy="auto")
     memory = plan(workload(run.module, run.data, flags, 1), 1)
