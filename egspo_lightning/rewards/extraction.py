@@ -11,6 +11,7 @@ MAX_ANSWER_LENGTH = 512
 
 # A backslash escapes the character after it: \{ and \} do not count as braces.
 _TOKEN = re.compile(r"\\(?P<box>boxed|fbox|framebox)(?:\s*+\[[^\[\]{}]{0,20}\]){0,2}\s*+\{|\\.|[{}]", re.DOTALL)
+_UNBRACED = re.compile(r"\\boxed\s++(-?\w[\w.,/]*)")
 # Text that may separate the boxes of one answer.
 _SEPARATORS = re.compile(r"(?:[\s,;$&~]|\\[,;:!()\[\] ]|\\q?quad|and|or|\\text\{\s*,?\s*(?:and|or)\s*\})*")
 _JOINER = ", "  # with its space: 12,150 would be one number
@@ -31,6 +32,11 @@ def extract_boxed(text: str) -> str | None:
 def extract_framed(text: str) -> str | None:
     r"""Extract as `extract_boxed`; ``\fbox{...}`` and ``\framebox{...}`` count as well."""
     return _extract(text, _FRAMES)
+
+
+def extract_final(text: str) -> str | None:
+    r"""Extract as `extract_boxed`; without a ``\boxed{}``, from ``\fbox{}``, ``\framebox{}`` or ``\boxed 42``."""
+    return extract_boxed(text) or extract_framed(_UNBRACED.sub(r"\\boxed{\1}", text))
 
 
 def _extract(text: str, commands: frozenset[str]) -> str | None:

@@ -1,34 +1,43 @@
 r"""Grader: extracts answers and compares them with gold answers, in this process or with math-verify in workers.
 
 Public graders disagree on the cases below; this grader decides them as the table says. Each line has its test cases
-in ``tests/rewards/test_grading_rules.py``.
+in ``tests/rewards/test_grading_rules.py``. The guide "Grading rules" says what other graders do.
 
 ==================  =====================================================================================
-several boxes       the last counts; boxes with only commas, "and", "or" and spacing between are one answer, the list
+boxes               the last ``\boxed{}`` counts; boxes with only commas, "and", "or" and spacing between are one
+                    answer, the list; without a ``\boxed{}``, ``\fbox{}``, ``\framebox{}`` and ``\boxed 42`` count
 units               two units must be the same one, by name or abbreviation, never converted (12 cm is not 12 m, nor
-                    120 mm); a unit on one side alone is ignored; ``\$5`` is 5 dollars; the word "units" is ignored
+                    120 mm); a unit or a noun on one side alone is ignored (``42 apples``, ``\$5 \text{ per hour}``);
+                    scale words multiply (5 million is 5000000, not 5); "5 or more" is not 5
 percentages         the gold answer ``10\%`` is 10 and is 0.1; two percentages are compared as they are; a sign in the
                     answer alone is ignored (``10\%`` answers 10, not 0.1), so appending one gains nothing
 degrees             ``90^\circ``, 90° and 90 degrees are 90, and no number of radians; ``\cos 60^\circ`` is 1/2
 bases               ``2516_8`` needs the same base, or another one and the same value (``5_{10}``), or no base and the
                     same digits
 sets, lists         order and repetition do not count; ``1, 2`` is ``\{1, 2\}``; neither is a tuple ``(1, 2)``, though
-                    a list without brackets may answer a tuple, and a tuple such a list, in its order
-intervals           brackets count: ``[1, 2)`` is not ``(1, 2)``; ``1 \le x < 2`` answers ``[1, 2)``; ``1, 2`` does
-                    not answer ``[1, 2]``, nor ``[2, 1]``
+                    a list without brackets may answer a tuple, and a tuple such a list, in its order; an ellipsis
+                    is an element
+intervals           brackets count: ``[1, 2)`` is not ``(1, 2)``; inequalities, set builders and unions are the set of
+                    their solutions; ``1, 2`` does not answer ``[1, 2]``, nor ``[2, 1]``
 mixed numbers       ``3\frac{1}{2}`` and ``3 1/2`` are 7/2; ``31/2`` is not
 decimals            exact against decimals and integers; a decimal is a fraction or an irrational number if it agrees
                     with it to six decimals and to a ten-thousandth of its size (0.333333 is 1/3, 0.333 is not);
-                    sums of decimals are exact (0.1 + 0.2 - 0.3 is 0)
-repeating decimals  ``0.\overline{3}``, ``0.\bar{3}`` and ``0.(3)`` are 1/3
-thousands           ``1,234``, ``1{,}234``, ``1\,234``, ``1 234`` and full-width digits are 1234; ``(1,234)`` is a pair
-text                by words, whatever their case and font
+                    sums of decimals are exact (0.1 + 0.2 - 0.3 is 0); ``4.5e33`` is ``4.5 \times 10^{33}``
+repeating decimals  ``0.\overline{3}``, ``0.\bar{3}``, ``0.(3)`` and ``0.333...`` are 1/3
+thousands           ``1,234``, ``1{,}234``, ``1\,234``, ``1 234``, ``12,34,567``, ``1.234,5`` and full-width digits are
+                    numbers; ``(1,234)`` is a pair; ``70,110`` is 70110 and is the list ``70, 110``
+text                by words, whatever their case and font; letters such as ``ABC`` are a word, ``xy`` is a product
 choices             ``(A)``, ``A``, ``A.``, ``\text{A}`` are the letter; ``(C) 12`` is C and is 12
-assignments         ``x = 5`` is 5, and is not ``y = 5``; ``5 = 6`` is never right; ``x = 4, y = 3`` is the tuple
-                    (4, 3), in the order of the names, unless both sides name them
-``\pm``             both values: ``\pm 3`` is ``3, -3``, not 3
-presentation        ``$``, fonts, sizing, spacing, a final full stop and Unicode for LaTeX do not count; nor, in
-                    algebra, does the case of a variable
+equations           ``x = 5`` and ``5 = x`` are 5, and are not ``y = 5``; ``x = 5 = 7`` is never right; ``x = 4, y = 3``
+                    is the tuple (4, 3), in the order of the names, unless both sides name them; two equations are
+                    equal if one is a multiple of the other (``2x - y + 1 = 0`` is ``y = 2x + 1``)
+``\pm``             both values: ``\pm 3`` is ``3, -3``, not 3; ``(\pm 3, \pm 4)`` is four pairs
+symbols             case, index and prime count: ``R`` is not ``r``, ``I_0`` not ``I_1``, ``f'(x)`` not ``f(x)``;
+                    ``i`` is the imaginary unit, ``I`` and ``\gamma`` are symbols; symbols may be taken as positive
+                    (``\ln ab`` is ``\ln a + \ln b``)
+ratios, times       ``1:2:3`` is ``2:4:6``, not 1/6; ``1:2`` is 1/2; ``12:30`` is a time and ``2026-09-01`` a date
+presentation        ``$``, fonts, sizing, spacing, remarks ("Answer:", "exactly"), final punctuation, plain notation
+                    (``pi/2``, ``sqrt(3)``, ``x**2``) and Unicode for LaTeX do not count
 ==================  =====================================================================================
 """
 
@@ -40,8 +49,8 @@ from typing import Any, Literal
 
 from egspo_lightning.errors import require
 from egspo_lightning.rewards import equivalence
-from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed
-from egspo_lightning.rewards.fast_path import compare_fast, for_algebra
+from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed, extract_final
+from egspo_lightning.rewards.fast_path import compare_fast
 from egspo_lightning.rewards.think_blocks import after_reasoning
 from egspo_lightning.rewards.workers import Grade, WorkerPool
 from egspo_lightning.types import Count, PositiveFloat
@@ -93,7 +102,7 @@ class MathGrader:
             RuntimeError: the workers cannot be started, or another thread has closed the grader.
         """
         if self.extraction == "boxed":
-            return self._grade(extract_boxed, completions, golds)
+            return self._grade(extract_final, completions, golds)
         pairs = zip(completions, golds, strict=True)
         return self._pool.run([(after_reasoning(text), gold, "lenient") for text, gold in pairs])
 
@@ -142,7 +151,7 @@ class MathGrader:
         pairs = [(extract(text), extract_boxed(gold) or gold) for text, gold in zip(texts, golds, strict=True)]
         grades = [_grade_fast(answer, gold) for answer, gold in pairs]
         undecided = [(answer or "", gold) for (answer, gold), grade in zip(pairs, grades, strict=True) if grade is None]
-        by_algebra = iter(self._pool.run([(*for_algebra(*pair), "boxed") for pair in undecided]))
+        by_algebra = iter(self._pool.run([(*pair, "boxed") for pair in undecided]))
         return [grade or next(by_algebra)._replace(extracted=it) for (it, _), grade in zip(pairs, grades, strict=True)]
 
 

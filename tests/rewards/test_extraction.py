@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed
+from egspo_lightning.rewards.extraction import MAX_ANSWER_LENGTH, extract_boxed, extract_final
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,22 @@ def test_extract_boxed_finds_last_balanced_box_after_reasoning(text: str, expect
     assert extract_boxed(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\fbox{42}", "42"),
+        (r"\framebox[2cm]{42} left", "42"),
+        (r"so \boxed 42.", "42."),
+        (r"\boxed{42} and \fbox{note}", "42"),
+        (r"\boxed and nothing", "and"),
+        (r"<think>\fbox{42}</think> so 5", None),
+        ("no box", None),
+    ],
+)
+def test_extract_final_takes_other_boxes_where_there_is_no_boxed(text: str, expected: str | None) -> None:
+    assert extract_final(text) == expected
+
+
 def test_answers_above_max_length_are_ignored() -> None:
     assert extract_boxed(r"\boxed{" + "1" * MAX_ANSWER_LENGTH + "}") == "1" * MAX_ANSWER_LENGTH
     assert extract_boxed(r"\boxed{5} \boxed{" + "1" * (MAX_ANSWER_LENGTH + 1) + "}") is None
@@ -66,5 +82,5 @@ def test_answers_above_max_length_are_ignored() -> None:
 )
 def test_extract_boxed_takes_linear_time_on_hostile_text(text: str) -> None:
     started = time.process_time()
-    extract_boxed(text)
+    extract_final(text)
     assert time.process_time() - started < 2.0  # quadratic time would be minutes

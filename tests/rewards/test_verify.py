@@ -7,6 +7,7 @@ from sympy import I, Interval, Matrix, Rational, Symbol, Tuple, factorial, log, 
 
 from egspo_lightning.rewards import _verify
 from egspo_lightning.rewards._difference import are_different, attempt
+from egspo_lightning.rewards._latex import parse
 
 x = Symbol("x", real=True)
 
@@ -80,7 +81,7 @@ def test_attempt_does_not_catch_memory_error() -> None:
 
 
 def test_numerically_incomparable_answers_still_get_a_verdict() -> None:
-    gold, answer = _verify._parse_bare("5"), _verify._parse_bare(r"5 \mod 7")
+    gold, answer = parse("5"), parse(r"5 \mod 7")
     with pytest.raises(TypeError, match="truth value"):
         are_different(gold, answer)
     assert _verify.grade(r"5 \mod 7", "5", "boxed")[0]
