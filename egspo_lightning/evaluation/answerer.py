@@ -14,7 +14,7 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.answers import Answer, AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark, require_different_ids
 from egspo_lightning.rewards.extraction import extract_boxed
-from egspo_lightning.rewards.grading import MathGrader
+from egspo_lightning.rewards.grading import Extraction, MathGrader
 from egspo_lightning.rollout.engine import RolloutEngine, Sample, sample
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Prompt
@@ -93,6 +93,10 @@ class Answerer:
         found = next((b.sampling for b in self.benchmarks if b.name == name), self.predict_sampling)
         return int(found.num_samples), found.within(self.max_completion_length)
 
+    def extraction(self, name: str) -> Extraction:
+        """Where the answers to a benchmark, or to the user's own problems, are found."""
+        return next((b.extraction for b in self.benchmarks if b.name == name), None) or self.grader.extraction
+
     def batches(self, name: str, rank: int, world_size: int, batch_size: int) -> list[ProblemBatch]:
         """Split the problems of a benchmark, or the user's own, into one rank's batches.
 
@@ -117,6 +121,7 @@ class Answerer:
             "seed": self.seed,
             "engine": type(self.engine).__name__,
             **self.grader.settings(),
+            "extraction": self.extraction(name),
         }
 
     def answer(self, policy: RolloutPolicy, encoder: PromptEncoder, batch: ProblemBatch) -> list[Answer]:
@@ -126,11 +131,13 @@ class Answerer:
         prompts = [Prompt(p, encoder.encode(p), f"{self.seed}/{batch.benchmark}/{p.id}") for p in new]
         n = batch.num_samples
         samples = sample(policy, self.engine, prompts, n, batch.sampling)
-        graded = self._grade(policy, prompts, samples) if samples else []
+        graded = self._grade(policy, prompts, samples, self.extraction(batch.benchmark)) if samples else []
         fresh = {problem.id: graded[i * n : (i + 1) * n] for i, problem in enumerate(new)}
         return [answer for problem in batch.problems for answer in earlier.get(problem.id) or fresh[problem.id]]
 
-    def _grade(self, policy: RolloutPolicy, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Answer]:
+    def _grade(
+        self, policy: RolloutPolicy, prompts: Sequence[Prompt], samples: Sequence[Sample], extraction: Extraction
+    ) -> list[Answer]:
         """Grade the samples. A box inside reasoning that the prompt has opened does not count as an answer."""
         n = len(samples) // len(prompts)
         asked_ids = [prompt.token_ids for prompt in prompts for _ in range(n)]
@@ -138,9 +145,8 @@ class Answerer:
         judged = [it.judged for it in decoded]
         asked = [prompt.problem for prompt in prompts for _ in range(n)]
         known = [i for i, problem in enumerate(asked) if problem.answer]
-        grades = dict(
-            zip(known, self.grader.grade([judged[i] for i in known], [asked[i].answer for i in known]), strict=True)
-        )
+        graded = self.grader.grade([judged[i] for i in known], [asked[i].answer for i in known], extraction)
+        grades = dict(zip(known, graded, strict=True))
         found = [grades[i].extracted if i in grades else extract_boxed(text) for i, text in enumerate(judged)]
         groups = self.grader.equivalence_classes([found[i : i + n] for i in range(0, len(found), n)])
         classes = [answer_class for group in groups for answer_class in group]

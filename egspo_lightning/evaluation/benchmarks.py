@@ -19,6 +19,7 @@ from egspo_lightning.data.tasks.family import ProblemFamily, Split, require_fami
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.evaluation.answers import GREEDY, AnswerSampling
 from egspo_lightning.evaluation.benchmark_recipes import KNOWN, Recipe
+from egspo_lightning.rewards.grading import Extraction
 from egspo_lightning.types import Count, NonNegativeFloat, PositiveInt, PositiveShare, Problem
 
 
@@ -32,6 +33,7 @@ class Benchmark(ABC):
         top_p: Sample from the smallest set of tokens with this probability mass, in (0, 1].
         max_completion_length: Longest answer in tokens; null for the length of the training rollouts.
         limit: Only the first problems; null for all.
+        extraction: Where an answer is found: "boxed" or "lenient" (free text, too); null for the evaluation grader's.
 
     Raises:
         UserError: the name is empty or has "/" or spaces, or several samples are asked for at temperature 0.
@@ -46,10 +48,11 @@ class Benchmark(ABC):
         top_p: PositiveShare = GREEDY.top_p,
         max_completion_length: PositiveInt | None = GREEDY.max_completion_length,
         limit: PositiveInt | None = None,
+        extraction: Extraction | None = None,
     ) -> None:
         where, allowed = f"benchmark {name!r}:", 'non-empty text without "/" and spaces; it names metrics and files'
         require(bool(re.fullmatch(r"[^\s/]+", name)), f"{where} name", repr(name), allowed)
-        self.name, self.num_samples, self.limit = name, int(num_samples), limit
+        self.name, self.num_samples, self.limit, self.extraction = name, int(num_samples), limit, extraction
         self.sampling = AnswerSampling(num_samples, temperature, top_p, max_completion_length)
         self.sampling.require_different_samples(where)
 

@@ -59,7 +59,8 @@ def warm_up() -> None:
     for answer in _WARM_UP:
         grade(f"{answer}+0", answer, "boxed")
         grade(f"The answer is ${answer}$.", answer, "lenient")
-    grade("2+x", "x+1", "boxed")
+    for answer, gold in (("2+x", "x+1"), ("x^2+2x+1", "(x+1)^2"), ("3<x<4", "(3,4)"), (r"\ln a+\ln b", r"\ln(ab)")):
+        grade(answer, gold, "boxed")
     grade(r"\sqrt{12}", r"2\sqrt{3}", "boxed")
 
 

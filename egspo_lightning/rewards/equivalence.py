@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 from egspo_lightning.rewards.fast_path import compare_fast
 from egspo_lightning.rewards.normalize import normalize
@@ -16,9 +17,9 @@ _PROBE = "1"
 def equivalence_classes(groups: Sequence[Sequence[str | None]], compare: Compare) -> list[list[int | None]]:
     """Return the class of each answer, numbered in order of appearance within its group; None for no answer.
 
-    An answer joins the first class whose first member it equals, with that member as the gold answer. Equality is
-    not transitive (12 cm and 12 m both equal 12, not each other), so the order of appearance decides. One call of
-    ``compare`` serves all groups, and only pairs that spelling and plain numbers leave open. An answer that cannot be
+    An answer joins the first class all of whose members it equals, each of the two as the gold answer. Equality is not
+    transitive (12 cm and 12 m both equal 12, not each other), but all members of a class are equal. Calls of
+    ``compare`` serve all groups, and only pairs that spelling and plain numbers leave open. An answer that cannot be
     compared with 1 forms its own class: a group with an answer that hangs waits for it once, not once a pair.
     """
     waiting = [_by_spelling(group) for group in groups]
@@ -26,13 +27,25 @@ def equivalence_classes(groups: Sequence[Sequence[str | None]], compare: Compare
     comparison = _Comparison(compare)
     newest = 0
     while any(waiting):
-        spellings = [(group, spelling) for group, answers in enumerate(waiting) for spelling in answers]
         founders = [next(iter(answers.values()), "") for answers in waiting]
-        equal = comparison.equal([(waiting[group][spelling], founders[group]) for group, spelling in spellings])
-        for (group, spelling), is_equal in zip(spellings, equal, strict=True):
-            if is_equal:
-                classes[group][spelling] = newest
-                del waiting[group][spelling]
+        pairs = [
+            (text, founder) for answers, founder in zip(waiting, founders, strict=True) for text in answers.values()
+        ]
+        equal = comparison.mutually_equal(pairs)
+        alike = [
+            {spelling: text for spelling, text in answers.items() if (text, founder) in equal}
+            for answers, founder in zip(waiting, founders, strict=True)
+        ]
+        equal = comparison.mutually_equal(
+            [pair for answers in alike for pair in combinations(list(answers.values())[1:], 2)]
+        )
+        for group, answers in enumerate(alike):
+            members: list[str] = []
+            for spelling, text in answers.items():
+                if all((member, text) in equal for member in members[1:]):
+                    members.append(text)
+                    classes[group][spelling] = newest
+                    del waiting[group][spelling]
         newest += 1
     return [
         [None if answer is None else of_spelling[normalize(answer)] for answer in group]
@@ -47,7 +60,13 @@ class _Comparison:
         self._compare = compare
         self._is_usable: dict[str, bool] = {}
 
-    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    def mutually_equal(self, pairs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Return the pairs that are equal, whichever of the two is the gold answer."""
+        equal = self._equal(pairs)
+        reverse = set(self._equal([(gold, answer) for answer, gold in equal]))
+        return {(answer, gold) for answer, gold in equal if (gold, answer) in reverse}
+
+    def _equal(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         verdicts = {pair: pair[0] == pair[1] or compare_fast(*pair) for pair in pairs}
         undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
         new = dict.fromkeys(answer for pair in undecided for answer in pair if answer not in self._is_usable)
@@ -55,7 +74,7 @@ class _Comparison:
             self._is_usable[answer] = verdict is not None
         comparable = [pair for pair in undecided if all(self._is_usable[answer] for answer in pair)]
         verdicts.update(self._ask(comparable))
-        return [bool(verdicts[pair]) for pair in pairs]
+        return [pair for pair in pairs if verdicts[pair]]
 
     def _ask(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], bool | None]]:
         verdicts = self._compare([answer for answer, _ in pairs], [gold for _, gold in pairs]) if pairs else ()

@@ -31,6 +31,7 @@ _SUBSCRIPT = r"_(?:\w|\{[^{}]*\})"
 _NAME = rf"(?:[A-Za-z]+|\\(?!frac|sqrt|text|le|ge|ne)[A-Za-z]+)(?:{_SUBSCRIPT}|'|\^\{{-1\}}(?=\())*"
 _LEFT = re.compile(rf"{_NAME}(?:\((?:{_NAME}|\d+)(?:,(?:{_NAME}|\d+))*\))?|\((?:{_NAME},)+{_NAME}\)")
 _NO_NAME = re.compile(rf"{_SUBSCRIPT}|\([^()]*\)")
+_VARIABLE = re.compile(r"(?<=[A-Za-z])\([a-z]\)$")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _OR = re.compile(r"\s*(?<![A-Za-z\\])or(?![A-Za-z])\s*")
 _QUALIFIER = re.compile(
@@ -269,7 +270,7 @@ def _compare_equations(answer: str, gold: str, decide: Decide) -> Verdict:
     if chain is False:  # 2 + 3 = 6, whatever the gold answer is
         return False
     if len(left) > 1 and len(right) > 1:
-        if left[0] == right[0]:
+        if _VARIABLE.sub("", left[0]) == _VARIABLE.sub("", right[0]):  # f(n) = 1 is f(x) = 1
             return _all([chain, _compare(left[-1], right[-1], decide)])
         return decide(f"{left[0]}={left[-1]}", f"{right[0]}={right[-1]}")
     if len(right) > 1:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from egspo_lightning.errors import require
-from egspo_lightning.rewards.grading import MathGrader
+from egspo_lightning.rewards.grading import Extraction, MathGrader
 from egspo_lightning.rewards.workers import Grade
 from egspo_lightning.types import Count, PositiveFloat, Problem
 
@@ -56,6 +56,7 @@ class CorrectnessReward(Reward):
         num_workers: Grader processes that work at the same time; plain numbers need none.
         deadline_s: Seconds after which an answer counts as incorrect.
         memory_limit_mb: Address space of a grader process, in MiB, at least 256; answers that need more are incorrect.
+        extraction: "boxed" reads the last \boxed{}; "lenient" also finds an answer in free text.
 
     Raises:
         UserError: a reward is not finite, or memory_limit_mb is below 256.
@@ -71,11 +72,14 @@ class CorrectnessReward(Reward):
         num_workers: Count = 1,
         deadline_s: PositiveFloat = 10.0,
         memory_limit_mb: Count = 1024,
+        extraction: Extraction = "boxed",
     ) -> None:
         for name, value in (("correct", correct), ("incorrect", incorrect)):
             require(math.isfinite(value), f"data.reward.{name}", value, "a finite number")
         self.correct, self.incorrect = correct, incorrect
-        self.grader = MathGrader(num_workers=num_workers, deadline_s=deadline_s, memory_limit_mb=memory_limit_mb)
+        self.grader = MathGrader(
+            num_workers=num_workers, deadline_s=deadline_s, memory_limit_mb=memory_limit_mb, extraction=extraction
+        )
 
     def __call__(
         self, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details] = ()

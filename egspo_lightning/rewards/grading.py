@@ -55,6 +55,8 @@ from egspo_lightning.rewards.think_blocks import after_reasoning
 from egspo_lightning.rewards.workers import Grade, WorkerPool
 from egspo_lightning.types import Count, PositiveFloat
 
+Extraction = Literal["boxed", "lenient"]
+
 _RULES_VERSION = 4
 """Version of the grading rules. Increase it if a verdict may change: stored verdicts of older versions are dropped."""
 
@@ -69,8 +71,8 @@ class MathGrader:
         num_workers: Worker processes that grade at the same time.
         deadline_s: Seconds after which an answer counts as wrong, with status timeout.
         memory_limit_mb: Address space of a worker, in MiB, at least 256; beyond it an answer counts as wrong.
-        extraction: "boxed" reads the last balanced \boxed{} after the reasoning; "lenient" looks for an
-            answer in free text as math-verify does.
+        extraction: "boxed" reads the last balanced \boxed{} after the reasoning; "lenient" finds an answer in free
+            text, too, by the patterns of math-verify. Both are compared alike.
 
     Raises:
         UserError: memory_limit_mb is below 256.
@@ -82,10 +84,11 @@ class MathGrader:
         num_workers: Count = 1,
         deadline_s: PositiveFloat = 10.0,
         memory_limit_mb: Count = 1024,
-        extraction: Literal["boxed", "lenient"] = "boxed",
+        extraction: Extraction = "boxed",
     ) -> None:
         require(memory_limit_mb >= 256, "memory_limit_mb", memory_limit_mb, "at least 256, which math-verify needs")
-        self.extraction, self.deadline_s, self.memory_limit_mb = extraction, float(deadline_s), int(memory_limit_mb)
+        self.extraction: Extraction = extraction
+        self.deadline_s, self.memory_limit_mb = float(deadline_s), int(memory_limit_mb)
         self._pool = WorkerPool(int(num_workers), self.deadline_s, self.memory_limit_mb)
 
     def __enter__(self) -> MathGrader:
@@ -94,14 +97,18 @@ class MathGrader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def grade(self, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
+    def grade(
+        self, completions: Sequence[str], golds: Sequence[str], extraction: Extraction | None = None
+    ) -> list[Grade]:
         """Grade whole completions, in their order; reasoning in them is ignored (`after_reasoning`).
+
+        ``extraction`` replaces the grader's own.
 
         Raises:
             ValueError: the numbers of completions and gold answers differ.
             RuntimeError: the workers cannot be started, or another thread has closed the grader.
         """
-        if self.extraction == "boxed":
+        if (extraction or self.extraction) == "boxed":
             return self._grade(extract_final, completions, golds)
         pairs = zip(completions, golds, strict=True)
         return self._pool.run([(after_reasoning(text), gold, "lenient") for text, gold in pairs])

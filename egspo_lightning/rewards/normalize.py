@@ -101,7 +101,7 @@ _SYNONYMS = _rules(
     # separators
     (r"\{,\}", ","),
     (r"\s*[,;]?\s*(?:\\text\{\s*,?\s*and\s*\}|(?<![A-Za-z\\])and@|\\land@|;)\s*", ", "),
-    (r"\s*,?\s*(?:\\text\{\s*,?\s*or\s*\}|(?<![A-Za-z\\])or@|\\(?:lor|vee)@)\s*", " or "),
+    (r"\s*,?\s*(?:\\text\{\s*,?\s*or\s*\}|(?<![A-Za-z\\])or(?![a-z])|\\(?:lor|vee)@)\s*", " or "),
     # plain notation
     (r"\*\*", "^"),
     (r"(?<![\\A-Za-z])(" + "|".join([*_FUNCTIONS, *_GREEK]) + r")@", r"\\\1 "),

@@ -27,6 +27,9 @@ class Recorder:
         (["x+1", "x+2", "1+x", "2+x", "x+3"], [0, 1, 0, 1, 2]),
         ([None, "", "   ", "7"], [None, None, None, 0]),
         ([r"so \boxed{4}", "4"], [0, 0]),
+        ([r"10\%", "10", "0.1"], [0, 0, 1]),
+        (["0.1", r"10\%", "10"], [0, 1, 1]),
+        (["12", "12 cm", "12 m"], [0, 0, 1]),
         ([], []),
     ],
 )
@@ -47,21 +50,22 @@ def test_comparing_numbers_or_equal_spellings_starts_no_process() -> None:
         assert grader.worker_pids() == []
 
 
-def test_answer_joins_the_first_class_whose_first_member_is_equal() -> None:
+def test_answer_joins_the_first_class_all_of_whose_members_are_equal() -> None:
     def compare(answers: Sequence[str], golds: Sequence[str]) -> list[bool | None]:
         return [abs(len(answer) - len(gold)) <= 1 for answer, gold in zip(answers, golds, strict=True)]
 
     assert equivalence_classes([["a+", "a++", "a+++"]], compare) == [[0, 0, 1]]
-    assert equivalence_classes([["a++", "a+", "a+++"]], compare) == [[0, 0, 0]]
+    assert equivalence_classes([["a++", "a+", "a+++"]], compare) == [[0, 0, 1]]
 
 
 def test_groups_share_calls_and_no_spelling_is_compared_twice() -> None:
     recorder = Recorder()
     classes = equivalence_classes([["a+b", "a + b", "b+c", "a+c"], ["c+a", "c+b"]], recorder)
     assert classes == [[0, 0, 1, 0], [0, 0]]
-    probes, pairs = recorder.calls
+    probes, pairs, reverse = recorder.calls
     assert [gold for _, gold in probes] == ["1"] * 5
     assert pairs == [("b+c", "a+b"), ("a+c", "a+b"), ("c+b", "c+a")]
+    assert reverse == [("a+b", "a+c"), ("c+a", "c+b")]
 
 
 def test_incomparable_answer_gets_its_own_class_after_one_comparison() -> None:
