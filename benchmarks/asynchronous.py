@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 from comparison.arguments import exit_code
 from comparison.callbacks import callback_flag, find_callback
 from measuring.callbacks import IterationTimes, PhaseTimes
@@ -62,9 +60,8 @@ def _compare(workload: Workload, arguments: argparse.Namespace) -> list[dict[str
 
 def _measure(workload: Workload, variant: Variant, arguments: argparse.Namespace) -> Measured:
     """Train, and skip the first iteration, which is never sampled ahead, and the last, which samples nothing ahead."""
-    torch.set_num_threads(variant.threads)
     callbacks = callback_flag(IterationTimes, warmup=1), callback_flag(PhaseTimes)
-    flags = [f"--data.max_staleness={variant.max_staleness}", *arguments.flags]
+    flags = [f"--num_threads={variant.threads}", f"--data.max_staleness={variant.max_staleness}", *arguments.flags]
     cli = train(workload, arguments.iterations + 2, *callbacks, *flags)
     readings = find_callback(cli, IterationTimes).readings[:-1]
     times = find_callback(cli, PhaseTimes).times[1:-1]

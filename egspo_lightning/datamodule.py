@@ -28,7 +28,7 @@ from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.training.callback_rules import reaches_egspo
-from egspo_lightning.training.fit_loop import resume_with_next_epoch
+from egspo_lightning.training.fit_loop import reload_every_epoch, resume_with_next_epoch
 from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
 from egspo_lightning.training.rollout_phase import Phases
 from egspo_lightning.training.setup_rules import require_positions, require_run
@@ -151,6 +151,7 @@ class HybridDataModule(LightningDataModule):
         if stage == TrainerFn.FITTING:
             self._is_probed = False
             resume_with_next_epoch(self.trainer)
+            reload_every_epoch(self.trainer)
             require_run(self.trainer, self._policy, self)
             self.phases.rank, self.phases.world_size = self.trainer.global_rank, self.trainer.world_size
             if not hasattr(self.phases, "pool"):

@@ -29,6 +29,7 @@ from egspo_lightning.training.nonfinite_updates import FiniteUpdates, RecordedMi
 from egspo_lightning.training.policy_module import PolicyModule
 from egspo_lightning.training.rollout_checks import ratio_metrics, require_version
 from egspo_lightning.training.setup_rules import require_bounded_passes, require_method
+from egspo_lightning.training.suppressed_warnings import silence_noise
 from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import (
     ExpertBatch,
@@ -82,6 +83,7 @@ class EGSPOModule(PolicyModule):
         method: str = "egspo",
         max_bad_updates: PositiveInt = 5,
     ) -> None:
+        silence_noise()
         gate, attenuation = instantiate_lazy_default(gate), instantiate_lazy_default(attenuation)
         advantage = instantiate_lazy_default(advantage)
         has_reference = objective.beta > 0 or kl_reward is not None

@@ -121,6 +121,9 @@ def test_readme_python_example_runs(repository, tmp_path):
     ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "rollout/reward_mean" in ended.stdout
+    assert "Stage sft -> egspo" in ended.stdout
+    for word in ("Tip", "across ranks is zero", "logging interval", "weights_only", "UserWarning"):
+        assert word not in ended.stderr
 
 
 @pytest.mark.parametrize("overlay", ["egspo", "egspo_constant_phi", "egspo_no_mixing", "top_entropy", "grpo", "sft"])

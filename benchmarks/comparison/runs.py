@@ -37,7 +37,6 @@ MEANS = ("policy/entropy", "gate/weight_mean", "rollout/length_mean")
 
 def execute(run: Run, shared: Settings) -> None:
     """Train, evaluate, and write the result atomically."""
-    torch.set_num_threads(shared.threads)
     workspace = run.workspace(shared.output)
     shutil.rmtree(workspace, ignore_errors=True)
     workspace.mkdir(parents=True)
@@ -115,6 +114,7 @@ def _arguments(run: Run, shared: Settings, workspace: Path) -> list[str]:
         *(f"--config={path}" for path in overlays),
         *QUIET,
         f"--seed_everything={run.seed}",
+        f"--num_threads={shared.threads}",
         f"--trainer.default_root_dir={workspace}",
         f"--trainer.logger={json.dumps(logger)}",
         callback_flag(PhaseTimer),

@@ -47,6 +47,7 @@ class Workload(NamedTuple):
         sizes = ("num_problems", "num_generations", "num_ppo_epochs", "num_minibatches", "max_completion_length")
         return [
             f"--config={QUICKSTART}",
+            f"--num_threads={torch.get_num_threads()}",
             *QUIET,
             "--trainer.logger=false",
             "--math_benchmark.enabled=false",

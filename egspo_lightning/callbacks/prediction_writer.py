@@ -1,5 +1,6 @@
 """PredictionWriter: writes the answers of ``predict`` to disk."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from egspo_lightning.callbacks.answer_journal import close_journal, open_journal
 from egspo_lightning.callbacks.trainer_access import data_of, module_of
+from egspo_lightning.data.sources import ProblemSource
 from egspo_lightning.evaluation.answerer import PREDICT
 from egspo_lightning.evaluation.journal import Journal
 
@@ -18,7 +20,8 @@ class PredictionWriter(Callback):
     seed: the same command continues an interrupted run, and another command never overwrites its answers.
 
     Args:
-        folder: Output folder; ``predictions/<fingerprint>`` in the trainer's default_root_dir by default.
+        folder: Output folder; by default ``predictions/<problems>-<fingerprint>`` in the trainer's default_root_dir,
+            with the name of the file of problems, or of the class of their source.
     """
 
     _journal: Journal
@@ -33,8 +36,10 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the answers of an interrupted predict."""
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions" / "{fingerprint}")
-        self._journal = open_journal(PREDICT, module_of(pl_module), data_of(trainer), folder)
+        data = data_of(trainer)
+        name = f"{_name(data.problems)}-{{fingerprint}}"
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "predictions" / name)
+        self._journal = open_journal(PREDICT, module_of(pl_module), data, folder)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
@@ -45,3 +50,9 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the answers of all ranks."""
         close_journal(self._journal, module_of(pl_module), data_of(trainer))
+
+
+def _name(problems: ProblemSource) -> str:
+    """A name for a source of problems, which a folder may have."""
+    name = Path(str(getattr(problems, "path", type(problems).__name__))).stem
+    return re.sub(r"[^\w.-]+", "-", name)

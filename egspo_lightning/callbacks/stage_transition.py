@@ -14,6 +14,7 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.training.callback_rules import require_early_stopping
 from egspo_lightning.training.fit_loop import extend_fast_dev_run
+from egspo_lightning.training.start_warnings import rate_warning, warn
 from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import PositiveFloat, PositiveInt, Stage
 
@@ -124,6 +125,7 @@ class StageTransition(CheckpointedCallback):
         has_left_sft = module.stage == Stage.EGSPO or module.egspo_start_step > 0
         if has_left_sft and module.egspo_start_step == trainer.global_step:
             self._start_egspo(module)
+        self._warn_of_rates(trainer, module)
         last_sft_epoch = trainer.current_epoch + (self.after_epochs or 0) - self.num_epochs
         if self.enabled and module.stage == Stage.SFT and 0 < (trainer.max_epochs or -1) <= last_sft_epoch:
             rank_zero_warn(
@@ -131,6 +133,16 @@ class StageTransition(CheckpointedCallback):
                 f"{self.after_epochs}), so no phase of EGSPO follows. Raise max_epochs, or set "
                 "stage_transition.enabled: false to train by SFT only."
             )
+
+    def _warn_of_rates(self, trainer: Trainer, module: EGSPOModule) -> None:
+        """Warn of the learning rates of the stages that the run trains."""
+        optimizer = trainer.optimizers[0]
+        base = float(optimizer.defaults["lr"])
+        rates = {Stage.SFT: base} if module.stage == Stage.SFT else {}
+        if self.enabled:
+            rates[Stage.EGSPO] = self.learning_rate or base
+        for stage, rate in rates.items():
+            warn(rate_warning(module.policy_config, type(optimizer).__name__, stage, rate))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the transition once a phase of stage EGSPO starts: the run may end with SFT."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -30,13 +31,14 @@ from egspo_lightning.cli.plan import plan_run
 from egspo_lightning.cli.process_exit import end_other_ranks
 from egspo_lightning.cli.replay import replay
 from egspo_lightning.cli.resume import resume_path
-from egspo_lightning.cli.run_summary import print_answers_path, print_fit_summary, print_scores
-from egspo_lightning.cli.suppressed_warnings import silence_noise
+from egspo_lightning.cli.run_summary import print_answers, print_fit_summary, print_scores
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import RunStopped, UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.training.strategies import require_known, require_strategy
+from egspo_lightning.training.suppressed_warnings import silence_noise
 from egspo_lightning.training.trainer import RunTrainer
+from egspo_lightning.types import PositiveInt
 
 CALLBACKS: dict[str, type] = {
     # MathBenchmark comes before StageTransition, which may read its metrics at the end of an epoch
@@ -57,7 +59,6 @@ CALLBACKS: dict[str, type] = {
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "logs",
-    "reload_dataloaders_every_n_epochs": 1,  # one epoch is one phase, with new data
     "num_sanity_val_steps": 0,  # MathBenchmark measures before training
     "log_every_n_steps": 1,
     "enable_model_summary": False,
@@ -120,6 +121,7 @@ class EgspoCLI(LightningCLI):
         if self.subcommand == "replay":
             return
         config = self.config[self.subcommand]
+        _set_num_threads(config.get("num_threads"))
         config.model.policy.name_or_path = shipped_path(config.model.policy.name_or_path)
         require_one_method([str(path) for path in config.get("config") or []])
         if config.get("weights_only") is None:
@@ -191,6 +193,12 @@ class EgspoCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback its own config key, so that one argument can be changed without repeating the list."""
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="Number of torch threads of a rank; null for torch's default. Results depend on it by rounding.",
+        )
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_epochs": 10})
@@ -213,8 +221,14 @@ class EgspoCLI(LightningCLI):
     after_test = after_validate
 
     def after_predict(self) -> None:
-        """Print the path of the answers."""
-        print_answers_path(self.trainer)
+        """Print the first answers, and the path of all."""
+        print_answers(self.trainer)
+
+
+def _set_num_threads(number: int | None) -> None:
+    if number is not None:
+        os.environ["OMP_NUM_THREADS"] = str(number)  # read by further ranks, and by Lightning, which else sets a number
+        torch.set_num_threads(int(number))
 
 
 def main(args: Sequence[str] | None = None) -> None:

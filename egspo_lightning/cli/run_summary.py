@@ -1,6 +1,8 @@
 """Summary printed at the end of a run: scores, and the paths of logs, model and answers."""
 
+import json
 import sys
+from itertools import islice
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,6 +16,11 @@ from egspo_lightning.callbacks.trainer_access import callbacks_of
 from egspo_lightning.evaluation.report import milestones_table, score_tables
 from egspo_lightning.training.trainer import log_folder
 
+NUM_SHOWN = 3
+"""Answers of predict that are printed."""
+MOST_SHOWN = 200
+"""Characters of a problem or an answer that are printed."""
+VERDICTS = {True: "right", False: "wrong", None: "no gold answer"}
 CHARTS_ADDRESS = "http://localhost:6006/#custom_scalars"
 
 
@@ -43,14 +50,25 @@ def print_scores(trainer: Trainer) -> None:
 
 
 @rank_zero_only
-def print_answers_path(trainer: Trainer) -> None:
-    """Print the path of the answers of predict."""
+def print_answers(trainer: Trainer) -> None:
+    """Print the first answers of predict, and the path of all."""
     for writer in callbacks_of(trainer, PredictionWriter):
+        with writer.path.open(encoding="utf-8") as file:
+            for row in map(json.loads, islice(file, NUM_SHOWN)):
+                _print_line(
+                    f"{_shortened(row['problem'])}\n  {_shortened(row['completion'])}  ({VERDICTS[row['correct']]})"
+                )
         _print_line(f"Answers: {writer.path}")
 
 
+def _shortened(text: str) -> str:
+    """A text on one line, cut in the middle: its answer stands at the end."""
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_SHOWN else f"{line[: MOST_SHOWN // 2]} ... {line[-MOST_SHOWN // 2 :]}"
+
+
 def _print_line(text: str) -> None:
-    _wide_console().print(text, soft_wrap=True, highlight=False)
+    _wide_console().print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _wide_console() -> Console:

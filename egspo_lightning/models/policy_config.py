@@ -35,6 +35,8 @@ LOADING_ERRORS = (
 )
 """Errors that transformers raises for a name, folder or file that it cannot load."""
 
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
+"""Names of files with weights."""
 PACKAGE = "pkg://"
 """Begins the name of a folder in an installed Python package."""
 
@@ -114,6 +116,12 @@ class PolicyConfig:
             UserError: the config cannot be loaded.
         """
         return getattr(self._config, "max_position_embeddings", None)
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether its folder holds weights; a repository on the hub counts as one that does."""
+        folder = Path(installed_folder(self.name_or_path))
+        return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
 
     def require_vocabulary(self, tokenizer: Any) -> None:
         """Refuse a model whose vocabulary is smaller than the tokenizer's.

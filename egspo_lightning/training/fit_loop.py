@@ -30,6 +30,11 @@ def resume_with_next_epoch(trainer: Any) -> None:
     trainer.fit_loop._iteration_based_training = lambda: False
 
 
+def reload_every_epoch(trainer: Any) -> None:
+    """Request a loader for each epoch, where ``trainer.reload_dataloaders_every_n_epochs`` has its default of 0."""
+    trainer.reload_dataloaders_every_n_epochs = trainer.reload_dataloaders_every_n_epochs or 1
+
+
 def extend_fast_dev_run(trainer: Any) -> None:
     """Let ``trainer.fast_dev_run`` n, which Lightning ends after n steps of one epoch, take n steps of both stages."""
     trainer.fit_loop.max_epochs = 2

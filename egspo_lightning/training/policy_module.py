@@ -19,6 +19,14 @@ from egspo_lightning.models.policy import end_of_sequence_ids
 from egspo_lightning.models.snapshot import Snapshot
 from egspo_lightning.training.resumable_module import ResumableModule
 from egspo_lightning.training.setup_rules import require_separate_passes
+from egspo_lightning.training.start_warnings import (
+    cpu_quota,
+    idle_cores,
+    random_weights_warning,
+    threads_warning,
+    transition_warning,
+    warn,
+)
 from egspo_lightning.training.strategies import require_strategy, sharding_plan
 from egspo_lightning.types import NetworkOutputs
 
@@ -35,8 +43,18 @@ class PolicyModule(ResumableModule):
     # Networks
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies and precisions that this module cannot train with."""
+        """Refuse strategies and precisions that this module cannot train with, and warn of likely mistakes."""
         require_strategy(self.trainer)
+        self._warn_of_likely_mistakes(is_fit=stage == TrainerFn.FITTING)
+
+    def _warn_of_likely_mistakes(self, *, is_fit: bool) -> None:
+        trainer, num_threads = self.trainer, torch.get_num_threads()
+        if self.policy is None and trainer.ckpt_path is None:
+            warn(random_weights_warning(self.policy_config, is_fit=is_fit))
+        if is_fit and trainer.ckpt_path is None:
+            warn(transition_warning(trainer.callbacks, self.stage))  # type: ignore[attr-defined]
+        if num_threads > 1 and trainer.strategy.root_device.type == "cpu":
+            warn(threads_warning(num_threads * trainer.num_devices, cpu_quota(), idle_cores()))
 
     def configure_model(self) -> None:
         """Build and shard the networks; evaluation needs the policy alone."""

@@ -3,6 +3,7 @@
 from functools import cached_property
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -150,6 +151,7 @@ class ResumableModule(Collectives):
         checkpoint["egspo"] = {name: getattr(self, name) for name in STEPS} | {
             "stage": str(self.stage),
             "random": self.collect_over_ranks(random_state()),
+            "num_threads": torch.get_num_threads(),
             "tokenizer": self._tokenizer_digest,
             "optimizer": type(self.trainer.optimizers[0]).__name__,
         }
@@ -172,6 +174,8 @@ class ResumableModule(Collectives):
         require_same_tokenizer(state["tokenizer"], self._tokenizer_digest)
         if is_fit and not is_entry:
             self._keep_random_state(state["random"])
+        if is_fit:
+            self._compare_threads(state.get("num_threads"))
         if is_fit and checkpoint.get("optimizer_states"):
             self._adapt_optimizer(checkpoint, is_entry=is_entry)
 
@@ -183,6 +187,16 @@ class ResumableModule(Collectives):
             rank_zero_info(
                 f"The checkpoint was written on {len(states)} ranks, and this run has {world_size}: it goes on with "
                 "the same data, but sums over ranks are rounded otherwise, so it is not bit-identical."
+            )
+
+    def _compare_threads(self, saved: int | None) -> None:
+        """Say that the run does not continue bit for bit on another number of threads; devices do not depend on it."""
+        current = torch.get_num_threads()
+        if saved not in (None, current) and self.trainer.strategy.root_device.type == "cpu":
+            rank_zero_info(
+                f"The checkpoint was written with {saved} torch threads, and this run has {current}: sums are rounded "
+                f"otherwise, so it is not bit-identical. Set num_threads: {saved} (in Python: torch.set_num_threads) "
+                "to continue exactly."
             )
 
     def _adapt_optimizer(self, checkpoint: dict[str, Any], *, is_entry: bool) -> None:

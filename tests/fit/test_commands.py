@@ -123,6 +123,10 @@ def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path
     out = capsys.readouterr().out
     paths = [Path(line.removeprefix("Answers: ")) for line in out.splitlines() if line.startswith("Answers: ")]
     once, twice = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
+    assert all(path.parent.name.startswith("mine-") for path in paths)
+    for problem, answer in zip(rows, once, strict=True):
+        assert f"{problem['problem']}\n  {' '.join(answer['completion'].split())}  (" in out
+    assert out.count("(no gold answer)\n") == 2  # of two runs, which show three answers each
     assert [row["id"] for row in once] == ["mine-11", "mine-22", "mine-33"]
     assert [(row["id"], row["sample"]) for row in twice] == [(row["id"], i) for row in rows for i in range(2)]
     assert all(row["completion"] for row in once)

@@ -107,7 +107,7 @@ def test_bf16_true_precision_is_refused(tiny_run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs must be 1"),
+        ({"reload_dataloaders_every_n_epochs": 2}, "reload_dataloaders_every_n_epochs must be 1"),
         ({"limit_train_batches": 0.5}, "would end a phase within an optimizer step"),
         ({"limit_train_batches": 3, "accumulate_grad_batches": 2}, "would end a phase within an optimizer step"),
         ({"overfit_batches": 2}, "would end a phase within an optimizer step"),

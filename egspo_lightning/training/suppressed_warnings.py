@@ -14,6 +14,7 @@ def silence_noise() -> None:
         r"Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder
         "The dirpath has changed",  # ModelCheckpoint, when a checkpoint of another run is evaluated
         "LightningCLI's args parameter is intended to run from within Python",  # as `run` is
+        "The number of training batches .* is smaller than the logging interval",  # each phase is logged
         ".*does not have many workers",  # loaders are lazy and in memory
         "fan_in_fan_out is set to False",  # peft notices GPT-2's layers by itself
         r"The following (rank|alpha)_pattern keys did not match",  # peft's own, for fused experts, where they do
@@ -24,5 +25,5 @@ def silence_noise() -> None:
         lambda record: "gemm_4bit_forward" not in record.getMessage()
     )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(word in record.getMessage() for word in ("litlogger", "TPU available"))
+        lambda record: not any(word in record.getMessage() for word in ("litlogger", "litmodels", "TPU available"))
     )
