@@ -85,6 +85,8 @@ def _compare(answer: str, gold: str, decide: Decide) -> Verdict:
     answer, gold = _as_tuple(answer, gold), _as_tuple(gold, answer)
     if _is_equation(answer, gold) or _is_equation(gold, answer):
         return _compare_equations(answer, gold, decide)
+    if parse_number(answer) and parse_number(gold):  # 1,000,001 is no list where 1,000,000 is the gold answer
+        return _compare_single(answer, gold, decide)
     return _any(_compare_readings(*pair, decide) for pair in product(_readings(answer), _readings(gold)))
 
 

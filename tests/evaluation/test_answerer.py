@@ -93,6 +93,17 @@ def batches_of(count: int, num_samples: int, rank: int, world_size: int, batch_s
         return answerer.batches("b", rank, world_size, batch_size)
 
 
+def test_extraction_is_chosen_per_benchmark():
+    benchmarks = [Sums("own", extraction="lenient", limit=1), Sums("default", limit=1)]
+    with MathGrader() as grader:
+        answerer = Answerer(benchmarks, None, grader, AnswerSampling(), 512, seed=0)
+        answerer.load(NoLimit())
+        settings = [answerer.settings(name, NoLimit())["extraction"] for name in ("own", "default")]
+        (grade,) = grader.grade(["It is 4."], ["4"], answerer.extraction("own"))
+    assert settings == ["lenient", "boxed"]
+    assert grade.correct
+
+
 class NoLimit:
     """An encoder that accepts prompts of every length."""
 

@@ -26,6 +26,13 @@ def test_correctness_reward_grades_algebra_and_closes_workers() -> None:
     reward.close()
 
 
+def test_correctness_reward_can_take_answers_from_free_text() -> None:
+    reward = CorrectnessReward(deadline_s=20.0, extraction="lenient")
+    assert reward(["So it is $18.90$.", r"\boxed{18.90}", "So it is 19."], [r"\$18.90"] * 3) == [1.0, 1.0, 0.0]
+    assert CorrectnessReward().grader.extraction == "boxed"
+    reward.close()
+
+
 def test_invalid_correctness_reward_arguments_are_refused() -> None:
     with pytest.raises(UserError, match="memory_limit_mb must be at least 256"):
         CorrectnessReward(memory_limit_mb=1)
