@@ -15,8 +15,8 @@ from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.training.callback_rules import EndsSFT
 from egspo_lightning.types import Stage
 
-HIGHEST_RATES = {Stage.SFT: 1e-4, Stage.EGSPO: 1e-5}
-"""Highest learning rate of Adam that is usual for all weights of a pretrained model, by stage."""
+HIGH_RATES = {Stage.SFT: 1e-4, Stage.EGSPO: 2e-5}
+"""Learning rate of Adam from which a warning is given where all weights of a pretrained model are trained, by stage."""
 LORA_FACTOR = 10.0
 """How much higher the rates of LoRA's adapters usually are."""
 
@@ -44,13 +44,13 @@ def random_weights_warning(policy: PolicyConfig, *, is_fit: bool) -> str | None:
 
 def rate_warning(policy: PolicyConfig, optimizer: str, stage: Stage, rate: float) -> str | None:
     """For a learning rate that is far above what is usual for pretrained weights; ``optimizer`` is its class name."""
-    highest = HIGHEST_RATES[stage] * (1.0 if policy.lora is None else LORA_FACTOR)
-    if policy.from_scratch or "Adam" not in optimizer or rate <= highest:
+    high = HIGH_RATES[stage] * (1.0 if policy.lora is None else LORA_FACTOR)
+    if policy.from_scratch or "Adam" not in optimizer or rate < high:
         return None
     field = "model.optimizer's lr" if stage == Stage.SFT else "stage_transition.learning_rate (or model.optimizer's lr)"
     kind = "the weights of a pretrained model" if policy.lora is None else "LoRA adapters"
     return (
-        f"{field} is {rate:g} in stage {stage}: rates above {highest:g} usually DESTROY what {kind} have learned. "
+        f"{field} is {rate:g} in stage {stage}: rates from {high:g} on usually DESTROY what {kind} have learned. "
         "Lower it, unless the model is small or the value is tested."
     )
 

@@ -193,6 +193,15 @@ def test_wrong_config_value_is_refused(config, error_of, key, value, words):
     assert len(message) < 3000
 
 
+def test_a_command_without_arguments_names_the_subcommands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    output = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "{fit,validate,test,predict,plan," in output.err
+    assert "Traceback" not in output.err + output.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

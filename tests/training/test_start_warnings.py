@@ -43,12 +43,14 @@ def test_random_weights_are_told_where_weights_are_at_hand_or_evaluated(small_mo
 @pytest.mark.parametrize(
     ("stage", "rate", "optimizer", "lora", "warns"),
     [
-        (Stage.SFT, 1e-4, "AdamW", None, False),  # as in configs/smollm2_135m.yaml
+        (Stage.SFT, 5e-5, "AdamW", None, False),
+        (Stage.SFT, 1e-4, "AdamW", None, True),
         (Stage.SFT, 1e-3, "AdamW", None, True),  # the quickstart's
         (Stage.EGSPO, 1e-5, "AdamW", None, False),
         (Stage.EGSPO, 1e-4, "AdamW8bit", None, True),  # the quickstart's
         (Stage.EGSPO, 1e-4, "SGD", None, False),
         (Stage.SFT, 2e-4, "AdamW", LoraConfig(), False),
+        (Stage.EGSPO, 1e-4, "AdamW", LoraConfig(), False),
         (Stage.EGSPO, 1e-3, "AdamW", LoraConfig(), True),
     ],
 )
@@ -97,7 +99,7 @@ def test_idle_cores_counts_ticks_of_all_cores(tmp_path):
 
 
 def test_a_run_warns_once_of_each(tiny_run, with_weights, monkeypatch):
-    monkeypatch.setattr(start_warnings, "HIGHEST_RATES", dict.fromkeys(Stage, 1e-3))
+    monkeypatch.setattr(start_warnings, "HIGH_RATES", dict.fromkeys(Stage, 1e-3))
     assert transition_warning([], Stage.EGSPO) is None
     run = tiny_run(module={"policy": PolicyConfig(with_weights, from_scratch=True)}, trainer={"max_epochs": 1})
     assert told(run) == ["RANDOM WEIGHTS", "no callback StageTransition"]
