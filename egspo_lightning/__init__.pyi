@@ -72,4 +72,5 @@ from egspo_lightning.types import Problem as Problem
 from egspo_lightning.types import Sampling as Sampling
 
 __version__: str
+_MODULES: dict[str, str]
 __all__: list[str]

@@ -1,7 +1,8 @@
 """Exceptions with messages for the user, and helpers that raise and search them."""
 
+import difflib
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 NUM_SHOWN = 3
 """Faults that an error message lists."""
@@ -45,6 +46,13 @@ def listed(faults: Sequence[str]) -> str:
     """The first faults for an error message, and the number of the others."""
     more = f" (and {len(faults) - NUM_SHOWN} more)" if len(faults) > NUM_SHOWN else ""
     return "; ".join(faults[:NUM_SHOWN]) + more
+
+
+def did_you_mean(name: str, known: Iterable[str], guesses: Iterable[str] = ()) -> str:
+    """The most similar name, if one is similar, among the known ones and further guesses; and the known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, {*names, *guesses}, n=1, cutoff=0.5)
+    return f"{f'Did you mean {close[0]}? ' if close else ''}Known here: {', '.join(names)}"
 
 
 def require(holds: bool, field: str, value: object, allowed: str) -> None:

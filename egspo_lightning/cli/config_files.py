@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 import egspo_lightning
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, did_you_mean
 
 CONFIG_FLAGS = ("--config", "-c")
 _PACKAGE = Path(egspo_lightning.__file__).parent
@@ -20,17 +20,15 @@ SHIPPED = next((root for root in (_PACKAGE / "configs", _PACKAGE.parent / "confi
 def use_configs(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with ``shipped_path`` applied to each ``--config``, and refuse broken config files.
 
-    The parser handles values that are not files: it accepts inline YAML, and names a file that does not exist.
-
     Raises:
-        UserError: a file is not a YAML mapping, or gives a key twice; the message names it and the line.
+        UserError: a file does not exist, is not a YAML mapping, or gives a key twice; the message names the line.
     """
     replaced = list(arguments)
     for i, (before, argument) in enumerate(pairwise(["", *arguments])):
         flag, equals, value = ("", "", argument) if before in CONFIG_FLAGS else argument.partition("=")
         if before in CONFIG_FLAGS or (equals and flag in CONFIG_FLAGS):
             path = shipped_path(value)
-            _require_mapping(path)
+            read_config(path)
             replaced[i] = f"{flag}{equals}{path}"
     return replaced
 
@@ -60,11 +58,32 @@ def require_one_method(paths: Sequence[str]) -> None:
         )
 
 
-def _require_mapping(path: str) -> None:
-    content = _load(Path(path)) if os.path.isfile(path) else {}
+def read_config(path: str) -> dict[Any, Any]:
+    """Content of a config file, or of inline YAML; empty where only the parser can read it.
+
+    Raises:
+        UserError: see ``use_configs``.
+    """
+    if not os.path.isfile(path):
+        return _inline(path)
+    content = _load(Path(path))
     if not isinstance(content, dict):
         kind = "is empty" if content is None else f"holds a {type(content).__name__}"
         raise UserError(f"{path}: a config is a YAML mapping (keys such as trainer, model, data); this one {kind}.")
+    return content
+
+
+def _inline(text: str) -> dict[Any, Any]:
+    """Inline YAML; a text that is neither YAML, nor a URL, nor a file of any kind is refused."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    if isinstance(content, str) and "://" not in text and text != "-" and not os.path.exists(os.path.expanduser(text)):
+        folder = "methods/" if Path(text).parent.name == "methods" else ""
+        names = [path.stem for path in (SHIPPED / folder).glob("*.yaml")] if SHIPPED else []
+        raise UserError(f"config: no file {text}. In configs/{folder}: {did_you_mean(Path(text).stem, names)}.")
+    return content if isinstance(content, dict) else {}
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
 import egspo_lightning
+from egspo_lightning.cli.parser import missing_package
 from egspo_lightning.errors import UserError, cause_of
 
 DEBUG = "--debug"
@@ -79,6 +80,8 @@ def _judge_failure(error: BaseException) -> Ending:
         return Ending(str(mistake), MISTAKE)
     if isinstance(error, ModuleNotFoundError):
         return Ending(f"a package is missing: {error}. Install it: pip install {error.name}", FAULT)
+    if package := missing_package(str(error)) if isinstance(error, ValueError) else "":
+        return Ending(package, FAULT)
     if isinstance(error, ValueError) and _raised_in(error, "jsonargparse"):
         return Ending(f"config: {error}", MISTAKE)
     if isinstance(error, ValueError) and _raised_in(error, "lightning.fabric.plugins.environments"):

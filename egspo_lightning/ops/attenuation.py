@@ -1,5 +1,6 @@
 """Attenuations: phi, the weight of low-entropy tokens, as a config names it."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from egspo_lightning.types import UnitInterval
 class Attenuation(Protocol):
     """Gives phi, the weight of low-entropy tokens."""
 
+    @abstractmethod
     def phi(self, old_logprobs: Tensor, entropies: Tensor, threshold: Tensor) -> Tensor:
         """phi of each token, (B, T), at least 0. The gate ignores it at high-entropy tokens.
 

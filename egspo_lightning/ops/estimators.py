@@ -1,5 +1,6 @@
 """Advantage estimators that a config names, and the step from scored rollouts to A_t and returns."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -47,6 +48,7 @@ class Advantage(Protocol):
     needs_values: ClassVar[bool] = False
     """Whether it needs a critic."""
 
+    @abstractmethod
     def estimate(self, experience: Experience) -> Estimate:
         """Advantages of a rollout batch; entries outside the mask are ignored."""
 

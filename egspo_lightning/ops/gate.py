@@ -4,6 +4,7 @@ The weight of a token is ``g_t = 1 if H_t >= tau else phi_t`` (EGSPO, arXiv 2602
 ``Attenuation`` (``ops.attenuation``) gives phi. The config chooses both. All results are detached.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -84,6 +85,7 @@ class Gate(Protocol):
     A gate that keeps state between rollout batches has ``state_dict`` and ``load_state_dict``; checkpoints save it.
     """
 
+    @abstractmethod
     def threshold(self, entropies: Entropies) -> Tensor:
         """tau in nats: a scalar, or (B, 1) with one value for each of this rank's completions."""
 

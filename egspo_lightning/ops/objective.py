@@ -89,8 +89,8 @@ class Objective:
         expert_shaping: gamma of LUFFY's p / (p + gamma), for expert solutions among the rollouts, above 0.
         beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 adds no KL.
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
-        aggregation: Aggregation of surrogate, KL and entropy, which share N: token-mean, seq-mean-token-mean,
-            seq-mean-token-sum or seq-mean-token-sum-norm (divides by the sequences times max_completion_length).
+        aggregation: Aggregation of surrogate, KL and entropy, which share N. seq-mean-token-sum-norm divides by the
+            sequences times max_completion_length.
         mask_truncated: Leave completions that reached the length limit out of the loss, its normalizer and the gate;
             their rewards still count for the others of their group.
         sampler_correction: Importance weights for an engine that samples from another distribution than the trainer's.

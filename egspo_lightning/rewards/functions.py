@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +38,7 @@ class Reward(Protocol):
     default; it then receives one `Details` for each completion.
     """
 
+    @abstractmethod
     # Any, by position only: the command line accepts parameters of any name, annotated or not
     def __call__(self, completions: Any, golds: Any, /) -> Any:
         """Return one finite number for each completion, in their order.

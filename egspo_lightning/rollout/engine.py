@@ -1,5 +1,6 @@
 """Rollout engine interface, for transformers, vLLM or a user's own engine, and sampling of completions with it."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -36,6 +37,7 @@ class RolloutEngine(Protocol):
     from another thread, with another model, has an attribute ``is_reentrant`` that is true. Benchmarks wait for others.
     """
 
+    @abstractmethod
     def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
     ) -> Iterator[list[tuple[int, Sample]]]:

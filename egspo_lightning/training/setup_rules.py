@@ -16,7 +16,7 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.models.lora import adapts_parameters
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.batching import BLANK_TOKENS
-from egspo_lightning.ops.estimators import ExpertAdvantage, GroupRelative
+from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
 from egspo_lightning.ops.gate import OpenGate
 from egspo_lightning.training.callback_rules import require_callbacks
 
@@ -32,6 +32,12 @@ def require_method(module: Any) -> None:
     Raises:
         UserError: naming both settings.
     """
+    lacking = [name for name in Advantage.__annotations__ if not hasattr(module.advantage, name)]
+    if lacking:
+        raise UserError(
+            f"model.advantage {type(module.advantage).__name__} has no {' and no '.join(lacking)}. Set it, or derive "
+            "the class from egspo_lightning.Advantage, which has defaults."
+        )
     _require_critic(module)
     _require_gate(module)
     scaled = isinstance(module.advantage, GroupRelative) and module.advantage.scale_by_std

@@ -1,35 +1,18 @@
 """Class names in configs and flags: short names of shipped parts, dotted paths of user classes."""
 
 import json
+import re
+import sys
 
 import pytest
+from lightning_utilities.core.imports import RequirementCache
 
-from egspo_lightning.cli.main import EgspoCLI
-from egspo_lightning.cli.parser import PARTS, class_names
+from egspo_lightning.cli.main import main
+from egspo_lightning.cli.parser import PARTS, class_names, missing_package
 from smallest_config import put
 
 QUICKSTART = "--config=configs/quickstart.yaml"
 JSONL = {"class_path": "DatasetProblems", "init_args": {"path": "problems.jsonl"}}
-
-
-class BuiltError(Exception):
-    """Raised in place of parsing, after the parser has been built."""
-
-
-@pytest.fixture(scope="module")
-def parser():
-    """The parser of the command line."""
-    built = []
-
-    def stop(self, parser, args):
-        built.append(parser)
-        raise BuiltError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EgspoCLI, "parse_arguments", stop)
-        with pytest.raises(BuiltError):
-            EgspoCLI([])
-    return built[0]
 
 
 @pytest.fixture
@@ -220,3 +203,104 @@ def test_unknown_class_name_error_lists_known_names(parser, monkeypatch, capsys,
     for word in words:
         assert word in message
     assert message.count("Known here") == 1
+
+
+UNFIT = """
+from torch import Tensor
+from egspo_lightning import Benchmark, DemonstrationSource, Gate
+
+class NoMethod:
+    pass
+
+class NoAnnotation:
+    def threshold(self, entropies):
+        return 0.0
+
+class Misspelt(Gate):
+    def treshold(self, entropies):
+        return 0.0
+
+class NoLoad(DemonstrationSource):
+    pass
+
+class NoRead(Benchmark):
+    pass
+
+def one_argument(completions):
+    return []
+"""
+NEEDED = "def threshold(self, entropies: egspo_lightning.ops.gate.Entropies) -> torch.Tensor"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("model.gate", "unfit.NoMethod", ["unfit.NoMethod has no method threshold; it needs: ", NEEDED]),
+        ("model.gate", "unfit.NoAnnotation", ["declares def threshold(self, entropies); it needs: ", NEEDED]),
+        ("model.gate", "unfit.Misspelt", ["unfit.Misspelt lacks methods: threshold"]),
+        ("model.advantage", "unfit.NoMethod", ["has no method estimate", "experience: "]),
+        ("data.engine", "unfit.NoMethod", ["has no method stream", "requests: "]),
+        ("data.reward", "unfit.one_argument", ["declares def __call__(completions)", "completions: Any, golds: Any"]),
+        ("data.demonstrations", "unfit.NoLoad", ["unfit.NoLoad lacks methods: load"]),
+        ("data.benchmarks", [{"class_path": "unfit.NoRead"}], ["unfit.NoRead lacks methods: read"]),
+        ("model.gate", {"class_path": "QuantileGate", "init_args": {"top_fractio": 1}}, ["Did you mean top_fraction?"]),
+        ("data.problems", {"class_path": "GeneratedProblems", "init_args": {"tsk": 1}}, ["Did you mean task?"]),
+        ("model.kl_reward", {"coeficient": 1}, ["Did you mean coefficient?", "estimator, horizon"]),
+        ("trainer.logger", "TensorBoardLoger", ["Did you mean TensorBoardLogger?", "CSVLogger", "WandbLogger"]),
+        ("trainer.callbacks", [{"class_path": "EarlyStoping"}], ["Did you mean EarlyStopping?", "StageTransition"]),
+        ("model.optimizer", "AdmW", ["Did you mean AdamW?", "SGD"]),
+    ],
+)
+def test_error_says_what_a_class_lacks(parser, tmp_path, monkeypatch, capsys, key, value, words):
+    (tmp_path / "unfit.py").write_text(UNFIT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["fit", f"--{key}={flag(value)}"])
+    sys.modules.pop("unfit", None)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_missing_package_is_one_line_with_the_command(repository, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", RequirementCache("wandb>=10000"))
+    with pytest.raises(SystemExit):
+        main(["fit", QUICKSTART, "--trainer.logger=WandbLogger", f"--trainer.default_root_dir={tmp_path}"])
+    errors = [line for line in capsys.readouterr().err.splitlines() if "eed set" not in line]
+    assert errors == ["error: the package wandb is missing or too old. Install it: pip install -U wandb"]
+    assert "pip install -U mlflow" in missing_package("Requirement 'mlflow>=1.0.0' not met.")
+
+
+PAGES = {"fit": 250, "validate": 250, "predict": 250, "plan": 25}
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_help_shows_own_flags_in_groups_on_few_lines(parser, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    subparser = parser._subcommands_action._name_parser_map[command]
+    page = subparser.format_help()
+    assert page.count("\n") <= PAGES[command]
+    flags = re.findall(r"^  --(\w+)\.", page, re.MULTILINE)
+    assert not {"trainer", "checkpoint"} & set(flags)
+    assert "--help_all" in page
+    if command == "plan":
+        assert "--num_devices" in page
+        assert "--device_gib (80.0)" in page
+        assert flags == []
+        return
+    assert len(flags) > 85
+    assert list(dict.fromkeys(flags))[:4] == ["model", "data", "math_benchmark", "stage_transition"]
+    assert "  --model.gate (QuantileGate)\n    Gives the entropy threshold tau" in page
+    assert "--data.demonstrations (required)" in page
+
+
+def test_help_all_shows_every_flag(parser, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["fit", "--help_all"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    for text in ("--trainer.max_epochs", "--checkpoint.save_top_k", "--model.gate.help", "known subclasses"):
+        assert text in page

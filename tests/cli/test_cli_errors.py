@@ -198,7 +198,8 @@ def test_a_command_without_arguments_names_the_subcommands(capsys):
         main([])
     output = capsys.readouterr()
     assert stop.value.code == 2
-    assert "{fit,validate,test,predict,plan," in output.err
+    assert "\n  fit " in output.err
+    assert "\n  plan " in output.err
     assert "Traceback" not in output.err + output.out
 
 

@@ -1,0 +1,174 @@
+"""Answers that need no torch: help on commands, methods and classes, and typos in commands, flags, keys and file names.
+
+Whatever these checks do not know is left to the parser, which sees every argument again.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import pairwise, takewhile
+from typing import Any, NoReturn
+
+import yaml
+
+import egspo_lightning
+from egspo_lightning.cli.config_files import CONFIG_FLAGS, read_config, shipped_path, use_configs
+from egspo_lightning.cli.known_keys import classes_of, find, known_keys, similar_keys
+from egspo_lightning.cli.methods import methods_table
+from egspo_lightning.errors import UserError, did_you_mean
+
+COMMANDS = {
+    "fit": "Train a policy by SFT, then by EGSPO or another method.",
+    "validate": "Measure the benchmarks of a config, as during training.",
+    "test": "Measure the benchmarks of a config.",
+    "predict": "Write answers to the problems of a config.",
+    "plan": "Estimate the memory that a run needs on each device, before it is run.",
+    "replay": "Recompute a non-finite micro-batch, and report what is not finite.",
+    "methods": "List the method overlays, with formula and source.",
+}
+"""Command to its line in ``egspo --help``."""
+OTHER_COMMANDS = {"train": "fit", "finetune": "fit", "eval": "test", "evaluate": "test", "generate": "predict"}
+FLAG = "--"
+KNOWN_PACKAGES = ("egspo_lightning", "lightning", "torch", "transformers")
+"""Importing these gives no class of the user a short name."""
+
+
+def answer_or_exit(arguments: Sequence[str]) -> None:
+    """``answer_early``; a mistake ends the process with one message and exit code 2.
+
+    With ``--debug`` the parser reports mistakes, with their tracebacks.
+    """
+    try:
+        answer_early([argument for argument in arguments if argument != "--debug"])
+    except UserError as error:
+        if "--debug" not in arguments:
+            _print(f"error: {error}", code=2)
+
+
+def answer_early(arguments: Sequence[str]) -> None:
+    """Answer what needs no torch, and exit; return where the run needs it.
+
+    Raises:
+        UserError: a command, flag, config key, class name or config file is unknown.
+        SystemExit: after help or a list.
+    """
+    command, *rest = [*arguments, ""]
+    if command in ("-h", "--help") or not arguments:
+        _print(_usage(), code=0 if arguments else 2)
+    if command == "--version":
+        _print(f"egspo_lightning {egspo_lightning.__version__}")
+    if command.startswith("-"):
+        return
+    if command not in COMMANDS:
+        raise UserError(f"no command {command!r}. {did_you_mean(OTHER_COMMANDS.get(command, command), COMMANDS)}.")
+    if command == "methods":
+        _print(methods_table())
+    if command != "replay" and "-h" not in rest and "--help" not in rest:
+        _check_run(use_configs(rest[:-1]))
+
+
+def _check_run(arguments: Sequence[str]) -> None:
+    flags = list(_flags(arguments))
+    configs = {value: read_config(value) for key, value in flags if key == "config" and value is not None}
+    keys = [(f"{path}: ", key, value) for path, config in configs.items() for key, value in _keys(config)]
+    keys += [(FLAG, key, value) for key, value in flags]
+    for where, key, value in keys:
+        _check_key(where, key)
+        if key.endswith(".help") and value is None:
+            _list_classes(key.removesuffix(".help"))
+    if not any(map(_is_user_class, _texts([value for *_, value in keys]))):
+        for where, key, value in keys:
+            _check_class(where, key.removesuffix(".help"), value)
+
+
+def _check_key(where: str, key: str) -> None:
+    node, parent = find(key)
+    if node is not None:
+        return
+    inside = find(parent)[0] if parent else known_keys()
+    similar = ", ".join((FLAG if where == FLAG else "") + name for name in similar_keys(key, parent))
+    guess = f" Did you mean {similar}?" if similar else ""
+    known = ", ".join(sorted((inside and inside.below) or ()))
+    raise UserError(f"{where}{key}: no such key.{guess} Known{f' in {parent}' if parent else ''}: {known}.")
+
+
+def _check_class(where: str, key: str, value: Any) -> None:
+    """Refuse a short class name that the package does not have."""
+    node, _ = find(key)
+    name = value.get("class_path") if isinstance(value, dict) else value
+    if isinstance(value, list):
+        for inner in value:
+            _check_class(where, key, inner)
+    if node is None or node.kind is None or not isinstance(name, str) or not name.isidentifier():
+        return
+    is_name = isinstance(yaml.safe_load(name), str) and not os.path.exists(shipped_path(name))  # null is no name
+    if is_name and name not in egspo_lightning.__all__:
+        known = did_you_mean(name, classes_of(node.kind))
+        raise UserError(f"{where}{key}: no class {name}. {known}; or the dotted path of a class of your own.")
+
+
+def _list_classes(key: str) -> None:
+    """Print the classes that a key may name, and exit; the parser answers for other keys."""
+    node, _ = find(key)
+    if node is None or node.kind is None:
+        return
+    classes = classes_of(node.kind)
+    width = max(map(len, classes))
+    lines = [f"  {name:<{width}}  {line}" for name, line in sorted(classes.items())]
+    _print(
+        f"Classes for --{key}:\n" + "\n".join(lines) + f"\nArguments of one: --{key}.help {min(classes)}"
+        "\nA class of your own is named by its dotted path."
+    )
+
+
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Flags and their values, as argparse reads them: a word with a space is a value, and ``--`` ends the flags."""
+    words = list(takewhile(lambda word: word != "--", arguments))
+    for word, following in pairwise([*words, "--"]):
+        key, equals, value = word.partition("=")
+        if (key.startswith("--") and " " not in word) or key in CONFIG_FLAGS:
+            given = value if equals else None if following.startswith("--") else following
+            yield "config" if key in CONFIG_FLAGS else key[2:].removesuffix("+"), given
+
+
+def _keys(config: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        key = f"{parent}{name}".removesuffix("+")
+        yield key, value
+        if isinstance(value, dict):
+            yield from _keys(value, f"{key}.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _is_user_class(text: str) -> bool:
+    """Whether a text may name a class of the user's; importing it can give further classes a short name."""
+    roots = re.findall(r"([A-Za-z_]\w*)\.[A-Za-z_]", text)
+    return any(root not in KNOWN_PACKAGES and find_spec(root) is not None for root in roots)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: egspo COMMAND [--config FILE ...] [--KEY VALUE ...]",
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()),
+            "",
+            "egspo COMMAND --help lists the keys. --debug shows the traceback of every error, --version the version.",
+        ]
+    )
+
+
+def _print(text: str, code: int = 0) -> NoReturn:
+    print(text, file=sys.stderr if code else sys.stdout)
+    sys.exit(code)
