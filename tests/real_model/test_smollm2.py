@@ -50,7 +50,12 @@ SHORT = [
 ]
 
 
-ADAPTERS = ["--model.policy.lora.rank=8", "--model.optimizer.init_args.lr=1e-3", "--model.objective.beta=0.01"]
+ADAPTERS = [
+    "--model.policy.lora.rank=8",
+    "--model.policy.lora.target_modules=[embed_tokens,q_proj,v_proj,down_proj]",  # the embeddings are tied
+    "--model.optimizer.init_args.lr=1e-3",
+    "--model.objective.beta=0.01",
+]
 
 
 @pytest.mark.parametrize("arguments", [[], ADAPTERS], ids=["full", "lora"])
