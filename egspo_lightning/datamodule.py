@@ -28,7 +28,7 @@ from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.training.callback_rules import reaches_egspo
-from egspo_lightning.training.fit_loop import reload_every_epoch, resume_with_next_epoch
+from egspo_lightning.training.fit_loop import begins_run, reload_every_epoch, resume_with_next_epoch
 from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
 from egspo_lightning.training.rollout_phase import Phases
 from egspo_lightning.training.setup_rules import require_positions, require_run
@@ -72,6 +72,8 @@ class HybridDataModule(LightningDataModule):
     """
 
     trainer: Trainer  # Lightning attaches it before it calls any hook
+    phases: Phases
+    """Progress of training, and the latest rollout batch of this rank."""
 
     def __init__(
         self,
@@ -118,9 +120,12 @@ class HybridDataModule(LightningDataModule):
         self.answerer = Answerer(
             self.benchmarks, engine, evaluation_grader, predict_sampling, self.max_completion_length, seed
         )
-        sizes = (sft_batch_size, expert_batch_size, num_ppo_epochs, num_minibatches, self.max_tokens_per_micro_batch)
-        self.phases = Phases(self._collector(), *sizes, seed)
-        """Progress of training, and the latest rollout batch of this rank."""
+        self.start_run()
+
+    def start_run(self) -> None:
+        """Set all state of a run to its beginning; a checkpoint is loaded later."""
+        sizes = self.sft_batch_size, self.expert_batch_size, self.num_ppo_epochs, self.num_minibatches
+        self.phases = Phases(self._collector(), *sizes, self.max_tokens_per_micro_batch, self.seed)
 
     def _collector(self) -> Collector:
         return Collector(
@@ -142,6 +147,8 @@ class HybridDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check the run's settings, and load its data; drop training data that a benchmark contains.
 
+        Each fit reads and encodes the data anew: another module may have another tokenizer.
+
         Raises:
             UserError: settings do not fit together, or data cannot be read.
         """
@@ -153,9 +160,10 @@ class HybridDataModule(LightningDataModule):
             resume_with_next_epoch(self.trainer)
             reload_every_epoch(self.trainer)
             require_run(self.trainer, self._policy, self)
+            if begins_run(self.trainer):
+                self.start_run()
             self.phases.rank, self.phases.world_size = self.trainer.global_rank, self.trainer.world_size
-            if not hasattr(self.phases, "pool"):
-                self._load_training_data()
+            self._load_training_data()
         module: Any = self.trainer.lightning_module
         require_positions(module.policy_config.max_positions(), self.max_prompt_length, self._completion_limits(stage))
 
@@ -176,7 +184,7 @@ class HybridDataModule(LightningDataModule):
             max_completion_length=self.max_completion_length,
             seed=self.seed,
             grader=self.reward.grader,
-            needs_answers=self.reward.needs_answers and reaches_egspo(self.trainer, self._policy.stage),
+            needs_answers=self.reward.needs_answers and reaches_egspo(self.trainer, self._policy.initial_stage),
         )
         dropped = prepare_problems(
             self.problems, self.encoder, excluded, long_problems=self.long_problems, seed=self.seed

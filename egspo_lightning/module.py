@@ -4,6 +4,7 @@ One Lightning epoch is one phase: an SFT pass, or one rollout batch with its PPO
 Optimization is automatic, so clipping, accumulation, precision, strategies and checkpoints work by flag.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -47,6 +48,9 @@ from egspo_lightning.types import (
 class EGSPOModule(PolicyModule):
     """Trains a policy by SFT, then by EGSPO, in the stage that ``StageTransition`` sets.
 
+    ``fit`` of a new trainer starts a run: it continues the weights, and all else begins as in a new module. Another
+    ``fit`` of the same trainer continues its run.
+
     Args:
         policy: The model.
         objective: Hyperparameters of the loss.
@@ -59,7 +63,7 @@ class EGSPOModule(PolicyModule):
         temperature: Sampling temperature. All log-probabilities of rollouts in training use it.
         optimizer: The optimizer, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimizer steps; constant by default.
-        initial_stage: sft, or egspo to start with rollouts at once.
+        initial_stage: The stage in which each run starts: sft, or egspo to start with rollouts at once.
         method: Name of the method, which is the label of stage EGSPO on the screen.
         max_bad_updates: Stop after this number of optimizer steps in a row with a non-finite loss or gradient. Each
             such step is skipped and counted. At the limit, weights and batch are saved to nonfinite.ckpt, for
@@ -91,10 +95,16 @@ class EGSPOModule(PolicyModule):
         self.advantage_and_gate = AdvantageAndGate(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
         self.objective, self.advantage, self.gate, self.attenuation = objective, advantage, gate, attenuation
         self.kl_reward, self.entropy_bonus, self.method = kl_reward, entropy_bonus, method
+        self.max_bad_updates = int(max_bad_updates)
         require_method(self)
-        self._phase = PhaseMetrics()
-        self._skip_update = False
-        self._finite = FiniteUpdates(int(max_bad_updates))
+        self._initial_parts = copy.deepcopy(self.advantage_and_gate.state_dict())
+        self.start_run()
+
+    def start_run(self) -> None:
+        """Also start gate and adaptive coefficients, metrics and counts of bad steps anew."""
+        super().start_run()
+        self.advantage_and_gate.load_state_dict(copy.deepcopy(self._initial_parts))
+        self._phase, self._skip_update, self._finite = PhaseMetrics(), False, FiniteUpdates(self.max_bad_updates)
 
     @property
     def stage_label(self) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from egspo_lightning.analysis.record_schema import STAGE_MARK
-from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
 from egspo_lightning.callbacks.logger_displays import log_text, tensorboard_of
+from egspo_lightning.callbacks.run_callback import CheckpointedCallback
 from egspo_lightning.callbacks.trainer_access import data_of, module_of
 
 CHARTS = {
@@ -52,9 +52,9 @@ class Dashboard(CheckpointedCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write layout and hyperparameters, which stay the same during a run."""
+        super().setup(trainer, pl_module, stage)
         if stage != TrainerFn.FITTING or not self.enabled:
             return
-        self.stage, self.begun = None, None
         parameters = dict(self.hyperparameters)
         for logger in trainer.loggers if trainer.is_global_zero and parameters else []:
             if isinstance(logger, TensorBoardLogger):

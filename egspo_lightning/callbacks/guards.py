@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
+from egspo_lightning.callbacks.run_callback import CheckpointedCallback
 from egspo_lightning.callbacks.trainer_access import data_of, module_of
 from egspo_lightning.callbacks.weight_sample import WeightSample
 from egspo_lightning.module import EGSPOModule
@@ -28,6 +28,8 @@ REMEDIES = {
     "kl_runaway": "Lower the learning rate or data.num_ppo_epochs, or clip the gradient.",
     "ratio_after_sampling": "Score in the precision of training, or train in float32.",
     "truncated": "Raise data.max_completion_length, or set model.objective.mask_truncated.",
+    "truncated_and_masked": "Their tokens are not trained on (model.objective.mask_truncated). Raise "
+    "data.max_completion_length to train on them.",
     "zero_reward": "Train longer by SFT, choose easier problems, or check the reward by the rollout samples.",
     "flat_rewards": "Choose problems of another difficulty, more data.num_generations, or data.max_resampling. "
     "guard/flat_rollout_batches counts such rollout batches.",
@@ -62,6 +64,7 @@ class Guards(CheckpointedCallback):
     """
 
     checkpointed = ("first_entropy", "num_rollout_batches", "num_flat", "num_zero", "spoken", "moved_fractions")
+    of_run = ("_sample",)
 
     def __init__(
         self,
@@ -114,9 +117,10 @@ class Guards(CheckpointedCallback):
             data.num_duplicates > 0,
             f"{data.num_duplicates} training problems or demonstrations are also in a benchmark. They were dropped",
         )
+        masks = module_of(pl_module).objective.mask_truncated
         for guard, (fires, message) in findings.items():
             if fires and guard not in self.spoken:
-                self._warn(guard, message)
+                self._warn(guard, message, "truncated_and_masked" if masks and guard == "truncated" else guard)
 
     def _check_weights(self, module: EGSPOModule) -> None:
         """Measure the share of the half-precision weights that moved in this phase; warn if it is small. Collective."""
@@ -127,13 +131,13 @@ class Guards(CheckpointedCallback):
         if moved / total < self.min_moved_fraction and "unmoved_weights" not in self.spoken:
             dtype = module.policy_config.dtype
             found = f"the first optimizer steps moved {moved / total:.1%} of the weights; {dtype} rounds the rest off"
-            self._warn("unmoved_weights", found)
+            self._warn("unmoved_weights", found, "unmoved_weights")
 
-    def _warn(self, guard: str, message: str) -> None:
+    def _warn(self, guard: str, message: str, remedy: str) -> None:
         self.spoken.append(guard)
         limit = f" (guards.{LIMITS[guard]} = {getattr(self, LIMITS[guard])})" if guard in LIMITS else ""
         rank_zero_warn(
-            f"Guard {guard}: {message}{limit}. {REMEDIES[guard]} This warning is given once; guard/{guard} is logged "
+            f"Guard {guard}: {message}{limit}. {REMEDIES[remedy]} This warning is given once; guard/{guard} is logged "
             "for every rollout batch."
         )
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
+from egspo_lightning.callbacks.run_callback import RunCallback
 from egspo_lightning.callbacks.trainer_access import module_of
 from egspo_lightning.checkpointing import atomic_files
 from egspo_lightning.errors import UserError
@@ -28,13 +29,15 @@ EXPORTED = (
 """Patterns of the files that transformers saves; a folder with any other file is never replaced."""
 
 
-class HFExport(Callback):
+class HFExport(RunCallback):
     """After training, saves model and tokenizer for ``AutoModelForCausalLM.from_pretrained``.
 
     Args:
         folder: Output folder; "hf" in the log folder by default. An earlier export there is replaced.
         enabled: Whether to export.
     """
+
+    of_run = ("exported",)
 
     def __init__(self, folder: str | None = None, enabled: bool = True) -> None:
         self.folder, self.enabled = folder, enabled
@@ -46,6 +49,7 @@ class HFExport(Callback):
         Raises:
             UserError: the folder holds other files than an export, or is the model that training starts from.
         """
+        super().setup(trainer, pl_module, stage)
         folder = Path(self.folder) if self.enabled and self.folder is not None else None
         if folder is None or not folder.exists():
             return

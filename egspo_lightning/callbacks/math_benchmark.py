@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from egspo_lightning.callbacks.answer_journal import Measurement
-from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
-from egspo_lightning.callbacks.trainer_access import data_of, module_of, resumes_in
+from egspo_lightning.callbacks.run_callback import CheckpointedCallback
+from egspo_lightning.callbacks.trainer_access import data_of, module_of, resumes_in, step_of_phase
 from egspo_lightning.evaluation.report import Report, headline
 from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import NonNegativeInt, Stage
@@ -41,6 +41,7 @@ class MathBenchmark(CheckpointedCallback):
     """
 
     checkpointed = ("milestones", "latest", "latest_step", "stage")
+    of_run = ("reports", "written")
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class MathBenchmark(CheckpointedCallback):
         self.latest = {found.benchmark: found.metrics for found in self.reports}
         values = {f"eval/{name}/{metric}": v for name, part in self.latest.items() for metric, v in part.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=step_of_phase(trainer))
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     # During validate and test

@@ -8,11 +8,12 @@ from weakref import proxy
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from egspo_lightning.callbacks.run_callback import RunCallback
 from egspo_lightning.checkpointing import atomic_files
 from egspo_lightning.training.trainer import RunTrainer
 
 
-class PhaseCheckpoint(ModelCheckpoint):
+class PhaseCheckpoint(RunCallback, ModelCheckpoint):
     """Lightning's ModelCheckpoint. A run that was killed at any time resumes from these checkpoints bit for bit.
 
     ``last.ckpt`` of a finished run is the final policy, whatever ended the run (max_epochs, max_steps, max_time or a
@@ -23,6 +24,18 @@ class PhaseCheckpoint(ModelCheckpoint):
     once the new one is complete.
     """
 
+    of_run = (
+        "_last_global_step_saved",
+        "_last_checkpoint_saved",
+        "last_model_path",
+        "best_model_path",
+        "best_model_score",
+        "best_k_models",
+        "kth_best_model_path",
+        "kth_value",
+        "current_score",
+        "_must_stop",
+    )
     _must_stop = False
     """Whether the run was told to stop within an optimizer step."""
 

@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from egspo_lightning.callbacks.checkpointed_callback import CheckpointedCallback
+from egspo_lightning.callbacks.run_callback import CheckpointedCallback
 from egspo_lightning.callbacks.trainer_access import module_of
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
@@ -49,6 +49,7 @@ class StageTransition(CheckpointedCallback):
     """
 
     checkpointed = ("num_epochs", "num_bad_epochs", "best")
+    of_run = ("sft_end_reason",)
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class StageTransition(CheckpointedCallback):
         self.best: float | None = None
         self.sft_end_reason: str | None = None
         """Why SFT ended; None unless it ended in this run."""
+        self._is_dev_run = False  # trainer.fast_dev_run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check settings against each other.
@@ -86,17 +88,9 @@ class StageTransition(CheckpointedCallback):
             UserError: enabled is false with model.initial_stage egspo, no benchmark measures the monitored metric, or
                 the schedule does not read learning_rate.
         """
-        if stage == TrainerFn.FITTING and self.enabled and self.learning_rate is not None:
-            module_of(pl_module).require_rate_kept(self.learning_rate)
-        if getattr(trainer, "fast_dev_run", False) and stage == TrainerFn.FITTING and self.enabled:
-            self.after_epochs, self.save_checkpoint = 1, False
-            if module_of(pl_module).stage == Stage.SFT:
-                extend_fast_dev_run(trainer)
-        if stage == TrainerFn.FITTING and not self.enabled and module_of(pl_module).stage == Stage.EGSPO:
-            raise UserError(
-                "stage_transition.enabled: false trains by SFT only, but model.initial_stage: egspo skips SFT. "
-                "Change one of them."
-            )
+        super().setup(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING:
+            self._set_up_run(trainer, module_of(pl_module))
         benchmark = _benchmark(trainer)
         is_measured = benchmark is not None and benchmark.every_n_epochs > 0
         if self.monitor is not None and self.monitor.startswith("eval/") and not is_measured:
@@ -104,6 +98,23 @@ class StageTransition(CheckpointedCallback):
                 f"stage_transition.monitor is {self.monitor!r}, but math_benchmark.every_n_epochs is 0, so it is not "
                 "measured during SFT. Set it to 1 or more."
             )
+
+    def _set_up_run(self, trainer: Trainer, module: EGSPOModule) -> None:
+        self._is_dev_run = bool(getattr(trainer, "fast_dev_run", False))
+        if self.enabled:
+            module.require_rate_kept("stage_transition.learning_rate", self.learning_rate)
+        if self.enabled and self._is_dev_run and module.initial_stage == Stage.SFT:
+            extend_fast_dev_run(trainer)
+        if not self.enabled and module.initial_stage == Stage.EGSPO:
+            raise UserError(
+                "stage_transition.enabled: false trains by SFT only, but model.initial_stage: egspo skips SFT. "
+                "Change one of them."
+            )
+
+    @property
+    def _num_sft_epochs(self) -> int | None:
+        """Maximum number of SFT epochs."""
+        return 1 if self._is_dev_run else self.after_epochs
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """With enabled false, stay in stage SFT, even if the checkpoint is at the transition."""
@@ -125,8 +136,10 @@ class StageTransition(CheckpointedCallback):
         has_left_sft = module.stage == Stage.EGSPO or module.egspo_start_step > 0
         if has_left_sft and module.egspo_start_step == trainer.global_step:
             self._start_egspo(module)
+        elif module.stage == Stage.EGSPO and trainer.ckpt_path is None:  # another fit of this trainer: a new optimizer
+            self._restart_optimizer(module)
         self._warn_of_rates(trainer, module)
-        last_sft_epoch = trainer.current_epoch + (self.after_epochs or 0) - self.num_epochs
+        last_sft_epoch = trainer.current_epoch + (self._num_sft_epochs or 0) - self.num_epochs
         if self.enabled and module.stage == Stage.SFT and 0 < (trainer.max_epochs or -1) <= last_sft_epoch:
             rank_zero_warn(
                 f"trainer.max_epochs = {trainer.max_epochs} ends within stage SFT (stage_transition.after_epochs = "
@@ -165,11 +178,14 @@ class StageTransition(CheckpointedCallback):
         module.stage = Stage.EGSPO
         self.sft_end_reason = reason
         self._start_egspo(module)
-        if self.save_checkpoint:
+        if self.save_checkpoint and not self._is_dev_run:
             trainer.save_checkpoint(log_folder(trainer) / "sft.ckpt", weights_only=False)
 
     def _start_egspo(self, module: EGSPOModule) -> None:
         module.start_egspo_stage()
+        self._restart_optimizer(module)
+
+    def _restart_optimizer(self, module: EGSPOModule) -> None:
         if self.reset_optimizer:
             module.restart_optimizer(self.learning_rate)
 
@@ -178,7 +194,7 @@ class StageTransition(CheckpointedCallback):
         benchmark, monitor = _benchmark(trainer), self.monitor or ""
         is_stale = monitor.startswith("eval/") and benchmark and benchmark.latest_step != trainer.global_step
         reason = self._judge(monitor, trainer.callback_metrics) if monitor and not is_stale else None
-        if reason is None and self.after_epochs is not None and self.num_epochs >= self.after_epochs:
+        if reason is None and self._num_sft_epochs is not None and self.num_epochs >= self._num_sft_epochs:
             reason = f"{self.num_epochs} epochs done"
         return reason
 

@@ -49,8 +49,8 @@ def due_rollout_batch(trainer: Trainer, every_n: int) -> CollectedRollouts | Non
 
 
 def step_of_phase(trainer: Trainer) -> int:
-    """The step at which the module has logged the metrics of the ending phase."""
-    return trainer.global_step - 1
+    """The step at which the module has logged the metrics of the latest phase; 0 before training."""
+    return max(trainer.global_step - 1, 0)
 
 
 def resumes_in(trainer: Trainer, folder: Path) -> bool:

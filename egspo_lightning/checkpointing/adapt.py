@@ -17,7 +17,12 @@ OPTIMIZER_KEYS_OF_SCHEDULES = {"params", "initial_lr"}
 
 
 def adapt_weights(
-    weights: dict[str, Any], own: dict[str, Tensor], *, is_exact: bool, left_out: Collection[str] = ()
+    weights: dict[str, Any],
+    own: dict[str, Tensor],
+    *,
+    is_exact: bool,
+    begins_with_egspo: bool = False,
+    left_out: Collection[str] = (),
 ) -> None:
     """Add missing weights to a checkpoint's state dict, and drop those that the run does not have; in place.
 
@@ -26,6 +31,7 @@ def adapt_weights(
         own: the run's initial weights
         is_exact: whether the checkpoint was made up to the end of SFT. The policy in it is then the reference, and a
             critic has learned nothing yet.
+        begins_with_egspo: whether the checkpoint's run had no SFT. A reference adapter is then the initial adapter.
         left_out: weights that checkpoints of this run omit: the frozen ones under adapters
 
     Raises:
@@ -37,6 +43,8 @@ def adapt_weights(
     for name in [name for name in weights if name not in own and _is_optional(name)]:
         del weights[name]
     _require_same_model(weights, own)
+    if begins_with_egspo:
+        weights.update({name: own[name] for name in own if is_reference(name) and name not in weights})
     missing = [name for name in own if name not in weights and _is_optional(name)]
     if missing and not is_exact:
         needs_reference = missing[0].startswith("reference.") or is_reference(missing[0])

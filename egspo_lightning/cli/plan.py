@@ -58,7 +58,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
     return Workload(
         policy=model.policy_config,
         critic=model.critic_config,
-        holds_reference=model.has_reference and not model.base_is_reference,
+        holds_reference=model.has_reference,
         optimizer=model._optimizer,
         is_sharded=is_sharded,
         is_bfloat16=is_bfloat16,

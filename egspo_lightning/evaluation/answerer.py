@@ -50,19 +50,20 @@ class Answerer:
     """Answers to a benchmark, by problem id, to return instead of sampling new ones."""
 
     def load(self, encoder: PromptEncoder) -> None:
-        """Read the benchmarks once, and check the lengths of their prompts before training starts.
+        """Read the benchmarks once, check the lengths of their prompts, and forget the answers of earlier evaluations.
 
         Raises:
             UserError: two benchmarks have the same name, one cannot be read, or a prompt is too long.
         """
-        if self.problems:
-            return
+        self.earlier.clear()
+        names = [benchmark.name for benchmark in self.benchmarks]
         for benchmark in self.benchmarks:
-            if benchmark.name in self.problems:
+            if names.count(benchmark.name) > 1:
                 raise UserError(f"data.benchmarks: two are named {benchmark.name!r}. Give each a name of its own.")
             require(benchmark.name != PREDICT, "data.benchmarks: a name", repr(PREDICT), "another: that is a command")
-            problems = self.problems[benchmark.name] = benchmark.load()
-            for problem in problems:
+            if benchmark.name not in self.problems:
+                self.problems[benchmark.name] = benchmark.load()
+            for problem in self.problems[benchmark.name]:
                 encoder.encode(problem)
 
     def load_questions(self, source: ProblemSource) -> None:

@@ -43,14 +43,12 @@ class CriticConfig:
                 "trunk to own, or leave model out."
             )
 
-    def build(self, policy: PolicyConfig) -> "Critic | None":
-        """Build the separate network; None for a head on the policy's trunk.
+    def build(self, policy: PolicyConfig) -> "Critic":
+        """Build the separate network, where trunk is own.
 
         Raises:
             UserError: the model cannot be loaded.
         """
-        if self.trunk == "shared":
-            return None
         try:
             return Critic((self.model or policy).build().lm)
         except UserError as error:

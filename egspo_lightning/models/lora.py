@@ -4,8 +4,8 @@
 
 Source: arXiv 2106.09685, equation 3. peft also adapts embeddings, where A = 0 at first, and stacks of fused experts.
 
-The reference policy is the policy at the start of stage EGSPO. After SFT it is the model with a frozen copy of the
-adapter; without SFT, where B A = 0, it is the model without adapters. `lora_merge` merges adapters into the model.
+The reference policy is the policy at the start of stage EGSPO: the model with a frozen copy of the adapter.
+`lora_merge` merges adapters into the model.
 """
 
 import re
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from egspo_lightning.errors import PASS_ERRORS, UserError
 from egspo_lightning.types import PositiveFloat, PositiveInt
@@ -119,20 +118,13 @@ def zero_factors(lm: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def as_reference(lm: nn.Module) -> Iterator[None]:
-    """Let the model compute as the reference policy: with the reference's adapter if it has one, else without any."""
-    assert adapted_layers(lm), "a model without adapters cannot be its own reference"
-    has_reference = any(is_reference(name) for name, _ in lm.named_parameters())
-    _activate(lm, REFERENCE if has_reference else None)
+    """Let the model compute as the reference policy: with the reference's adapter."""
+    assert any(is_reference(name) for name, _ in lm.named_parameters()), "the model has no reference adapter"
+    _activate(lm, REFERENCE)
     try:
         yield
     finally:
         _activate(lm, ADAPTER)
-
-
-def changes_nothing(lm: nn.Module) -> bool:
-    """Whether the trained adapter's output is exactly 0, as at initialization; looks at this rank's shard only."""
-    own = [factor.to_local() if isinstance(factor, DTensor) else factor for factor in zero_factors(lm).values()]
-    return not any(bool(factor.any()) for factor in own)
 
 
 @torch.no_grad()
@@ -156,14 +148,10 @@ def adapts_parameters(lm: nn.Module) -> bool:
     return any(hasattr(layer, "parameter_name") for layer in adapted_layers(lm).values())
 
 
-def _activate(lm: nn.Module, adapter: str | None) -> None:
-    """Compute with an adapter, or with none.
-
-    peft's ``set_adapter`` and ``enable_adapters`` also switch gradients, which breaks sharded parameters.
-    """
+def _activate(lm: nn.Module, adapter: str) -> None:
+    """Compute with an adapter. peft's ``set_adapter`` also switches gradients, which breaks sharded parameters."""
     for layer in adapted_layers(lm).values():
-        layer._disable_adapters = adapter is None
-        layer._active_adapter = [adapter or ADAPTER]
+        layer._active_adapter = [adapter]
 
 
 def _untie(lm: Any) -> None:

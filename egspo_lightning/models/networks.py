@@ -19,8 +19,7 @@ from egspo_lightning.types import NetworkOutputs
 class Networks:
     """The networks of a run; log-probabilities and entropies are taken at the sampling temperature.
 
-    ``reference`` is None where it is an adapter of the policy, or the policy without one; ``critic`` where it is a head
-    on the policy, or missing.
+    ``reference`` is None where it is an adapter of the policy; ``critic`` where it is a head on the policy, or missing.
     """
 
     policy: Policy

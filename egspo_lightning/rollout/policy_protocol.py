@@ -66,6 +66,10 @@ class TrainedPolicy(RolloutPolicy, Protocol):
     """The policy in training, as the datamodule sees it."""
 
     @property
+    def initial_stage(self) -> Stage:
+        """The stage in which a run starts."""
+
+    @property
     def stage(self) -> Stage:
         """The stage of the next epoch."""
 

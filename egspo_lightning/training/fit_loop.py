@@ -1,4 +1,4 @@
-"""Fit-loop overrides: gradient accumulation and length of an epoch, and resume at the end of an epoch.
+"""Fit-loop overrides: gradient accumulation and length of an epoch, resume at the end of an epoch, start of a run.
 
 Lightning reads ``trainer.accumulate_grad_batches`` anew at every batch, as its GradientAccumulationScheduler needs. But
 it asks a loader for its length before ``on_train_epoch_start`` and, at the start of a run, before ``on_train_start``.
@@ -7,6 +7,16 @@ those hooks. Until then Lightning has used them only to see that the epoch is no
 """
 
 from typing import Any
+
+
+def begins_run(trainer: Any) -> bool:
+    """Whether the fit that is being set up starts a run, instead of continuing that of an earlier fit of the trainer.
+
+    A run starts with a trainer that has taken no optimizer step, or with a checkpoint, whose state is loaded after
+    ``setup``. Module, datamodule and callbacks then begin with the state of a run as it was before any run. Weights
+    stay.
+    """
+    return trainer.global_step == 0 or trainer.ckpt_path is not None
 
 
 def set_epoch_length(trainer: Any, num_micro_batches: int, num_steps: int) -> None:
@@ -38,4 +48,4 @@ def reload_every_epoch(trainer: Any) -> None:
 def extend_fast_dev_run(trainer: Any) -> None:
     """Let ``trainer.fast_dev_run`` n, which Lightning ends after n steps of one epoch, take n steps of both stages."""
     trainer.fit_loop.max_epochs = 2
-    trainer.fit_loop.epoch_loop.max_steps *= 2
+    trainer.fit_loop.epoch_loop.max_steps = 2 * int(trainer.fast_dev_run)

@@ -163,7 +163,7 @@ def _networks(work: Workload) -> tuple[Policy, Critic | None]:
             with_value_head=critic is not None and critic.trunk == "shared",
             with_reference=config.lora is not None and work.holds_reference,
         )
-        if critic is None:
+        if critic is None or critic.trunk == "shared":
             return policy, None
         model = None if critic.model is None else replace(critic.model, from_scratch=True)
         return policy, replace(critic, model=model).build(config)

@@ -72,40 +72,53 @@ PROBED_STEPS = 1000
 
 
 def require_rate_kept(
-    optimizer: Callable[[Any], Optimizer], scheduler: Callable[[Optimizer], Any], learning_rate: float
+    optimizer: Callable[[Any], Optimizer],
+    scheduler: Callable[[Optimizer], Any],
+    field: str,
+    learning_rate: float,
+    *,
+    group: int = 0,
+    num_groups: int = 1,
 ) -> None:
-    """Refuse a learning rate of stage EGSPO that the schedule does not read.
+    """Refuse a learning rate of a parameter group that the schedule does not read.
 
     Two schedules, from the rate and from a tenth of it, must not have the same highest rate.
+
+    Args:
+        optimizer: makes the optimizer from parameter groups
+        scheduler: makes the schedule
+        field: the rate's name in the config
+        learning_rate: the rate
+        group: number of the group
+        num_groups: groups of the run's optimizer
 
     Raises:
         UserError: the schedule sets the rate itself, as OneCycleLR and CyclicLR do.
     """
-    if _highest_rate(optimizer, scheduler, learning_rate) != _highest_rate(optimizer, scheduler, learning_rate / 10):
-        return
-    name = type(build_scheduler(scheduler, _probe(optimizer, learning_rate))).__name__
-    raise UserError(
-        f"stage_transition.learning_rate = {learning_rate} has no effect with model.lr_scheduler {name}, which sets "
-        "the learning rate itself. Leave learning_rate out, so that both stages follow the schedule, or use a schedule "
-        "that multiplies the optimizer's rate, such as torch.optim.lr_scheduler.LinearLR."
-    )
+    probes = [_probe(optimizer, rate, num_groups) for rate in (learning_rate, learning_rate / 10)]
+    schedules = [build_scheduler(scheduler, probe) for probe in probes]
+    if len({_highest_rate(*pair, group) for pair in zip(probes, schedules, strict=True)}) == 1:
+        raise UserError(
+            f"{field} = {learning_rate} has no effect with model.lr_scheduler {type(schedules[0]).__name__}, which "
+            "sets the learning rate itself. Leave it out to follow the schedule, or use a schedule that multiplies "
+            "the optimizer's rate, such as torch.optim.lr_scheduler.LinearLR."
+        )
 
 
-def _probe(factory: Callable[[Any], Optimizer], learning_rate: float) -> Optimizer:
-    """The configured optimizer over one number, at a learning rate."""
-    optimizer = build_optimizer(factory, [torch.nn.Parameter(torch.zeros(1))])
-    optimizer.param_groups[0]["lr"] = learning_rate
+def _probe(factory: Callable[[Any], Optimizer], learning_rate: float, num_groups: int) -> Optimizer:
+    """The configured optimizer over one number in each group, at a learning rate."""
+    numbers = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(num_groups)]
+    optimizer = build_optimizer(factory, numbers)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
     return optimizer
 
 
-def _highest_rate(
-    factory: Callable[[Any], Optimizer], scheduler: Callable[[Optimizer], Any], learning_rate: float
-) -> float:
+def _highest_rate(optimizer: Optimizer, schedule: Any, group: int) -> float:
     """The highest learning rate of the first optimizer steps, or of all if the schedule ends earlier."""
-    optimizer = _probe(factory, learning_rate)
-    schedule, rates = build_scheduler(scheduler, optimizer), []
+    rates = []
     for _ in range(PROBED_STEPS):
-        rates.append(float(optimizer.param_groups[0]["lr"]))
+        rates.append(float(optimizer.param_groups[group]["lr"]))
         optimizer.step()
         try:
             schedule.step()

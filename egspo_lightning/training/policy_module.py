@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from egspo_lightning.models import lora
 from egspo_lightning.models.fsdp import shard
 from egspo_lightning.models.networks import InferenceMode, Networks
-from egspo_lightning.models.policy import end_of_sequence_ids
+from egspo_lightning.models.policy import Policy, end_of_sequence_ids
 from egspo_lightning.models.snapshot import Snapshot
+from egspo_lightning.training.fit_loop import begins_run
 from egspo_lightning.training.resumable_module import ResumableModule
 from egspo_lightning.training.setup_rules import require_separate_passes
 from egspo_lightning.training.start_warnings import (
@@ -34,7 +36,7 @@ from egspo_lightning.types import NetworkOutputs
 class PolicyModule(ResumableModule):
     """Builds the networks of a ``ResumableModule``, and is the policy that rollouts sample and score with."""
 
-    _snapshot: Snapshot | None = None
+    _snapshot: Snapshot | None
 
     @cached_property
     def _inference(self) -> InferenceMode:
@@ -43,9 +45,14 @@ class PolicyModule(ResumableModule):
     # Networks
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies and precisions that this module cannot train with, and warn of likely mistakes."""
+        """Start a run, if this is one. Refuse what this module cannot train with, and warn of likely mistakes."""
+        is_fit = stage == TrainerFn.FITTING
         require_strategy(self.trainer)
-        self._warn_of_likely_mistakes(is_fit=stage == TrainerFn.FITTING)
+        if is_fit and self.critic_config is not None:
+            self.require_rate_kept("model.critic.learning_rate", self.critic_config.learning_rate, of_critic=True)
+        if is_fit and begins_run(self.trainer):
+            self.start_run()
+        self._warn_of_likely_mistakes(is_fit=is_fit)
 
     def _warn_of_likely_mistakes(self, *, is_fit: bool) -> None:
         trainer, num_threads = self.trainer, torch.get_num_threads()
@@ -56,30 +63,53 @@ class PolicyModule(ResumableModule):
         if num_threads > 1 and trainer.strategy.root_device.type == "cpu":
             warn(threads_warning(num_threads * trainer.num_devices, cpu_quota(), idle_cores()))
 
+    def start_run(self) -> None:
+        """Also drop the policy's snapshot, which holds the precision of its trainer."""
+        super().start_run()
+        self._snapshot = None
+
     def configure_model(self) -> None:
-        """Build and shard the networks; evaluation needs the policy alone."""
-        if self.policy is not None:
-            return
-        self.policy_config.require_vocabulary(self.tokenizer)
-        is_training = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
-        critic = self.critic_config if is_training else None
-        is_adapted = self.policy_config.lora is not None  # with LoRA, policy and reference share one model
-        self.policy = self.policy_config.build(
-            with_value_head=critic is not None and critic.trunk == "shared",
-            with_reference=is_adapted and self.has_reference and is_training and not self.base_is_reference,
-        )
-        self.critic = None if critic is None else critic.build(self.policy_config)
-        if self.critic is not None:
-            self.critic.require_fit(self.policy)
-        if self.has_reference and is_training and not is_adapted:
-            self.reference = self.policy_config.build().requires_grad_(False).eval()
-        if is_training:
-            data = getattr(self._trainer, "datamodule", None)
+        """Build and shard the networks that are missing; a run starts from the policy as it is.
+
+        Evaluation needs the policy alone. A fit after it adds the others.
+        """
+        trainer, num_built = self._trainer, len(self._networks)
+        is_fit = trainer is None or trainer.state.fn == TrainerFn.FITTING
+        if self.policy is None:
+            self.policy = self._build_policy()
+        if is_fit:
+            self._add_reference_and_critic()
+            data = getattr(trainer, "datamodule", None)
             require_separate_passes(self._networks, getattr(data, "max_staleness", 0))
-        self.start_egspo_stage()
         if self.device_mesh is not None:  # ModelParallelStrategy
-            for network in self._networks:
+            for network in [network for network in self._networks if not isinstance(network, FSDPModule)]:
                 shard(network, self.device_mesh["data_parallel"], sharding_plan(self.trainer))
+        if is_fit:
+            self._prepare_fit(is_new=len(self._networks) > num_built)
+
+    def _prepare_fit(self, *, is_new: bool) -> None:
+        """Put the networks into train mode, and start a run or ``is_new`` networks from the policy as it is."""
+        self.train()  # an evaluation that failed leaves eval mode, in which no activation is recomputed
+        if self.reference is not None:
+            self.reference.eval()
+        if is_new or self._trainer is None or begins_run(self._trainer):
+            self.start_egspo_stage()
+
+    def _build_policy(self) -> Policy:
+        """The policy, with value head and reference adapter if the config has them."""
+        self.policy_config.require_vocabulary(self.tokenizer)
+        critic, is_adapted = self.critic_config, self.policy_config.lora is not None
+        return self.policy_config.build(
+            with_value_head=critic is not None and critic.trunk == "shared",
+            with_reference=is_adapted and self.has_reference,  # with LoRA, policy and reference share one model
+        )
+
+    def _add_reference_and_critic(self) -> None:
+        if self.critic is None and self.critic_config is not None and self.critic_config.trunk == "own":
+            self.critic = self.critic_config.build(self.policy_config)
+            self.critic.require_fit(self._policy)
+        if self.reference is None and self.has_reference and self.policy_config.lora is None:
+            self.reference = self.policy_config.build().requires_grad_(False)
 
     def start_egspo_stage(self) -> None:
         """Start stage EGSPO: copy the policy to the reference policy and to a separate critic's trunk."""
@@ -87,7 +117,6 @@ class PolicyModule(ResumableModule):
         with torch.no_grad():
             if self.critic is not None:
                 self.critic.start_from(self._policy)
-            assert not self.base_is_reference or lora.changes_nothing(self._policy.lm)
             lora.copy_to_reference(self._policy.lm)
             if self.reference is not None:
                 self.reference.lm.load_state_dict(self._policy.lm.state_dict())

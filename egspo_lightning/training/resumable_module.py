@@ -41,8 +41,20 @@ class ResumableModule(Collectives):
         temperature: Sampling temperature of the rollouts.
         optimizer: The optimizer, over all trainable parameters.
         lr_scheduler: Learning-rate schedule over optimizer steps; None is constant.
-        stage: The stage to start in.
+        initial_stage: The stage in which a run starts.
     """
+
+    stage: Stage
+    """The stage in training."""
+    phase_version: int
+    previous_version: int
+    """Optimizer steps at the start of this phase and of the one before."""
+    egspo_start_step: int
+    """Optimizer steps at the start of stage EGSPO."""
+    loaded_step: int
+    """Optimizer steps that the checkpoint of this run had taken; 0 without one."""
+    _random_state: dict[str, Any] | None
+    """Random state of a resumed checkpoint, until training starts."""
 
     def __init__(
         self,
@@ -52,25 +64,22 @@ class ResumableModule(Collectives):
         temperature: PositiveFloat,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
-        stage: Stage,
+        initial_stage: Stage,
     ) -> None:
         super().__init__()
         self.policy_config, self.critic_config, self.has_reference = policy, critic, has_reference
-        self.base_is_reference = has_reference and policy.lora is not None and stage == Stage.EGSPO
-        """Whether the reference policy is the base model without LoRA, as in runs without SFT."""
         self.temperature = float(temperature)
         self.policy: Policy | None = None
         self.reference: Policy | None = None
         self.critic: Critic | None = None
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self.stage = stage
-        self.phase_version = self.previous_version = 0
-        """Optimizer steps at the start of this phase and of the one before."""
-        self.egspo_start_step = 0
-        """Optimizer steps at the start of stage EGSPO."""
-        self.loaded_step = 0
-        """Optimizer steps that the latest loaded checkpoint had taken."""
-        self._random_state: dict[str, Any] | None = None  # of a resumed checkpoint, until training starts
+        self.initial_stage = initial_stage
+
+    def start_run(self) -> None:
+        """Set all state of a run to its beginning. Weights stay, and a checkpoint is loaded later."""
+        self.stage = self.initial_stage
+        self.phase_version = self.previous_version = self.egspo_start_step = self.loaded_step = 0
+        self._random_state = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -106,10 +115,15 @@ class ResumableModule(Collectives):
         critic = [p for part in heads for p in part.parameters() if p.requires_grad]
         return [p for p in self._policy.lm.parameters() if p.requires_grad], critic
 
-    def require_rate_kept(self, learning_rate: float) -> None:
-        """Refuse a learning rate for ``restart_optimizer`` that the schedule would replace by its own."""
-        if self._lr_scheduler is not None:
-            require_rate_kept(self._optimizer, self._lr_scheduler, learning_rate)
+    def require_rate_kept(self, field: str, learning_rate: float | None, *, of_critic: bool = False) -> None:
+        """Refuse a learning rate of policy or critic that the schedule would replace by its own.
+
+        Raises:
+            UserError: naming the field and the schedule.
+        """
+        if self._lr_scheduler is not None and learning_rate is not None:
+            groups = {"group": int(of_critic), "num_groups": 1 if self.critic_config is None else 2}
+            require_rate_kept(self._optimizer, self._lr_scheduler, field, float(learning_rate), **groups)
 
     def restart_optimizer(self, learning_rate: float | None) -> None:
         """Clear the optimizer's moments and restart its schedule, from the given or the configured learning rate.
@@ -166,11 +180,15 @@ class ResumableModule(Collectives):
         self.stage, self.loaded_step = Stage(state["stage"]), checkpoint["global_step"]
         is_entry = self.stage == Stage.EGSPO and self.loaded_step == self.egspo_start_step
         is_fit = self.trainer.state.fn == TrainerFn.FITTING  # evaluation needs the policy alone
-        if is_fit and self.has_reference and self.policy_config.lora is not None:
-            began_with_egspo = self.stage == Stage.EGSPO and self.egspo_start_step == 0
-            require_same_reference(began_with_egspo=began_with_egspo, base_is_reference=self.base_is_reference)
         is_exact = is_entry or self.stage == Stage.SFT or not is_fit
-        adapt_weights(checkpoint.get("state_dict", {}), self.state_dict(), is_exact=is_exact, left_out=self._left_out())
+        begins_with_egspo = self.stage == Stage.EGSPO and self.egspo_start_step == 0
+        adapt_weights(
+            checkpoint.get("state_dict", {}),
+            self.state_dict(),
+            is_exact=is_exact,
+            begins_with_egspo=begins_with_egspo,
+            left_out=self._left_out(),
+        )
         require_same_tokenizer(state["tokenizer"], self._tokenizer_digest)
         if is_fit and not is_entry:
             self._keep_random_state(state["random"])
@@ -226,27 +244,3 @@ class ResumableModule(Collectives):
     @cached_property
     def _tokenizer_digest(self) -> str:
         return tokenizer_digest(self.tokenizer)  # sorts the whole vocabulary, so cached
-
-
-def require_same_reference(*, began_with_egspo: bool, base_is_reference: bool) -> None:
-    """Check that checkpoint and run with adapters have the same reference policy.
-
-    Args:
-        began_with_egspo: whether the checkpoint's run began with stage EGSPO
-        base_is_reference: whether this run's reference policy is the model without its adapter
-
-    Raises:
-        UserError: only one of them has SFT before EGSPO.
-    """
-    if base_is_reference and not began_with_egspo:
-        raise UserError(
-            "model.initial_stage: egspo takes the model without its adapter as the reference, but the checkpoint's "
-            "adapter was trained by SFT, and its reference is the adapter of the end of SFT. Set "
-            "model.initial_stage to sft: the run goes on in the checkpoint's stage all the same."
-        )
-    if began_with_egspo and not base_is_reference:
-        raise UserError(
-            "model.initial_stage: sft keeps the adapter of the end of SFT as the reference, but the checkpoint's "
-            "run began with stage EGSPO, and its reference is the model without adapter. Set model.initial_stage "
-            "to egspo."
-        )

@@ -13,6 +13,7 @@ from egspo_lightning.data.dataset_sources import DatasetProblems
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.models.policy_config import PolicyConfig
+from egspo_lightning.ops.objective import Objective
 
 NAMES = {
     "entropy_collapse",
@@ -118,6 +119,13 @@ def test_truncated_guard_warns_once(guarded):
     metrics, warned = guarded(module=LOW_LR)
     assert metrics["truncated"] == [1, 1, 1]
     assert warned.count("truncated") == 1
+
+
+def test_truncated_guard_does_not_suggest_masking_where_it_is_on(tiny_run):
+    module = EGSPO | LOW_LR | {"objective": Objective(mask_truncated=True)}
+    with pytest.warns(UserWarning, match=r"Guard truncated: .* Raise data\.max_completion_length to train") as caught:
+        tiny_run(Guards(), module=module, trainer={"max_epochs": 1}).fit()
+    assert not any("set model.objective.mask_truncated" in str(warning.message) for warning in caught)
 
 
 def test_zero_reward_guard_warns_after_n_rollout_batches(guarded):

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from egspo_lightning.data.prompts import PromptEncoder, PromptTemplate
+from egspo_lightning.errors import UserError
 from egspo_lightning.evaluation.answerer import Answerer
 from egspo_lightning.evaluation.answers import AnswerSampling
 from egspo_lightning.evaluation.benchmarks import Benchmark
@@ -102,6 +103,20 @@ def test_extraction_is_chosen_per_benchmark():
         (grade,) = grader.grade(["It is 4."], ["4"], answerer.extraction("own"))
     assert settings == ["lenient", "boxed"]
     assert grade.correct
+
+
+def test_each_load_checks_prompts_with_its_tokenizer_and_forgets_earlier_answers():
+    class Short(NoLimit):
+        def encode(self, problem):
+            raise UserError("too long")
+
+    with MathGrader() as grader:
+        answerer = Answerer([Sums("b", limit=1)], None, grader, AnswerSampling(), 512, seed=0)
+        answerer.load(NoLimit())
+        answerer.earlier["b"] = {"0": []}  # of an evaluation that failed
+        with pytest.raises(UserError, match="too long"):
+            answerer.load(Short())
+    assert answerer.earlier == {}
 
 
 class NoLimit:

@@ -25,7 +25,9 @@ from torch.testing import assert_close
 from egspo_lightning import StageTransition
 from egspo_lightning.cli.main import run
 from egspo_lightning.errors import UserError
+from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.types import Stage
 from spies import RL, Spy, distance
 
@@ -135,6 +137,22 @@ def test_a_rate_that_the_schedule_would_replace_is_refused(tiny_run, name):
     run = tiny_run(StageTransition(learning_rate=RATE), NoTraining(), module={"lr_scheduler": REFUSED[name]})
     with pytest.raises(UserError, match=rf"learning_rate = 0\.0001 has no effect with model\.lr_scheduler {name}"):
         run.fit()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_critics_rate_that_the_schedule_would_replace_is_refused(tiny_run, name):
+    critic = {"critic": CriticConfig(learning_rate=RATE), "advantage": GAE()}
+    run = tiny_run(NoTraining(), module=critic | {"lr_scheduler": REFUSED[name]})
+    with pytest.raises(UserError, match=rf"critic\.learning_rate = 0\.0001 has no effect with .* {name}"):
+        run.fit()
+
+
+def test_a_schedule_may_set_the_rates_of_policy_and_critic(tiny_run):
+    spy, schedule = Rates(), partial(schedules.OneCycleLR, max_lr=[1e-3, 1e-2], total_steps=20)
+    critic = {"critic": CriticConfig("own"), "advantage": GAE(), "lr_scheduler": schedule}
+    run = tiny_run(StageTransition(), spy, module=critic, trainer={"max_epochs": 2}).fit()
+    rates = [group["lr"] for group in run.trainer.optimizers[0].param_groups]
+    assert rates[1] == pytest.approx(10 * rates[0])
 
 
 @pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])

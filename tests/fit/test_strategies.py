@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from architectures import tiny_config
-from egspo_lightning.models.lora import is_adapter, is_reference
+from egspo_lightning.models.lora import is_adapter
 from egspo_lightning.training.fsdp2_strategy import AnyCheckpointIO
 from processes import SHORT_QUICKSTART, compare_metrics
 
@@ -195,11 +195,11 @@ def test_lora_trains_alike_and_checkpoints_hold_adapters_only(run_ranks, folder,
     weights = AnyCheckpointIO().load_checkpoint(at(folder, "lora_fsdp2").split("=", 1)[1])["state_dict"]
     assert weights
     assert all(is_adapter(name) for name in weights)
-    _check_base_as_reference(run_ranks, folder, [*lora, "--model.initial_stage=egspo"])
+    _check_without_sft(run_ranks, folder, [*lora, "--model.initial_stage=egspo"])
 
 
-def _check_base_as_reference(run_ranks, folder, base):
-    """Without SFT, the sharded model without its adapters is the reference."""
+def _check_without_sft(run_ranks, folder, base):
+    """The reference is the base model."""
     one = run_ranks(folder, {"base_alone": base}, num_ranks=1)["base_alone"]
     assert float(one[-1]["loss/kl"]) > 0
     on = {
@@ -211,20 +211,32 @@ def _check_base_as_reference(run_ranks, folder, base):
     assert compare_metrics(rows["base_fsdp2"], one) > 50
     for name in ("base_fsdp2_on", "base_alone_on"):
         assert compare_metrics(rows[name], one[3:]) > 30
-    weights = AnyCheckpointIO().load_checkpoint(at(folder, "base_fsdp2").split("=", 1)[1])["state_dict"]
-    assert weights
-    assert not any(is_reference(name) for name in weights)
 
 
 def test_mixed_precision_keeps_float32_weights(run_ranks, folder):
     """The loss equals that of autocast up to rounding."""
     mixed = ["--trainer.max_epochs=3", "--trainer.precision=bf16-mixed"]
-    rows = run_ranks(folder, {"mixed_ddp": [*mixed, *DDP], "mixed": [*mixed, *FSDP2]})
+    half = ["--trainer.max_epochs=3", "--model.policy.dtype=bfloat16", "--model.optimizer.init_args.lr=1e-6"]
+    half += ["--stage_transition.learning_rate=1e-6"]
+    rows = run_ranks(folder, {"mixed_ddp": [*mixed, *DDP], "mixed": [*mixed, *FSDP2], "half": [*half, *FSDP2]})
+    _check_unmoved_weights(rows.pop("half"), rows["mixed"], at(folder, "half").split("=", 1)[1])
     mine, theirs = (next(float(row["loss/sft"]) for row in rows[run] if row.get("loss/sft")) for run in rows)
     assert mine == pytest.approx(theirs, rel=0.01)
     assert mine != theirs
     weights = AnyCheckpointIO().load_checkpoint(folder / "mixed/lightning_logs/version_0/checkpoints/epoch=1.ckpt")
     assert {value.dtype for value in weights["state_dict"].values()} == {torch.float32}
+
+
+def _check_unmoved_weights(half, mixed, checkpoint):
+    """The guard measures the shards of bfloat16 weights, and only those."""
+    name = "guard/unmoved_weights"
+    found = [{float(row[name]) for row in rows if row.get(name)} for rows in (half, mixed)]
+    assert found == [{1}, {0}]
+    callbacks = AnyCheckpointIO().load_checkpoint(checkpoint)["callbacks"]
+    assert {stage: 0 < share < 0.1 for stage, share in callbacks["Guards"]["moved_fractions"].items()} == {
+        "sft": True,
+        "egspo": True,
+    }
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -182,25 +182,9 @@ def test_resume_with_another_lora_rank_is_refused(adapted_run, with_weights, tmp
         other.fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
 
 
-# Without SFT, the base model without its adapter is the reference policy
+# Without SFT, the reference policy is the base model
 
 RL = {"initial_stage": "egspo"}
-
-
-def test_disabled_adapter_gives_base_model_and_is_restored(with_weights):
-    policy = PolicyConfig(with_weights, lora=LoraConfig(rank=4)).build()
-    assert lora.changes_nothing(policy.lm)
-    with torch.no_grad():
-        for layer in layers(policy.lm).values():
-            torch.nn.init.normal_(layer.lora_B["default"].weight)
-    assert not lora.changes_nothing(policy.lm)
-    trained = policy(*batch()).logprobs
-    with lora.as_reference(policy.lm):
-        assert torch.equal(policy(*batch()).logprobs, PolicyConfig(with_weights).build()(*batch()).logprobs)
-    assert torch.equal(policy(*batch()).logprobs, trained)
-    assert {name for name, p in policy.named_parameters() if p.requires_grad} == {
-        name for name, _ in policy.named_parameters() if lora.is_adapter(name)
-    }
 
 
 class WithCopy(EGSPOModule):
@@ -231,75 +215,51 @@ class Losses(Callback):
         ({"kl_reward": KLReward(coefficient=1.0), "advantage": GroupRelative(scale_by_std=False)}, {}),
     ],
 )
-def test_base_reference_gives_losses_of_adapter_and_copied_reference(tiny_run, with_weights, module, data):
-    losses, references = {}, {}
-    for reference in ("base", "adapter", "copy"):
+def test_reference_adapter_gives_losses_of_copied_base_model(tiny_run, with_weights, module, data):
+    losses = {}
+    for reference in ("adapter", "copy"):
         spy = Losses()
         module_arguments = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4))} | RL | module
         run = tiny_run(spy, module=module_arguments, data=data)
         if reference == "copy":
             run = run._replace(module=WithCopy(**module_arguments, optimizer=run.module._optimizer))
-        if reference == "adapter":
-            run.module.base_is_reference = False
         run.fit()
         losses[reference] = spy.values
-        references[reference] = sum(p.numel() for name, p in run.module.named_parameters() if lora.is_reference(name))
-    assert len(losses["base"]) == 6
-    assert losses["base"] == pytest.approx(losses["adapter"], abs=1e-6)
-    assert losses["base"] == pytest.approx(losses["copy"], abs=1e-6)
-    assert references == {"base": 0, "adapter": references["adapter"], "copy": 0}
-    assert references["adapter"] > 1000
+    assert len(losses["adapter"]) == 6
+    assert losses["adapter"] == pytest.approx(losses["copy"], abs=1e-6)
     scores = run.module.score(*batch())
     assert (scores.ref_logprobs - scores.logprobs).abs().max() > 0.1  # the policy has moved away from the reference
 
 
 @pytest.mark.parametrize("data", [{}, {"max_staleness": 1}])
-def test_run_with_base_as_reference_resumes_exactly(adapted_run, tmp_path, data):
+def test_run_without_sft_resumes_exactly(adapted_run, tmp_path, data):
     straight = adapted_run(tmp_path / "a", data=data, **RL).fit()
     resumed = adapted_run(tmp_path / "b", data=data, **RL)
     resumed.fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
-    assert resumed.module.base_is_reference
     for (name, theirs), ours in zip(straight.module.named_parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     for name in ("loss/total", "loss/kl"):
         assert resumed.trainer.callback_metrics[name] == straight.trainer.callback_metrics[name] != 0
 
 
-def test_resume_can_add_base_as_reference(adapted_run, tmp_path):
+def test_resume_of_a_run_without_sft_can_add_the_reference(adapted_run, tmp_path):
+    """Also for checkpoints of earlier versions, which held no reference adapter in this case."""
     adapted_run(tmp_path / "a", epochs=2, objective=Objective(), **RL).fit()
     run = adapted_run(tmp_path / "b", **RL).fit(ckpt_path=tmp_path / "a" / "epoch=1.ckpt", weights_only=True)
     assert run.trainer.callback_metrics["loss/kl"] > 0
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "remedy"),
-    [({}, RL, "initial_stage to sft"), (RL, {}, "initial_stage to egspo")],
-)
+@pytest.mark.parametrize(("first", "second"), [({}, RL), (RL, {})], ids=["sft", "without_sft"])
 @pytest.mark.parametrize("checkpoint", ["epoch=0.ckpt", "epoch=1.ckpt"])
-def test_resume_with_another_kind_of_reference_is_refused(adapted_run, tmp_path, first, second, remedy, checkpoint):
+def test_a_resumed_run_keeps_the_checkpoints_reference_whatever_initial_stage_is(
+    adapted_run, tmp_path, first, second, checkpoint
+):
     """For checkpoints from the end of SFT and from after it."""
-    adapted_run(tmp_path / "a", epochs=2, **first).fit()
-    start = {"ckpt_path": tmp_path / "a" / checkpoint, "weights_only": True}
-    with pytest.raises(UserError, match=remedy):
-        adapted_run(tmp_path / "b", **second).fit(**start)
-    adapted_run(tmp_path / "c", **second, objective=Objective()).fit(**start)  # accepted if no reference is needed
-
-
-def test_resume_of_sft_checkpoint_with_base_as_reference_is_refused(tiny_run, adapted_run, with_weights, tmp_path):
-    policy = {"policy": PolicyConfig(with_weights, lora=LoraConfig(rank=4)), "objective": Objective(beta=0.01)}
-    sft = tiny_run(StageTransition(after_epochs=9), module=policy, trainer={"max_epochs": 1}).fit()
-    sft.trainer.save_checkpoint(tmp_path / "within.ckpt")
-    with pytest.raises(UserError, match="initial_stage to sft"):
-        adapted_run(tmp_path / "b", **RL).fit(ckpt_path=tmp_path / "within.ckpt", weights_only=True)
-
-
-def test_base_as_reference_requires_a_zero_adapter(adapted_run, tmp_path):
-    """Some initializations move weights into the adapter, so that the base differs from the initial policy."""
-    run = adapted_run(tmp_path, **RL)
-    run.module.configure_model()
-    torch.nn.init.normal_(next(p for name, p in run.module.named_parameters() if ".lora_B." in name))
-    with pytest.raises(AssertionError):
-        run.fit()
+    straight = adapted_run(tmp_path / "a", **first).fit()
+    resumed = adapted_run(tmp_path / "b", **second)
+    resumed.fit(ckpt_path=tmp_path / "a" / checkpoint, weights_only=True)
+    for (name, theirs), ours in zip(straight.module.named_parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("adapters", [None, LoraConfig(rank=4)])

@@ -88,7 +88,7 @@ def test_planned_peak_is_within_15_percent_of_a_run(tiny_run, wide_model, case, 
     work = Workload(
         policy=policy,
         critic=module_arguments.get("critic"),
-        holds_reference=run.module.has_reference and not run.module.base_is_reference,
+        holds_reference=run.module.has_reference,
         optimizer=torch.optim.AdamW,
         is_sharded=False,
         is_bfloat16=False,
@@ -156,7 +156,7 @@ def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
 
 
 @pytest.mark.parametrize("stage", ["sft", "egspo"])
-def test_plan_counts_a_reference_adapter_only_after_sft(tiny_run, wide_model, stage):
+def test_plan_counts_a_reference_adapter(tiny_run, wide_model, stage):
     """Compared with the parameters of a run."""
     adapters = LoraConfig(rank=2, target_modules=["embed_tokens", "q_proj"])
     policy = PolicyConfig(wide_model, from_scratch=True, lora=adapters)
@@ -167,7 +167,7 @@ def test_plan_counts_a_reference_adapter_only_after_sft(tiny_run, wide_model, st
     plain = PolicyConfig(wide_model, from_scratch=True).build()
     size, plain_size = (sum(4 * p.numel() for p in policy.parameters()) for policy in (run.module.policy, plain))
     assert (memory.weights, memory.reference) == (size, 0)
-    assert size - plain_size == (2 if stage == "sft" else 1) * memory.gradients > 0
+    assert size - plain_size == 2 * memory.gradients > 0
     assert memory.scoring > 0
 
 
