@@ -36,6 +36,7 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _OR = re.compile(r"\s*(?<![A-Za-z\\])or(?![A-Za-z])\s*")
 _QUALIFIER = re.compile(
     r"[\s,(]*(?:\\text\{[^{}]*\}\s*)?(?:[a-z]\\in\s*\\(?:mathbb|text)\{[ZNQRC]\}(?:[_^]?\{?[+*]\}?)?"
+    r"|[a-z]\s*\\text\{is an? (?:integer|natural number)\}"
     r"|[a-z]=(?:0|1),(?:\\pm)?[12],(?:(?:\\pm)?[23],)?\\ldots)\)?$"
 )
 _REGION = re.compile(r"[<>]|\\(?:le|ge|ne|in|notin|cup|cap|setminus|mathbb|emptyset)(?![A-Za-z])|[(\[].*\\infty.*[\])]")
@@ -273,6 +274,8 @@ def _compare_equations(answer: str, gold: str, decide: Decide) -> Verdict:
         return False
     if len(left) > 1 and len(right) > 1:
         if _VARIABLE.sub("", left[0]) == _VARIABLE.sub("", right[0]):  # f(n) = 1 is f(x) = 1
+            if left[-1].isalpha() and right[-1].isalpha():  # a product, no word
+                return decide(left[-1], right[-1])
             return _all([chain, _compare(left[-1], right[-1], decide)])
         return decide(f"{left[0]}={left[-1]}", f"{right[0]}={right[-1]}")
     if len(right) > 1:

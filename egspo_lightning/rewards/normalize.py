@@ -25,14 +25,26 @@ _SYMBOLS |= {"°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C", "℉": r"^\
 _SYMBOLS |= {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times "}
 _SYMBOLS |= {"÷": r"\div ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "∅": r"\emptyset "}
 _SYMBOLS |= {"∖": r"\setminus ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "、": ","}
-_SYMBOLS |= {"∧": r"\land ", "∨": r"\lor ", "′": "'", "’": "'", "…": r"\ldots ", "∴": r"\therefore "}
+_SYMBOLS |= {
+    "∧": r"\land ",
+    "∨": r"\lor ",
+    "′": "'",
+    "’": "'",
+    "…": r"\ldots ",
+    "⁄": "/",
+    "→": r"\to ",
+    "∛": r"\sqrt[3]",
+    "✓": "",
+    "✔": "",
+    "∴": r"\therefore ",
+}
 _SYMBOLS |= {letter: rf"\mathbb{{{name}}}" for letter, name in zip("ℕℤℚℝℂ", "NZQRC", strict=True)}
 _RADICAL = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿⁱ]+|[₀-₉₊₋₍₎ₐ-ₜ]+")
 _VULGAR = re.compile(r"([¼-¾⅐-⅞])|(\d+)⁄(\d+)")  # a fraction character, or digits with the fraction slash
 
 _FONT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|bold|operatorname\*?)"
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|bold|underline|operatorname\*?)"
     r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _ESCAPED = re.compile(r"\\\\(?=[A-Za-z])")  # a doubled backslash, where no matrix has rows
@@ -46,6 +58,7 @@ def _rules(*rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> Rules:
 _SPACING = _rules(
     (r"\\(?:left|right|middle)\s*\.|\\(?:left|right|middle)@|\\[bB]igg?[lr]?@|\\(?:no)?limits@|\\!\s*", ""),
     (r"\\(?:display|text|script)style@|\\(?:bf|rm|it|boldmath|normalfont)@", ""),
+    (r"\\(?:text)?color\s*\{[^{}]*\}|\\checkmark@", ""),
     (r"\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)@", ""),
     (r"(?<!\\)\\[\[\]()]|(?<!\\)\\(?:[,;:> \n]|$)|~|\\q?quad|\\(?:thin|med|thick|en)space@|\\[hv]space\{[^{}]*\}", " "),
 )
@@ -58,10 +71,10 @@ _REMARK = rf"(?:{_REMARKS})(?![A-Za-z])[\s:,]*"
 _WRAPPERS = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        r"\*\*(.+)\*\*|__(.+)__|\"(.+)\"|``?(.+?)(?:''|`)",
+        r"\*{1,3}([^*]+)\*{1,3}|__(.+)__|\"(.+)\"|``?(.+?)(?:''|`)",
         r"(?:\\text)?\{((?:[^{}\\]|\\.|\{[^{}]*\})*)\}",
         r"(.*[^.,;\s\\])\s*(?:[,;]|\.(?!\.))",
-        r"(?:=|\\(?:therefore|implies|Rightarrow|approx|sim|simeq|equiv)(?![A-Za-z]))(.+)",
+        r"(?:[=:]|\\(?:to|therefore|implies|Rightarrow|approx|sim|simeq|equiv)(?![A-Za-z]))(.+)",
         rf"(?i:(?:{_REMARK}|\\text\{{\s*(?:{_REMARK})+\}}\s*:?)+)(.+)",
         rf"(.*\S)\s*(?i:\(\s*(?:{_REMARK})+\)|\\text\{{\s*\(?\s*(?:{_REMARK})+\)?\s*\}})",
         r"(?:\\text\{)?[A-Z][a-z]{2,}:\s*\}?\s*(.+)",
@@ -83,7 +96,16 @@ _SYNONYMS = _rules(
     (r"\\rbrace@", r"\\}"),
     (r"\\[lr]?vert@|\\mid@", "|"),
     (r"\\(?:[lcv]?dots[bcm]?)@|\.\.\.+", r"\\ldots "),
-    (r"\\degree@|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ@|(?<=\d)\s*\^\s*\{?o\}?@", r"^\\circ "),
+    (r"\\degree@|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ@|(?<=\d)\s*\^\s*\{?(?:o@|\\text\{o\})\}?", r"^\\circ "),
+    (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
+    (r"(?:\\text\{)?(?<![A-Za-z\\])all (?:real numbers|reals)\}?", r"\\mathbb{R}"),
+    (r"^\]([^\[\]]*,[^\[\]]*[\[\]])$", r"(\1"),  # ]1,2[ is (1,2)
+    (r"^([(\[][^\[\]]*,[^\[\]]*)\[$", r"\1)"),
+    (r"\\begin\{cases\}(.*?)(?:\\\\\s*)?\\end\{cases\}", lambda match: match[1].replace(r"\\", ", ")),
+    (r"\{?\s*([^{}\\]+)\\choose\s*([^{}\\]+)\}?", r"\\binom{\1}{\2}"),
+    (r"(?<!\w)(\d{1,3})C(\d{1,3})(?!\w)", r"\\binom{\1}{\2}"),
+    (r"(?<!\w)0x([0-9A-Fa-f]+)$", lambda match: match[1].upper() + "_{16}"),
+    (r"(?<![A-Za-z\\])abs\s*\(([^()]*)\)", r"|\1|"),
     (r"\\lg@", r"\\log"),
     (r"\\[bp]mod@", r"\\mod "),
     (r"\\imath@|\\text\{\s*i\s*\}", "i"),
