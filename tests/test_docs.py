@@ -176,11 +176,6 @@ def folder(tmp_path, monkeypatch, small_model) -> Iterator[Path]:
         sys.modules.pop(path.stem, None)
 
 
-def words(command: str) -> list[str]:
-    """Words of a command without PYTHONPATH, since the folder is importable here."""
-    return [word for word in shlex.split(command) if word != "PYTHONPATH=."]
-
-
 def fit(arguments: list[str], folder: Path) -> None:
     hub = "qwen" in " ".join(arguments)
     own = ["--model.policy.name_or_path=configs/tiny_model", *LOCAL] if hub else []
@@ -190,7 +185,7 @@ def fit(arguments: list[str], folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), RUN, ids=[f"{page}-{i}" for i, (page, _) in enumerate(RUN)])
 def test_commands_in_the_guides_run(folder, capsys, page, command):
-    module, *arguments = words(command)[2:]
+    module, *arguments = shlex.split(command)[2:]
     for name, library in OPTIONAL.items():
         if name in arguments:
             pytest.importorskip(library, reason=f"needs {library}: pip install {library}")

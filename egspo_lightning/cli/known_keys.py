@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import egspo_lightning
 
@@ -38,10 +38,8 @@ CALLBACKS = {
 }
 """Config section to callback. An argument of its own, or Lightning's flag for its kind, can switch each off."""
 
-OF_SUBCOMMANDS = (
-    *("config", "help", "help_all", "print_config", "seed_everything", "ckpt_path", "weights_only", "verbose"),
-    *("return_predictions", "num_devices", "device_gib", "debug"),
-)
+OF_LIGHTNING = ("config", "help", "print_config", "seed_everything")
+"""Keys that LightningCLI adds to each subcommand."""
 OF_THE_PARSER = ("class_path", "init_args", "dict_kwargs", "help")
 """Words that jsonargparse accepts after any key."""
 OTHER_NAMES = {"learning_rate": "lr", "epochs": "max_epochs", "num_train_epochs": "max_epochs"}
@@ -67,7 +65,7 @@ def known_keys() -> Keys:
     paths = {key: f"{egspo_lightning._MODULES[name]}.{name}" for key, name in CALLBACKS.items()} | SECTIONS
     classes = {key: path.rpartition(".") for key, path in paths.items()}
     sections = {key: _keys_of(name, module) for key, (module, _, name) in classes.items()}
-    return Keys(sections | dict.fromkeys(OF_SUBCOMMANDS, Keys()))
+    return Keys(dict.fromkeys([*OF_LIGHTNING, *_added_flags(), *_function_arguments()], Keys()) | sections)
 
 
 def find(key: str) -> tuple[Keys | None, str]:
@@ -114,6 +112,26 @@ def _all_keys(node: Keys, parent: str = "") -> Iterator[str]:
     for name, below in (node.below or {}).items():
         yield parent + name
         yield from _all_keys(below, f"{parent}{name}.")
+
+
+def _added_flags() -> Iterator[str]:
+    """Flags that the command line adds by ``add_argument``."""
+    for node in ast.walk(_source("egspo_lightning.cli.main")):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            names = [word.value for word in node.args if isinstance(word, ast.Constant)]
+            yield from (name[2:] for name in names if isinstance(name, str) and name.startswith("--"))
+
+
+def _function_arguments() -> list[str]:
+    """Arguments of the functions that subcommands call: Trainer's methods and ``plan_run``."""
+    trainer, plan = SECTIONS["trainer"].rpartition(".")[0], "egspo_lightning.cli.plan"
+    functions = [node for module in (trainer, plan) for node in ast.walk(_source(module)) if _is_command(node)]
+    arguments = [argument.arg for node in functions for argument in [*node.args.args, *node.args.kwonlyargs]]
+    return [name for name in arguments if name not in ("self", "flags") and not name.endswith(("loaders", "module"))]
+
+
+def _is_command(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
+    return isinstance(node, ast.FunctionDef) and node.name in ("fit", "validate", "test", "predict", "plan_run")
 
 
 @cache

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ import yaml
 import egspo_lightning
 from egspo_lightning.__main__ import main
 from egspo_lightning.cli.early_answers import COMMANDS, answer_early
-from egspo_lightning.cli.known_keys import OF_SUBCOMMANDS, classes_of, find, known_keys
+from egspo_lightning.cli.known_keys import CALLBACKS, SECTIONS, classes_of, find, known_keys
 from egspo_lightning.cli.methods import shipped_methods
 from egspo_lightning.cli.parser import PARTS, class_names
 from egspo_lightning.errors import UserError
@@ -42,7 +43,7 @@ def answer(repository, monkeypatch, capsys):
         (["fitt"], ["Did you mean fit?"]),
         (["fit", QUICKSTART, "--trainer.max_epoch", "3"], ["Did you mean --trainer.max_epochs?", "accumulate_grad"]),
         (["fit", QUICKSTART, "--lr=1e-3"], ["--lr: no such key", "Did you mean --model.optimizer.lr?", "data, "]),
-        (["fit", "--learning_rate", "1"], ["Did you mean --model.optimizer.lr, --stage_transition.learning_rate"]),
+        (["fit", "--learning_rate", "1"], ["Did you mean --model.optimizer.lr, ", "--stage_transition.learning_rate?"]),
         (["fit", "--beta", "1"], ["Did you mean --model.objective.beta?"]),
         (["fit", "--model.objective.bta=1"], ["Did you mean --model.objective.beta?", "Known in model.objective: "]),
         (["fit", "--model.critic.trunks=own"], ["Did you mean --model.critic.trunk?"]),
@@ -85,6 +86,7 @@ def test_typo_in_a_config_is_answered_with_the_file(answer, tmp_path, config, wo
         ["fit", QUICKSTART, "--model.gate.nats", "0.3", "--data.benchmarks+", "KnownBenchmark"],
         ["fit", "--model.gate=null", "--model.objective.mu=0.5", "--trainer.logger.anything=1", "--print_config"],
         ["fit", "--model.attenuation=smallest_config.Mine", "--model.gate=Mine"],  # imported with the first
+        ["fit", "--data.reward=__main__.reward", "--model.gate=Mine"],
         ["fit", "--data.prompt.plain", "--a text: {problem}", "--", "--lr"],
         ["fit", "--config=s3://bucket/run.yaml", "--data.reward.init_args.terms", "{}"],
         ["fit", "--model.gate", "configs/quickstart.yaml", "--model.gate.help", "QuantileGate", "-c", "configs"],
@@ -99,20 +101,25 @@ def test_what_the_parser_may_accept_is_left_to_it(answer, arguments):
     assert answer(*arguments) is None
 
 
+def test_shipped_configs_are_accepted(answer, repository):
+    paths = sorted(repository.glob("configs/**/*.yaml"))
+    assert len(paths) > 20
+    assert [answer("fit", f"--config={path}") for path in paths] == [None] * len(paths)
+
+
 def test_keys_and_commands_are_those_of_the_parser(parser):
     """Each key of the parser is known, and each known key is one of the parser."""
     parsers = parser._subcommands_action._name_parser_map
     assert {*parsers, "methods"} == set(COMMANDS)
     options = {flag for name in parsers for action in parsers[name]._actions for flag in action.option_strings}
     flags = {flag.lstrip("-").removesuffix("+") for flag in options if " " not in flag}
-    flags -= {"c", "h"}
-    assert {flag for flag in flags if find(flag)[0] is None} == set()
+    assert {flag for flag in flags - {"c", "h"} if find(flag)[0] is None} == set()
     sections = known_keys().below
-    assert set(OF_SUBCOMMANDS) - {"debug"} <= flags
-    for section in set(sections) - {"progress"}:  # it has no arguments
-        assert section in flags | {"debug"}
+    for section in {*SECTIONS, *CALLBACKS} - {"progress"}:  # it has no arguments
+        assert section in flags
         for key in sections[section].below or ():
             assert f"{section}.{key}" in flags | {"data.seed"}
+    assert {"num_threads", "num_devices", "ckpt_path", "help_all"} <= flags & set(sections)
 
 
 @pytest.mark.parametrize("key", ["model.gate", "model.attenuation", "model.advantage", "data.reward", "data.engine"])
@@ -179,6 +186,13 @@ def test_typos_and_lists_do_not_import_torch(repository):
     codes = [line.rpartition("-> ")[2] for line in done.stdout.splitlines() if "-> " in line]
     assert codes == ["2", "2", "0", "0", "0", "2", "2"]
     assert done.stderr.count("error: ") == 4
+
+
+def test_pages_of_a_run_are_ignored_by_git_and_notebooks_have_widgets(repository):
+    assert {"completions.html", "report.html"} <= set((repository / ".gitignore").read_text().splitlines())
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(line.startswith("ipywidgets") for line in extras["notebooks"])
+    assert "\nipywidgets==" in (repository / "constraints.txt").read_text()
 
 
 def test_modules_in_the_working_folder_are_found(tmp_path, monkeypatch):
