@@ -59,7 +59,12 @@ def compare_fast(answer: str, gold: str) -> Verdict:
     """
     if answer == gold and answer.strip():
         return True
-    return None if max(len(answer), len(gold)) > _MAX_LENGTH else compare(answer, gold, lambda *_: None)
+    if max(len(answer), len(gold)) > _MAX_LENGTH:
+        return None
+    try:
+        return compare(answer, gold, lambda *_: None)
+    except RecursionError:  # brackets in brackets
+        return None
 
 
 def compare(answer: str, gold: str, decide: Decide) -> Verdict:
@@ -289,7 +294,7 @@ def _sides(text: str) -> list[str]:
     """Return the sides of an equation, its name first; an approximation after the value is dropped."""
     exact, _, approximate = text.partition(r"\approx")
     text = f"{exact}={approximate}" if approximate and _LEFT.fullmatch(exact) else exact
-    sides = [side for side in _split(text, "=") if side]
+    sides = [side for side in _split(text, "=") if side] or [text]
     return sides[::-1] if _LEFT.fullmatch(sides[-1]) and not _LEFT.fullmatch(sides[0]) else sides
 
 

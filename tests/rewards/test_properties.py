@@ -5,6 +5,7 @@ from fractions import Fraction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from egspo_lightning.rewards.fast_path import compare_fast
 from egspo_lightning.rewards.grading import MathGrader
 
 REPEATABLE = settings(max_examples=40, derandomize=True, deadline=None, database=None)
@@ -111,3 +112,20 @@ def test_square_root_is_accepted_in_other_forms(patient_grader: MathGrader, a: i
     assert correct(patient_grader, form.format(a * a * b), rf"{a}\sqrt{{{b}}}")
     assert correct(patient_grader, rf"\frac{{{a * b}}}{{\sqrt{{{b}}}}}", rf"{a}\sqrt{{{b}}}")
     assert not correct(patient_grader, form.format(a * a * b + 1), rf"{a}\sqrt{{{b}}}")
+
+
+PIECES = (
+    r"= \approx \pm , ; : ( ) [ ] \{ \} { } | $ \$ % \% ^ _ ' . ... 1 23 0.5 1,000 x i \pi \frac \sqrt \text{cm} "
+    r"\text{or} and or \circ < \le \in \cup \infty / * \\ \ ½ ² √ 元 e5 10^ -"
+)
+pieces = st.sampled_from(PIECES.split())
+
+
+@settings(REPEATABLE, max_examples=500)
+@given(answer=st.lists(pieces, max_size=8), gold=st.lists(pieces, max_size=5))
+def test_any_text_is_compared_without_an_exception(answer: list[str], gold: list[str]) -> None:
+    assert compare_fast("".join(answer), "".join(gold)) in (True, False, None)
+
+
+def test_deeply_nested_sets_are_left_to_the_workers() -> None:
+    assert compare_fast("x", r"\{" * 1000 + "5" + r"\}" * 1000) is None
