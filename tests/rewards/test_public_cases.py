@@ -28,6 +28,8 @@ DISAGREEMENTS = {
     "gc-0255": "1 + 1/e is not 1 - 1/e",
 }
 """Uncontested cases in which our verdict differs from the label, by id."""
+CONTRADICTED = {"gc-0032", "gc-0094", "gc-0109", "gc-0181"}
+"""Labels that another label contradicts: pa-139 refuses a false chain of equations, gc-0180 accepts the pair."""
 
 NOT_GOLD = {
     "math/test/414": "two boxes, -2 and 1; the answer of the data set is only the last",
@@ -60,7 +62,8 @@ def test_grader_agrees_with_public_graders(shared_file: Locate) -> None:
     cases = [case for case in rows(shared_file("grading/cases.jsonl")) if not case.get("contested")]
     disagreements = _wrong(cases)
     assert disagreements == DISAGREEMENTS.keys()
-    assert 1 - len(disagreements) / len(cases) >= 0.97
+    undisputed = {case["id"] for case in cases} - CONTRADICTED
+    assert 1 - len(disagreements & undisputed) / len(undisputed) >= 0.98
 
 
 def _wrong(cases: list[dict[str, Any]]) -> set[str]:
