@@ -152,7 +152,10 @@ def _texts(value: Any) -> Iterator[str]:
 def _is_user_class(text: str) -> bool:
     """Whether a text may name a class of the user's; importing it can give further classes a short name."""
     roots = re.findall(r"([A-Za-z_]\w*)\.[A-Za-z_]", text)
-    return any(root not in KNOWN_PACKAGES and (root in sys.modules or find_spec(root) is not None) for root in roots)
+    try:
+        return any(root not in KNOWN_PACKAGES and find_spec(root) is not None for root in roots)
+    except (ImportError, ValueError):  # of an import hook, or of __main__, which has no spec
+        return True
 
 
 def _usage() -> str:

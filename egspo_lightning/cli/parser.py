@@ -86,8 +86,8 @@ def missing_package(message: str) -> str:
     name = missing and (missing.group(2) or missing.group(1) * (missing.group(1) in EXTRAS))
     if not name:
         return ""
-    command = f'"egspo-lightning[{EXTRAS[name]}]"' if name in EXTRAS else name
-    return f"the package {name} is missing or too old. Install it: pip install -U {command}"
+    command = f'"egspo-lightning[{EXTRAS[name]}]"' if name in EXTRAS else f"-U {name}"
+    return f"the package {name} is missing or too old. Install it: pip install {command}"
 
 
 def unfit_class(message: str) -> str:

@@ -7,6 +7,7 @@ import sys
 import pytest
 from lightning_utilities.core.imports import RequirementCache
 
+from egspo_lightning import EGSPOModule, PolicyConfig, UserError
 from egspo_lightning.cli.main import main
 from egspo_lightning.cli.parser import PARTS, class_names, missing_package
 from smallest_config import put
@@ -262,6 +263,15 @@ def test_error_says_what_a_class_lacks(parser, tmp_path, monkeypatch, capsys, ke
     message = capsys.readouterr().err
     for word in words:
         assert word in message
+
+
+def test_advantage_without_its_attributes_is_refused():
+    class Bare:
+        def estimate(self, experience):
+            return None
+
+    with pytest.raises(UserError, match=r"model\.advantage Bare has no min_generations and no needs_values"):
+        EGSPOModule(PolicyConfig("configs/tiny_model", from_scratch=True), advantage=Bare())
 
 
 def test_missing_package_is_one_line_with_the_command(repository, tmp_path, monkeypatch, capsys):
