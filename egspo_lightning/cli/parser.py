@@ -110,9 +110,18 @@ def protocol_gaps(given: Any, protocol: type) -> Iterator[str]:
     for name, method in vars(protocol).items():
         if not isfunction(method) or (name.startswith("_") and name != "__call__"):
             continue
-        own = given if isfunction(given) else next((vars(c)[name] for c in given.__mro__ if name in vars(c)), None)
-        needed = f"def {name}{signature(method)}".replace("'", "")  # postponed annotations are texts
+        own = next((vars(c)[name] for c in given.__mro__ if name in vars(c)), None) if isclass(given) else given
+        needed = _declaration(name, method)
         if own is None:
             yield f"has no method {name}; it needs: {needed}"
-        elif (declared := f"def {name}{signature(own)}".replace("'", "")) != needed:
+        elif (declared := _declaration(name, own)) != needed:
             yield f"declares {declared}; it needs: {needed}"
+
+
+def _declaration(name: str, method: Any) -> str:
+    """The line that declares a method; functions in C may hide their arguments."""
+    try:
+        arguments = str(signature(method))
+    except (TypeError, ValueError):
+        arguments = "(...)"
+    return f"def {name}{arguments}".replace("'", "")  # postponed annotations are texts
