@@ -123,9 +123,9 @@ def _compare_based(answer: str, gold: str) -> Verdict:
 
 
 def _compare_words(answer: str, gold: str) -> Verdict:
-    words = [_is_text(text) for text in (answer, gold)]
-    if all(words):
-        return _without_font(answer).casefold() == _without_font(gold).casefold()
+    words, plain = [_is_text(text) for text in (answer, gold)], [_without_font(text) for text in (answer, gold)]
+    if all(words) or (any(words) and all(run.isalpha() and run.islower() for run in plain)):  # cat is not act
+        return plain[0].casefold() == plain[1].casefold()
     return False if any(words) and (parse_number(answer) or parse_number(gold)) else None
 
 
@@ -144,8 +144,9 @@ def _is_word(run: str) -> bool:
         return len(run) >= 2
     if run not in (run.lower(), run.capitalize()):  # nRT
         return False
-    vowels = "aeiouy" if len(run) >= 4 else "eio"
-    return len(run) >= 2 and any(vowel in run.lower() for vowel in vowels)
+    if len(run) == 3 and run[1] in "aeiou":  # cat, sum; abc and cba are products
+        return True
+    return len(run) >= 2 and any(vowel in run.lower() for vowel in ("aeiouy" if len(run) >= 4 else "eio"))
 
 
 def _choices(answer: str, gold: str) -> bool | tuple[str, str] | None:

@@ -463,7 +463,7 @@ DIFFERENT: dict[str, Pairs] = {
         ("D_{16}", "13"),
     ],
     "more spellings": [("]1,2]", "[1,2]"), ("> 42", "42"), ("V=I^2R", "V=IR"), ("5 out of 6", "5")],
-    "words of letters": [("ABC", "CBA"), ("god", "dog"), ("on", "no"), ("HTT", "THT")],
+    "words of letters": [("ABC", "CBA"), ("god", "dog"), ("cat", "act"), ("act", "cat"), ("on", "no"), ("HTT", "THT")],
     "equations": [("x-3y+2=0", "x=3y+2"), ("4=x", "x=3"), ("0=x+y", "x-y=0"), ("2x+y=0", "0")],
     "algebra": [("x+1", "x+2"), ("x", "y"), (r"\sqrt{3}", r"\sqrt{2}"), (r"2^{10}", "210"), ("(a+5)(b+2)", "(5)(b+2)")],
 }
