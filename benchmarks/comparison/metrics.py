@@ -27,9 +27,12 @@ def mean(logged: Logged, name: str) -> float | None:
 
 
 def curve(logged: Logged, start: int, steps_per_phase: float, name: str) -> list[tuple[float, float]]:
-    """Pairs of (phases since optimizer step ``start``, value) for every logged value from that step on."""
-    points = [(int(row["step"]), float(row[name])) for row in logged if row.get(name)]
-    return [((step - start) / steps_per_phase, value) for step, value in points if step >= start]
+    """Pairs of (phases since the first ``start`` optimizer steps, value) for every value logged after them.
+
+    A row's step is the index of the latest optimizer step, from 0, so ``step + 1`` have been taken.
+    """
+    points = [(int(row["step"]) + 1 - start, float(row[name])) for row in logged if row.get(name)]
+    return [(num_steps / steps_per_phase, value) for num_steps, value in points if num_steps >= 0]
 
 
 def _values(logged: Logged, name: str) -> list[float]:
