@@ -81,6 +81,7 @@ def killed(repository, checkpoint, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow  # trains, and evaluates three times
 def test_a_killed_evaluation_resumes(repository, checkpoint, uninterrupted, killed, tmp_path, monkeypatch, caplog):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(repository)
