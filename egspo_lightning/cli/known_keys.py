@@ -47,7 +47,7 @@ OF_THE_OPTIMIZER = ("model.optimizer.lr", "model.optimizer.weight_decay")
 
 
 class Keys(NamedTuple):
-    """What may stand below a config key."""
+    """The keys and the kind of class that may stand below a config key."""
 
     below: dict[str, "Keys"] | None = None
     """None where any key may follow."""
@@ -69,7 +69,7 @@ def known_keys() -> Keys:
 
 
 def find(key: str) -> tuple[Keys | None, str]:
-    """What stands below a key, None if the key is unknown; and the longest known key that contains it."""
+    """Find the node below a key (None if the key is unknown), and the longest known key that contains it."""
     node, parent = known_keys(), ""
     for part in key.split("."):
         if node.below is None or part in OF_THE_PARSER or part.startswith("$"):

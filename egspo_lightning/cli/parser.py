@@ -91,7 +91,7 @@ def missing_package(message: str) -> str:
 
 
 def unfit_class(message: str) -> str:
-    """What a class lacks: an argument, a method, or the annotations of a protocol; empty if it lacks nothing."""
+    """Name the argument, method or annotation that a class lacks; empty if it lacks nothing."""
     if found := re.search(r"given class_path '(\S+)':\s+Option '(\w+)' is not accepted", message):
         return f"\n{did_you_mean(found[2], signature(_located(found[1])).parameters)}."
     if found := re.search(r"instantiatable class, but (\S+) is abstract", message):

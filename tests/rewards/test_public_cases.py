@@ -140,11 +140,11 @@ def test_reference_solutions_are_correct(
     assert wrong == (NOT_GOLD.keys() if file == "math_demos" else set())
 
 
-def test_olympiad_references_equal_themselves_and_differ_from_the_next(shared_file: Locate) -> None:
-    """OlympiadBench solutions have no box, so its reference answers are compared with each other."""
-    golds = [row["answer"] for row in rows(shared_file("data/olympiadbench.jsonl"))]
+@pytest.mark.parametrize("file", ["math500", "aime24", "aime25", "amc23", "gsm8k_test", "olympiadbench"])
+def test_gold_answers_equal_themselves_and_differ_from_the_next(shared_file: Locate, file: str) -> None:
+    golds = [str(row["answer"]) for row in rows(shared_file(f"data/{file}.jsonl"))]
     with MathGrader(num_workers=2) as grader:
-        assert all(grade.correct for grade in grader.grade_answers(golds, golds))
+        assert all(grade.correct for grade in grader.grade([rf"\boxed{{{gold}}}" for gold in golds], golds))
         shifted = grader.grade_answers(golds[1:], golds[:-1])
     assert {grade.status for grade in shifted} == {"graded"}
     accepted = [pair for pair, grade in zip(zip(golds[1:], golds, strict=False), shifted, strict=True) if grade.correct]
@@ -152,7 +152,9 @@ def test_olympiad_references_equal_themselves_and_differ_from_the_next(shared_fi
 
 
 def _is_same(answer: str, gold: str) -> bool:
-    return answer.strip("$") == gold.strip("$")
+    """Whether two gold answers are equal to a reader: the same text, or only one of them with "x="."""
+    answer, gold = (text.strip("$").removeprefix("x=") for text in (answer, gold))
+    return answer == gold or (answer.replace(".", "").isdigit() and float(answer) == float(gold))
 
 
 def _resident_mb() -> float:
