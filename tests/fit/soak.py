@@ -55,12 +55,12 @@ class Faults(Callback):
         grade, reward, stream = MathGrader.grade, CorrectnessReward.__call__, TransformersEngine.stream
         step, save = EGSPOModule.training_step, RunTrainer.save_checkpoint
 
-        def graded(grader, texts, golds):
+        def graded(grader, texts, golds, *extraction):
             for kind in ("timeout", "crash"):
                 if faults.is_sampling and faults.first(kind):
                     texts, golds = [UNDECIDED[0], *texts[1:]], [UNDECIDED[1], *golds[1:]]
                     stop_workers(grader, grade, dies=kind == "crash")
-            return grade(grader, texts, golds)
+            return grade(grader, texts, golds, *extraction)
 
         @wraps(reward)  # the parser checks signatures when it dumps the config
         def rewarded(*args, **kwargs):
