@@ -3,11 +3,13 @@
 import json
 import sys
 from itertools import islice
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.callbacks.hf_export import HFExport
 from egspo_lightning.callbacks.logger_displays import tensorboard_of
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark
@@ -18,8 +20,7 @@ from egspo_lightning.training.trainer import log_folder
 
 NUM_SHOWN = 3
 """Answers of predict that are printed."""
-MOST_SHOWN = 200
-"""Characters of a problem or an answer that are printed."""
+ELLIPSIS = " ... "
 VERDICTS = {True: "right", False: "wrong", None: "no gold answer"}
 CHARTS_ADDRESS = "http://localhost:6006/#custom_scalars"
 
@@ -32,12 +33,12 @@ def print_fit_summary(trainer: Trainer) -> None:
     for benchmark in callbacks_of(trainer, MathBenchmark):
         if benchmark.milestones:
             _wide_console().print(milestones_table(benchmark.latest, benchmark.milestones))
-    _print_line(f"Logs:  {folder}")
+    _print_line(f"Logs:  {readable_path(folder)}")
     if tensorboard_of(trainer):
         _print_line(f"See:   tensorboard --logdir {trainer.default_root_dir}, then {CHARTS_ADDRESS}")
     for export in callbacks_of(trainer, HFExport):
         if export.exported is not None:
-            _print_line(f"Model: {export.exported}")
+            _print_line(f"Model: {readable_path(export.exported)}")
 
 
 @rank_zero_only
@@ -46,7 +47,7 @@ def print_scores(trainer: Trainer) -> None:
     for benchmark in callbacks_of(trainer, MathBenchmark):
         _wide_console().print(*score_tables(benchmark.reports))
         for folder in benchmark.written:
-            _print_line(f"Written: {folder}")
+            _print_line(f"Written: {readable_path(folder)}")
 
 
 @rank_zero_only
@@ -55,16 +56,23 @@ def print_answers(trainer: Trainer) -> None:
     for writer in callbacks_of(trainer, PredictionWriter):
         with writer.path.open(encoding="utf-8") as file:
             for row in map(json.loads, islice(file, NUM_SHOWN)):
-                _print_line(
-                    f"{_shortened(row['problem'])}\n  {_shortened(row['completion'])}  ({VERDICTS[row['correct']]})"
-                )
-        _print_line(f"Answers: {writer.path}")
+                verdict = f"  ({VERDICTS[row['correct']]})"
+                _print_line(_shortened(row["problem"], _wide_console().width))
+                _print_line("  " + _shortened(row["completion"], _wide_console().width - 2 - len(verdict)) + verdict)
+        _print_line(f"Answers: {readable_path(writer.path)}")
 
 
-def _shortened(text: str) -> str:
-    """A text on one line, cut in the middle: its answer stands at the end."""
-    line = " ".join(text.split())
-    return line if len(line) <= MOST_SHOWN else f"{line[: MOST_SHOWN // 2]} ... {line[-MOST_SHOWN // 2 :]}"
+def readable_path(path: Path) -> Path:
+    """The path from the working folder, if the file is in it."""
+    absolute, here = path.absolute(), Path.cwd()
+    return absolute.relative_to(here) if absolute.is_relative_to(here) else path
+
+
+def _shortened(text: str, width: int) -> str:
+    """A text on one line with visible control characters, cut in the middle: its answer stands at the end."""
+    line = visible(" ".join(text.split()))
+    kept = max(width - len(ELLIPSIS), 2) // 2
+    return line if len(line) <= width else line[:kept] + ELLIPSIS + line[-kept:]
 
 
 def _print_line(text: str) -> None:

@@ -106,9 +106,9 @@ def checkpoint_flags(folder):
     return [f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"]
 
 
-def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path, monkeypatch, capsys):
+def test_predict_answers_the_users_own_problems(quickstart, tmp_path, monkeypatch, capsys):
     _, folder = quickstart
-    monkeypatch.chdir(repository)
+    monkeypatch.chdir(tmp_path)
     problems = tmp_path / "mine.jsonl"
     rows = [{"id": f"mine-{i}", "problem": f"{i}+{i}=?", "answer": str(2 * i)} for i in (11, 22, 33)]
     del rows[1]["answer"]
@@ -122,6 +122,7 @@ def test_predict_answers_the_users_own_problems(quickstart, repository, tmp_path
         main([*command, *sampling])
     out = capsys.readouterr().out
     paths = [Path(line.removeprefix("Answers: ")) for line in out.splitlines() if line.startswith("Answers: ")]
+    assert [path.parts[0] for path in paths] == ["predictions", "predictions"]  # from the working folder
     once, twice = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
     assert all(path.parent.name.startswith("mine-") for path in paths)
     for problem, answer in zip(rows, once, strict=True):
