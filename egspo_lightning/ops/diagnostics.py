@@ -100,6 +100,7 @@ def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
         "tokens": mask.sum(),
         "high": high.sum(),
         "weight": masked_sum(weights, mask),
+        "weight_high": masked_sum(weights, high),
         "entropy": masked_sum(rollout.entropies, mask),
         "entropy_high": masked_sum(rollout.entropies, high),
         "rows": has_tokens.sum(),
@@ -133,6 +134,8 @@ def rollout_batch_metrics(sums: Metrics) -> Metrics:
         "policy/entropy_high": sums["entropy_high"] / high.clamp(min=1),
         "policy/entropy_low": (sums["entropy"] - sums["entropy_high"]) / (sums["tokens"] - high).clamp(min=1),
     }
+    if sums["weight"] > 0:
+        metrics["gate/high_weight_fraction"] = sums["weight_high"] / sums["weight"]
     if sums["rows"] > 0:
         metrics["gate/threshold"] = sums["threshold"] / sums["rows"]
     if "value" in sums:

@@ -55,6 +55,7 @@ def test_rollout_batch_metrics_by_hand():
     assert metrics == pytest.approx(
         {
             "gate/high_fraction": 1 / 3,
+            "gate/high_weight_fraction": 1 / 1.75,
             "gate/weight_mean": 1.75 / 3,
             "gate/weight_sum": 1.75,
             "gate/threshold": 1.0,
@@ -64,6 +65,11 @@ def test_rollout_batch_metrics_by_hand():
         },
         abs=1e-6,
     )
+
+
+def test_weights_of_zero_have_no_share():
+    metrics = rollout_batch_metrics(rollout_batch_sums(make(), torch.zeros(2, 4)))
+    assert "gate/high_weight_fraction" not in metrics
 
 
 def test_threshold_metric_averages_rows_with_finite_threshold():
