@@ -17,21 +17,36 @@ from egspo_lightning.callbacks.trainer_access import data_of, module_of
 CHARTS = {
     "reward": ("rollout/reward_mean", "rollout/reward_std"),
     "accuracy": ("rollout/accuracy",),
-    "entropy (nats)": ("policy/entropy", "policy/entropy_high", "policy/entropy_low", "gate/threshold"),
-    "gate": ("gate/high_fraction", "gate/weight_mean"),
+    "entropy (nats)": ("policy/entropy", "policy/entropy_high", "policy/entropy_low"),
+    "gate": ("gate/threshold", "gate/high_fraction", "gate/weight_mean"),
     "loss": ("loss/sft", "loss/egspo"),
 }
 """The metrics of each chart, in TensorBoard's order."""
 BENCHMARKS = r"eval/[^/]+/avg@\d+$"
 """Pattern of the benchmarks' accuracies, drawn beside the accuracy of the rollouts."""
-JUDGED = ("rollout/reward_mean", "rollout/accuracy", "policy/entropy")
-"""Metrics of the HParams tab, besides the benchmarks' accuracies."""
+HPARAMS = (
+    "model.method",
+    "seed_everything",
+    "stage_transition.learning_rate",
+    "model.optimizer.lr",
+    "model.gate",
+    "model.gate.top_fraction",
+    "model.attenuation",
+    "model.objective.mu",
+    "model.objective.beta",
+    "data.num_generations",
+)
+"""Hyperparameters of the HParams tab, in its order; ``config.yaml`` has all of them."""
+JUDGED = ("rollout/reward_mean", "policy/entropy")
+"""Metrics of the HParams tab, after the accuracies of the first ``NUM_BENCHMARKS`` benchmarks."""
+NUM_BENCHMARKS = 2
 
 
 class Dashboard(CheckpointedCallback):
     """Writes TensorBoard's chart layout, stage marks and HParams tab; other loggers get the hyperparameters.
 
     The layout is the Custom Scalars tab (http://localhost:6006/#custom_scalars): reward, accuracy, entropy, gate, loss.
+    The HParams tab has the hyperparameters that most runs differ in; the other loggers get all of them.
     At the stage transition each chart gets a vertical line, ``stage_mark/<chart>``, from its first values towards 0.
     The Text tab gets an entry ``stage`` with the step and the reason.
 
@@ -62,11 +77,12 @@ class Dashboard(CheckpointedCallback):
             else:
                 logger.log_hyperparams(parameters)
         names = [f"eval/{benchmark.name}/avg@{benchmark.num_samples}" for benchmark in data_of(trainer).benchmarks]
-        judged = dict.fromkeys([*JUDGED, *names], 0.0)  # by name: the tab takes their latest values
+        judged = dict.fromkeys([*names[:NUM_BENCHMARKS], *JUDGED], 0.0)  # by name: the tab takes their latest values
+        columns = {name: parameters[name] for name in HPARAMS if name in parameters}
         for logger in tensorboard_of(trainer):
             writer = logger.experiment
             writer.add_custom_scalars({"egspo": {title: ["Multiline", _tags(title)] for title in CHARTS}})
-            for part in hparams(parameters, judged)[:2] if parameters else []:
+            for part in hparams(columns, judged)[:2] if parameters else []:
                 writer.file_writer.add_summary(part)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

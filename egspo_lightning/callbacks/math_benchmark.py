@@ -18,6 +18,7 @@ from egspo_lightning.types import NonNegativeInt, Stage
 Results = dict[str, dict[str, float]]
 """Benchmark name to metric name to value."""
 FIT_FILE = "benchmarks.jsonl"
+SAME_AS_AVG = ("pass@1", "maj@1")
 
 
 class MathBenchmark(CheckpointedCallback):
@@ -147,10 +148,19 @@ class MathBenchmark(CheckpointedCallback):
         self.reports = [measurement.finish() for measurement in measurements]
         self.written = [measurement.journal.folder for measurement in measurements if measurement.journal is not None]
         self.latest = {found.benchmark: found.metrics for found in self.reports}
-        values = {f"eval/{name}/{metric}": v for name, part in self.latest.items() for metric, v in part.items()}
+        values = self._logged()
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step_of_phase(trainer))
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+    def _logged(self) -> dict[str, float]:
+        """The latest results by name; of a single sample pass@1 and maj@1 are left out, because they equal avg@1."""
+        return {
+            f"eval/{found.benchmark}/{metric}": value
+            for found in self.reports
+            for metric, value in found.metrics.items()
+            if found.num_samples > 1 or metric not in SAME_AS_AVG
+        }
 
     # During validate and test
 
@@ -182,9 +192,7 @@ class MathBenchmark(CheckpointedCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the metrics to what ``trainer.validate`` or ``test`` returns, once Lightning has logged its own."""
         for outputs in self._returned:
-            outputs.update(
-                {f"eval/{name}/{metric}": value for name, part in self.latest.items() for metric, value in part.items()}
-            )
+            outputs.update(self._logged())
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end

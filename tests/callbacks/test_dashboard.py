@@ -8,8 +8,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from browser import ALL_TEXT, tensorboard
 from egspo_lightning import Dashboard, MathBenchmark, RolloutSamples, StageTransition, TokenRecords
 from egspo_lightning.analysis.record_reading import load
-from egspo_lightning.callbacks.dashboard import BENCHMARKS, CHARTS
+from egspo_lightning.callbacks.dashboard import BENCHMARKS, CHARTS, HPARAMS
 from egspo_lightning.callbacks.run_config import flatten_by_class
+from egspo_lightning.cli.known_keys import find
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 
@@ -47,8 +48,9 @@ def test_layout_has_all_charts_and_every_pattern_matches_a_metric(tiny_run, even
         assert drawn[title] >= set(CHARTS[title])
     assert drawn["accuracy"] == {"rollout/accuracy", "eval/greedy/avg@1", "stage_mark/accuracy"}
     assert drawn["entropy (nats)"] == {
-        "policy/entropy", "policy/entropy_high", "policy/entropy_low", "gate/threshold", "stage_mark/entropy"
+        "policy/entropy", "policy/entropy_high", "policy/entropy_low", "stage_mark/entropy"
     }  # fmt: skip
+    assert drawn["gate"] == {"gate/threshold", "gate/high_fraction", "gate/weight_mean", "stage_mark/gate"}
     assert re.match(BENCHMARKS, "eval/aime24/avg@16")
     assert not re.match(BENCHMARKS, "eval/aime24/avg@16_se")
 
@@ -87,12 +89,29 @@ def test_hparams_plugin_gets_hyperparameters_and_metrics(tiny_run, events):
     found = {name: value.string_value or value.number_value for name, value in start.items()}
     assert found == HYPERPARAMETERS
     judged = [metric.name.tag for metric in hparams(log, "experiment").metric_infos]
-    assert judged == ["rollout/reward_mean", "rollout/accuracy", "policy/entropy", "eval/greedy/avg@1"]
+    assert judged == ["eval/greedy/avg@1", "rollout/reward_mean", "policy/entropy"]
     assert set(judged) <= set(log.Tags()["scalars"])
     assert "hp_metric" not in log.Tags()["scalars"]
     assert "_hparams_/session_end_info" in log.summary_metadata
     first = log.Scalars("rollout/accuracy")[0]
     assert first.step > 0  # no placeholder value at step 0
+
+
+def test_hparams_tab_has_fewer_than_fifteen_columns_in_a_useful_order(tiny_run, events):
+    names = [f"b{i}" for i in range(4)]
+    benchmarks = [GeneratedBenchmark(name, num_problems=1, task=BENCHMARK.task) for name in names]
+    shown = dashboard()
+    shown.hyperparameters = {f"other.{i}": i for i in range(80)} | dict.fromkeys(reversed(HPARAMS), 0.5)
+    run = tiny_run(MathBenchmark(), StageTransition(), shown, data={"benchmarks": benchmarks}, logger=True).fit()
+    tab = hparams(events(run.trainer), "experiment")
+    columns = [info.name for info in tab.hparam_infos], [info.name.tag for info in tab.metric_infos]
+    assert columns == (list(HPARAMS), ["eval/b0/avg@1", "eval/b1/avg@1", "rollout/reward_mean", "policy/entropy"])
+    assert len(columns[0]) + len(columns[1]) < 15
+    assert columns[0][0] == "model.method"
+
+
+def test_columns_of_hparams_are_known_keys():
+    assert [name for name in HPARAMS if find(name)[0] is None] == []
 
 
 def test_failed_run_has_no_session_end(tiny_run, events, monkeypatch):
