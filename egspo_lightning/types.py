@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # the grader's workers import this package without torch
     from torch import Tensor
@@ -55,6 +55,10 @@ class Stage(StrEnum):
     EGSPO = "egspo"
 
 
+Turn = tuple[str, str]
+"""A message of a conversation: role (system, user or assistant) and text."""
+
+
 class Problem(NamedTuple):
     """A question with its reference answer, as written by the source ("\\frac{1}{2}", "72")."""
 
@@ -64,6 +68,10 @@ class Problem(NamedTuple):
     """Empty if unknown: the problem can then be answered, but not graded or trained on."""
     subject: str = ""
     level: str = ""
+    context: tuple[Turn, ...] = ()
+    """Turns before the question. A system message comes first and replaces that of the prompt template."""
+    columns: Mapping[str, Any] | None = None
+    """Further columns of its row, for the reward."""
 
 
 class Demonstration(NamedTuple):
@@ -72,6 +80,10 @@ class Demonstration(NamedTuple):
     id: str
     problem: str
     solution: str
+    context: tuple[Turn, ...] = ()
+    """As of a ``Problem``."""
+    columns: Mapping[str, Any] | None = None
+    """As of a ``Problem``; used where the demonstration stands among rollouts."""
 
 
 class ExpertSolution(NamedTuple):

@@ -7,9 +7,10 @@ from typing import Literal
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.extraction import extract_boxed, extract_framed
 
-AnswerExtractor = Literal["none", "boxed", "gsm8k", "framebox", "bold", "olympiadbench"]
+AnswerExtractor = Literal["auto", "none", "boxed", "gsm8k", "framebox", "bold", "olympiadbench"]
 r"""Place of the answer in a text.
 
+- ``auto``: the last ``\boxed{}``, else the text after ``####``, else the whole text
 - ``none``: the whole text
 - ``boxed``: the last ``\boxed{}``
 - ``gsm8k``: the text after ``####``
@@ -49,6 +50,7 @@ def bold_answer(text: str) -> str | None:
 
 
 _EXTRACTORS: dict[AnswerExtractor, Callable[[str], str | None]] = {
+    "auto": lambda text: extract_boxed(text) or gsm8k_answer(text) or text.strip(),
     "none": str.strip,
     "boxed": extract_boxed,
     "gsm8k": gsm8k_answer,

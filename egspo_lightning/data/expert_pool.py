@@ -123,4 +123,5 @@ def _as_problem(demonstration: Demonstration) -> Problem:
             f"data.expert_fraction: demonstration {demonstration.id!r} has no answer in \\boxed{{}}, so it cannot "
             "be used among rollouts. Drop it, or set expert_fraction to 0."
         )
-    return Problem(demonstration.id, demonstration.problem, answer)
+    context, columns = demonstration.context, demonstration.columns
+    return Problem(demonstration.id, demonstration.problem, answer, context=context, columns=columns)

@@ -6,6 +6,7 @@ Prompt and completion are tokenized separately, so that a demonstration has exac
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from jinja2 import TemplateError
 from egspo_lightning.chat_turns import assistant_text, turn_end
 from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.think_blocks import close_opened_block
-from egspo_lightning.types import Demonstration, Problem
+from egspo_lightning.types import Demonstration, Problem, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,10 +31,12 @@ class PromptTemplate:
     r"""Turns a problem into a prompt, with the tokenizer's chat template or as plain text.
 
     Braces in a problem's text are safe. The tokenizer decides whether text that spells a special token becomes that
-    token (``split_special_tokens``).
+    token (``split_special_tokens``). A chat template receives the earlier turns of a conversation as messages; plain
+    text has them before the problem, separated by blank lines.
 
     Args:
-        system: The instruction: the system message of a chat, and "{system}" in plain text; may be empty.
+        system: The instruction: the system message of a chat, and "{system}" in plain text; may be empty. A problem
+            with a system message of its own keeps that one instead.
         plain: The text for models without a chat template. It has "{problem}" exactly once, and "{system}" where the
             instruction belongs. With an empty instruction, blank lines at the beginning are dropped.
         use_chat_template: "auto" (where there is one), "always" (an error where there is none) or "never".
@@ -60,25 +63,27 @@ class PromptTemplate:
                 "chat template, such as enable_thinking."
             )
 
-    def render(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> str:
-        """Return the prompt as text.
+    def render(self, tokenizer: PreTrainedTokenizerBase, problem_text: str, context: Sequence[Turn] = ()) -> str:
+        """Return the prompt as text; ``context`` holds the turns before the problem.
 
         Raises:
             UserError: a chat template is asked for and there is none, or it does not have the variables of
                 ``chat_template_kwargs``, or it refuses the messages.
         """
         if self._is_chat(tokenizer):
-            return self._render_chat(tokenizer, problem_text)
+            return self._render_chat(tokenizer, problem_text, context)
         if self.chat_template_kwargs:
             raise UserError(
                 f"chat_template_kwargs = {self.chat_template_kwargs}, but no chat template is used: the tokenizer has "
                 'none, or use_chat_template is "never". Leave chat_template_kwargs out.'
             )
+        system, turns = self._system_and_turns(context)
         before, _, after = self.plain.partition(_PROBLEM)
-        before, after = before.replace(_SYSTEM, self.system), after.replace(_SYSTEM, self.system)
-        return (before if self.system else before.lstrip("\n")) + problem_text + after
+        before, after = before.replace(_SYSTEM, system), after.replace(_SYSTEM, system)
+        told = "\n\n".join([*(text for _, text in turns), problem_text])
+        return (before if system else before.lstrip("\n")) + told + after
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, problem_text: str) -> list[int]:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, problem_text: str, context: Sequence[Turn] = ()) -> list[int]:
         """Return the prompt as token ids.
 
         A chat template writes its special tokens itself. Plain text gets a BOS where the tokenizer adds one to any
@@ -87,7 +92,7 @@ class PromptTemplate:
         Raises:
             UserError: as ``render`` does.
         """
-        return self._prompt_ids(tokenizer, self.render(tokenizer, problem_text))
+        return self._prompt_ids(tokenizer, self.render(tokenizer, problem_text, context))
 
     def _prompt_ids(self, tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
         ids: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
@@ -108,10 +113,11 @@ class PromptTemplate:
         Raises:
             UserError: as ``render`` does.
         """
-        prompt = self.render(tokenizer, demonstration.problem)
+        problem, context = demonstration.problem, demonstration.context
+        prompt = self.render(tokenizer, problem, context)
         text, end_id = demonstration.solution, tokenizer.eos_token_id
         if self._is_chat(tokenizer) and (end := turn_end(tokenizer)):
-            text = assistant_text(self._render_chat(tokenizer, demonstration.problem, text), prompt, text, end)
+            text = assistant_text(self._render_chat(tokenizer, problem, context, text), prompt, text, end)
             end_id = tokenizer.convert_tokens_to_ids(end)
         text = close_opened_block(text, prompt)
         return self._prompt_ids(tokenizer, prompt), [*tokenizer.encode(text, add_special_tokens=False), end_id]
@@ -124,13 +130,25 @@ class PromptTemplate:
             )
         return self.use_chat_template != "never" and bool(tokenizer.chat_template)
 
-    def _render_chat(self, tokenizer: PreTrainedTokenizerBase, problem_text: str, solution: str | None = None) -> str:
+    def _system_and_turns(self, context: Sequence[Turn]) -> tuple[str, Sequence[Turn]]:
+        """The system message, and the turns between it and the problem."""
+        if context and context[0][0] == "system":
+            return context[0][1], context[1:]
+        return self.system, context
+
+    def _render_chat(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        problem_text: str,
+        context: Sequence[Turn],
+        solution: str | None = None,
+    ) -> str:
         """The prompt, or, with a solution, the whole conversation."""
-        messages = [{"role": "user", "content": problem_text}]
+        system, turns = self._system_and_turns(context)
+        turns = [("system", system)] * bool(system) + [*turns, ("user", problem_text)]
         if solution is not None:
-            messages.append({"role": "assistant", "content": solution})
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
+            turns.append(("assistant", solution))
+        messages = [{"role": role, "content": text} for role, text in turns]
         variables = self._variables(tokenizer)
         try:
             rendered = tokenizer.apply_chat_template(
@@ -138,8 +156,9 @@ class PromptTemplate:
             )
         except TemplateError as error:
             raise UserError(
-                f"The tokenizer's chat template refuses the prompt: {error}. "
-                'If it has no system message, set system to "", or use_chat_template to "never".'
+                f"The tokenizer's chat template refuses the roles {', '.join(role for role, _ in turns)}: {error}. "
+                'If it has no system message, set system to "" and remove those of the data, or set use_chat_template '
+                'to "never".'
             ) from error
         return str(rendered)
 
@@ -168,7 +187,7 @@ class PromptEncoder:
         Raises:
             UserError: the prompt has more than ``max_length`` tokens.
         """
-        ids = self.template.encode(self.tokenizer, problem.problem)
+        ids = self.template.encode(self.tokenizer, problem.problem, problem.context)
         if len(ids) > self.max_length:
             raise UserError(
                 f"data.max_prompt_length = {self.max_length} is shorter than the prompt of problem {problem.id!r}, "

@@ -1,16 +1,17 @@
 """Reader of rows: JSON Lines, CSV, JSON, Parquet and Arrow files, and data sets of the Hugging Face Hub."""
 
 import csv
+import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from egspo_lightning.errors import UserError
+from egspo_lightning.errors import UserError, did_you_mean
 
 Row = tuple[str, dict[str, Any]]
 """The place of a row ("data/train.jsonl:12", "openai/gsm8k:train:11"), for errors, and its fields."""
@@ -21,9 +22,7 @@ _BUILDERS = {".jsonl": "json", ".csv": "csv", ".json": "json", ".parquet": "parq
 """File suffix to the builder of the datasets library."""
 
 
-def read_rows(
-    path: str, config: str | None = None, split: str = "train", columns: Collection[str] = ()
-) -> Iterator[Row]:
+def read_rows(path: str, config: str | None = None, split: str = "train") -> Iterator[Row]:
     """Yield the rows of a file, a local folder or a data set of the Hub.
 
     JSON Lines and CSV files are read line by line: errors name the line, and CSV numbers keep their digits. The
@@ -35,29 +34,39 @@ def read_rows(
             is read as JSON Lines.
         config: The configuration of a data set that has several.
         split: The split of the data set, or a part of it ("train[:1000]"). JSON Lines and CSV files have no splits.
-        columns: The columns that a data set must have. Rows of JSON Lines and CSV files are not checked.
 
     Raises:
-        UserError: the rows cannot be read, a line is malformed, a column is missing, or a text holds NUL or half of a
-            surrogate pair, which neither tokenizers nor JSON files take.
+        UserError: the rows cannot be read, a line is malformed, or a text holds NUL or half of a surrogate pair, which
+            neither tokenizers nor JSON files take.
     """
     rows: Iterable[Row]
     suffix, is_file = Path(path).suffix, Path(path).is_file()
-    is_lines = suffix in (".jsonl", ".csv") or (is_file and suffix not in _BUILDERS)
-    if is_lines and not Path(path).is_dir() and "://" not in path:
-        files = sorted(glob(path)) or [path] * is_file  # a name with brackets matches no pattern
-        if not files:
-            raise UserError(
-                f"{path}: no such file. Give the path of a file or folder, or a data set's name on the Hub."
-            )
+    is_local = "://" not in path and (suffix in _BUILDERS or is_file) and not Path(path).is_dir()
+    files = sorted(glob(path)) or [path] * is_file if is_local else []  # a name with brackets matches no pattern
+    if is_local and not files:
+        raise _no_such_file(path)
+    if is_local and (suffix in (".jsonl", ".csv") or suffix not in _BUILDERS):
         rows = chain.from_iterable(map(_csv_rows if suffix == ".csv" else _json_lines, map(Path, files)))
     else:
-        rows = _dataset_rows(path, config, split, columns)
+        rows = _dataset_rows(path, config, split)
     for where, row in rows:
         for field, value in row.items():
-            for text in value if isinstance(value, list) else [value]:
-                _require_storable(text, field, where)
+            _require_storable(value, field, where)
         yield where, row
+
+
+def _no_such_file(path: str) -> UserError:
+    return UserError(
+        f"{path}: no such file.{_similar(path)} Give the path of a file or folder, or a data set's name on the Hub."
+    )
+
+
+def _similar(path: str) -> str:
+    """The guess at a path beside one that does not exist; empty where none is similar."""
+    folder = Path(path).parent
+    beside = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(Path(path).name, beside, n=1)
+    return f" Did you mean {folder / close[0]}?" if close else ""
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -95,22 +104,22 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV in UTF-8 ({error}).") from None
 
 
-def _dataset_rows(path: str, config: str | None, split: str, columns: Collection[str]) -> Iterator[Row]:
+def _dataset_rows(path: str, config: str | None, split: str) -> Iterator[Row]:
     """The rows of a data set, counted from 0 as in the viewer of the Hub."""
     try:
         table = _load_dataset(path, config, split)
+    except UserError:
+        raise
     except Exception as error:  # the library raises whatever its file systems and HTTP clients raise
+        if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+            raise _no_such_file(path) from error  # no name on the Hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        guess = "" if Path(path).exists() else _similar(path)
         raise UserError(
-            f"data set {path!r} (config {config!r}, split {split!r}) could not be loaded: {reason} "
+            f"data set {path!r} (config {config!r}, split {split!r}) could not be loaded: {reason}{guess} "
             "Check its name, config and split. Without a network, download it beforehand and give the path of a "
             "local folder or file."
         ) from error
-    if missing := [column for column in columns if column not in table.column_names]:
-        raise UserError(
-            f"data set {path!r} (split {split!r}) has no column {', '.join(map(repr, missing))}. "
-            f"Its columns are {', '.join(table.column_names)}."
-        )
     for number, row in enumerate(table):
         yield f"{path}:{split}:{number}", row
 
@@ -119,7 +128,7 @@ def _load_dataset(path: str, config: str | None, split: str) -> Any:
     import datasets
 
     split_name = re.split(r"[\[+]", split)[0]
-    folder = Path(path, split_name) if Path(path, "dataset_dict.json").is_file() else Path(path)
+    folder = _saved_split(Path(path), split_name)
     if (folder / "state.json").is_file():  # written by save_to_disk, which load_dataset refuses
         return datasets.load_dataset("arrow", data_files={split_name: f"{folder}/*.arrow"}, split=split)
     builder = None if folder.is_dir() else _BUILDERS.get(folder.suffix)
@@ -128,8 +137,22 @@ def _load_dataset(path: str, config: str | None, split: str) -> Any:
     return datasets.load_dataset(path, config, split=split)
 
 
+def _saved_split(folder: Path, split: str) -> Path:
+    """The folder of a split, where ``save_to_disk`` wrote several; otherwise the folder itself."""
+    index = folder / "dataset_dict.json"
+    if not index.is_file():
+        return folder
+    splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
+    if split not in splits:
+        raise UserError(f"{folder}: no split {split!r}. {did_you_mean(split, splits)}. Set split to one of them.")
+    return folder / split
+
+
 def _require_storable(value: Any, field: str, where: str) -> None:
-    """Refuse a text that JSON allows, but neither tokenizers nor files of records take."""
+    """Refuse a text, also within lists and mappings, that neither tokenizers nor files of records take."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            _require_storable(part, field, where)
     if not isinstance(value, str):
         return
     if "\0" in value:

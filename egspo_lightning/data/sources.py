@@ -9,7 +9,7 @@ A source of your own is a subclass with ``load``::
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Generic, TypeVar
 
 from egspo_lightning.data.answer_formats import normalize_problem
@@ -26,7 +26,7 @@ class EndlessOrder(Generic[ItemT]):
     """
 
     def __init__(self, items: Sequence[ItemT], seed: str) -> None:
-        self.items, self._seed = items, seed
+        self.items, self.seed = items, seed
         self._pass, self._shuffled = -1, list[ItemT]()
 
     def draw(self, start: int, count: int) -> list[ItemT]:
@@ -37,12 +37,15 @@ class EndlessOrder(Generic[ItemT]):
         pass_number, place = divmod(position, len(self.items))
         if pass_number != self._pass:
             self._pass, self._shuffled = pass_number, list(self.items)
-            random.Random(f"{self._seed}/{pass_number}").shuffle(self._shuffled)
+            random.Random(f"{self.seed}/{pass_number}").shuffle(self._shuffled)
         return self._shuffled[place]
 
 
 class DemonstrationSource(ABC):
     """A source of expert demonstrations for SFT."""
+
+    columns: Collection[str] | None = ()
+    """Names of further columns that the reward receives; None for all. Set before ``load``; a source may ignore it."""
 
     @abstractmethod
     def load(self) -> list[Demonstration]:
@@ -51,6 +54,9 @@ class DemonstrationSource(ABC):
 
 class ProblemSource(ABC):
     """An endless stream of problems for rollouts, in an order that is a pure function of the seed."""
+
+    columns: Collection[str] | None = ()
+    """As of a ``DemonstrationSource``; set before ``prepare``."""
 
     @abstractmethod
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:
@@ -101,6 +107,10 @@ class FiniteProblems(ProblemSource):
     def problems(self) -> Sequence[Problem]:
         """The problems that are not excluded, in the source's order."""
         return self._order.items
+
+    def keep(self, kept: Sequence[Problem]) -> None:
+        """Reduce the problems, after ``prepare``, to some of them."""
+        self._order = EndlessOrder(kept, self._order.seed)
 
     def draw(self, start: int, count: int) -> list[Problem]:
         """Problems of the stream; see ``ProblemSource.draw``."""

@@ -62,9 +62,15 @@ def prepare_problems(
     if not isinstance(source, FiniteProblems):
         return num_excluded, 0
     template, tokenizer = encoder.template, encoder.tokenizer
-    long = [p for p in source.problems if len(template.encode(tokenizer, p.problem)) > encoder.max_length]
-    if long and long_problems == "error":
-        encoder.encode(max(long, key=lambda problem: len(problem.problem)))
-    if long:
-        source.prepare(seed, excluded | {normalize_problem(problem.problem) for problem in long})
-    return num_excluded, len(long)
+    lengths = [len(template.encode(tokenizer, p.problem, p.context)) for p in source.problems]
+    num_long = sum(length > encoder.max_length for length in lengths)
+    if num_long and long_problems == "error":
+        encoder.encode(source.problems[lengths.index(max(lengths))])
+    if num_long == len(lengths):
+        raise UserError(
+            f"data.problems: all {num_long} have prompts of more than data.max_prompt_length = {encoder.max_length} "
+            f"tokens; the shortest has {min(lengths)}. Raise it."
+        )
+    if num_long:
+        source.keep([p for p, length in zip(source.problems, lengths, strict=True) if length <= encoder.max_length])
+    return num_excluded, num_long

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from egspo_lightning.data.answer_formats import AnswerExtractor
 from egspo_lightning.data.reader import read_rows
+from egspo_lightning.data.row_values import Fields
 from egspo_lightning.data.rows import ProblemRows, problem_of
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.family import ProblemFamily, Split, require_family
@@ -118,9 +119,9 @@ class DatasetBenchmark(Benchmark, ProblemRows):
         path: str,
         config: str | None = None,
         split: str = "test",
-        problem_field: str = "problem",
-        answer_field: str = "answer",
-        answer_extractor: AnswerExtractor = "none",
+        problem_field: str | None = None,
+        answer_field: str | None = None,
+        answer_extractor: AnswerExtractor = "auto",
         **sampling: Any,
     ) -> None:
         super().__init__(name, **sampling)
@@ -170,12 +171,12 @@ class KnownBenchmark(Benchmark):
         return [problem_of(row, where, *_fields(row, recipe)) for where, row in rows]
 
 
-def _fields(row: dict[str, Any], recipe: Recipe) -> tuple[str, str, AnswerExtractor]:
+def _fields(row: dict[str, Any], recipe: Recipe) -> tuple[Fields, AnswerExtractor]:
     """The fields of problem and answer in a row: the columns of the Hub, or "problem" and "answer"."""
-    hub = recipe.rows
-    if hub.problem_field in row and hub.answer_field in row:
-        return hub.problem_field, hub.answer_field, hub.answer_extractor
-    return "problem", "answer", recipe.local_extractor
+    hub = Fields(recipe.rows.problem_field or "problem", recipe.rows.answer_field or "answer")
+    if hub.problem in row and hub.answer in row:
+        return hub, recipe.rows.answer_extractor
+    return Fields("problem", "answer"), recipe.local_extractor
 
 
 def require_different_ids(problems: Sequence[Problem], where: str) -> None:
