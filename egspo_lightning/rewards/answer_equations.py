@@ -11,14 +11,18 @@ _SUBSCRIPT = r"_(?:\w|\{[^{}]*\})"
 _NAME = rf"(?:[A-Za-z]+|\\(?!frac|sqrt|text|le|ge|ne)[A-Za-z]+)(?:{_SUBSCRIPT}|'|\^\{{-1\}}(?=\())*"
 _LEFT = re.compile(rf"{_NAME}(?:\((?:{_NAME}|\d+)(?:,(?:{_NAME}|\d+))*\))?|\((?:{_NAME},)+{_NAME}\)")
 _NO_NAME = re.compile(rf"{_SUBSCRIPT}|\([^()]*\)")
+_POINT = re.compile(r"(?:[ABD-Z]|\\text\{[A-Z]\})(\([^()]*,[^()]*\))")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 
 
 def as_tuple(text: str, other: str) -> str:
     """Return ``(4,3)`` for ``y=3,x=4``, in the order of the alphabet, unless the other text names its values, too.
 
-    ``x=y=1`` is ``(1,1)`` for a list. Returns the text for all else, also for ``x_1=3,x_2=4``.
+    ``P(1,2)`` is ``(1,2)`` for a tuple, ``x=y=1`` is ``(1,1)`` for a list. Returns the text for all else, also for
+    ``x_1=3,x_2=4``.
     """
+    if (point := _POINT.fullmatch(text)) and other.startswith("("):
+        return point[1]
     if "=" not in text or "=" in other:
         return text
     if len(chain := text.split("=")) > 2 and "," not in text and "," in other:

@@ -25,11 +25,12 @@ Decide = Callable[[str, str], Verdict]
 _VARIABLE = re.compile(r"(?<=[A-Za-z])\([a-z]\)$")
 _QUALIFIER = re.compile(
     r"[\s,(]*(?:\\text\{[^{}]*\}\s*)?(?:[a-z]\\in\s*\\(?:mathbb|text)\{[ZNQRC]\}(?:[_^]?\{?[+*]\}?)?"
-    r"|[a-z]\s*\\text\{is an? (?:integer|natural number)\}"
+    r"|[a-z]\s*\\text\{is an? (?:integer|natural number)\}|\\text\{(?:for|where) (?:all |any |an? )?integers?\}[a-z]"
     r"|[a-z]=(?:0|1),(?:\\pm)?[12],(?:(?:\\pm)?[23],)?\\ldots)\)?$"
 )
 _REGION = re.compile(r"[<>]|\\(?:le|ge|ne|in|notin|cup|cap|setminus|mathbb|emptyset)(?![A-Za-z])|[(\[].*\\infty.*[\])]")
 _SPACED_NUMBERS = re.compile(r"-?[\d.]+(?:\s+[\d.]+)+")
+_COMMA = re.compile(r"-?\d+,(?!\d{3}$)\d+")
 _SET = r"\{\}"
 _CHOOSE = re.compile(r"(?:\\text\{)?([CPA])\}?(?:_\{?(\d{1,3})\}?\^\{?(\d{1,3})\}?|\^\{?(\d{1,3})\}?_\{?(\d{1,3})\}?)")
 _CALLED = re.compile(r"C\((\d{1,3}),(\d{1,3})\)")
@@ -76,6 +77,8 @@ def _compare(answer: str, gold: str, decide: Decide) -> Verdict:
     answer, gold = as_tuple(answer, gold), as_tuple(gold, answer)
     if is_equation(answer, gold) or is_equation(gold, answer):
         return _compare_equations(answer, gold, decide)
+    if _COMMA.fullmatch(answer) and answer.replace(",", ".") == gold:  # 3,14
+        return True
     if parse_number(answer) and parse_number(gold):  # 1,000,001 is no list where 1,000,000 is the gold answer
         return _compare_single(answer, gold, decide)
     return _any(_compare_readings(*pair, decide) for pair in product(readings(answer), readings(gold)))

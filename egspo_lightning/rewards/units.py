@@ -71,8 +71,10 @@ _USUAL = "|".join(sorted((word for word in _CANONICAL if len(word) > 1), key=len
 # Bare letters are a unit only where they are one of the usual words, or surely a noun; others may be variables.
 _NOUN = r"(?:(?=[a-z]*[eio])[a-z]{3}|(?=[a-z]*[aeiouy])[a-z]{4,}|[^\W\d_A-Za-z]{1,3}|(?=\w*[^\W\d_A-Za-z])[^\W\d_]{4,})"
 _BARE = rf"(?<![^\W\d_])(?<![\\_^])(?!(?:or|mod)(?![a-z]))(?:{_USUAL}|sq|per|in|m/s|{_NOUN})(?![^\W_])"
-_ATOM = rf"(?:\\text\{{(?:[^{{}}\\]|\{{[^{{}}]*\}}|\\(?:cdot|times|mu|Omega))*\}}|{_BARE})(?:\^(?:-?\d|\{{-?\d+\}}))?"
-_PHRASE = rf"(?:/?\s*{_ATOM}|\\frac\{{\s*{_ATOM}\s*\}}\{{\s*{_ATOM}\s*\}})(?:\s*(?:\\cdot|\\times|/|\.)?\s*{_ATOM})*"
+_TYPESET = r"\\Omega(?![A-Za-z])|\\mu\s*(?=\\text)|\\text\{(?:[^{}\\]|\{[^{}]*\}|\\(?:cdot|times|mu|Omega))*\}"
+_ATOM = rf"(?:{_TYPESET}|{_BARE})(?:\^(?:-?\d|\{{-?\d+\}}))?"
+_QUOTIENT = rf"\\frac\{{\s*(?:{_ATOM}|k?m)\s*\}}\{{\s*(?:{_ATOM}|[sh](?:\^2)?)\s*\}}"
+_PHRASE = rf"(?:/?\s*{_ATOM}|{_QUOTIENT})(?:\s*(?:\\cdot|\\times|/|\.)?\s*{_ATOM})*"
 _MEASURED = re.compile(
     rf"(.*?(?:[\d)}}!]|\\pi|\\circ|[A-Za-z](?=\s*/?\s*\\text)))\s*({_PHRASE}|[€£¥₹₽]|\\?\$)", re.DOTALL | re.IGNORECASE
 )
@@ -131,6 +133,7 @@ def _split_phrase(text: str) -> Quantity:
 def _words(phrase: str) -> list[tuple[str, str]]:
     """Return the words and the slashes of a unit with their exponents."""
     phrase = re.sub(r"\\frac\{(.*)\}\{(.*)\}", r"\1/\2", phrase)
+    phrase = phrase.replace(r"\Omega", "ohm").replace(r"\mu", "micro")
     phrase = re.sub(r"\\[A-Za-z]+|in (?=total|all)", " ", phrase)
     return _WORD.findall(re.sub(r"[{}]|(?<=[a-z])\.", "", phrase).casefold())
 
