@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from egspo_lightning.data.prompts import PromptEncoder, PromptTemplate
 from egspo_lightning.data.sized_loader import SizedLoader
 from egspo_lightning.data.sources import DemonstrationSource, ProblemSource
-from egspo_lightning.data.training_data import LongProblems, load_demonstrations, prepare_problems
+from egspo_lightning.data.training_data import LongProblems, load_demonstrations, match_columns, prepare_problems
 from egspo_lightning.errors import require
 from egspo_lightning.evaluation.answerer import PREDICT, Answerer
 from egspo_lightning.evaluation.answers import GREEDY, Answer, AnswerSampling
@@ -177,6 +177,10 @@ class HybridDataModule(LightningDataModule):
 
     def _load_training_data(self) -> None:
         excluded = self.answerer.asked
+        if self.reward.columns != frozenset():  # else a source keeps its class's default
+            self.problems.reward_columns = self.reward.columns
+            if self.num_experts:
+                self.demonstrations.reward_columns = self.reward.columns
         pool, num_asked = load_demonstrations(
             self.demonstrations,
             self.encoder,
@@ -193,6 +197,10 @@ class HybridDataModule(LightningDataModule):
         if self.expert_fraction > 0:
             pool.require_answers()
         self.phases.pool = pool
+        if reaches_egspo(self.trainer, self._policy.initial_stage):
+            experts = [item.demonstration for item in pool.demonstrations] if self.num_experts else []
+            for fact in match_columns(self.reward, self.problems, self.demonstrations, experts):
+                rank_zero_info(fact)
         rank_zero_info(
             f"Data: {len(pool.demonstrations)} demonstrations (dropped: {num_asked} that a benchmark contains, "
             f"{pool.num_dropped} that are too long, {pool.num_wrong} that the grader marks wrong; without an answer: "

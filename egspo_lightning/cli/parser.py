@@ -3,7 +3,7 @@
 import re
 from argparse import HelpFormatter
 from collections.abc import Iterator, Sequence
-from inspect import isabstract, isclass, isfunction, signature
+from inspect import Parameter, isabstract, isclass, isfunction, signature
 from pydoc import locate
 from typing import Any, NoReturn, get_args
 
@@ -115,7 +115,18 @@ def protocol_gaps(given: Any, protocol: type) -> Iterator[str]:
         if own is None:
             yield f"has no method {name}; it needs: {needed}"
         elif (declared := _declaration(name, own)) != needed:
-            yield f"declares {declared}; it needs: {needed}"
+            default = "; its further parameters need a default" if len(_required(own)) > len(_required(method)) else ""
+            yield f"declares {declared}; it needs: {needed}{default}"
+
+
+def _required(method: Any) -> list[str]:
+    """Parameters without a default; a function beside a method of a protocol has no ``self`` to count."""
+    try:
+        parameters = signature(method).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is Parameter.empty and p.kind not in variable and p.name != "self"]
 
 
 def _declaration(name: str, method: Any) -> str:

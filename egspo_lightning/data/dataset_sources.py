@@ -29,7 +29,7 @@ class DatasetDemonstrations(DatasetRows, DemonstrationSource):
 
     def load(self) -> list[Demonstration]:
         """The demonstrations, in the order of the data."""
-        fields, columns = Fields(self.problem_field, self.answer_field, self.solution_field), self.columns
+        fields, columns = Fields(self.problem_field, self.answer_field, self.solution_field), self.reward_columns
         return [demonstration_of(row, where, fields, self.solution_format, columns) for where, row in self.rows()]
 
 
@@ -39,7 +39,7 @@ class DatasetProblems(ProblemRows, FiniteProblems):
 
     def load(self) -> list[Problem]:
         """The problems, in the order of the data."""
-        return self.read_problems(columns=self.columns)
+        return self.read_problems(columns=self.reward_columns)
 
     def load_questions(self) -> list[Problem]:
         """The problems for ``predict``; a row, or the whole data set, may have no answer."""

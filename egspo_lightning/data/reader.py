@@ -150,11 +150,16 @@ def _saved_split(folder: Path, split: str) -> Path:
 
 def _require_storable(value: Any, field: str, where: str) -> None:
     """Refuse a text, also within lists and mappings, that neither tokenizers nor files of records take."""
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            _require_storable(part, field, where)
-    if not isinstance(value, str):
-        return
+    parts = [value]
+    while parts:  # no recursion: JSON may be nested more deeply than Python calls
+        part = parts.pop()
+        if isinstance(part, str):
+            _require_storable_text(part, field, where)
+        elif isinstance(part, dict | list):
+            parts += part.values() if isinstance(part, dict) else part
+
+
+def _require_storable_text(value: str, field: str, where: str) -> None:
     if "\0" in value:
         raise UserError(f"{where}: field {field!r} holds the character NUL (\\u0000). Remove it.")
     try:

@@ -1,6 +1,6 @@
 """Rows of a data set, and their conversion into problems and demonstrations."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -38,9 +38,13 @@ class DatasetRows:
     answer_field: str | None = None
     limit: PositiveInt | None = None
 
-    def rows(self) -> Iterable[Row]:
+    def rows(self) -> Iterator[Row]:
         """The rows with their places, see ``read_rows``."""
-        return islice(read_rows(self.path, self.config, self.split), self.limit)
+        names = dict[str, None]()
+        for where, row in islice(read_rows(self.path, self.config, self.split), self.limit):
+            names.update(dict.fromkeys(row))
+            yield where, row
+        self.column_names: Collection[str] = names
 
 
 @dataclass

@@ -44,8 +44,10 @@ class EndlessOrder(Generic[ItemT]):
 class DemonstrationSource(ABC):
     """A source of expert demonstrations for SFT."""
 
-    columns: Collection[str] | None = ()
+    reward_columns: Collection[str] | None = ()
     """Names of further columns that the reward receives; None for all. Set before ``load``; a source may ignore it."""
+    column_names: Collection[str] = ()
+    """Names of all columns of the data, for messages. Known after ``load``."""
 
     @abstractmethod
     def load(self) -> list[Demonstration]:
@@ -55,8 +57,10 @@ class DemonstrationSource(ABC):
 class ProblemSource(ABC):
     """An endless stream of problems for rollouts, in an order that is a pure function of the seed."""
 
-    columns: Collection[str] | None = ()
+    reward_columns: Collection[str] | None = ()
     """As of a ``DemonstrationSource``; set before ``prepare``."""
+    column_names: Collection[str] = ()
+    """As of a ``DemonstrationSource``; known after ``prepare``."""
 
     @abstractmethod
     def prepare(self, seed: int, excluded: frozenset[str]) -> int:

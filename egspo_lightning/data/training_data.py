@@ -1,5 +1,6 @@
 """Preparation of training data: removes benchmark problems, long ones and wrong demonstrations, and counts them."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from egspo_lightning.data.answer_formats import normalize_problem
@@ -8,7 +9,9 @@ from egspo_lightning.data.expert_pool import ExpertPool
 from egspo_lightning.data.prompts import PromptEncoder
 from egspo_lightning.data.sources import DemonstrationSource, FiniteProblems, ProblemSource
 from egspo_lightning.errors import UserError
+from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.grading import MathGrader
+from egspo_lightning.types import Demonstration, Problem
 
 LongProblems = Literal["error", "drop"]
 
@@ -46,6 +49,34 @@ def load_demonstrations(
     pool = ExpertPool.encode(clean, encoder, max_completion_length=max_completion_length, seed=seed)
     pool = drop_wrong(pool, encoder.tokenizer, grader, needs_answers=needs_answers)
     return pool, len(loaded) - len(clean)
+
+
+def match_columns(
+    reward: WeightedReward,
+    problems: ProblemSource,
+    source: DemonstrationSource,
+    experts: Sequence[Demonstration],
+) -> list[str]:
+    """Check that the data has the columns that a reward names; returns sentences on what the reward receives.
+
+    Args:
+        reward: the reward of the rollouts
+        problems: their problems, prepared
+        source: the source of the demonstrations
+        experts: those demonstrations that stand among the rollouts
+
+    Raises:
+        UserError: a column is missing, or has the name of another argument of the reward.
+    """
+    drawn = problems.problems if isinstance(problems, FiniteProblems) else problems.draw(0, 1)
+    facts = reward.require_columns(_columns_of(drawn), problems.column_names)
+    if experts:
+        facts += reward.require_columns(_columns_of(experts), source.column_names)
+    return list(dict.fromkeys(facts))
+
+
+def _columns_of(items: Sequence[Problem | Demonstration]) -> list[str]:
+    return list(dict.fromkeys(name for item in items for name in item.columns or ()))
 
 
 def prepare_problems(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
 from egspo_lightning.errors import UserError, require
+from egspo_lightning.rewards.columns import ColumnParameters
 from egspo_lightning.rewards.functions import CorrectnessReward, Details, Reward
 from egspo_lightning.rewards.grading import MathGrader
 
@@ -84,6 +85,38 @@ class WeightedReward(Reward):
         """Whether a term of weight other than 0 rewards correct answers, see `CorrectnessReward`."""
         return any(getattr(term, "needs_answers", False) for name, term in self.terms.items() if self.weights[name])
 
+    @property
+    def columns(self) -> frozenset[str] | None:
+        """The columns of the data that the terms name; None where a term takes all of them."""
+        wanted = [parameters for _, parameters in self._column_parameters()]
+        if any(parameters.takes_all for parameters in wanted):
+            return None
+        return frozenset().union(*(parameters.named for parameters in wanted))
+
+    def require_columns(self, columns: Collection[str], known: Collection[str] = ()) -> list[str]:
+        """Check each term against the columns of the data; return a sentence for each term that receives some.
+
+        Args:
+            columns: the columns that problems keep for the reward
+            known: all columns of the data, for messages
+
+        Raises:
+            UserError: the data lacks a column, or a column has the name of another argument.
+        """
+        facts = []
+        for where, parameters in self._column_parameters():
+            parameters.require(columns, where, known)
+            if fact := parameters.summary(columns):
+                facts.append(f"{where} {fact}.")
+        return facts
+
+    def _column_parameters(self) -> Iterator[tuple[str, ColumnParameters]]:
+        for name, term in self.terms.items():
+            if isinstance(term, WeightedReward):
+                yield from term._column_parameters()
+            else:
+                yield _where(name, term), ColumnParameters.of(term)
+
     def require_fit(self, max_completion_length: int) -> None:
         """Let each term check the length limit.
 
@@ -106,10 +139,11 @@ def _values(
     name: str, term: Any, completions: Sequence[str], golds: Sequence[str], details: Sequence[Details]
 ) -> list[float]:
     """Return the rewards of a term as floats. Errors name the term."""
-    source = term if hasattr(term, "__qualname__") else type(term)
-    where = f"data.reward: {name} ({source.__module__}.{source.__qualname__})"
+    where = _where(name, term)
     try:
-        known = {"details": details} if details and "details" in inspect.signature(term).parameters else {}
+        known: dict[str, Any] = ColumnParameters.of(term).values(details) if details else {}
+        if details and "details" in inspect.signature(term).parameters:
+            known["details"] = details
         given = term(completions, golds, **known)
     except UserError:
         raise
@@ -122,6 +156,11 @@ def _values(
     if len(given) != len(completions):
         raise UserError(f"{where} gave {len(given)} rewards for {len(completions)} completions. One each is needed.")
     return [_finite(value, where) for value in given]
+
+
+def _where(name: str, term: Any) -> str:
+    source = term if hasattr(term, "__qualname__") else type(term)
+    return f"data.reward: {name} ({source.__module__}.{source.__qualname__})"
 
 
 def _finite(value: object, where: str) -> float:

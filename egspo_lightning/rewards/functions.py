@@ -35,7 +35,8 @@ class Reward(Protocol):
     Each call gets some whole groups: all completions of a problem, next to one another. Solutions of expert
     demonstrations come in calls of their own. Calls never overlap. They come from a thread beside the one that
     samples, with PyTorch's defaults for gradients and devices. A reward may have a parameter ``details`` with a
-    default; it then receives one `Details` for each completion.
+    default; it then receives one `Details` for each completion. Further parameters receive the columns of the data that
+    have their names, one value for each completion; ``**kwargs`` receives all columns (see `rewards.columns`).
     """
 
     @abstractmethod

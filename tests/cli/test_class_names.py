@@ -229,6 +229,9 @@ class NoRead(Benchmark):
 
 def one_argument(completions):
     return []
+
+def column_without_default(completions, golds, level):
+    return []
 """
 NEEDED = "def threshold(self, entropies: egspo_lightning.ops.gate.Entropies) -> torch.Tensor"
 
@@ -242,6 +245,11 @@ NEEDED = "def threshold(self, entropies: egspo_lightning.ops.gate.Entropies) -> 
         ("model.advantage", "unfit.NoMethod", ["has no method estimate", "experience: "]),
         ("data.engine", "unfit.NoMethod", ["has no method stream", "requests: "]),
         ("data.reward", "unfit.one_argument", ["declares def __call__(completions)", "completions: Any, golds: Any"]),
+        (
+            "data.reward",
+            "unfit.column_without_default",
+            ["golds: Any, /) -> Any; its further parameters need a default"],
+        ),
         ("data.demonstrations", "unfit.NoLoad", ["unfit.NoLoad lacks methods: load"]),
         ("data.benchmarks", [{"class_path": "unfit.NoRead"}], ["unfit.NoRead lacks methods: read"]),
         ("model.gate", {"class_path": "QuantileGate", "init_args": {"top_fractio": 1}}, ["Did you mean top_fraction?"]),
