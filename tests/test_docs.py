@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from egspo_lightning.analysis.__main__ import main as analyze
 from egspo_lightning.cli.main import main
+from egspo_lightning.cli.report_command import write_report
 from reference_pages import on_page_markdown
 
 REPOSITORY = Path(__file__).parents[1]
@@ -185,16 +185,15 @@ def fit(arguments: list[str], folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), RUN, ids=[f"{page}-{i}" for i, (page, _) in enumerate(RUN)])
 def test_commands_in_the_guides_run(folder, capsys, page, command):
-    module, *arguments = shlex.split(command)[2:]
+    arguments = shlex.split(command)[3:]
     for name, library in OPTIONAL.items():
         if name in arguments:
             pytest.importorskip(library, reason=f"needs {library}: pip install {library}")
     if "logs/lightning_logs/version_0" in command:  # the log folder of an earlier command
         quickstart = ["fit", "--config=configs/quickstart.yaml"]
         fit([*quickstart, "--trainer.max_epochs=2"], folder)
-    if module == "egspo_lightning.analysis":
-        analyze(arguments)
-        assert (folder / "completions.html").stat().st_size > 1000
+    if arguments[0] == "report":
+        assert write_report(arguments[1:], "") == "Report: report.html"
         return
     if arguments[0] == "plan":
         main([*arguments, "--model.policy.name_or_path=configs/tiny_model", "--model.policy.from_scratch=true"])

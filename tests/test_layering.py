@@ -142,14 +142,27 @@ def test_only_the_upper_layers_import_lightning():
             assert "lightning" not in top_level(path), dotted(path)
 
 
-def test_only_analysis_imports_matplotlib_and_pandas():
-    """They are optional dependencies. Training writes token records without them."""
+def test_only_analysis_imports_matplotlib_pandas_and_plotly():
+    """Matplotlib is optional, and the others are slow to import. Training writes token records without them."""
     for path in FILES:
         if room(dotted(path)) != "analysis":
-            assert not top_level(path) & {"matplotlib", "pandas"}, dotted(path)
+            assert not top_level(path) & {"matplotlib", "pandas", "plotly"}, dotted(path)
     schema = PACKAGE / "analysis" / "record_schema.py"
     assert transitive_imports(schema) == set()
     assert top_level(schema) <= {"pathlib", "pyarrow"}
+
+
+def test_report_needs_no_torch():
+    """``egspo report`` answers in a second or two."""
+    path = PACKAGE / "cli" / "report_command.py"
+    reached = [path, *(PACKAGE / f"{name.replace('.', '/')}.py" for name in transitive_imports(path))]
+    assert PACKAGE / "analysis" / "report_page.py" in reached
+    assert not {name for file in reached for name in top_level(file)} & {
+        "torch",
+        "lightning",
+        "transformers",
+        "matplotlib",
+    }
 
 
 @pytest.mark.parametrize("path", files_of("analysis"), ids=dotted)

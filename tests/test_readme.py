@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from egspo_lightning.analysis.__main__ import main as analyze
 from egspo_lightning.cli.main import main
+from egspo_lightning.cli.report_command import write_report
 from make_diagram import FILE, drawing
 
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -100,15 +100,15 @@ def test_readme_commands_run_in_order(repository, tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(repository)
     for command in ours:
         command = command.replace("logs/lightning_logs/version_0", f"{tmp_path}/logs/lightning_logs/version_0")
-        module, *arguments = shlex.split(command)[2:]
-        if module == "egspo_lightning.analysis":
-            analyze([*arguments[:-1], str(tmp_path / arguments[-1])])
+        arguments = shlex.split(command)[3:]
+        if arguments[0] == "report":
+            write_report([*arguments[1:-1], str(tmp_path / arguments[-1])], "")
             continue
         short = GSM8K if "gsm8k" in command else SHORT[arguments[0]]
         main([*arguments, *short, f"--trainer.default_root_dir={tmp_path / 'logs'}"])
     out = capsys.readouterr().out
     assert (out.count("after EGSPO"), out.count("after GRPO")) == (3, 1)
-    assert "<article" in (tmp_path / "completions.html").read_text()
+    assert "after SFT" in (tmp_path / "report.html").read_text()
     assert "avg@1" in out
 
 

@@ -1,7 +1,7 @@
-"""Colored completions: HTML pages, without scripts, that color each token by its entropy.
+"""Colored completions for notebooks: HTML, without scripts, that colors each token by its entropy.
 
-Text of models and data sets may be hostile. ``token_text.visible`` replaces control characters, jinja2 escapes the
-text, and the page's content security policy forbids scripts and external content.
+Text of models and data sets may be hostile. ``token_text.shown`` replaces control characters, and jinja2 escapes the
+text. ``report_page`` makes the page of a whole run.
 """
 
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment
 
 from egspo_lightning.analysis.record_reading import Records
-from egspo_lightning.analysis.token_text import visible
+from egspo_lightning.analysis.token_fields import FIELDS, gate_of
+from egspo_lightning.analysis.token_text import shown, visible
 from egspo_lightning.errors import UserError, require
 
 STYLE = """
@@ -35,14 +36,7 @@ STYLE = """
  border-radius:4px;pointer-events:none}
 """
 TEMPLATE = """
-{%- if title is none %}<style>{{ style | safe }}</style><div class="egspo">
-{%- else %}<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title | text }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><style>{{ style | safe }}</style></head>
-<body><main class="egspo"><h1>{{ title | text }}</h1><nav>Rollout batches:
-{%- for number in completions | map(attribute="rollout_batch") | unique %} <a href="#c{{ number }}">{{ number }}</a>
-{%- endfor %}</nav>
-{%- endif %}
+<style>{{ style | safe }}</style><div class="egspo">
 <div class="key"><span>entropy 0<span class="bar"></span>{{ "%.2f" | format(most) }} nats and more</span>
 <span><span class="t high" style="--h:0">underlined</span>: high entropy, full update</span>
 <span>{{ completions | length }} completions, {{ num_tokens }} tokens; hover over one</span></div>
@@ -50,7 +44,7 @@ TEMPLATE = """
 {%- set verdict = "right" if c.is_correct else "wrong" %}
 {%- set number = c.rollout_batch %}
 {%- if loop.changed(number, c.run) -%}
-<h2 id="c{{ number }}">Rollout batch {{ number }}{% if has_runs %} of {{ c.run | text }}{% endif %}</h2>
+<h2>Rollout batch {{ number }}{% if has_runs %} of {{ c.run | text }}{% endif %}</h2>
 {%- endif -%}
 <article class="{{ verdict }}"><dl>
 <div><dt>problem</dt><dd dir="auto">{{ c.problem | text }}</dd></div>
@@ -65,29 +59,13 @@ TEMPLATE = """
 {{- t.token | text or "\u2205" }}</span>
 {%- endfor %}</div></article>
 {%- endfor %}
-{{- "</div>" | safe if title is none else "</main></body></html>" | safe }}"""
-"""The page; without a title only the part that a notebook shows."""
+{{- "</div>" | safe }}"""
 DARKEST = 0.85
 """Background opacity of the highest entropy; dark text on it keeps a contrast above 5 to 1."""
 
-VALUES = """token \u201c{token}\u201d, id {token_id}
-position             {position}
-gate                 {gate}
-entropy              {entropy:.4g} nats
-threshold            {threshold:.4g} nats
-log-probability      {old_logprob:.4g} nats
-phi                  {phi:.4g}
-weight               {token_weight:.4g}
-advantage            {advantage:.4g}
-ratio after update   {ratio:.4g}
-entropy after update {entropy_after:.4g} nats
-reward               {reward:.4g}
-problem {problem_id}, completion {completion_id}"""
-"""The box that opens over a token."""
-
 
 class ColoredCompletions:
-    """Completions as HTML: a notebook shows the object itself, ``page`` makes a page.
+    """Completions as HTML: a notebook shows the object itself.
 
     The background shows the entropy, from transparent at 0 to full color at ``most`` nats. High-entropy tokens, which
     take the full update, are underlined. Hovering over a token opens its recorded values.
@@ -122,15 +100,10 @@ class ColoredCompletions:
 
     def _repr_html_(self) -> str:
         """HTML for notebooks."""
-        return self.page(None)
-
-    def page(self, title: str | None) -> str:
-        """Make a complete HTML page; without a title only the part that a notebook shows."""
         environment = Environment(autoescape=True)
-        environment.filters |= {"text": _text, "values": _values}
+        environment.filters |= {"text": shown, "values": _values}
         groups = self.tokens.groupby(["run", "completion_id"], sort=False)
         return environment.from_string(TEMPLATE).render(
-            title=title,
             style=STYLE,
             darkest=DARKEST,
             most=self.most,
@@ -141,15 +114,16 @@ class ColoredCompletions:
         )
 
 
-def _text(text: str) -> str:
-    """Replace control characters by printable signs; a line end becomes a sign and a line end."""
-    return visible(text).replace("\u240a", "\u240a\n")
-
-
 def _values(token: dict[str, Any]) -> str:
     """Recorded values of a token, one a line, with control characters replaced."""
-    gate = "high: full update" if token["is_high_entropy"] else "low: attenuated"
-    if token.get("is_masked") is True:  # absent from earlier records
-        gate = "none: masked, not in the loss"
-    texts = {"token": visible(token["token"], spaces=True), "problem_id": visible(token["problem_id"]), "gate": gate}
-    return VALUES.format(**token | texts)
+    gate = gate_of(token["is_high_entropy"], token.get("is_masked") is True)  # absent from earlier records
+    rows = [("position", str(token["position"])), ("gate", gate)]
+    rows += [(field.label, f"{token[field.column]:.4g} {field.unit}".rstrip()) for field in FIELDS]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(
+        [
+            f"token \u201c{visible(token['token'], spaces=True)}\u201d, id {token['token_id']}",
+            *(f"{label:<{width}} {value}" for label, value in rows),
+            f"problem {visible(token['problem_id'])}, completion {token['completion_id']}",
+        ]
+    )

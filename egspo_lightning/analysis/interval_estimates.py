@@ -1,4 +1,6 @@
-"""Means over tokens with confidence intervals clustered by completion."""
+"""95 % confidence intervals: of means over tokens, clustered by completion, and of benchmark accuracies."""
+
+from collections.abc import Mapping
 
 import pandas as pd
 
@@ -36,3 +38,23 @@ def means(frame: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     variance = (residuals**2).groupby(level=levels).sum() * num_completions / (num_completions - 1)
     half = NORMAL_95 * variance**0.5 / totals["count"]
     return pd.DataFrame({"mean": mean, "half_width": half, "count": totals["count"]})
+
+
+def accuracy_interval(metrics: Mapping[str, float], num_samples: int) -> tuple[float, float, float]:
+    """Accuracy avg@n of a benchmark, with the lower and upper end of its 95 % interval.
+
+    Of one sample per problem it is the Wilson score interval, which is sound at 0 and 1, too. Of several it is
+    1.96 standard errors over problems, cut at 0 and 1.
+
+    Args:
+        metrics: the metrics of one benchmark, as in ``benchmarks.jsonl``
+        num_samples: n
+    """
+    mean, count = metrics[f"avg@{num_samples}"], metrics["num_problems"]
+    if num_samples == 1 and count > 0:
+        z = NORMAL_95**2 / count
+        middle = (mean + z / 2) / (1 + z)
+        half = (mean * (1 - mean) * z + z**2 / 4) ** 0.5 / (1 + z)
+        return mean, max(middle - half, 0.0), min(middle + half, 1.0)
+    half = NORMAL_95 * metrics.get(f"avg@{num_samples}_se", float("nan"))
+    return mean, max(mean - half, 0.0), min(mean + half, 1.0)

@@ -66,14 +66,18 @@ def _named(runs: Runs) -> dict[str, Path]:
 def _load_run(name: str, folder: Path) -> Records:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run. Give a log folder, as in logs/lightning_logs/version_0.")
-    tokens, completions = (_read(folder, kind) for kind in ("tokens", "completions"))
-    for frame in (tokens, completions, metrics := _load_metrics(folder)):
+    tokens, completions = (read_records(folder, kind) for kind in ("tokens", "completions"))
+    for frame in (tokens, completions, metrics := load_metrics(folder)):
         frame.insert(0, "run", name)
     return Records(tokens, completions, metrics)
 
 
-def _read(folder: Path, kind: str) -> pd.DataFrame:
-    """All files of one kind as one frame."""
+def read_records(folder: Path, kind: str) -> pd.DataFrame:
+    """All ``tokens`` or ``completions`` of a run as one frame.
+
+    Raises:
+        UserError: there are none, or none that this release reads.
+    """
     tables = [_read_file(path) for path in files_of(folder, kind)]
     if not tables:
         raise UserError(
@@ -97,7 +101,7 @@ def _read_file(path: Path) -> pa.Table:
     return table
 
 
-def _load_metrics(folder: Path) -> pd.DataFrame:
+def load_metrics(folder: Path) -> pd.DataFrame:
     """A row a step, from the CSV logger's file if there is one, else from TensorBoard's events."""
     csv = folder / "metrics.csv"
     if csv.exists():

@@ -16,6 +16,11 @@ def visible(text: str, *, spaces: bool = False) -> str:
     return "".join(_sign(c) for c in text).replace(" ", "\u2423" if spaces else " ")
 
 
+def shown(text: str) -> str:
+    """Visible text for several lines: a line end becomes a sign and a line end."""
+    return visible(text).replace("\u240a", "\u240a\n")
+
+
 def _sign(c: str) -> str:
     code = ord(c)
     if code < 0x20:

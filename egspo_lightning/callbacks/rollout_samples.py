@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from egspo_lightning.analysis.record_schema import files_of
-from egspo_lightning.analysis.token_text import visible
+from egspo_lightning.analysis.token_text import shown
 from egspo_lightning.callbacks.logger_displays import SHOWS_TEXT, log_text, note_once
 from egspo_lightning.callbacks.trainer_access import due_rollout_batch, module_of, step_of_phase
 from egspo_lightning.module import EGSPOModule
@@ -44,7 +44,7 @@ class RolloutSamples(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell where to find completions if a logger keeps no text."""
         if self.every_n_rollout_batches:
-            instead = "keeps no text; completions are in the token records, see python -m egspo_lightning.analysis."
+            instead = "keeps no text; completions are in the token records, see egspo report."
             note_once(trainer, "rollout_samples", SHOWS_TEXT, instead)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,7 +72,7 @@ class RolloutSamples(Callback):
         values = zip(rollout.entropies[row][mask].tolist(), rollout.advantages[row][mask].tolist(), strict=True)
         length = 0
         for i, (token_id, (entropy, advantage)) in enumerate(zip(token_ids, values, strict=True)):
-            text = visible(module.tokenizer.decode([token_id])).replace("\u240a", "\u240a\n")
+            text = shown(module.tokenizer.decode([token_id]))
             length += len(text)
             if length > self.max_characters:
                 yield f" ... ({len(token_ids) - i} more tokens)"
@@ -99,7 +99,7 @@ def _legend(log_dir: Path) -> str:
     legend = "Bold: high-entropy token, takes the full update."
     if not files_of(log_dir, "tokens"):
         return legend
-    command = f"python -m egspo_lightning.analysis {log_dir} --html completions.html"
+    command = f"python -m egspo_lightning report {log_dir} -o report.html"
     return f"{legend}\nAll recorded tokens, colored by entropy:\n\n{_block(command)}"
 
 

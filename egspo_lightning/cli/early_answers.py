@@ -17,6 +17,7 @@ import egspo_lightning
 from egspo_lightning.cli.config_files import CONFIG_FLAGS, read_config, shipped_path, use_configs
 from egspo_lightning.cli.known_keys import classes_of, find, known_keys, similar_keys
 from egspo_lightning.cli.methods import methods_table
+from egspo_lightning.cli.report_command import write_report
 from egspo_lightning.errors import UserError, did_you_mean
 
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
     "predict": "Write answers to the problems of a config.",
     "plan": "Estimate the memory that a run needs on each device, before it is run.",
     "replay": "Recompute a non-finite micro-batch, and report what is not finite.",
+    "report": "Write a page that tells one or several runs: settings, scores, charts and completions.",
     "methods": "List the method overlays, with formula and source.",
 }
 """Command to its line in ``egspo --help``."""
@@ -65,6 +67,8 @@ def answer_early(arguments: Sequence[str]) -> None:
         raise UserError(f"no command {command!r}. {did_you_mean(OTHER_COMMANDS.get(command, command), COMMANDS)}.")
     if command == "methods":
         _print(methods_table())
+    if command == "report":
+        _print(write_report(rest[:-1], COMMANDS[command]))
     if command != "replay" and "-h" not in rest and "--help" not in rest:
         _check_run(use_configs(rest[:-1]))
 

@@ -34,8 +34,10 @@ def print_fit_summary(trainer: Trainer) -> None:
         if benchmark.milestones:
             _wide_console().print(milestones_table(benchmark.latest, benchmark.milestones))
     _print_line(f"Logs:  {readable_path(folder)}")
+    if trainer.loggers:
+        _print_line(f"See:   egspo report {folder} -o report.html")
     if tensorboard_of(trainer):
-        _print_line(f"See:   tensorboard --logdir {trainer.default_root_dir}, then {CHARTS_ADDRESS}")
+        _print_line(f"Or:    tensorboard --logdir {trainer.default_root_dir}, then {CHARTS_ADDRESS}")
     for export in callbacks_of(trainer, HFExport):
         if export.exported is not None:
             _print_line(f"Model: {readable_path(export.exported)}")

@@ -90,7 +90,7 @@ def test_samples_and_pages_mark_masked_completions(tiny_run, events):
     assert "masked" not in second
     assert "<strong>" in second
     records = load(run.trainer.log_dir)
-    page = ColoredCompletions(records, max_completions=16).page("t")
+    page = ColoredCompletions(records, max_completions=16)._repr_html_()
     num_masked = len(range(0, 16, 3))
     assert page.count("cut at the length limit, masked: not in the loss") == num_masked
     assert page.count("none: masked, not in the loss") == records.tokens["is_masked"].sum() > num_masked

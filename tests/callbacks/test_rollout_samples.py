@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from egspo_lightning import RolloutSamples, StageTransition, TokenRecords
-from egspo_lightning.analysis.__main__ import main
 from egspo_lightning.analysis.token_text import visible
 from egspo_lightning.callbacks.rollout_samples import SEPARATOR
+from egspo_lightning.cli.report_command import write_report
 from egspo_lightning.data.sources import FiniteProblems
 from egspo_lightning.ops.gate import OpenGate
 from egspo_lightning.rewards.composition import WeightedReward
@@ -108,15 +108,15 @@ def test_open_gate_marks_no_tokens(tiny_run, events):
     assert "<strong>" not in text
 
 
-def test_with_token_records_the_text_gives_a_working_page_command(tiny_run, events, tmp_path):
+def test_with_token_records_the_text_gives_a_working_report_command(tiny_run, events, tmp_path):
     callbacks = TokenRecords(), RolloutSamples(num_samples=1)  # in the order of the command line
     run = tiny_run(*callbacks, **ONE_ROLLOUT_BATCH).fit()
     ((_, text),) = texts(events, run)
     command = shlex.split(text.rsplit("\n", 1)[-1])
-    assert command[:3] == ["python", "-m", "egspo_lightning.analysis"]
-    assert command[3:] == [run.trainer.log_dir, "--html", "completions.html"]
-    main([*command[3:5], str(tmp_path / command[5])])
-    assert "<article" in (tmp_path / "completions.html").read_text(encoding="utf-8")
+    assert command[:3] == ["python", "-m", "egspo_lightning"]
+    assert command[3:] == ["report", run.trainer.log_dir, "-o", "report.html"]
+    assert write_report([*command[4:6], str(tmp_path / command[6])], "") == f"Report: {tmp_path / 'report.html'}"
+    assert "All 16 recorded completions" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def served_html(events, run) -> str:

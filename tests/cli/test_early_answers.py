@@ -39,7 +39,10 @@ def answer(repository, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train"], ["no command 'train'", "Did you mean fit?", "methods, plan, predict, replay, test, validate"]),
+        (
+            ["train"],
+            ["no command 'train'", "Did you mean fit?", "methods, plan, predict, replay, report, test, validate"],
+        ),
         (["fitt"], ["Did you mean fit?"]),
         (["fit", QUICKSTART, "--trainer.max_epoch", "3"], ["Did you mean --trainer.max_epochs?", "accumulate_grad"]),
         (["fit", QUICKSTART, "--lr=1e-3"], ["--lr: no such key", "Did you mean --model.optimizer.lr?", "data, "]),
@@ -110,7 +113,7 @@ def test_shipped_configs_are_accepted(answer, repository):
 def test_keys_and_commands_are_those_of_the_parser(parser):
     """Each key of the parser is known, and each known key is one of the parser."""
     parsers = parser._subcommands_action._name_parser_map
-    assert {*parsers, "methods"} == set(COMMANDS)
+    assert {*parsers, "methods", "report"} == set(COMMANDS)
     options = {flag for name in parsers for action in parsers[name]._actions for flag in action.option_strings}
     flags = {flag.lstrip("-").removesuffix("+") for flag in options if " " not in flag}
     assert {flag for flag in flags - {"c", "h"} if find(flag)[0] is None} == set()

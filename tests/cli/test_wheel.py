@@ -45,10 +45,13 @@ def installed(repository, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_wheel_contains_every_config_and_the_type_stub(installed, repository):
+def test_wheel_contains_every_config_the_files_of_the_report_and_the_type_stub(installed, repository):
     package, configs = installed / "egspo_lightning", repository / "configs"
     for path in [*configs.rglob("*.yaml"), *configs.glob("tiny_model/*.json")]:
         assert (package / "configs" / path.relative_to(configs)).read_bytes() == path.read_bytes()
+    assets = repository / "egspo_lightning" / "analysis" / "report_assets"
+    for path in assets.iterdir():
+        assert (package / "analysis" / "report_assets" / path.name).read_bytes() == path.read_bytes()
     assert (package / "__init__.pyi").is_file()
     assert (package / "py.typed").is_file()
 
