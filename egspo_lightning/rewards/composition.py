@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.rewards.columns import ColumnParameters
+from egspo_lightning.rewards.column_arguments import ColumnParameters
 from egspo_lightning.rewards.functions import CorrectnessReward, Details, Reward
 from egspo_lightning.rewards.grading import MathGrader
 

@@ -36,7 +36,7 @@ class Reward(Protocol):
     demonstrations come in calls of their own. Calls never overlap. They come from a thread beside the one that
     samples, with PyTorch's defaults for gradients and devices. A reward may have a parameter ``details`` with a
     default; it then receives one `Details` for each completion. Further parameters receive the columns of the data that
-    have their names, one value for each completion; ``**kwargs`` receives all columns (see `rewards.columns`).
+    have their names, one value for each completion; ``**kwargs`` receives all columns (see `rewards.column_arguments`).
     """
 
     @abstractmethod

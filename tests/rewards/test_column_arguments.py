@@ -3,7 +3,7 @@
 import pytest
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.rewards.columns import ColumnParameters
+from egspo_lightning.rewards.column_arguments import ColumnParameters
 from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Details
 from egspo_lightning.rewards.workers import Grade
