@@ -26,7 +26,7 @@ RECIPES = [
     "expressions",
     "smollm2_135m",
     "smollm2_135m_gsm8k",
-    "gsm8k_tiny",
+    "own_data",
     "qwen2.5_1.5b_math",
     "qwen2.5_7b_math",
 ]

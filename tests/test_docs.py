@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from egspo_lightning.cli.example_data import write_example_data
 from egspo_lightning.cli.main import main
 from egspo_lightning.cli.report_command import write_report
 from reference_pages import on_page_markdown
@@ -186,6 +187,11 @@ def fit(arguments: list[str], folder: Path) -> None:
 @pytest.mark.parametrize(("page", "command"), RUN, ids=[f"{page}-{i}" for i, (page, _) in enumerate(RUN)])
 def test_commands_in_the_guides_run(folder, capsys, page, command):
     arguments = shlex.split(command)[3:]
+    if arguments[0] == "example_data":
+        assert "train.jsonl" in write_example_data(arguments[1:])
+        return
+    if "configs/own_data.yaml" in arguments:  # reads the files of the command before
+        write_example_data([])
     for name, library in OPTIONAL.items():
         if name in arguments:
             pytest.importorskip(library, reason=f"needs {library}: pip install {library}")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from egspo_lightning.cli.example_data import write_example_data
 from egspo_lightning.cli.main import main
 from egspo_lightning.cli.report_command import write_report
 from make_diagram import FILE, drawing
@@ -24,7 +25,7 @@ SHORT = {
     ],
     "test": [],
 }
-GSM8K = [
+OWN_DATA = [
     "--trainer.max_epochs=2",
     "--stage_transition.after_epochs=1",
     "--data.num_problems=1",
@@ -91,20 +92,22 @@ def test_readme_equation_matches_the_objective(repository):
 
 
 @pytest.mark.slow
-def test_readme_commands_run_in_order(repository, tmp_path, monkeypatch, capsys, shared_file):
+def test_readme_commands_run_in_order(repository, tmp_path, monkeypatch, capsys):
     """In the README's order, since later commands read the logs of the first."""
-    for name in ("gsm8k_train", "math500", "aime24"):
-        shared_file(f"data/{name}.jsonl")
     ours = [part for part in parts(repository) if part.startswith("python -m egspo_lightning")]
-    assert len(ours) == 6
-    monkeypatch.chdir(repository)
+    assert len(ours) == 7
+    (tmp_path / "configs").symlink_to(repository / "configs")  # a clone has no data files
+    monkeypatch.chdir(tmp_path)
     for command in ours:
         command = command.replace("logs/lightning_logs/version_0", f"{tmp_path}/logs/lightning_logs/version_0")
         arguments = shlex.split(command)[3:]
         if arguments[0] == "report":
             write_report([*arguments[1:-1], str(tmp_path / arguments[-1])], "")
             continue
-        short = GSM8K if "gsm8k" in command else SHORT[arguments[0]]
+        if arguments[0] == "example_data":
+            write_example_data(arguments[1:])
+            continue
+        short = OWN_DATA if "own_data" in command else SHORT[arguments[0]]
         main([*arguments, *short, f"--trainer.default_root_dir={tmp_path / 'logs'}"])
     out = capsys.readouterr().out
     assert (out.count("after EGSPO"), out.count("after GRPO")) == (3, 1)

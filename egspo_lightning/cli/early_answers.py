@@ -15,6 +15,7 @@ import yaml
 
 import egspo_lightning
 from egspo_lightning.cli.config_files import CONFIG_FLAGS, read_config, shipped_path, use_configs
+from egspo_lightning.cli.example_data import write_example_data
 from egspo_lightning.cli.known_keys import classes_of, find, known_keys, similar_keys
 from egspo_lightning.cli.methods import methods_table
 from egspo_lightning.cli.report_command import write_report
@@ -28,6 +29,7 @@ COMMANDS = {
     "plan": "Estimate the memory that a run needs on each device, before it is run.",
     "replay": "Recompute a non-finite micro-batch, and report what is not finite.",
     "report": "Write a page that tells one or several runs: settings, scores, charts and completions.",
+    "example_data": "Write files of generated word problems, to train on as on your own: example_data FOLDER.",
     "methods": "List the method overlays, with formula and source.",
 }
 """Command to its line in ``egspo --help``."""
@@ -67,6 +69,10 @@ def answer_early(arguments: Sequence[str]) -> None:
         raise UserError(f"no command {command!r}. {did_you_mean(OTHER_COMMANDS.get(command, command), COMMANDS)}.")
     if command == "methods":
         _print(methods_table())
+    if command == "example_data" and not {"-h", "--help"}.intersection(rest):
+        _print(write_example_data(rest[:-1]))
+    if command == "example_data":
+        _print(f"usage: egspo example_data [FOLDER]\n\n{COMMANDS[command]}")
     if command == "report":
         _print(write_report(rest[:-1], COMMANDS[command]))
     if command != "replay" and "-h" not in rest and "--help" not in rest:

@@ -113,7 +113,7 @@ def test_shipped_configs_are_accepted(answer, repository):
 def test_keys_and_commands_are_those_of_the_parser(parser):
     """Each key of the parser is known, and each known key is one of the parser."""
     parsers = parser._subcommands_action._name_parser_map
-    assert {*parsers, "methods", "report"} == set(COMMANDS)
+    assert {*parsers, "example_data", "methods", "report"} == set(COMMANDS)
     options = {flag for name in parsers for action in parsers[name]._actions for flag in action.option_strings}
     flags = {flag.lstrip("-").removesuffix("+") for flag in options if " " not in flag}
     assert {flag for flag in flags - {"c", "h"} if find(flag)[0] is None} == set()
