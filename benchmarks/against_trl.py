@@ -13,13 +13,13 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from comparison.arguments import exit_code
-from comparison.callbacks import callback_flag, find_callback
+from egspo_lightning.cli.comparison.run_callbacks import callback_flag, find_callback
 from egspo_lightning.errors import UserError
 from measuring import trl_side
 from measuring.accuracy import held_out_accuracy
 from measuring.callbacks import IterationTimes, UntilAccurate
 from measuring.report import add_run_flags, add_workloads, parse, parser, publish
+from measuring.script import exit_code
 from measuring.timing import Reading, interleave, ratio, seconds, spread
 from measuring.workloads import NAMES, REPOSITORY, Workload, choose, train
 

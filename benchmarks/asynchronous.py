@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from comparison.arguments import exit_code
-from comparison.callbacks import callback_flag, find_callback
+from egspo_lightning.cli.comparison.run_callbacks import callback_flag, find_callback
 from measuring.callbacks import IterationTimes, PhaseTimes
 from measuring.report import add_run_flags, add_workloads, parse, parser, publish
+from measuring.script import exit_code
 from measuring.timing import Reading, interleave, ratio, seconds, spread
 from measuring.workloads import NAMES, Workload, choose, train
 

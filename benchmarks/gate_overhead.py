@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from comparison.arguments import exit_code
-from comparison.callbacks import callback_flag, find_callback
+from egspo_lightning.cli.comparison.run_callbacks import callback_flag, find_callback
 from egspo_lightning.models import policy
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
@@ -21,6 +20,7 @@ from egspo_lightning.rollout import transformers_engine
 from egspo_lightning.rollout.token_sampling import TokenSampler
 from measuring.callbacks import Replay
 from measuring.report import add_run_flags, add_workloads, parse, parser, publish
+from measuring.script import exit_code
 from measuring.timing import Clock, Reading, median_interval, ratios, seconds, spread
 from measuring.workloads import NAMES, Workload, choose, train
 

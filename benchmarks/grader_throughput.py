@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comparison.machine import machine
-from comparison.tables import markdown_table
+from egspo_lightning.analysis.markdown_table import markdown_table
+from egspo_lightning.cli.comparison.provenance import machine
 from egspo_lightning.data.answer_formats import boxed_solution
 from egspo_lightning.data.reader import read_rows
 from egspo_lightning.rewards.fast_path import compare_fast

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from comparison.arguments import exit_code
-from comparison.callbacks import callback_flag, find_callback
+from egspo_lightning.cli.comparison.run_callbacks import callback_flag, find_callback
 from measuring.callbacks import IterationTimes
 from measuring.memory import peak
 from measuring.report import add_models, parse, parser, publish
+from measuring.script import exit_code
 from measuring.timing import Reading, interleave, seconds, spread
 from measuring.workloads import Shape, Workload, random_model, train
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from comparison.arguments import exit_code
-from comparison.callbacks import callback_flag, find_callback
+from egspo_lightning.cli.comparison.run_callbacks import callback_flag, find_callback
 from egspo_lightning.data.generated_sources import GeneratedProblems
 from egspo_lightning.rollout.engine import Request, Sample
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
@@ -21,6 +20,7 @@ from egspo_lightning.types import Sampling
 from measuring.bare import bare_decode, bare_steps
 from measuring.callbacks import StepTimes
 from measuring.report import add_run_flags, add_workloads, parse, parser, publish
+from measuring.script import exit_code
 from measuring.timing import Reading, Stopwatch, ratio, seconds
 from measuring.workloads import NAMES, Workload, choose, train
 

@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from comparison.callbacks import callback_flag, find_callback
 from egspo_lightning import TokenRecords
 from egspo_lightning.callbacks.token_records import record, write
+from egspo_lightning.cli.comparison.run_callbacks import callback_flag, find_callback
 from egspo_lightning.cli.main import EgspoCLI, run
 from measuring.callbacks import IterationTimes
 from measuring.timing import seconds

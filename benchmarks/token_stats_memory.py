@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from comparison.arguments import exit_code
 from measuring.heads import VARIANTS, missing_package
 from measuring.memory import MIB, available, peak
 from measuring.report import parse, parser, publish
+from measuring.script import exit_code
 from measuring.timing import Reading, Stopwatch, interleave, ratio, seconds
 
 NAME = "token_stats_memory"

@@ -10,25 +10,27 @@ from pathlib import Path
 
 import yaml
 
-from comparison.arguments import command, exit_code, parser, report_failures, shared_settings
-from comparison.plan import Results, Run, require_distinct
-from comparison.scheduler import run_all
-from comparison.tables import markdown_table
+from egspo_lightning.analysis.markdown_table import markdown_table
+from egspo_lightning.cli.comparison.compare import report_failures
+from egspo_lightning.cli.comparison.compare_flags import flag_parser, shared_settings
+from egspo_lightning.cli.comparison.compared_runs import Results, Run, method_label, require_distinct
+from egspo_lightning.cli.comparison.run_scheduler import run_all
 from egspo_lightning.errors import UserError
+from measuring.script import command, exit_code
 
 Means = dict[str, dict[float, float]]
 """Mean accuracy over the seeds, by method and learning rate."""
 
 
 def main() -> int:
-    arguments = _arguments()
-    shared = shared_settings(arguments)
+    arguments, flags = _parser().parse_known_args()
+    shared = shared_settings(arguments, flags)
     require_distinct(arguments.rates, "--rates")
     for rate in arguments.rates:
         if not 0 < rate < float("inf"):
             raise UserError(f"--rates: {rate} must be above 0, such as 1e-4.")
     runs = [
-        Run(f"{name}@{rate:g}", name, seed, rate)
+        Run(f"{method_label(name)}@{rate:g}", name, seed, rate)
         for seed in arguments.seeds
         for name in arguments.methods
         for rate in arguments.rates
@@ -41,11 +43,12 @@ def main() -> int:
     return 0
 
 
-def _arguments() -> argparse.Namespace:
-    result = parser("Choose a learning rate for each method.", seeds=(101, 102), output="logs/tune")
+def _parser() -> argparse.ArgumentParser:
+    about = "Choose a learning rate for each method from one grid."
+    result = flag_parser("tune_learning_rates.py", about, seeds=(101, 102), output="logs/tune")
     grid = [5e-5, 1e-4, 2e-4, 4e-4]
     result.add_argument("--rates", type=float, nargs="+", default=grid, help="grid of all methods")
-    return result.parse_args()
+    return result
 
 
 def mean_accuracy(results: Results) -> Means:
@@ -53,7 +56,7 @@ def mean_accuracy(results: Results) -> Means:
     scores: dict[str, dict[float, list[float]]] = {}
     for run, result in results.items():
         if run.method is not None and run.learning_rate is not None:
-            scores.setdefault(run.method, {}).setdefault(run.learning_rate, []).append(result["accuracy"])
+            scores.setdefault(method_label(run.method), {}).setdefault(run.learning_rate, []).append(result["accuracy"])
     return {name: {rate: sum(v) / len(v) for rate, v in by_rate.items()} for name, by_rate in scores.items()}
 
 

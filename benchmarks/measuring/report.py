@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from comparison.arguments import command
-from comparison.machine import machine, num_cores
-from comparison.tables import markdown_table
+from egspo_lightning.analysis.markdown_table import markdown_table
+from egspo_lightning.cli.comparison.provenance import machine, num_cores
 from egspo_lightning.errors import UserError
+from measuring.script import command
 from measuring.workloads import FOLDER, NAMES
 
 RESULTS = Path(__file__).parents[1] / "results"

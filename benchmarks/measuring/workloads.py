@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from comparison.callbacks import StopAfterSFT, callback_flag
-from comparison.runs import QUIET
+from egspo_lightning.cli.comparison.run_callbacks import StopAfterSFT, callback_flag
+from egspo_lightning.cli.comparison.run_in_worker import QUIET
 from egspo_lightning.cli.main import EgspoCLI
 from egspo_lightning.cli.main import run as run_cli
 

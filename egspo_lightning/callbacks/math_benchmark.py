@@ -88,7 +88,7 @@ class MathBenchmark(CheckpointedCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure every n epochs."""
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._evaluate(trainer, pl_module)
+            self.measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final policy."""
@@ -113,14 +113,14 @@ class MathBenchmark(CheckpointedCallback):
     def _reach(self, milestone: str, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or not data_of(trainer).benchmarks:
             return
-        self._evaluate(trainer, pl_module)
+        self.measure(trainer, pl_module)
         self.milestones[milestone] = self.latest
         metrics = {name: headline(values) for name, values in self.latest.items()}
         shown = ", ".join(f"{name} {metric} {self.latest[name][metric]:.3f}" for name, metric in metrics.items())
         pl_module.print(f"Benchmarks {milestone}: {shown}")
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the policy, at most once for each number of optimizer steps."""
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the policy on all benchmarks, at most once for each number of optimizer steps. Collective."""
         if not self.enabled or self.latest_step == trainer.global_step:
             return
         data, place = data_of(trainer), log_folder(trainer)

@@ -1,8 +1,8 @@
 """Config files on the command line: those shipped with the package, and checks that name a broken file and its line."""
 
 import os
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,25 @@ def read_config(path: str) -> dict[Any, Any]:
         kind = "is empty" if content is None else f"holds a {type(content).__name__}"
         raise UserError(f"{path}: a config is a YAML mapping (keys such as trainer, model, data); this one {kind}.")
     return content
+
+
+def flags_of(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Flags and their values, as argparse reads them: a word with a space is a value, and ``--`` ends the flags."""
+    words = list(takewhile(lambda word: word != "--", arguments))
+    for word, following in pairwise([*words, "--"]):
+        key, equals, value = word.partition("=")
+        if (key.startswith("--") and " " not in word) or key in CONFIG_FLAGS:
+            given = value if equals else None if following.startswith("--") else following
+            yield "config" if key in CONFIG_FLAGS else key[2:].removesuffix("+"), given
+
+
+def keys_of(config: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of a config and their values; a section comes before what is in it."""
+    for name, value in config.items():
+        key = f"{parent}{name}".removesuffix("+")
+        yield key, value
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{key}.")
 
 
 def _inline(text: str) -> dict[Any, Any]:

@@ -6,15 +6,14 @@ Whatever these checks do not know is left to the parser, which sees every argume
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
 import yaml
 
 import egspo_lightning
-from egspo_lightning.cli.config_files import CONFIG_FLAGS, read_config, shipped_path, use_configs
+from egspo_lightning.cli.config_files import flags_of, keys_of, read_config, shipped_path, use_configs
 from egspo_lightning.cli.example_data import write_example_data
 from egspo_lightning.cli.known_keys import classes_of, find, known_keys, similar_keys
 from egspo_lightning.cli.methods import methods_table
@@ -30,6 +29,7 @@ COMMANDS = {
     "replay": "Recompute a non-finite micro-batch, and report what is not finite.",
     "report": "Write a page that tells one or several runs: settings, scores, charts and completions.",
     "example_data": "Write files of generated word problems, to train on as on your own: example_data FOLDER.",
+    "compare": "Train several methods from the same SFT checkpoints, and compare their accuracy.",
     "methods": "List the method overlays, with formula and source.",
 }
 """Command to its line in ``egspo --help``."""
@@ -44,11 +44,14 @@ def answer_or_exit(arguments: Sequence[str]) -> None:
 
     With ``--debug`` the parser reports mistakes, with their tracebacks.
     """
+    given = [argument for argument in arguments if argument != "--debug"]
     try:
-        answer_early([argument for argument in arguments if argument != "--debug"])
+        answer_early(given)
     except UserError as error:
         if "--debug" not in arguments:
             _print(f"error: {error}", code=2)
+        if given[0] == "compare":  # no parser follows
+            raise
 
 
 def answer_early(arguments: Sequence[str]) -> None:
@@ -75,14 +78,23 @@ def answer_early(arguments: Sequence[str]) -> None:
         _print(f"usage: egspo example_data [FOLDER]\n\n{COMMANDS[command]}")
     if command == "report":
         _print(write_report(rest[:-1], COMMANDS[command]))
+    if command == "compare":
+        from egspo_lightning.cli.comparison.compare import main  # needs numpy; it imports no torch
+
+        sys.exit(main(rest[:-1]))
     if command != "replay" and "-h" not in rest and "--help" not in rest:
-        _check_run(use_configs(rest[:-1]))
+        check_run(use_configs(rest[:-1]))
 
 
-def _check_run(arguments: Sequence[str]) -> None:
-    flags = list(_flags(arguments))
+def check_run(arguments: Sequence[str]) -> None:
+    """Refuse unknown keys, class names and config files of a run; list the classes of a ``--KEY.help`` and exit.
+
+    Raises:
+        UserError: naming the file or flag, with a guess.
+    """
+    flags = list(flags_of(arguments))
     configs = {value: read_config(value) for key, value in flags if key == "config" and value is not None}
-    keys = [(f"{path}: ", key, value) for path, config in configs.items() for key, value in _keys(config)]
+    keys = [(f"{path}: ", key, value) for path, config in configs.items() for key, value in keys_of(config)]
     keys += [(FLAG, key, value) for key, value in flags]
     for where, key, value in keys:
         _check_key(where, key)
@@ -131,24 +143,6 @@ def _list_classes(key: str) -> None:
         f"Classes for --{key}:\n" + "\n".join(lines) + f"\nArguments of one: --{key}.help {min(classes)}"
         "\nA class of your own is named by its dotted path."
     )
-
-
-def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Flags and their values, as argparse reads them: a word with a space is a value, and ``--`` ends the flags."""
-    words = list(takewhile(lambda word: word != "--", arguments))
-    for word, following in pairwise([*words, "--"]):
-        key, equals, value = word.partition("=")
-        if (key.startswith("--") and " " not in word) or key in CONFIG_FLAGS:
-            given = value if equals else None if following.startswith("--") else following
-            yield "config" if key in CONFIG_FLAGS else key[2:].removesuffix("+"), given
-
-
-def _keys(config: Mapping[Any, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        key = f"{parent}{name}".removesuffix("+")
-        yield key, value
-        if isinstance(value, dict):
-            yield from _keys(value, f"{key}.")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -248,11 +248,16 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(end(error, debug=DEBUG in arguments))
 
 
-def run(args: Sequence[str] | None = None) -> EgspoCLI:
-    """Run the command line from Python: errors are raised, and the finished CLI with its trainer is returned."""
+def run(args: Sequence[str] | None = None, kind: type[EgspoCLI] = EgspoCLI) -> EgspoCLI:
+    """Run the command line from Python: errors are raised, and the finished CLI with its trainer is returned.
+
+    Args:
+        args: The command line, ``sys.argv[1:]`` by default.
+        kind: Class of the CLI.
+    """
     silence_noise()
     disable_progress_bar()
     require_ranks(os.environ)
     arguments = use_configs(sys.argv[1:] if args is None else args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads are unsafe after a fork
-    return EgspoCLI(arguments)
+    return kind(arguments)

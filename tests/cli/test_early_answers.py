@@ -113,7 +113,7 @@ def test_shipped_configs_are_accepted(answer, repository):
 def test_keys_and_commands_are_those_of_the_parser(parser):
     """Each key of the parser is known, and each known key is one of the parser."""
     parsers = parser._subcommands_action._name_parser_map
-    assert {*parsers, "example_data", "methods", "report"} == set(COMMANDS)
+    assert {*parsers, "compare", "example_data", "methods", "report"} == set(COMMANDS)
     options = {flag for name in parsers for action in parsers[name]._actions for flag in action.option_strings}
     flags = {flag.lstrip("-").removesuffix("+") for flag in options if " " not in flag}
     assert {flag for flag in flags - {"c", "h"} if find(flag)[0] is None} == set()
@@ -176,6 +176,7 @@ assert not {"torch", "lightning", "jsonargparse"} & set(sys.modules)
 def test_typos_and_lists_do_not_import_torch(repository):
     lines = ["train", "fit --config=configs/quickstart.yaml --lr=1", "methods", "fit --model.gate.help", "--version"]
     lines += ["fit --model.gate=QuantilGate", "fit --config=configs/methods/dapo.yaml"]
+    lines += ["compare --help", "compare --config=configs/quickstart.yaml --methods grpo egspoo"]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
         input="\n".join(lines),
@@ -187,8 +188,8 @@ def test_typos_and_lists_do_not_import_torch(repository):
     )
     assert done.returncode == 0, done.stderr
     codes = [line.rpartition("-> ")[2] for line in done.stdout.splitlines() if "-> " in line]
-    assert codes == ["2", "2", "0", "0", "0", "2", "2"]
-    assert done.stderr.count("error: ") == 4
+    assert codes == ["2", "2", "0", "0", "0", "2", "2", "0", "2"]
+    assert done.stderr.count("error: ") == 5
 
 
 def test_pages_of_a_run_are_ignored_by_git_and_notebooks_have_widgets(repository):

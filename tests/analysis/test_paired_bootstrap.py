@@ -1,11 +1,11 @@
-"""Bootstrap intervals and shares against hand calculations, exact enumeration and known distributions."""
+"""Bootstrap intervals and counts against hand calculations, exact enumeration and known distributions."""
 
 from itertools import product
 
 import numpy as np
 import pytest
 
-from comparison.statistics import Estimate, mean_interval, paired_difference, share_won
+from egspo_lightning.analysis.paired_bootstrap import Duels, Estimate, duels, mean_interval, paired_difference
 
 
 def simulate(rng, *, seeds, problems, effect=0.0):
@@ -82,11 +82,12 @@ def test_one_good_seed_is_no_evidence():
     assert got.low == 0.0 < got.mean == pytest.approx(0.1)
 
 
-def test_ties_count_half():
+def test_wins_and_ties_are_counted_apart():
     baseline = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.1 + 0.2, 0.0]])
     method = np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.3, 0.0]])
-    assert share_won(method, baseline) == (1 + 0.5 + 0 + 0.5) / 4
-    assert share_won(baseline, baseline) == 0.5
+    assert duels(method, baseline) == Duels(won=1, tied=2, num_seeds=4)
+    assert duels(baseline, method) == Duels(won=1, tied=2, num_seeds=4)
+    assert duels(baseline, baseline) == Duels(won=0, tied=4, num_seeds=4)
 
 
 def test_intervals_are_deterministic():

@@ -11,10 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from comparison import metrics
-from comparison.callbacks import PhaseTimer, StopAfterSFT, callback_flag, find_callback
-from comparison.machine import machine
-from comparison.plan import Run, Settings, checkpoint_file, steps_per_phase
+from egspo_lightning.cli.comparison import logged_metrics
+from egspo_lightning.cli.comparison.compared_runs import (
+    Run,
+    Settings,
+    checkpoint_file,
+    config_values,
+    num_sft_epochs,
+    steps_per_phase,
+)
+from egspo_lightning.cli.comparison.provenance import machine
+from egspo_lightning.cli.comparison.run_callbacks import (
+    EvenEvaluations,
+    PhaseTimer,
+    ProgressFile,
+    StopAfterSFT,
+    callback_flag,
+    find_callback,
+)
 from egspo_lightning.cli.main import EgspoCLI
 from egspo_lightning.cli.main import run as run_cli
 from egspo_lightning.datamodule import HybridDataModule
@@ -31,23 +45,34 @@ QUIET = (
     "--rollout_samples.every_n_rollout_batches=0",
 )
 
+NEVER = 10**9
+"""Epochs between evaluations of MathBenchmark itself; a stage_transition that monitors one refuses 0."""
 MEANS = ("policy/entropy", "gate/weight_mean", "rollout/length_mean")
 """Metrics whose mean over the phases goes into the result."""
 
 
 def execute(run: Run, shared: Settings) -> None:
     """Train, evaluate, and write the result atomically."""
-    workspace = run.workspace(shared.output)
-    shutil.rmtree(workspace, ignore_errors=True)
-    workspace.mkdir(parents=True)
+    workspace = new_workspace(run, shared)
     result = _train_sft(run, shared, workspace) if run.method is None else _train_method(run, shared, workspace)
     result |= {"label": run.label, "method": run.method, "seed": run.seed, "settings": run.settings(shared)}
     _publish(result | {"machine": machine()}, run, shared.output, workspace)
 
 
+def new_workspace(run: Run, shared: Settings) -> Path:
+    """Make the empty folder of a run in progress."""
+    workspace = run.workspace(shared.output).resolve()
+    shutil.rmtree(workspace, ignore_errors=True)
+    workspace.mkdir(parents=True)
+    return workspace
+
+
 def _train_sft(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]:
     """Train SFT up to the stage transition and keep its checkpoint."""
-    arguments = [*_arguments(run, shared, workspace), callback_flag(StopAfterSFT)]
+    num_epochs = num_sft_epochs(config_values(shared.configs, shared.flags))
+    progress = str(run.progress_file(shared.output).resolve())
+    shown = callback_flag(ProgressFile, path=progress, first_epoch=0, num_epochs=num_epochs)
+    arguments = [*run_arguments(run, shared, workspace), callback_flag(StopAfterSFT), shown]
     cli = run_cli([*arguments, "--stage_transition.save_checkpoint=true", "--math_benchmark.at_start=false"])
     written = workspace / "sft.ckpt"
     if not written.exists():
@@ -64,46 +89,47 @@ def _train_sft(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]:
 
 def _train_method(run: Run, shared: Settings, workspace: Path) -> dict[str, Any]:
     """Train a method from the SFT checkpoint of its seed."""
-    path = checkpoint_file(shared.output, run.seed)
-    checkpoint, per_phase = _load(path), steps_per_phase(shared.configs)
-    length = _length(run, shared, checkpoint, per_phase)
-    arguments = [*_arguments(run, shared, workspace), f"--ckpt_path={path}"]
-    arguments.append(f"--trainer.max_epochs={length.max_epochs}")
-    arguments.append(f"--math_benchmark.every_n_epochs={length.evaluate_every}")
-    if run.learning_rate is not None:
-        arguments.append(f"--stage_transition.learning_rate={run.learning_rate}")
+    path = checkpoint_file(shared.output, run.seed).resolve()
+    checkpoint = _load(path)
+    per_phase = steps_per_phase([*shared.configs, *([] if run.overlay is None else [run.overlay])], shared.flags)
+    first_epoch, first_step = int(checkpoint["epoch"]) + 1, int(checkpoint["global_step"])
+    length = _length(run, shared, per_phase * first_epoch / first_step)
+    arguments = [*run_arguments(run, shared, workspace), f"--ckpt_path={path}"]
+    arguments.append(f"--math_benchmark.every_n_epochs={NEVER}")
+    arguments.append(callback_flag(EvenEvaluations, first_epoch=first_epoch, every_n_epochs=length.evaluate_every))
+    progress = str(run.progress_file(shared.output).resolve())
+    arguments.append(callback_flag(ProgressFile, path=progress, first_epoch=first_epoch, num_epochs=length.num_epochs))
+    arguments.append(f"--trainer.max_epochs={first_epoch + length.num_epochs}")
     cli = run_cli(arguments)
     _require_stage(cli, run)
-    logged, first_step = metrics.read(workspace / "metrics.csv"), int(checkpoint["global_step"])
+    logged = logged_metrics.read(workspace / "metrics.csv")
     return _measured(cli) | {
         "optimizer_steps": cli.trainer.global_step - first_step,
         "rollout_batches": _data(cli).phases.num_rollout_batches,
         "learning_rate": cli.trainer.optimizers[0].param_groups[0]["lr"],
         "checkpoint": _digest(checkpoint),
-        "gate_seconds": metrics.total(logged, "time/gate"),
-        "means": {name: metrics.mean(logged, name) for name in MEANS},
-        "curve": metrics.curve(logged, first_step, per_phase, _score_name(cli)),
+        "gate_seconds": logged_metrics.total(logged, "time/gate"),
+        "means": {name: logged_metrics.mean(logged, name) for name in MEANS},
+        "curve": logged_metrics.curve(logged, first_step, per_phase, _score_name(cli)),
     }
 
 
 class _Length(NamedTuple):
-    """Length of a run and interval of its evaluations, in Lightning epochs."""
+    """Length of a run after its checkpoint and interval of its evaluations, in Lightning epochs."""
 
-    max_epochs: int
+    num_epochs: int
     evaluate_every: int
 
 
-def _length(run: Run, shared: Settings, checkpoint: dict[str, Any], steps_per_phase: int) -> _Length:
+def _length(run: Run, shared: Settings, passes_per_phase: float) -> _Length:
     """Give each method the same number of optimizer steps; SFT rounds its last pass over the data up."""
-    passed = int(checkpoint["epoch"]) + 1
     if not run.is_sft:
-        return _Length(passed + shared.phases, shared.evaluate_every)
-    passes_per_phase = steps_per_phase * passed / int(checkpoint["global_step"])
-    evaluate_every = max(round(shared.evaluate_every * passes_per_phase), 1)
-    return _Length(passed + math.ceil(shared.phases * passes_per_phase), evaluate_every)
+        return _Length(shared.phases, shared.evaluate_every)
+    return _Length(math.ceil(shared.phases * passes_per_phase), max(round(shared.evaluate_every * passes_per_phase), 1))
 
 
-def _arguments(run: Run, shared: Settings, workspace: Path) -> list[str]:
+def run_arguments(run: Run, shared: Settings, workspace: Path) -> list[str]:
+    """The command line of a run, without its checkpoint and its length."""
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(workspace), "name": "", "version": ""},
@@ -112,11 +138,13 @@ def _arguments(run: Run, shared: Settings, workspace: Path) -> list[str]:
     return [
         "fit",
         *(f"--config={path}" for path in overlays),
+        *shared.flags,
         *QUIET,
         f"--seed_everything={run.seed}",
         f"--num_threads={shared.threads}",
         f"--trainer.default_root_dir={workspace}",
         f"--trainer.logger={json.dumps(logger)}",
+        *([] if run.learning_rate is None else [f"--stage_transition.learning_rate={run.learning_rate}"]),
         callback_flag(PhaseTimer),
     ]
 
@@ -138,8 +166,6 @@ def _data(cli: EgspoCLI) -> HybridDataModule:
 def _measured(cli: EgspoCLI) -> dict[str, Any]:
     """Accuracy on the first benchmark, in total and per problem, and the training time."""
     data = _data(cli)
-    if not data.benchmarks:
-        raise UserError("data.benchmarks is empty, but a comparison needs a benchmark. Add at least one.")
     benchmark, num_samples = data.benchmarks[0], data.benchmarks[0].num_samples
     completions = [c for batch in data.problems_of(benchmark.name) for c in data.answer(batch)]
     data.teardown("fit")  # grading started the workers again
@@ -180,7 +206,6 @@ def _publish(result: dict[str, Any], run: Run, output: Path, workspace: Path) ->
     """Write the result last and atomically: if the file exists, the run has finished."""
     target = run.result_file(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    run.error_file(output).unlink(missing_ok=True)
     (workspace / "metrics.csv").replace(run.metrics_file(output))
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(result | {"finished": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1))

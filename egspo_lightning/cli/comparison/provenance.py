@@ -7,6 +7,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import egspo_lightning
+
 PACKAGES = ("torch", "transformers", "lightning", "numpy")
 
 
@@ -41,8 +43,10 @@ def _version(package: str) -> str:
 
 @cache
 def _revision() -> str:
-    """The commit, with a plus sign if the checkout has uncommitted changes."""
-    root = Path(__file__).parents[2]
+    """The commit, with a plus sign if the checkout has uncommitted changes; the version of an installed wheel."""
+    root = Path(egspo_lightning.__file__).parents[1]
+    if not (root / ".git").exists():
+        return egspo_lightning.__version__
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -2,10 +2,13 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from egspo_lightning.callbacks.math_benchmark import MathBenchmark
+from egspo_lightning.callbacks.trainer_access import callbacks_of
 from egspo_lightning.cli.main import EgspoCLI
 
 C = TypeVar("C", bound=Callback)
@@ -50,3 +53,43 @@ class StopAfterSFT(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stop the trainer; nothing else saves checkpoints in these runs."""
         trainer.should_stop = True
+
+
+class EvenEvaluations(Callback):
+    """Measures the benchmarks every n epochs, counted from the SFT checkpoint: at the same points for every seed.
+
+    Args:
+        first_epoch: Epochs of the checkpoint.
+        every_n_epochs: Epochs between two evaluations.
+    """
+
+    def __init__(self, first_epoch: int, every_n_epochs: int) -> None:
+        super().__init__()
+        self.first_epoch, self.every_n_epochs = first_epoch, every_n_epochs
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure every n epochs."""
+        if (trainer.current_epoch + 1 - self.first_epoch) % self.every_n_epochs == 0:
+            for benchmark in callbacks_of(trainer, MathBenchmark):
+                benchmark.measure(trainer, pl_module)
+
+
+class ProgressFile(Callback):
+    """Writes the number of finished epochs and the number of all to a file, for the process that shows them.
+
+    Args:
+        path: The file.
+        first_epoch: Epochs of the checkpoint, which do not count.
+        num_epochs: Number of all epochs, by default the trainer's; SFT may end earlier.
+    """
+
+    def __init__(self, path: str, first_epoch: int, num_epochs: int | None) -> None:
+        super().__init__()
+        self.path, self.first_epoch, self.num_epochs = Path(path), first_epoch, num_epochs
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the numbers; the file is replaced, so that no reader sees half of it."""
+        partial = self.path.with_suffix(".partial")
+        done = trainer.current_epoch + 1 - self.first_epoch
+        partial.write_text(json.dumps([done, self.num_epochs or trainer.max_epochs]))
+        partial.replace(self.path)

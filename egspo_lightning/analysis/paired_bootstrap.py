@@ -59,11 +59,19 @@ def paired_difference(
     return mean_interval(method - baseline, confidence=confidence, num_resamples=num_resamples, seed=seed)
 
 
-def share_won(method: Scores, baseline: Scores) -> float:
-    """Share of seeds on which the method beats the baseline; a tie counts half."""
+class Duels(NamedTuple):
+    """Numbers of seeds on which a method is more accurate than the baseline, and as accurate."""
+
+    won: int
+    tied: int
+    num_seeds: int
+
+
+def duels(method: Scores, baseline: Scores) -> Duels:
+    """Compare a method with the baseline seed by seed."""
     difference = _matrix(method).mean(1) - _matrix(baseline).mean(1)
     is_tie = np.isclose(difference, 0.0, rtol=0.0, atol=1e-12)
-    return float(np.where(is_tie, 0.5, difference > 0).mean())
+    return Duels(int((~is_tie & (difference > 0)).sum()), int(is_tie.sum()), len(difference))
 
 
 def _matrix(scores: Scores) -> Scores:

@@ -11,11 +11,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Literal
 
-from comparison.plan import Run, Settings
-from egspo_lightning.errors import UserError, cause_of
+from egspo_lightning.cli.comparison.compared_runs import Run, Settings
+from egspo_lightning.errors import RunStopped, UserError, cause_of
 
 REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 """Make glibc reuse memory instead of mapping each tensor anew; a quickstart phase takes a tenth less time."""
@@ -25,6 +27,8 @@ SECONDS_TO_END = 5.0
 
 Failure = str
 """Message that says why a run failed."""
+
+Task = Literal["check", "train"]
 
 
 class Pool:
@@ -60,11 +64,23 @@ class Pool:
 
     def start(self, run: Run) -> None:
         """Send a run to an idle worker, or to a new one."""
+        self._idle().start(run, "train")
+
+    def check(self, run: Run) -> Failure | None:
+        """Build a run in a worker and train nothing; returns why it cannot be trained."""
+        worker = self._idle()
+        worker.start(run, "check")
+        failure = worker.receive()
+        if not worker.is_alive:
+            self._workers.remove(worker)
+        return failure
+
+    def _idle(self) -> "_Worker":
         idle = next((worker for worker in self._workers if worker.run is None), None)
         if idle is None:
             idle = _Worker(self._shared)
             self._workers.append(idle)
-        idle.start(run)
+        return idle
 
     def finished(self, timeout: float) -> Iterator[tuple[Run, Failure | None]]:
         """Yield the runs that end within ``timeout`` seconds, each with its failure or None."""
@@ -92,10 +108,10 @@ class _Worker:
         theirs.close()  # otherwise recv would not notice the end of the process
         self.is_alive = True
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Run, task: Task) -> None:
         self.run = run
         with contextlib.suppress(OSError):  # it died while idle; receive() reports that
-            self.connection.send(run)
+            self.connection.send((run, task))
 
     def receive(self) -> Failure | None:
         self.run = None
@@ -119,52 +135,47 @@ class _Worker:
 
 
 def _work(connection: Connection, shared: Settings) -> None:
-    """Main loop of a worker: receive a run, train it, send the failure or None."""
+    """Main loop of a worker: receive a run, train or check it, send the failure or None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    log = shared.output / "logs" / f"worker_{os.getpid()}.log"
-    _log_to(log)
     while True:
         try:
-            run: Run = connection.recv()
+            run, task = connection.recv()
         except (EOFError, OSError):
             return
-        connection.send(attempt(run, shared, _execute, log))
+        log = run.log_file(shared.output)
+        _log_to(log)
+        connection.send(attempt(partial(_do, run, shared, task), log))
 
 
-def _execute(run: Run, shared: Settings) -> None:
-    from comparison.runs import execute  # not in the parent: it imports torch
+def _do(run: Run, shared: Settings, task: Task) -> None:
+    from egspo_lightning.cli.comparison import run_check, run_in_worker  # not in the parent: they import torch
 
-    execute(run, shared)
+    (run_check.check if task == "check" else run_in_worker.execute)(run, shared)
 
 
-def attempt(run: Run, shared: Settings, execute: Callable[[Run, Settings], None], log: Path) -> Failure | None:
-    """Train a run. On failure, return a one-line message and write the traceback to the error file."""
-    print(f"=== {run.label}, seed {run.seed}", flush=True)
-    start = log.stat().st_size if log.exists() else 0
+def attempt(action: Callable[[], None], log: Path) -> Failure | None:
+    """Do a task. On failure, print the traceback, which goes to the log, and return a message of one line."""
     try:
-        execute(run, shared)
+        action()
     except (Exception, SystemExit) as error:
-        if _is_sigterm(error):
+        if _is_signal(error):
             raise
-        failure = _printed(log, start) if isinstance(error, SystemExit) else _cause(error)
-        path = run.error_file(shared.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{failure}\n\n{traceback.format_exc()}")
+        failure = _printed(log) if isinstance(error, SystemExit) else _cause(error)
+        traceback.print_exc()
         return failure
     return None
 
 
-def _is_sigterm(error: BaseException) -> bool:
-    """Whether Lightning raised this because of SIGTERM; the class is private."""
-    return type(error).__name__ == "SIGTERMException"
+def _is_signal(error: BaseException) -> bool:
+    """Whether SIGTERM ended the run; the class of Lightning is not imported in the parent."""
+    return isinstance(error, RunStopped) or type(error).__name__ == "SIGTERMException"
 
 
-def _printed(log: Path, start: int) -> Failure:
+def _printed(log: Path) -> Failure:
     """The parser's error message, which it prints before SystemExit, as one line."""
     sys.stderr.flush()
-    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
-    text = "\n".join(lines).rpartition("error: ")[2]
+    text = log.read_text(encoding="utf-8", errors="replace").rpartition("error: ")[2]
     return " ".join(text.split()) or "its process exited"
 
 
@@ -182,9 +193,11 @@ def _end_with_parent() -> None:
 
 
 def _log_to(path: Path) -> None:
-    """Redirect stdout and stderr of this process, including native libraries, to a file."""
+    """Redirect stdout and stderr of this process, including native libraries, to a new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)

@@ -1,1 +1,0 @@
-"""Comparison of methods: training runs from shared SFT checkpoints, and statistics of their results."""
