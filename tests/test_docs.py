@@ -119,8 +119,11 @@ TESTED_ELSEWHERE = {
     'pip install -e ".[notebooks]" -c constraints.txt',  # .ci/run installs
     "tensorboard --logdir logs",  # tests/callbacks/test_dashboard.py starts it
     "python -m egspo_lightning fit --config configs/quickstart.yaml --trainer.strategy ddp --trainer.devices 2",
+    "python -m egspo_lightning compare --config configs/quickstart.yaml --methods egspo chord_phi grpo --seeds 1 2 3 "
+    "-o logs/methods",
 }
-"""Commands that other tests run. The last one needs two processes: tests/fit/test_ranks.py."""
+"""Commands that other tests run. The last two need several processes: see tests/fit/test_ranks.py and
+tests/cli/test_compare.py."""
 OPTIONAL = {"MLFlowLogger": "mlflow", "WandbLogger": "wandb"}
 SHORT = [
     "--trainer.max_epochs=2",

@@ -38,7 +38,6 @@ def test_what_can_be_compared_is_built_and_leaves_nothing(checked):
         ("--trainer.devices=2", "each run of a comparison trains on one device, got 2"),
         ("--model.initial_stage=egspo", "a comparison starts every method from an SFT checkpoint"),
         ("--stage_transition.enabled=false", "a comparison starts every method from an SFT checkpoint"),
-        ("--data.max_prompt_length=0", "max_prompt_length"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(checked, flag, message):
@@ -46,5 +45,6 @@ def test_what_cannot_be_compared_is_refused(checked, flag, message):
 
 
 def test_an_early_end_of_training_is_refused(checked):
-    late = ["--stage_transition", '{"after_epochs": 9}', "--trainer.max_epochs=5"]
+    late = ["--stage_transition.monitor=null", "--stage_transition.target=null", "--stage_transition.after_epochs=9"]
+    late += ["--trainer.max_epochs=5"]
     assert "trainer.max_epochs = 5 ends before SFT, which has stage_transition.after_epochs = 9" in checked(*late)
