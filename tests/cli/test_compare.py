@@ -137,7 +137,7 @@ def test_a_failed_run_loses_no_other_and_is_reported_with_its_log(start, tmp_pat
     log = "out/runs/mine/seed_1.log"
     line = next(line for line in errors.splitlines() if line.startswith("failed: mine, seed 1: "))
     assert line.endswith(f"my reward is broken (log: {log})")
-    assert "1 runs failed. The same command tries them again." in errors
+    assert "Failed runs: 1. The same command tries them again." in errors
     assert "broken_reward.py" in (tmp_path / log).read_text()
     assert all(f"\u2502 {name} " in printed for name in ("sft", "after_sft"))
     assert "\u2502 mine" not in printed

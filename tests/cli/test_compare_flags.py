@@ -42,9 +42,14 @@ def settings(monkeypatch, tmp_path):
         ([*TWO, "--model.gate", "QuantilGate"], "Did you mean QuantileGate[?]"),
         ([*TWO, "--seed_everything=3"], "--seed_everything cannot be given.*Give --seeds"),
         ([*TWO, "--trainer.logger.class_path", "x"], "--trainer.logger.class_path cannot be given"),
+        (
+            [*TWO, "--model.gate.top_fraction=0.5"],
+            "top_fraction would override a value of the method grpo",
+        ),
+        ([*TWO, "--model.objective", "{}"], "--model.objective would override a value of the method grpo"),
         ([*TWO, "--baseline", "sft"], "--baseline: sft is not among the --methods grpo, egspo"),
         ([*TWO, "--trainer.max_epochs", "40"], "max_epochs = 40 leaves no rollout batch after 40 epochs of SFT"),
-        ([*TWO, "-o", "pyproject.toml/out"], "--output: cannot create the folder"),
+        ([*TWO, "-o", "pyproject.toml/out"], "--output: cannot write into pyproject.toml/out"),
     ],
 )
 def test_mistakes_are_answered_at_the_start(repository, tmp_path, monkeypatch, arguments, message):

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     rates = read_learning_rates(options.learning_rates, labels)
     methods = dict(zip(labels, options.methods, strict=True))
     runs = [Run(name, method, seed, rates.get(name)) for seed in options.seeds for name, method in methods.items()]
-    _announce(options, shared, len(labels))
+    _announce(options, shared)
     try:
         results, failures = run_all(runs, shared, options.jobs)
     except KeyboardInterrupt:
@@ -85,11 +85,11 @@ def _require_comparable(options: argparse.Namespace, labels: Sequence[str]) -> s
     return baseline
 
 
-def _announce(options: argparse.Namespace, shared: Settings, num_methods: int) -> None:
-    num_seeds = len(options.seeds)
+def _announce(options: argparse.Namespace, shared: Settings) -> None:
+    names, seeds = ", ".join(map(method_label, options.methods)), ", ".join(map(str, options.seeds))
     print(
-        f"{num_seeds} SFT runs, then {num_seeds} runs of each of {num_methods} methods with {shared.phases} rollout "
-        f"batches, {options.jobs} at a time. Results: {shared.output}",
+        f"Methods: {names}. Seeds: {seeds}. Rollout batches after SFT: {shared.phases}. "
+        f"Runs at a time: {options.jobs}. Results: {shared.output}",
         file=sys.stderr,
     )
 
@@ -123,4 +123,4 @@ def report_failures(failures: dict[Run, Failure], output: Path) -> None:
         where = f" (log: {log})" if log.exists() else ""
         print(f"failed: {run.label}, seed {run.seed}: {failure}{where}", file=sys.stderr)
     if failures:
-        print(f"{len(failures)} runs failed. The same command tries them again.", file=sys.stderr)
+        print(f"Failed runs: {len(failures)}. The same command tries them again.", file=sys.stderr)

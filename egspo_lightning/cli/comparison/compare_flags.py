@@ -1,7 +1,6 @@
 """Flags of ``egspo compare`` and of the learning-rate tuning, and their checks."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from egspo_lightning.cli.comparison.provenance import num_cores
 from egspo_lightning.cli.comparison.stored_results import require_same_comparison
 from egspo_lightning.cli.config_files import flags_of, use_configs
 from egspo_lightning.cli.early_answers import check_run
+from egspo_lightning.cli.environment import require_writable
 from egspo_lightning.cli.known_keys import find
 from egspo_lightning.errors import UserError, did_you_mean
 
@@ -82,7 +82,7 @@ def shared_settings(arguments: argparse.Namespace, flags: Sequence[str]) -> Sett
     arguments.jobs = arguments.jobs or (min(max(num_cores() // (threads or 1), 1), num_runs) if is_cpu else 1)
     threads = threads or max(num_cores() // arguments.jobs, 1)
     evaluate_every = arguments.evaluate_every or max(phases // 10, 1)
-    _make(arguments.output)
+    require_writable(arguments.output, "--output")
     shared = Settings(tuple(configs), tuple(flags), phases, evaluate_every, threads, arguments.output)
     require_same_comparison(shared)
     return shared
@@ -111,6 +111,26 @@ def _require_keys(configs: Sequence[str], methods: Sequence[str], flags: Sequenc
             if key == taken or key.startswith(f"{taken}."):
                 raise UserError(f"--{key} cannot be given, because a comparison sets it for each run. {instead}.")
     check_run([*(f"--config={path}" for path in [*configs, *map(method_file, methods)]), *flags])
+    for method in methods:
+        _require_method_kept(method, [key for key, _ in flags_of(flags)])
+
+
+def _require_method_kept(method: str, keys: Sequence[str]) -> None:
+    """Refuse flags that would override what a method sets: the compared runs would no longer differ in it."""
+    values = config_values([method_file(method)])
+    ours = [_without_class(key) for key, value in values.items() if not isinstance(value, dict)]
+    for key in keys:
+        given = _without_class(key)
+        if any(f"{own}.".startswith(f"{given}.") or f"{given}.".startswith(f"{own}.") for own in ours):
+            raise UserError(
+                f"--{key} would override a value of the method {method}. Leave it out, or put it into an overlay of "
+                "your own and give its path to --methods."
+            )
+
+
+def _without_class(key: str) -> str:
+    """A key without the words that a flag may leave out."""
+    return key.replace(".init_args", "").replace(".class_path", "")
 
 
 def _phases(values: dict[str, Any]) -> int:
@@ -125,11 +145,3 @@ def _phases(values: dict[str, Any]) -> int:
             "(stage_transition.after_epochs). Raise it, or give --phases."
         )
     return max_epochs - num_sft
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(f"--output: cannot create the folder {folder}: {reason}. Use another one.") from error
