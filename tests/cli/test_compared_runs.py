@@ -132,9 +132,10 @@ def test_own_overlays_are_methods(tmp_path):
 
 def test_a_folder_of_another_comparison_is_refused_whatever_its_methods(shared):
     require_same_comparison(shared)
+    finish(Run("after_sft", None, 9), shared)
     finish(Run("rloo", "rloo", 9), shared)
     require_same_comparison(shared)
-    with pytest.raises(UserError, match=r"rloo/seed_9.json was made with other settings: phases: stored 4, now 5"):
+    with pytest.raises(UserError, match=r"was made with other settings: phases: stored 4, now 5"):
         require_same_comparison(Settings(**(vars(shared) | {"phases": 5})))
 
 

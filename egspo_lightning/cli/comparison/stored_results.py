@@ -30,10 +30,11 @@ def require_same_comparison(shared: Settings) -> None:
         UserError: naming the settings that differ.
     """
     ours = shared_values(shared) | {"phases": shared.phases, "evaluate_every": shared.evaluate_every}
-    for path in sorted(shared.output.glob("runs/*/*.json")):
-        stored = json.loads(path.read_text())["settings"]
-        both = ours.keys() & stored.keys()
-        _require_same({key: stored[key] for key in both}, {key: ours[key] for key in both}, path)
+    stored: dict[str, Any] = {}
+    for path in sorted(shared.output.glob("runs/*/*.json")):  # those of SFT do not hold all settings
+        stored = json.loads(path.read_text())["settings"] | stored
+    both = ours.keys() & stored.keys()
+    _require_same({key: stored[key] for key in both}, {key: ours[key] for key in both}, shared.output)
 
 
 def _require_same(stored: Any, ours: Any, path: Path) -> None:
