@@ -208,7 +208,7 @@ def use_rows(run: Any, kind: str = "demonstrations") -> None:
 
 
 rows("broken_json", GOOD + b'{"problem": \n', "rows.jsonl:2", "not valid JSON")
-rows("missing_field", GOOD + b'{"problem": "1+1=?"}\n', "rows.jsonl:2", "'solution'", "nothing")
+rows("missing_field", GOOD + b'{"problem": "1+1=?"}\n', "rows.jsonl:2", "'solution'", "missing")
 rows("missing_answer", GOOD + b'\n{"problem": "1+1=?"}\n', "rows.jsonl:3", "'answer'", kind="problems")
 rows("raw_nul", GOOD + GOOD.replace(b"1+1", b"1\0+1"), "rows.jsonl:2")
 rows("escaped_nul", GOOD + GOOD.replace(b"1+1", b"1\\u0000+1"), "rows.jsonl:2", "NUL")
