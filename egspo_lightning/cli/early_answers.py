@@ -14,7 +14,6 @@ import yaml
 
 import egspo_lightning
 from egspo_lightning.cli.config_files import flags_of, keys_of, read_config, shipped_path, use_configs
-from egspo_lightning.cli.example_data import write_example_data
 from egspo_lightning.cli.known_keys import classes_of, find, known_keys, similar_keys
 from egspo_lightning.cli.methods import methods_table
 from egspo_lightning.cli.report_command import write_report
@@ -73,6 +72,8 @@ def answer_early(arguments: Sequence[str]) -> None:
     if command == "methods":
         _print(methods_table())
     if command == "example_data" and not {"-h", "--help"}.intersection(rest):
+        from egspo_lightning.cli.example_data import write_example_data  # needs jsonargparse
+
         _print(write_example_data(rest[:-1]))
     if command == "example_data":
         _print(f"usage: egspo example_data [FOLDER]\n\n{COMMANDS[command]}")
