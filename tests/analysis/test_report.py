@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -139,6 +140,12 @@ def test_wrong_arguments_are_refused_in_one_line(runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "usage: egspo report" in printed
     assert "--max_completions" in printed
+
+
+def test_missing_plotly_is_one_line_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "egspo_lightning.analysis.report_page", None)  # its import fails
+    with pytest.raises(UserError, match="report needs Plotly and pandas: pip install plotly pandas"):
+        write_report([str(tmp_path)], "")
 
 
 def test_run_without_token_records_says_how_to_record_them(runs, tmp_path):

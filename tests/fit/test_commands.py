@@ -49,6 +49,7 @@ def test_fit_ends_with_a_table_and_the_paths(repository, tmp_path, monkeypatch, 
         assert text in out
     folder = tmp_path / "lightning_logs" / "version_0"
     assert f"Logs:  {folder}" in out
+    assert f"See:   egspo report {folder} -o report.html" in out
     assert f"Model: {folder / 'hf'}" in out
 
 
