@@ -115,6 +115,7 @@ def test_readme_commands_run_in_order(repository, tmp_path, monkeypatch, capsys)
     assert "avg@1" in out
 
 
+@pytest.mark.slow
 def test_readme_python_example_runs(repository, tmp_path):
     """In a new process with the repository as working folder."""
     (example,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)

@@ -15,7 +15,7 @@ from egspo_lightning.callbacks.logger_displays import summary
 from egspo_lightning.cli.main import run
 
 HISTOGRAMS = "has no histograms; mean and quantiles of token entropy are logged as metrics, entropy/*."
-TEXT = "keeps no text; completions are in the token records, see python -m egspo_lightning.analysis."
+TEXT = "keeps no text; completions are in the token records, see egspo report."
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Callback that records metrics, weights, batches and gradients of a run, and module settings of resuming runs."""
+"""Callback that records metrics, weights, batches and gradients of a run; parameters of tests."""
 
+import pytest
 from lightning.pytorch import Callback
 
 from egspo_lightning.models.critic import CriticConfig
@@ -20,6 +21,13 @@ METHODS = {
     },
 }
 """Module settings of runs that resume; together they have every kind of state that a checkpoint holds."""
+
+
+def slow(*values):
+    """Parameters of a test that only CI runs."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow) for value in values
+    ]
 
 
 class Spy(Callback):

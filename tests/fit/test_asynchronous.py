@@ -19,7 +19,7 @@ from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from processes import SHORT_QUICKSTART, compare_metrics
-from spies import METHODS
+from spies import METHODS, slow
 
 RL = {"initial_stage": "egspo"}
 AHEAD = {"max_staleness": 1}
@@ -164,7 +164,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["plain", *slow(*list(VARIANTS)[1:])])
 def test_a_frozen_policy_has_the_same_rollouts_and_losses_with_and_without_staleness(tiny_run, small_model, variant):
     chosen = VARIANTS[variant]
     runs = []
@@ -376,9 +376,7 @@ def make_run(tiny_run, folder, recorder, module, data=AHEAD, **checkpoint):
     ("method", "when"),
     [
         ("egspo", {"every_n_train_steps": 1}),
-        ("egspo", {"every_n_epochs": 1}),
-        ("ppo", {"every_n_train_steps": 1}),
-        ("kl", {"every_n_epochs": 1}),
+        *slow(("egspo", {"every_n_epochs": 1}), ("ppo", {"every_n_train_steps": 1}), ("kl", {"every_n_epochs": 1})),
     ],
 )
 def test_resuming_from_every_checkpoint_is_bit_identical(tiny_run, tmp_path, method, when):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from egspo_lightning import DatasetBenchmark, DatasetDemonstrations, DatasetProblems, PromptTemplate, StageTransition
+from spies import slow
 
 NUMBERS = range(1, 9)
 PLAIN = [{"problem": f"{n}+1=?", "solution": rf"\boxed{{{n + 1}}}", "answer": n + 1} for n in NUMBERS]
@@ -87,7 +88,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "save", "rows", "fields"), FORMS)
+@pytest.mark.parametrize(("name", "save", "rows", "fields"), [*FORMS[:3], *slow(*FORMS[3:])])
 def test_each_form_trains_by_sft_and_rollouts(tiny_run, tmp_path, monkeypatch, caplog, name, save, rows, fields):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "held_out").mkdir()

@@ -49,6 +49,7 @@ def two_processes(repository, tmp_path_factory):
     return folder, fit(repository, folder, *DDP)
 
 
+@pytest.mark.slow
 def test_ddp_on_two_processes_equals_one(two_processes, one_process):
     _, rows = two_processes
     first = next(i for i, row in enumerate(one_process) if row["loss/total"])

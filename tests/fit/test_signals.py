@@ -116,7 +116,8 @@ def test_a_signal_saves_and_the_run_resumes(repository, tmp_path, alone, number)
     assert all(torch.equal(value, ended[name]) for name, value in alone.items())
 
 
-@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [0, 1])
 def test_a_second_signal_ends_the_run_at_once(repository, tmp_path, staleness):
     """Even if the optimizer step or the sampling thread would take minutes."""
     slow = [

@@ -30,6 +30,7 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_full_disk_during_checkpoint_save_keeps_last_checkpoint(start, resumable):
     run, last = resumable
     before = digest(last)
@@ -48,6 +49,7 @@ def test_full_disk_during_checkpoint_save_keeps_last_checkpoint(start, resumable
     assert max(epochs) == 3
 
 
+@pytest.mark.slow
 def test_full_disk_during_token_records_keeps_last_checkpoint(start, resumable):
     run, last = resumable
     run.put("checkpoint.every_n_epochs", 100)

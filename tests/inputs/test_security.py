@@ -97,6 +97,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_offline_run_opens_no_connection_and_names_missing_model(smallest, tmp_path):
     run = smallest(tmp_path, "some/model")
     done = subprocess.run(
