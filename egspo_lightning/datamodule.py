@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from egspo_lightning.data.prompts import PromptEncoder, PromptTemplate
 from egspo_lightning.data.sized_loader import SizedLoader
@@ -197,6 +197,8 @@ class HybridDataModule(LightningDataModule):
         if self.expert_fraction > 0:
             pool.require_answers()
         self.phases.pool = pool
+        if pool.warning is not None:
+            rank_zero_warn(pool.warning)
         if reaches_egspo(self.trainer, self._policy.initial_stage):
             experts = [item.demonstration for item in pool.demonstrations] if self.num_experts else []
             for fact in match_columns(self.reward, self.problems, self.demonstrations, experts):

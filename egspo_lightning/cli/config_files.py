@@ -1,6 +1,7 @@
 """Config files on the command line: those shipped with the package, and checks that name a broken file and its line."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -20,6 +21,8 @@ SHIPPED = next((root for root in (_PACKAGE / "configs", _PACKAGE.parent / "confi
 def use_configs(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with ``shipped_path`` applied to each ``--config``, and refuse broken config files.
 
+    Modules beside a config can be imported from then on.
+
     Raises:
         UserError: a file does not exist, is not a YAML mapping, or gives a key twice; the message names the line.
     """
@@ -29,8 +32,16 @@ def use_configs(arguments: Sequence[str]) -> list[str]:
         if before in CONFIG_FLAGS or (equals and flag in CONFIG_FLAGS):
             path = shipped_path(value)
             read_config(path)
+            _find_modules_beside(path)
             replaced[i] = f"{flag}{equals}{path}"
     return replaced
+
+
+def _find_modules_beside(path: str) -> None:
+    """Let a config name classes of modules in its own folder, after all other places of Python's."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isfile(path) and folder not in sys.path:
+        sys.path.append(folder)
 
 
 def shipped_path(path: str) -> str:

@@ -14,6 +14,9 @@ from egspo_lightning.ops.batching import BLANK_TOKENS, pad_right
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.types import Demonstration, ExpertBatch, ExpertSolution, Problem, UpdateSize
 
+MANY_DROPPED = 0.25
+"""Share of demonstrations; where more of them are too long, a warning names the limits."""
+
 
 class Encoded(NamedTuple):
     """One demonstration as token ids."""
@@ -59,6 +62,8 @@ class ExpertPool:
     """Number that were dropped because the grader marks them wrong, see ``drop_wrong``."""
     num_unanswered: int = 0
     """Number that are kept without an answer."""
+    warning: str | None = None
+    """What to tell where many are too long."""
 
     @classmethod
     def encode(
@@ -74,6 +79,7 @@ class ExpertPool:
         lengths = [(len(item.prompt_ids), len(item.completion_ids)) for item in encoded]
         limits = encoder.max_length, max_completion_length
         kept = [item for item, (p, c) in zip(encoded, lengths, strict=True) if p <= limits[0] and c <= limits[1]]
+        num_dropped = len(encoded) - len(kept)
         if not kept:
             prompt, completion = map(min, zip(*lengths, strict=True))
             raise UserError(
@@ -81,7 +87,15 @@ class ExpertPool:
                 f"data.max_completion_length = {max_completion_length}. The shortest prompt has {prompt} tokens, the "
                 f"shortest solution {completion}. Raise the limits."
             )
-        return cls(kept, len(encoded) - len(kept), max_completion_length, tokenizer.pad_token_id, seed)
+        prompt, completion = map(max, zip(*lengths, strict=True))
+        warning = (
+            f"data.demonstrations: {num_dropped} of {len(encoded)} are dropped, because they exceed "
+            f"data.max_prompt_length = {limits[0]} or data.max_completion_length = {max_completion_length} tokens. The "
+            f"longest prompt has {prompt} tokens, the longest solution {completion}. Raise the limits to keep them."
+        )
+        is_large = num_dropped > MANY_DROPPED * len(encoded)
+        pad = tokenizer.pad_token_id
+        return cls(kept, num_dropped, max_completion_length, pad, seed, warning=warning if is_large else None)
 
     def draw(self, start: int, count: int) -> list[Encoded]:
         """Demonstrations number ``start`` to ``start + count - 1`` of an endless order: each once per pass."""

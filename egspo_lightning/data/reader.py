@@ -18,6 +18,7 @@ Row = tuple[str, dict[str, Any]]
 
 GZIP = b"\x1f\x8b"
 """The first bytes of a gzip file."""
+_PART = re.compile(r"\w+\[(-?\d*%?):(-?\d*%?)\]")
 _BUILDERS = {".jsonl": "json", ".csv": "csv", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 """File suffix to the builder of the datasets library."""
 
@@ -33,7 +34,8 @@ def read_rows(path: str, config: str | None = None, split: str = "train") -> Ite
             of files, a folder written by ``save_to_disk``, or a data set's name on the Hub. A file with another suffix
             is read as JSON Lines.
         config: The configuration of a data set that has several.
-        split: The split of the data set, or a part of it ("train[:1000]"). JSON Lines and CSV files have no splits.
+        split: The split of the data set, or a part of it ("train[:1000]"). JSON Lines and CSV files have only
+            parts, whatever the split's name.
 
     Raises:
         UserError: the rows cannot be read, a line is malformed, or a text holds NUL or half of a surrogate pair, which
@@ -46,13 +48,30 @@ def read_rows(path: str, config: str | None = None, split: str = "train") -> Ite
     if is_local and not files:
         raise _no_such_file(path)
     if is_local and (suffix in (".jsonl", ".csv") or suffix not in _BUILDERS):
-        rows = chain.from_iterable(map(_csv_rows if suffix == ".csv" else _json_lines, map(Path, files)))
+        rows = _part(chain.from_iterable(map(_csv_rows if suffix == ".csv" else _json_lines, map(Path, files))), split)
     else:
         rows = _dataset_rows(path, config, split)
     for where, row in rows:
         for field, value in row.items():
             _require_storable(value, field, where)
         yield where, row
+
+
+def _part(rows: Iterable[Row], split: str) -> Iterable[Row]:
+    """The rows of a part such as "train[40:]" or "test[:10%]"; all rows of a split without brackets."""
+    if "[" not in split:
+        return rows
+    match = _PART.fullmatch(split)
+    if match is None:
+        raise UserError(f'split = {split!r}: write a part as "train[:40]", "train[40:]", "train[10:40]" or in percent.')
+    found = list(rows)
+    start, end = (_place(bound, len(found)) for bound in match.groups())
+    return found[start:end]
+
+
+def _place(bound: str, num_rows: int) -> int | None:
+    number = bound.removesuffix("%")
+    return None if not number else round(int(number) * num_rows / 100) if bound.endswith("%") else int(number)
 
 
 def _no_such_file(path: str) -> UserError:

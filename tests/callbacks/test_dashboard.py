@@ -175,12 +175,12 @@ def test_tensorboard_in_a_browser_shows_charts_text_and_hparams(tiny_run, tmp_pa
         logger.experiment.flush()
     with tensorboard(tmp_path / "logs") as address:
         browser.open(f"{address}/#custom_scalars")
-        browser.wait_for(*(f" {title} " for title in CHARTS), "Matches (5)")
+        browser.wait_for(*(f" {title} " for title in CHARTS), "Matches (4)")  # three metrics and the stage mark
         browser.open("about:blank")
         browser.open(f"{address}/#text")
         text = browser.wait_for("rollout/samples", "from phase 2, step 2: 1 epochs done.")
         assert "reward" in text
         browser.open("about:blank")
         browser.open(f"{address}/#hparams")
-        browser.wait_for("model.gate.top_fraction", "QuantileGate", "rollout/accuracy")
+        browser.wait_for("model.gate.top_fraction", "QuantileGate", "rollout/reward_mean")
         assert "<script" not in browser.run(ALL_TEXT).split("JavaScript")[-1]

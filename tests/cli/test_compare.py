@@ -10,6 +10,8 @@ import time
 import pytest
 import yaml
 
+from egspo_lightning.cli.report_command import write_report
+
 
 def shortened(config, model, **data):
     """The quickstart config with small sizes."""
@@ -65,7 +67,8 @@ def is_gone(group, seconds):
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_resumes(start, tmp_path):
+def test_an_interrupted_comparison_resumes(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     process = start("--seeds", "1", "2")
     wait_for(lambda: len(finished(out)) >= 3, process)
@@ -91,6 +94,10 @@ def test_an_interrupted_comparison_resumes(start, tmp_path):
     for name in ("table.md", "results.csv", "problems.csv.gz", "curves.png"):
         assert (out / name).stat().st_size > 0
     assert not (out / "unfinished").exists()
+    (see,) = [line for line in printed.splitlines() if line.startswith("See: egspo report ")]
+    write_report([*see.split()[3:-1], str(tmp_path / "report.html")], "")
+    assert (tmp_path / "report.html").stat().st_size > 0
+    assert not list(out.glob("runs/**/*.ckpt"))
     results = [json.loads((out / path).read_text()) for path in after]
     methods = [result for result in results if result["method"]]
     assert {result["optimizer_steps"] for result in methods} == {3 * 4}

@@ -87,7 +87,7 @@ def test_defaults_are_those_of_the_config(settings):
     assert (shared.phases, shared.evaluate_every, shared.threads, jobs) == (30, 7, 1, 1)
 
 
-def test_phases_must_be_given_where_the_config_leaves_them_open(settings, repository, tmp_path):
+def test_phases_must_be_given_where_the_config_leaves_them_open(settings, repository, tmp_path, monkeypatch):
     config = yaml.safe_load((repository / "configs" / "quickstart.yaml").read_text())
     del config["stage_transition"]["after_epochs"], config["num_threads"]
     path = tmp_path / "open.yaml"
@@ -95,8 +95,12 @@ def test_phases_must_be_given_where_the_config_leaves_them_open(settings, reposi
     arguments = ["--config", str(path), "--methods", "grpo", "egspo", "--jobs", "2"]
     with pytest.raises(UserError, match=r"--phases must be given.*sets no stage_transition.after_epochs"):
         settings(*arguments)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     shared, jobs = settings(*arguments, "--phases", "5")
     assert (shared.phases, shared.threads, jobs) == (5, 4, 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    shared, _ = settings(*arguments, "--phases", "5")
+    assert shared.threads == 3
 
 
 def test_provenance_names_processor_versions_and_revision():

@@ -1,5 +1,6 @@
 """Answers before torch is imported: help, lists and typos. They are never stricter than the parser."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -207,3 +208,11 @@ def test_modules_in_the_working_folder_are_found(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         main()
     assert sys.path[0] == str(tmp_path)
+
+
+def test_modules_beside_a_config_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_the_config.py").write_text("class Gate: ...\n")
+    (tmp_path / "mine.yaml").write_text("model: {gate: beside_the_config.Gate}\n")
+    answer_early(["fit", f"--config={tmp_path / 'mine.yaml'}"])
+    assert importlib.util.find_spec("beside_the_config").origin == str(tmp_path / "beside_the_config.py")

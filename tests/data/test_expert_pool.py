@@ -73,6 +73,12 @@ def test_too_long_demonstrations_are_dropped_and_counted(tokenizer):
     pool = ExpertPool.encode(demonstrations, PromptEncoder(PLAIN, tokenizer, 8), max_completion_length=8, seed=0)
     assert (len(pool.demonstrations), pool.num_dropped) == (1, 2)
     assert pool.demonstrations[0].completion_ids == [*b"xxxxxxx", tokenizer.eos_token_id]
+    assert "2 of 3 are dropped" in pool.warning
+    assert "data.max_prompt_length = 8 or data.max_completion_length = 8" in pool.warning
+    assert "longest prompt has 9 tokens, the longest solution 9" in pool.warning
+    few = [Demonstration(str(n), "q", "x") for n in range(6)] + demonstrations[:2]
+    pool = ExpertPool.encode(few, PromptEncoder(PLAIN, tokenizer, 8), max_completion_length=8, seed=0)
+    assert (pool.num_dropped, pool.warning) == (1, None)
     with pytest.raises(UserError, match="The shortest prompt has 1 tokens, the shortest solution 2"):
         ExpertPool.encode(demonstrations, PromptEncoder(PLAIN, tokenizer, 8), max_completion_length=1, seed=0)
 

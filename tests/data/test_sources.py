@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -388,3 +390,21 @@ class TestRealFiles:
         with pytest.raises(UserError, match="500 were loaded, and 500 of them"):
             leaky.prepare(0, excluded)
         assert DatasetProblems(str(shared_file("data/math_demos.jsonl"))).prepare(0, excluded) < 20
+
+
+@pytest.mark.parametrize(
+    "split", ["train", "train[:3]", "train[3:]", "train[2:5]", "train[-2:]", "train[:30%]", "train[50%:]"]
+)
+def test_a_part_of_json_lines_is_that_of_parquet(tmp_path, split):
+    """The datasets library cuts Parquet files."""
+    rows = [{"problem": f"{n}?", "answer": str(n)} for n in range(10)]
+    lines, table = write(tmp_path / "a.jsonl", *rows), str(tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    problems = [[problem.problem for problem in DatasetProblems(path, split=split).load()] for path in (lines, table)]
+    assert problems[0] == problems[1]
+
+
+def test_a_malformed_part_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": "1?", "answer": "1"})
+    with pytest.raises(UserError, match=r"split = 'train\[3\]': write a part as"):
+        DatasetProblems(path, split="train[3]").load()

@@ -104,6 +104,9 @@ def _write(results: Sequence[Result], labels: Sequence[str], baseline: str, outp
     learning_curves(results, labels).savefig(output / "curves.png", dpi=150)
     _print_table(rows, baseline)
     print(f"Written to {output}: table.md, curves.png, results.csv, problems.csv.gz")
+    seed = min(result["seed"] for result in results)
+    folders = [f"{output}/runs/{label}/seed_{seed}" for label in labels]
+    print(f"See: egspo report {shlex.join(folders)} -o {output}/report.html")
 
 
 def _print_table(rows: Sequence[Row], baseline: str) -> None:

@@ -1,6 +1,7 @@
 """Flags of ``egspo compare`` and of the learning-rate tuning, and their checks."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def shared_settings(arguments: argparse.Namespace, flags: Sequence[str]) -> Sett
     _require_keys(configs, arguments.methods, flags, list(vars(arguments)))
     values = config_values(configs, flags)
     phases = arguments.phases or _phases(values)
-    threads = whole_number(values.get("num_threads"))
+    threads = whole_number(values.get("num_threads")) or whole_number(os.environ.get("OMP_NUM_THREADS"))
     is_cpu = values.get("trainer.accelerator") == "cpu"
     num_runs = len(arguments.methods) * len(arguments.seeds)
     arguments.jobs = arguments.jobs or (min(max(num_cores() // (threads or 1), 1), num_runs) if is_cpu else 1)

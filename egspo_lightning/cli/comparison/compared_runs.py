@@ -72,6 +72,10 @@ class Run:
         """What the run printed, with the traceback of a failure."""
         return self.result_file(output).with_suffix(".log")
 
+    def log_folder(self, output: Path) -> Path:
+        """Log folder of a finished run, for ``egspo report``."""
+        return self.result_file(output).with_suffix("")
+
     def workspace(self, output: Path) -> Path:
         """Folder of a run in progress; an interrupted run leaves it behind."""
         return output / "unfinished" / self.label / f"seed_{self.seed}"

@@ -203,11 +203,15 @@ def _digest(checkpoint: dict[str, Any]) -> str:
 
 
 def _publish(result: dict[str, Any], run: Run, output: Path, workspace: Path) -> None:
-    """Write the result last and atomically: if the file exists, the run has finished."""
+    """Write the result last and atomically: if the file exists, the run has finished. Keep its log folder."""
     target = run.result_file(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (workspace / "metrics.csv").replace(run.metrics_file(output))
+    shutil.copy(workspace / "metrics.csv", run.metrics_file(output))
+    (workspace / "progress.json").unlink(missing_ok=True)
+    for checkpoint in workspace.rglob("*.ckpt"):
+        checkpoint.unlink()
+    shutil.rmtree(run.log_folder(output), ignore_errors=True)
+    workspace.replace(run.log_folder(output))
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(result | {"finished": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1))
     os.replace(partial, target)
-    shutil.rmtree(workspace, ignore_errors=True)
