@@ -12,6 +12,9 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig
 from math_verify.parser import get_extraction_regexes
 
 _CONFIGS = (LatexExtractionConfig(boxed_match_priority=-1), ExprExtractionConfig())
+_VALUE = r"[A-Za-z]\w?(?:\([A-Za-z]\))?\s*=\s*-?\d+(?:[./]\d+)?"
+_PLAIN_VALUES = re.compile(rf"{_VALUE}(?:\s*(?:,|;|or|and)\s*{_VALUE})+(?=\s*\.?\s*\Z)")
+"""Several values at the end of a text without LaTeX, such as "x=1 or x=-1"; math-verify finds only the last number."""
 _FINAL = 50
 """Priority of "final answer is" among the patterns; boxes follow, then "answer", then any formula or number."""
 
@@ -19,17 +22,22 @@ _FINAL = 50
 def find_answer(text: str, is_readable: Callable[[str], bool]) -> str | None:
     """Return the first answer in a text that can be read, else the first; None where there is none.
 
-    The order is that of math-verify: what follows "final answer is", the last boxes, what follows "answer", and the
-    last formula or number.
+    Several plain values at the end come first. Then the order is that of math-verify: what follows "final answer is",
+    the last boxes, what follows "answer", and the last formula or number.
     """
     found = list(dict.fromkeys(_candidates(text)))
     return next(filter(is_readable, found), found[0] if found else None)
 
 
 def _candidates(text: str) -> Iterator[str]:
+    if "\\" not in text and "$" not in text and (values := _PLAIN_VALUES.search(text)) is not None:
+        yield values[0]
+        return
     found = get_extraction_regexes(_CONFIGS)
     patterns = sorted(((priority, pattern) for pairs, _ in found for pattern, priority in pairs), key=itemgetter(0))
     boxed = extract_boxed_content(text, "last").strip()
+    if boxed.count("{") > boxed.count("}"):  # the box is never closed
+        boxed = boxed.removeprefix("{")
     for priority, group in groupby(patterns, key=itemgetter(0)):
         if priority > _FINAL and boxed != text.strip():
             yield boxed

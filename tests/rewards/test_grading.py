@@ -100,6 +100,13 @@ def test_deeply_nested_answer_does_not_crash_the_grader(grader: MathGrader) -> N
     assert next_one.correct
 
 
+def test_lenient_extraction_reads_several_plain_values_at_the_end() -> None:
+    with MathGrader(num_workers=1, deadline_s=20.0, extraction="lenient") as grader:
+        texts = ["x = 1 or x = -1.", "So x=1 and y=2", "x=1, x=2", "If x=1 or x=2 then it is 3"]
+        golds = ["1, -1", "(1,2)", "2", "3"]
+        assert [it.correct for it in grader.grade(texts, golds)] == [True, True, False, True]
+
+
 def test_lenient_extraction_reads_free_text() -> None:
     with MathGrader(extraction="lenient") as grader:
         grades = grader.grade(
