@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from egspo_lightning.analysis.interval_estimates import accuracy_interval
+from egspo_lightning.analysis.rounding import rounded
 from egspo_lightning.analysis.run_reading import Run
 
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -148,7 +149,7 @@ def _line_traces(rows: pd.DataFrame, line: Line, run: Run, number: int, color: s
     name = ", ".join(part for part in (html.escape(run.name), line.label) if part)
     style = {"color": color, "dash": line.dash if line.label else "solid"}
     bold = go.Scatter(
-        y=_rounded(smooth.iloc[kept]),
+        y=rounded(smooth.iloc[kept], DIGITS),
         mode="lines" if len(kept) > 1 else "markers",
         line=style | {"width": 2},
         name=name,
@@ -156,7 +157,12 @@ def _line_traces(rows: pd.DataFrame, line: Line, run: Run, number: int, color: s
         **shared,
     )
     thin = go.Scatter(
-        y=_rounded(values.iloc[kept]), mode="lines", line=style | {"width": 1}, opacity=0.25, hoverinfo="skip", **shared
+        y=rounded(values.iloc[kept], DIGITS),
+        mode="lines",
+        line=style | {"width": 1},
+        opacity=0.25,
+        hoverinfo="skip",
+        **shared,
     )
     return [thin, bold] if window > 1 else [bold]
 
@@ -176,10 +182,10 @@ def _accuracy_trace(name: str, run: Run, number: int, is_single: bool) -> go.Sca
     color = ALL if is_single else color_of(number)
     return go.Scatter(
         x=steps,
-        y=_rounded(mean),
+        y=rounded(mean, DIGITS),
         error_y={
-            "array": _rounded(upper - mean),
-            "arrayminus": _rounded(mean - lower),
+            "array": rounded(upper - mean, DIGITS),
+            "arrayminus": rounded(mean - lower, DIGITS),
             "thickness": 1,
             "width": 2,
             "color": color,
@@ -189,7 +195,7 @@ def _accuracy_trace(name: str, run: Run, number: int, is_single: bool) -> go.Sca
         marker={"size": 6},
         name=html.escape(run.name),
         hovertemplate="%{y:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})",
-        customdata=[_rounded(pair) for pair in zip(lower, upper, strict=True)],
+        customdata=[rounded(pair, DIGITS) for pair in zip(lower, upper, strict=True)],
         meta={"run": number, "batches": [run.batches_at(step) for step in steps]},
     )
 
@@ -214,8 +220,3 @@ def _transition(run: Run, number: int, is_single: bool) -> dict[str, Any]:
 
 def _key_of(line: Line, is_single: bool) -> dict[str, str]:
     return {"label": line.label, "dash": line.dash, "color": line.color if is_single else "#666"}
-
-
-def _rounded(values: Any) -> list[float | None]:
-    """Values with few digits, which keep the page small; null where not finite."""
-    return [float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in values]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from egspo_lightning.analysis.rounding import rounded
 from egspo_lightning.analysis.run_reading import Run
 from egspo_lightning.analysis.token_text import shown
 
@@ -90,17 +91,17 @@ def _completion_columns(completions: pd.DataFrame, tokens: pd.DataFrame, problem
         "id": [shown(text) for text in completions["completion_id"]],
         "gold": [shown(text) for text in completions["gold"].fillna("")],
         "extracted": [None if pd.isna(text) else shown(text) for text in completions["extracted"]],
-        "reward": _rounded(completions["reward"]),
+        "reward": rounded(completions["reward"], DIGITS),
         "right": completions["is_correct"].astype(int).tolist(),
         "truncated": completions["is_truncated"].astype(int).tolist(),
         "masked": masked.astype(int).tolist(),
         "length": lengths.tolist(),
-        "threshold": _rounded(thresholds),
+        "threshold": rounded(thresholds, DIGITS),
     }
 
 
 def _token_columns(tokens: pd.DataFrame, texts: _Numbers) -> dict[str, Any]:
-    values: dict[str, Any] = {name: _rounded(tokens[name]) for name in VALUES}
+    values: dict[str, Any] = {name: rounded(tokens[name], DIGITS) for name in VALUES}
     high = "".join(tokens["is_high_entropy"].astype(int).astype(str))
     return values | {"text": texts.of(tokens["token"]), "id": tokens["token_id"].tolist(), "high": high}
 
@@ -110,9 +111,3 @@ def _scale(values: pd.Series) -> float:
     magnitudes = values[np.isfinite(values)].abs()
     found = [magnitudes.quantile(0.99), magnitudes.max(), 1.0]
     return next(float(f"{value:.2g}") for value in found if value > 0)
-
-
-def _rounded(values: pd.Series) -> list[float | None]:
-    finite = np.isfinite(values)
-    pairs = zip(values.tolist(), finite.tolist(), strict=True)
-    return [float(f"{value:.{DIGITS}g}") if is_finite else None for value, is_finite in pairs]

@@ -27,7 +27,7 @@ MAX_DEPTH = 3
 
 
 class Run(NamedTuple):
-    """What the log folder of a run holds; a part that the run did not write is empty."""
+    """Contents of the log folder of a run; a part that the run did not write is empty."""
 
     name: str
     folder: Path

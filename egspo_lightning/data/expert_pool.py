@@ -63,7 +63,7 @@ class ExpertPool:
     num_unanswered: int = 0
     """Number that are kept without an answer."""
     warning: str | None = None
-    """What to tell where many are too long."""
+    """Warning to print where many are too long."""
 
     @classmethod
     def encode(

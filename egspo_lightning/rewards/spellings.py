@@ -13,19 +13,8 @@ _NAMES = {
     "functions": "arcsin arccos arctan arccot sinh cosh tanh sin cos tan cot csc log ln exp gcd lcm",
 }
 GREEK, _FUNCTIONS = (names.split() for names in _NAMES.values())
-_BASES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "twelve": 12,
-}
-_BASES |= {"sixteen": 16}
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+_BASES |= {"twelve": 12, "sixteen": 16}
 _MONEY = {
     r"\\$": r"USD|[A-Z]{1,2}\\?\$",
     "€": r"EUR|\\euro@",
@@ -43,7 +32,8 @@ def _rules(*rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> Rules:
 
 def _column(rows: str) -> str:
     """Spell a column as a tuple."""
-    return f"({','.join(row.strip() for row in rows.split(chr(92) * 2) if row.strip())})"
+    parts = ",".join(row.strip() for row in rows.split("\\\\") if row.strip())
+    return f"({parts})"
 
 
 def _matrix(rows: str) -> str:

@@ -58,9 +58,13 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted. Finished runs are kept, and the same command goes on with the others.", file=sys.stderr)
         return 130
-    finished = list(results.values())
-    if any(run.method is not None for run in results):
-        _write(finished, labels, baseline, shared.output, shlex.join(["egspo", "compare", *arguments]))
+    compared = [run for run in results if run.method is not None]
+    if compared:
+        command = shlex.join(["egspo", "compare", *arguments])
+        _write(list(results.values()), labels, baseline, shared.output, command)
+        first = [run for run in compared if run.seed == compared[0].seed]
+        folders = shlex.join(str(run.log_folder(shared.output)) for run in first)
+        print(f"See: egspo report {folders} -o {shared.output}/report.html")
     report_failures(failures, shared.output)
     return 1 if failures else 0
 
@@ -104,9 +108,6 @@ def _write(results: Sequence[Result], labels: Sequence[str], baseline: str, outp
     learning_curves(results, labels).savefig(output / "curves.png", dpi=150)
     _print_table(rows, baseline)
     print(f"Written to {output}: table.md, curves.png, results.csv, problems.csv.gz")
-    seed = min(result["seed"] for result in results)
-    folders = [f"{output}/runs/{label}/seed_{seed}" for label in labels]
-    print(f"See: egspo report {shlex.join(folders)} -o {output}/report.html")
 
 
 def _print_table(rows: Sequence[Row], baseline: str) -> None:

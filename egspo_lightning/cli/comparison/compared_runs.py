@@ -64,16 +64,12 @@ class Run:
         """Result; exists once the run has finished."""
         return output / "runs" / self.label / f"seed_{self.seed}.json"
 
-    def metrics_file(self, output: Path) -> Path:
-        """Metrics per phase."""
-        return self.result_file(output).with_suffix(".csv")
-
     def log_file(self, output: Path) -> Path:
-        """What the run printed, with the traceback of a failure."""
+        """Output of the run, with the traceback of a failure."""
         return self.result_file(output).with_suffix(".log")
 
     def log_folder(self, output: Path) -> Path:
-        """Log folder of a finished run, for ``egspo report``."""
+        """Log folder of a finished run, with its metrics per phase; for ``egspo report``."""
         return self.result_file(output).with_suffix("")
 
     def workspace(self, output: Path) -> Path:

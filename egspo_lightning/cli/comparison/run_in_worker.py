@@ -206,7 +206,6 @@ def _publish(result: dict[str, Any], run: Run, output: Path, workspace: Path) ->
     """Write the result last and atomically: if the file exists, the run has finished. Keep its log folder."""
     target = run.result_file(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(workspace / "metrics.csv", run.metrics_file(output))
     (workspace / "progress.json").unlink(missing_ok=True)
     for checkpoint in workspace.rglob("*.ckpt"):
         checkpoint.unlink()
