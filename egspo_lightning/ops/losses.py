@@ -33,10 +33,21 @@ def ppo_clip(
     Sources: PPO, arXiv 1707.06347, equation 7. Separate bounds ("clip-higher"): DAPO, arXiv 2503.14476. Dual clip,
     which bounds the loss by ``-dual_clip A`` where A < 0: arXiv 1912.09729, equation 5.
     """
-    advantages = as_tensor(advantages)
     ratio = log_ratio(logprobs, old_logprobs).exp()
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return clipped_surrogate(ratio, as_tensor(advantages), 1 - clip_low, 1 + clip_high, dual_clip)
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, low: Tensor | float, high: Tensor | float, dual_clip: float | None = None
+) -> Tensor:
+    """``-min(r A, clip(r, low, high) A)`` of given ratios, as ``ppo_clip``; bounds may differ by token."""
+    clipped_ratio = ratio.clamp(min=low).clamp(max=high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    return dual_clipped(loss, advantages, dual_clip)
+
+
+def dual_clipped(loss: Tensor, advantages: Tensor, dual_clip: float | None) -> Tensor:
+    """The loss, at most ``-dual_clip A`` where A < 0; None sets no bound."""
     if dual_clip is None:
         return loss
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
