@@ -37,6 +37,10 @@ from egspo_lightning.ops.attenuation import Attenuation as Attenuation
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation as ConfidenceAttenuation
 from egspo_lightning.ops.attenuation import ConstantAttenuation as ConstantAttenuation
 from egspo_lightning.ops.attenuation import EntropyRatioAttenuation as EntropyRatioAttenuation
+from egspo_lightning.ops.control_gates import InverseGate as InverseGate
+from egspo_lightning.ops.control_gates import PositionGate as PositionGate
+from egspo_lightning.ops.control_gates import RandomGate as RandomGate
+from egspo_lightning.ops.entropy_gate import EntropyGate as EntropyGate
 from egspo_lightning.ops.estimators import GAE as GAE
 from egspo_lightning.ops.estimators import Advantage as Advantage
 from egspo_lightning.ops.estimators import Estimate as Estimate
@@ -51,6 +55,9 @@ from egspo_lightning.ops.gate import OpenGate as OpenGate
 from egspo_lightning.ops.gate import QuantileGate as QuantileGate
 from egspo_lightning.ops.objective import Objective as Objective
 from egspo_lightning.ops.schedules import ChordMu as ChordMu
+from egspo_lightning.ops.token_methods import Surrogate as Surrogate
+from egspo_lightning.ops.token_methods import TokenWeights as TokenWeights
+from egspo_lightning.ops.token_view import TokenView as TokenView
 from egspo_lightning.rewards.composition import WeightedReward as WeightedReward
 from egspo_lightning.rewards.format import FormatReward as FormatReward
 from egspo_lightning.rewards.functions import CorrectnessReward as CorrectnessReward

@@ -6,6 +6,7 @@ Optimization is automatic, so clipping, accumulation, precision, strategies and 
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,12 @@ from egspo_lightning.models.policy import Sequences
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics
+from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import Advantage, GroupRelative
 from egspo_lightning.ops.gate import Gate, QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
+from egspo_lightning.ops.token_methods import Surrogate, TokenMethod, TokenWeights
+from egspo_lightning.ops.token_view import Statistics
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 from egspo_lightning.training.advantage_and_gate import AdvantageAndGate
 from egspo_lightning.training.fit_loop import set_epoch_length
@@ -56,6 +60,8 @@ class EGSPOModule(PolicyModule):
         objective: Hyperparameters of the loss.
         gate: Gives the entropy threshold tau: tokens at or above it take the full update.
         attenuation: Gives the weight phi of the other tokens.
+        token_weights: Weights of the tokens in the surrogate; null is EntropyGate with the gate and attenuation above.
+        surrogate: Policy loss of a token; null is PPO's, with the clip of the objective.
         advantage: Estimates advantages from the rewards of a rollout batch.
         critic: Estimates values; only GAE needs it.
         kl_reward: KL to the reference policy as a part of the reward; none by default.
@@ -76,6 +82,8 @@ class EGSPOModule(PolicyModule):
         objective: Objective = Objective(),  # noqa: B008  frozen, so it can be shared
         gate: Gate = lazy_instance(QuantileGate, top_fraction=0.2),  # noqa: B008
         attenuation: Attenuation = lazy_instance(ConfidenceAttenuation),  # noqa: B008
+        token_weights: TokenWeights | None = None,
+        surrogate: Surrogate | None = None,
         advantage: Advantage = lazy_instance(GroupRelative),  # noqa: B008
         critic: CriticConfig | None = None,
         kl_reward: KLReward | None = None,
@@ -92,13 +100,25 @@ class EGSPOModule(PolicyModule):
         advantage = instantiate_lazy_default(advantage)
         has_reference = objective.beta > 0 or kl_reward is not None
         super().__init__(policy, critic, has_reference, temperature, optimizer, lr_scheduler, Stage(initial_stage))
-        self.advantage_and_gate = AdvantageAndGate(objective, gate, attenuation, advantage, kl_reward, entropy_bonus)
-        self.objective, self.advantage, self.gate, self.attenuation = objective, advantage, gate, attenuation
+        self.gate, self.attenuation, self.surrogate = gate, attenuation, surrogate
+        self.token_weights = self._with_gate(EntropyGate() if token_weights is None else token_weights)
+        self.objective, self.advantage = objective, advantage
+        self.advantage_and_gate = AdvantageAndGate(objective, self.token_weights, advantage, kl_reward, entropy_bonus)
         self.kl_reward, self.entropy_bonus, self.method = kl_reward, entropy_bonus, method
         self.max_bad_updates = int(max_bad_updates)
         require_method(self)
         self._initial_parts = copy.deepcopy(self.advantage_and_gate.state_dict())
         self.start_run()
+
+    def _with_gate(self, token_weights: TokenWeights) -> TokenWeights:
+        """An ``EntropyGate`` takes the parts that it lacks from model.gate and model.attenuation."""
+        if not isinstance(token_weights, EntropyGate):
+            return token_weights
+        return replace(
+            token_weights,
+            gate=self.gate if token_weights.gate is None else token_weights.gate,
+            attenuation=self.attenuation if token_weights.attenuation is None else token_weights.attenuation,
+        )
 
     def start_run(self) -> None:
         """Also start gate and adaptive coefficients, metrics and counts of bad steps anew."""
@@ -119,7 +139,16 @@ class EGSPOModule(PolicyModule):
     @property
     def needs_every_rollout(self) -> bool:
         """Whether rollouts of advantage 0 take part in the loss."""
-        return self.objective.needs_every_rollout or self.critic_config is not None or self.entropy_bonus is not None
+        parts = (self.objective, self.token_method)
+        has_own_loss = self.critic_config is not None or self.entropy_bonus is not None
+        return has_own_loss or any(part.needs_every_rollout for part in parts)
+
+    @property
+    def token_method(self) -> TokenMethod:
+        """Token weights and surrogate, with statistics over the ranks of the run."""
+        has_trainer = self._trainer is not None  # replay has none
+        ranks = Statistics(self.sum_over_ranks, self.gather_over_ranks) if has_trainer else Statistics()
+        return TokenMethod(self.token_weights, self.surrogate, ranks)
 
     # Training
 
@@ -174,7 +203,7 @@ class EGSPOModule(PolicyModule):
         assert rollout is not None
         require_version(rollout.policy_version, self._allowed_versions)
         self._skip_update = rollout.update_size.num_active_tokens == 0 and expert is None
-        uses_entropies = self.objective.gate_entropy == "current" or self.entropy_bonus is not None
+        uses_entropies = self.token_method.needs_current_entropies or self.entropy_bonus is not None
         loss, metrics, current = self._hybrid_loss(rollout, expert, weights, with_entropies=uses_entropies)
         ratios = ratio_metrics(
             current.logprobs.detach(),
@@ -215,7 +244,7 @@ class EGSPOModule(PolicyModule):
                 expert_loss = expert_loss + self._zero_critic_loss(others[0].values)
         if self.critic is not None:
             current = current._replace(values=self.critic(rollout.input_ids, rollout.completion_mask))
-        loss, metrics = self.objective.hybrid_loss(current, rollout, self.attenuation, expert_loss, weights)
+        loss, metrics = self.objective.hybrid_loss(current, rollout, self.token_method, expert_loss, weights)
         if self.critic_config is not None and current.values is not None:
             error, value_metrics = value_loss(current.values, rollout, clip=self.critic_config.clip)
             loss, metrics = loss + weights.value * error, metrics | value_metrics

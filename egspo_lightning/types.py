@@ -193,6 +193,8 @@ class ScoredRollouts(NamedTuple):
     """G"""
     expert_groups: Tensor
     """(E,) int64: number of the group that each of the last E rows, expert solutions, belongs to"""
+    problem_numbers: Tensor
+    """(B,) int64: number of each row's problem in the rollout batch, over all ranks"""
     max_length: int
     """the length limit of a completion, in tokens"""
     policy_version: int
@@ -231,10 +233,22 @@ class RolloutBatch(NamedTuple):
     """(B,) bool: an expert solution, which the policy did not sample"""
     is_masked: Tensor
     """(B,) bool: left out of the loss, its normalizer and the gate: truncated, with ``mask_truncated``"""
+    is_truncated: Tensor
+    """(B,) bool: the length limit was reached before an EOS"""
+    groups: Tensor
+    """(B,) int64: number of the problem in the rollout batch, over all ranks"""
+    members: Tensor
+    """(B,) int64: number of the completion in its group; an expert solution comes after the G completions"""
     threshold: Tensor
-    """(B, 1) float32, nats: tau, the entropy from which a token counts as high"""
+    """(B, 1) float32, nats: tau, the entropy from which a token counts as high; -inf without a gate"""
+    is_high: Tensor
+    """(B, T) bool: tokens that take the full update, settled with the sampling policy"""
+    high_weights: Tensor
+    """(B, T) float32: weights of the full update, s_t, settled with the sampling policy"""
+    low_weights: Tensor
+    """(B, T) float32: weights of the low branch, (1 - s_t) phi_t, settled with the sampling policy"""
     weight_scale: Tensor
-    """(B, 1) float32: factor of the gate's weights, the same in every row"""
+    """(B, 1) float32: factor of all token weights, the same in every row"""
     policy_version: int
     """optimizer steps that the sampling policy had taken"""
     update_size: UpdateSize

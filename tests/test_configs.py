@@ -15,6 +15,8 @@ from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
+from egspo_lightning.ops.control_gates import InverseGate, PositionGate, RandomGate
+from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
@@ -31,10 +33,15 @@ RECIPES = [
     "qwen2.5_7b_math",
 ]
 
+
+def gated(gate=QuantileGate(0.2), attenuation=ConfidenceAttenuation(), width=0.0):  # noqa: B008
+    return EntropyGate(gate, attenuation, width)
+
+
 EGSPO = {
     "objective": Objective(mu=0.1),
-    "gate": QuantileGate(0.2),
-    "attenuation": ConfidenceAttenuation(),
+    "token_weights": gated(),
+    "surrogate": None,
     "advantage": GroupRelative(),
     "kl_reward": None,
     "entropy_bonus": None,
@@ -44,7 +51,7 @@ EGSPO = {
     "expert_fraction": 0.0,
     "ends_sft": True,
 }
-UNGATED = {"gate": OpenGate()}
+UNGATED = {"token_weights": gated(OpenGate())}
 PURE_RL = UNGATED | {"objective": Objective(mu=0.0), "mixes_expert_data": False}
 NO_MIXING = {"objective": Objective(mu=0.0), "mixes_expert_data": False}
 
@@ -56,7 +63,7 @@ METHODS = {
     "rloo": PURE_RL | {"advantage": LeaveOneOut()},
     "reinforce_plus_plus": PURE_RL
     | {"advantage": ReinforcePlusPlus(), "kl_reward": KLReward(1e-3), "has_reference": True},
-    "top_entropy": NO_MIXING | {"attenuation": ConstantAttenuation(0.0)},
+    "top_entropy": NO_MIXING | {"token_weights": gated(attenuation=ConstantAttenuation(0.0))},
     "chord_mu": UNGATED | {"objective": Objective(mu=ChordMu(warmup_steps=0, decay_steps=200, peak=0.9, valley=0.05))},
     "chord_phi": UNGATED | {"objective": Objective(mu=0.1, expert_weighting="confidence")},
     "luffy": PURE_RL
@@ -66,9 +73,12 @@ METHODS = {
         "expert_fraction": 1.0,
     },
     "egspo": {},
-    "egspo_constant_phi": {"attenuation": ConstantAttenuation(0.1)},
+    "egspo_constant_phi": {"token_weights": gated(attenuation=ConstantAttenuation(0.1))},
     "egspo_no_mixing": NO_MIXING,
-    "egspo_soft_gate": {"objective": Objective(mu=0.1, gate_width=0.1)},
+    "egspo_soft_gate": {"token_weights": gated(width=0.1)},
+    "random_gate": {"token_weights": gated(RandomGate())},
+    "inverse_gate": {"token_weights": gated(InverseGate())},
+    "position_gate": {"token_weights": gated(PositionGate())},
     "egspo_low_branch_nll": {"objective": Objective(mu=0.1, low_branch="nll")},
 }
 """For each method overlay, the settings that differ from EGSPO."""
@@ -159,8 +169,8 @@ def settings(cli):
     (transition,) = [c for c in cli.trainer.callbacks if isinstance(c, StageTransition)]
     return {
         "objective": parts.objective,
-        "gate": parts.gate,
-        "attenuation": parts.attenuation,
+        "token_weights": parts.token_weights,
+        "surrogate": cli.model.surrogate,
         "advantage": parts.advantage,
         "kl_reward": parts.kl_reward,
         "entropy_bonus": parts.entropy_bonus,

@@ -4,7 +4,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from egspo_lightning.callbacks.logger_displays import SHOWS_HISTOGRAMS, log_histograms, note_once
 from egspo_lightning.callbacks.trainer_access import due_rollout_batch, step_of_phase
-from egspo_lightning.ops.gate import high_entropy_mask
 from egspo_lightning.types import NonNegativeInt
 
 
@@ -35,7 +34,7 @@ class EntropyHistogram(Callback):
             return
         rollout = rollouts.batch
         gated = rollout.gated_mask
-        high = high_entropy_mask(rollout.entropies, gated, rollout.threshold)
+        high = rollout.is_high & gated
         masks = {"entropy/all": gated, "entropy/high": high, "entropy/low": gated & ~high}
         found = {tag: rollout.entropies[mask] for tag, mask in masks.items() if mask.any()}
         log_histograms(trainer, found, step_of_phase(trainer))

@@ -21,6 +21,7 @@ LIMITS = {
     "truncated": "max_truncated_fraction",
     "zero_reward": "num_zero_rewards",
     "unmoved_weights": "min_moved_fraction",
+    "tied_entropies": "max_tied_fraction",
 }
 """The argument that a guard compares with."""
 REMEDIES = {
@@ -34,6 +35,8 @@ REMEDIES = {
     "flat_rewards": "Choose problems of another difficulty, more data.num_generations, or data.max_resampling. "
     "guard/flat_rollout_batches counts such rollout batches.",
     "unmoved_weights": "Set model.policy.dtype: float32 and trainer.precision: bf16-mixed, or raise the learning rate.",
+    "tied_entropies": "The gate then selects among equal tokens by a fixed random order. Raise the temperature, add "
+    "model.entropy_bonus, or train on harder problems.",
     "duplicate_problems": "Problems that differ in wording alone are not found.",
 }
 
@@ -61,6 +64,8 @@ class Guards(CheckpointedCallback):
         min_moved_fraction: Rounded-off steps: fires where a smaller share of bfloat16 or float16 weights moves in the
             first phase of a stage; a phase in which the learning rate rises is not judged. Of bfloat16 weights, a
             learning rate of 1e-6 moves 1 %, of float32 weights 99 %.
+        max_tied_fraction: Tied entropies: fires where a larger share of tokens has an entropy equal to the threshold,
+            and the gate must select among them.
     """
 
     checkpointed = ("first_entropy", "num_rollout_batches", "num_flat", "num_zero", "spoken", "moved_fractions")
@@ -74,10 +79,11 @@ class Guards(CheckpointedCallback):
         max_truncated_fraction: UnitInterval = 0.3,
         num_zero_rewards: PositiveInt = 5,
         min_moved_fraction: UnitInterval = 0.5,
+        max_tied_fraction: UnitInterval = 0.1,
     ) -> None:
         self.min_entropy_share, self.max_kl, self.max_first_ratio_gap = min_entropy_share, max_kl, max_first_ratio_gap
         self.max_truncated_fraction, self.num_zero_rewards = max_truncated_fraction, num_zero_rewards
-        self.min_moved_fraction = min_moved_fraction
+        self.min_moved_fraction, self.max_tied_fraction = min_moved_fraction, max_tied_fraction
         self.first_entropy: float | None = None
         self.num_rollout_batches = self.num_flat = self.num_zero = 0
         self.spoken: list[str] = []
@@ -147,6 +153,7 @@ class Guards(CheckpointedCallback):
         entropy = metrics.get("policy/entropy", math.nan)  # absent where all completions are masked
         gap = metrics.get("policy/first_ratio_gap", 0.0)  # stale rollouts have none
         truncated = metrics["rollout/truncated_fraction"]
+        tied = metrics.get("gate/tied_fraction", 0.0)
         is_flat = metrics["rollout/zero_spread_fraction"] == 1
         if self.first_entropy is None and not math.isnan(entropy):
             self.first_entropy = entropy
@@ -164,6 +171,10 @@ class Guards(CheckpointedCallback):
                 f"before the first optimizer step |log(pi / pi_old)| is {gap:.4g} nats",
             ),
             "truncated": (truncated > self.max_truncated_fraction, f"{truncated:.0%} of the completions were cut off"),
+            "tied_entropies": (
+                tied > self.max_tied_fraction,
+                f"{tied:.0%} of the tokens have the same entropy as the gate's threshold",
+            ),
             "zero_reward": (
                 self.num_zero >= self.num_zero_rewards,
                 f"{self.num_zero} rollout batches in a row had no reward other than 0",

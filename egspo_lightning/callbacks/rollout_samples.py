@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from html import escape
-from math import isfinite
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -67,17 +66,18 @@ class RolloutSamples(Callback):
     def _tokens(self, rollouts: CollectedRollouts, row: int, module: EGSPOModule) -> Iterator[str]:
         """The tokens as HTML, at most ``max_characters`` of text."""
         rollout, token_ids = rollouts.batch, rollouts.completions[row].token_ids
-        mask, threshold = rollout.completion_mask[row], rollout.threshold[row].item()
-        has_gate = isfinite(threshold) and not rollout.is_masked[row]  # an open gate highlights nothing
-        values = zip(rollout.entropies[row][mask].tolist(), rollout.advantages[row][mask].tolist(), strict=True)
+        mask = rollout.completion_mask[row]
+        has_gate = rollout.threshold[row].isfinite() and not rollout.is_masked[row]  # an open gate highlights nothing
+        columns = (rollout.entropies, rollout.advantages, rollout.is_high)
+        values = zip(*(column[row][mask].tolist() for column in columns), strict=True)
         length = 0
-        for i, (token_id, (entropy, advantage)) in enumerate(zip(token_ids, values, strict=True)):
+        for i, (token_id, (entropy, advantage, is_high)) in enumerate(zip(token_ids, values, strict=True)):
             text = shown(module.tokenizer.decode([token_id]))
             length += len(text)
             if length > self.max_characters:
                 yield f" ... ({len(token_ids) - i} more tokens)"
                 return
-            is_marked = has_gate and entropy >= threshold
+            is_marked = has_gate and is_high
             hint = f"entropy {entropy:.3g} nats, advantage {advantage:.3g}"
             yield f'<strong><a title="{hint}">{escape(text)}</a></strong>' if is_marked else escape(text)
 

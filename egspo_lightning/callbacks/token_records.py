@@ -15,7 +15,6 @@ from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, file_of,
 from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, module_of, resumes_in
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.ops.gate import high_entropy_mask
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
 from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
@@ -105,8 +104,7 @@ def record(
 
 def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -> dict[str, Tensor]:
     """The columns of TOKENS that tensors hold, for the tokens of the chosen rows in order."""
-    high, low = module.objective.branch_weights(rollout, module.attenuation, rollout.entropies)
-    phi = module.attenuation.phi(rollout.old_logprobs, rollout.entropies, rollout.threshold)
+    weights = rollout.high_weights + rollout.low_weights
     mask, gated = rollout.sampled_mask[chosen], rollout.gated_mask[chosen]
     after = _outputs_now(module, rollout.input_ids[chosen], mask)
     starts = mask.int().argmax(-1, keepdim=True)
@@ -115,15 +113,24 @@ def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -
         "token_id": rollout.input_ids[chosen],
         "entropy": rollout.entropies[chosen],
         "old_logprob": rollout.old_logprobs[chosen],
-        "is_high_entropy": high_entropy_mask(rollout.entropies[chosen], gated, rollout.threshold[chosen]),
-        "phi": phi[chosen],
-        "token_weight": (high + low)[chosen] * gated,
+        "is_high_entropy": rollout.is_high[chosen] & gated,
+        "phi": _low_weights(module, rollout)[chosen],
+        "token_weight": (weights * rollout.weight_scale)[chosen] * gated,
         "advantage": rollout.advantages[chosen],
         "ratio": log_ratio(after.logprobs, rollout.old_logprobs[chosen]).exp(),
         "entropy_after": after.entropies,
         "threshold": rollout.threshold[chosen].expand_as(mask),
     }
     return {name: values[mask].detach() for name, values in aligned.items()}
+
+
+def _low_weights(module: EGSPOModule, rollout: RolloutBatch) -> Tensor:
+    """phi of every token, high ones included; the token weights themselves if no attenuation makes them."""
+    attenuation = getattr(module.token_weights, "attenuation", None)
+    if attenuation is None:
+        return rollout.high_weights
+    phi: Tensor = attenuation.phi(rollout.old_logprobs, rollout.entropies, rollout.threshold)
+    return phi
 
 
 def _outputs_now(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> NetworkOutputs:

@@ -94,11 +94,14 @@ def value_metrics(values: Tensor, rollout: RolloutBatch, clip: float | None) -> 
 def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
     """Sums over the gated tokens of this rank's rollout batch, to be added over ranks; ``weights`` is g_t, (B, T)."""
     mask = rollout.gated_mask
-    high = high_entropy_mask(rollout.entropies, mask, rollout.threshold)
+    high = rollout.is_high & mask
+    at_least = high_entropy_mask(rollout.entropies, mask, rollout.threshold)
     has_tokens = mask.any(-1) & torch.isfinite(rollout.threshold.squeeze(1))
     sums = {
         "tokens": mask.sum(),
         "high": high.sum(),
+        "at_least_threshold": at_least.sum(),
+        "at_threshold": (mask & (rollout.entropies == rollout.threshold)).sum(),
         "weight": masked_sum(weights, mask),
         "weight_high": masked_sum(weights, high),
         "entropy": masked_sum(rollout.entropies, mask),
@@ -128,6 +131,7 @@ def rollout_batch_metrics(sums: Metrics) -> Metrics:
     tokens, high = sums["tokens"], sums["high"]
     metrics = {
         "gate/high_fraction": high / tokens,
+        "gate/tied_fraction": torch.where(sums["at_least_threshold"] > high, sums["at_threshold"], 0.0) / tokens,
         "gate/weight_mean": sums["weight"] / tokens,
         "gate/weight_sum": sums["weight"],
         "policy/entropy": sums["entropy"] / tokens,

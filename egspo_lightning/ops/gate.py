@@ -1,18 +1,21 @@
-"""Entropy gate: which tokens take the full update, and how much the others are attenuated.
+"""Gates: which tokens take the full update.
 
 The weight of a token is ``g_t = 1 if H_t >= tau else phi_t`` (EGSPO, arXiv 2602.03309). A ``Gate`` gives tau; an
-``Attenuation`` (``ops.attenuation``) gives phi. The config chooses both. All results are detached.
+``Attenuation`` (``ops.attenuation``) gives phi. ``ops.entropy_gate`` joins them. The controls of an ablation, which
+select as many tokens by another rule, are in ``ops.control_gates``. All results are detached.
 """
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.masking import Values, as_tensor
+from egspo_lightning.ops.token_selection import highest, num_above_quantile, token_hash
+from egspo_lightning.ops.token_view import Statistics, TokenView
 from egspo_lightning.types import NonNegativeFloat, PositiveShare, ShareBelowOne
 
 
@@ -48,15 +51,12 @@ def token_weights(entropies: Values, threshold: Tensor | float, phi: Values | fl
     return torch.where(entropies >= threshold, torch.ones_like(entropies), phi.expand_as(entropies))
 
 
-def high_share(entropies: Tensor, threshold: Tensor | float, width: float) -> Tensor:
-    """``s_t``, the share of a token that takes the high branch; detached.
+def soft_share(entropies: Tensor, threshold: Tensor | float, width: float) -> Tensor:
+    """``s_t = sigmoid((H_t - tau) / width)`` (ours), the share of a token that takes the full update; detached.
 
-    ``1 if H_t >= tau else 0`` at width 0, else ``sigmoid((H_t - tau) / width)`` (ours); the width is in nats.
+    ``width`` is in nats, above 0.
     """
-    entropies = entropies.detach()
-    if width == 0:
-        return (entropies >= threshold).to(entropies.dtype)
-    return torch.sigmoid((entropies - threshold) / width)
+    return torch.sigmoid((entropies.detach() - threshold) / width)
 
 
 def confidence_phi(old_logprobs: Values) -> Tensor:
@@ -66,6 +66,15 @@ def confidence_phi(old_logprobs: Values) -> Tensor:
     """
     p = as_tensor(old_logprobs).detach().exp()
     return p * (1 - p)
+
+
+def highest_share(scores: Tensor, tokens: TokenView, fraction: float, *, seed: int = 0) -> Tensor:
+    """The ``fraction`` of the tokens of all ranks with the highest scores, (B, T) bool, exact to one token.
+
+    As many tokens as a quantile selects of distinct scores; ``seed`` names the order of equal scores. Collective.
+    """
+    num = num_above_quantile(fraction, tokens.mask, tokens.over_ranks)
+    return highest(scores, token_hash(tokens, seed), tokens.mask, num, tokens.over_ranks)
 
 
 class Entropies(NamedTuple):
@@ -90,9 +99,29 @@ class Gate(Protocol):
         """tau in nats: a scalar, or (B, 1) with one value for each of this rank's completions."""
 
 
+@runtime_checkable
+class SelectsTokens(Protocol):
+    """A ``Gate`` that selects the tokens that take the full update itself; others select those with ``H_t >= tau``."""
+
+    by_entropy: ClassVar[bool]
+    """Whether it selects the tokens with ``H_t >= tau``, except where entropies are equal."""
+
+    def is_high(self, tokens: TokenView, threshold: Tensor) -> Tensor:
+        """Which tokens take the full update, (B, T) bool; entries outside ``tokens.mask`` have no meaning.
+
+        Args:
+            tokens: the rollout batch
+            threshold: tau, () or (B, 1), nats
+        """
+
+
 @dataclass
 class QuantileGate(Gate):
     """tau is a quantile of the entropies of a rollout batch (default: over all its tokens, on all ranks; ours).
+
+    Exactly ``top_fraction`` of the tokens are high, to one token. Among equal entropies a fixed hash of the token's
+    place in the rollout batch decides, which is the same on any number of ranks. With ``running_decay`` all tokens
+    with ``H_t >= tau`` are high, however many they are.
 
     Args:
         top_fraction: Share of tokens that take the full update, in (0, 1]: 0.2 is the top 20 %.
@@ -105,6 +134,7 @@ class QuantileGate(Gate):
     over: Literal["batch", "sequence"] = "batch"
     running_decay: ShareBelowOne | None = None
 
+    by_entropy: ClassVar[bool] = True
     _running: float | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +152,18 @@ class QuantileGate(Gate):
         pooled = entropies.pooled
         tau = quantile_threshold(pooled, torch.ones_like(pooled, dtype=torch.bool), self.top_fraction)
         return tau if self.running_decay is None else self._smooth(tau, self.running_decay)
+
+    def is_high(self, tokens: TokenView, threshold: Tensor) -> Tensor:
+        """The ``top_fraction`` of the tokens with the highest entropy, (B, T) bool."""
+        if self.running_decay is not None:
+            return tokens.entropies >= threshold
+        if self.over == "batch":
+            return highest_share(tokens.entropies, tokens, self.top_fraction)
+        rows = zip(tokens.entropies, token_hash(tokens), tokens.mask, strict=True)
+        alone = Statistics()
+        return torch.stack(
+            [highest(*row, num_above_quantile(self.top_fraction, row[-1], alone), alone) for row in rows]
+        )
 
     def _smooth(self, tau: Tensor, decay: float) -> Tensor:
         """Update and return the running mean; a rollout batch without tokens leaves it unchanged."""

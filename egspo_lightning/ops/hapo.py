@@ -8,6 +8,7 @@ from torch import Tensor
 
 from egspo_lightning.ops.losses import clipped_surrogate
 from egspo_lightning.ops.surrogates import unclipped_ratio
+from egspo_lightning.ops.token_methods import Surrogate
 from egspo_lightning.ops.token_view import Statistics, TokenView
 from egspo_lightning.types import AboveOne, NonNegativeFloat, ShareBelowOne, UnitInterval
 
@@ -54,7 +55,7 @@ def redistributed_advantages(
 
 
 @dataclass(frozen=True)
-class HAPO:
+class HAPO(Surrogate):
     """HAPO: low-entropy tokens may fall further, high-entropy tokens may rise further, and advantages follow.
 
     Follows the paper. The authors' code divides negative h by a negative number, so that its h is never below 0 and

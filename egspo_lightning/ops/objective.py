@@ -3,16 +3,16 @@ r"""The loss of one optimizer step in stage EGSPO, from top to bottom::
     L        = (1 - mu) L_EGSPO  +  mu L_SFT  +  beta KL(pi || pi_ref)  +  c_v L_V  -  c_h H
     L_EGSPO  = -(1/N) sum_t  g_t min( r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t )
     r_t      = pi(y_t | x_t) / pi_old(y_t | x_t)
-    g_t      = s_t + (1 - s_t) phi_t,   s_t = 1 if H_t >= tau else 0   (or a sigmoid, with gate_width)
+    g_t      = s_t + (1 - s_t) phi_t,   s_t = 1 if H_t >= tau else 0   (or another method)
     L_SFT    = -(1/N_expert) sum_t log pi(y*_t | x*_t)
     L_V      = (1/N) sum_t 1/2 (V_t - R_t)^2, clipped
 
 Source: EGSPO (arXiv 2602.03309), implemented from the abstract. Config values settle what the abstract leaves open:
 
-- H_t is the entropy of the sampling policy, at the sampling temperature, frozen over the PPO epochs. With
-  ``gate_entropy: current`` it is the entropy of the current policy.
-- A ``Gate`` gives tau once for each rollout batch, over all ranks. An ``Attenuation`` gives phi. tau, phi and s_t are
-  detached.
+- g_t comes from a method of token weights, by default ``ops.entropy_gate``: a ``Gate`` gives tau once for each rollout
+  batch, over all ranks, an ``Attenuation`` gives phi. H_t is the entropy of the sampling policy, at the sampling
+  temperature, frozen over the PPO epochs. g_t is detached.
+- A ``Surrogate`` may replace ``min( r_t A_t, ... )``.
 - The gate multiplies the surrogate alone. A_t enters both branches ungated, after any whitening, so a wrong trajectory
   also lowers the probability of its confident tokens. (``low_branch: nll`` is the ablation without A_t.)
 - phi below 1 shrinks the surrogate relative to the SFT and KL terms and to gradient clipping. ``rescale_weights``
@@ -32,13 +32,14 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.attenuation import Attenuation
 from egspo_lightning.ops.correction import SamplerCorrection, sampler_ratios, sampler_weights
 from egspo_lightning.ops.diagnostics import Metrics, policy_metrics, value_metrics
-from egspo_lightning.ops.gate import confidence_phi, high_share
+from egspo_lightning.ops.gate import confidence_phi
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
-from egspo_lightning.ops.masking import Aggregation, aggregate, masked_sum, shape_of
+from egspo_lightning.ops.masking import Aggregation, aggregate, masked_sum
 from egspo_lightning.ops.schedules import ChordMu
+from egspo_lightning.ops.token_methods import TokenMethod, branches_of, require_shape
+from egspo_lightning.ops.token_view import TokenView, view_of
 from egspo_lightning.types import (
     AboveOne,
     ExpertBatch,
@@ -75,13 +76,8 @@ class Objective:
         low_branch_epsilon_low: Lower clip for low-entropy tokens; null is epsilon_low.
         low_branch_epsilon_high: Upper clip for low-entropy tokens; null is epsilon_high.
         dual_clip: Bound of the ratio where A < 0, above 1; null sets none.
-        gate_entropy: Which policy's entropy the gate uses: sampling or current. They are equal in the first optimizer
-            step on a rollout batch, unless the rollouts were sampled ahead. tau and the gate's metrics always
-            use the sampling policy.
-        gate_width: Width of a soft gate, in nats: the share of a token that takes the full update is
-            sigmoid((H - tau) / width). 0 is a hard gate.
-        rescale_weights: Divide the gate's weights by their mean over the rollout batch. The mean is computed with the
-            sampling policy's entropies.
+        rescale_weights: Divide the token weights by their mean over the rollout batch, as computed with the sampling
+            policy.
         low_branch: Loss of low-entropy tokens. ppo is the method. nll (ablation) maximizes their likelihood and
             ignores the advantage.
         mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT; or CHORD's schedule of it.
@@ -101,8 +97,6 @@ class Objective:
     low_branch_epsilon_low: ShareBelowOne | None = None
     low_branch_epsilon_high: NonNegativeFloat | None = None
     dual_clip: AboveOne | None = None
-    gate_entropy: Literal["sampling", "current"] = "sampling"
-    gate_width: NonNegativeFloat = 0.0
     rescale_weights: bool = False
     low_branch: Literal["ppo", "nll"] = "ppo"
     mu: ChordMu | UnitInterval = 0.1  # order matters: jsonargparse shows the errors in this order
@@ -132,11 +126,18 @@ class Objective:
         return max(self.mu.peak, self.mu.valley) > 0 if isinstance(self.mu, ChordMu) else self.mu > 0
 
     @property
-    def changed_gate_settings(self) -> list[str]:
-        """Names of the changed fields that have no effect without a gate."""
+    def changed_low_branch(self) -> list[str]:
+        """Names of the changed fields that have no effect without a low branch."""
+        return self._changed("low_branch", "low_branch_epsilon_low", "low_branch_epsilon_high")
+
+    @property
+    def changed_clip_settings(self) -> list[str]:
+        """Names of the changed fields that have no effect with a surrogate other than PPO's."""
+        return self._changed("epsilon_low", "epsilon_high", "dual_clip") + self.changed_low_branch
+
+    def _changed(self, *names: str) -> list[str]:
         defaults = {field.name: field.default for field in fields(self)}
-        names = ("low_branch", "low_branch_epsilon_low", "low_branch_epsilon_high", "gate_width", "gate_entropy")
-        return [name for name in (*names, "rescale_weights") if getattr(self, name) != defaults[name]]
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def needs_every_rollout(self) -> bool:
@@ -151,7 +152,7 @@ class Objective:
         self,
         current: NetworkOutputs,
         rollout: RolloutBatch,
-        attenuation: Attenuation,
+        method: TokenMethod,
         expert_loss: Tensor | None,
         weights: Coefficients,
     ) -> tuple[Tensor, Metrics]:
@@ -160,29 +161,30 @@ class Objective:
         ``expert_loss`` is the SFT loss of its demonstrations; None leaves the SFT term out.
         """
         size, mask = rollout.update_size, rollout.gated_mask
-        terms = {"loss/egspo": (1 - weights.mu, self.egspo_loss(current, rollout, attenuation))}
+        terms = {"loss/egspo": (1 - weights.mu, self.egspo_loss(current, rollout, method))}
         if expert_loss is not None:
             terms["loss/sft"] = (weights.mu, expert_loss)
         if rollout.ref_logprobs is not None:
             kl = kl_penalty(current.logprobs, rollout.ref_logprobs, self.kl_estimator)
             terms["loss/kl"] = (self.beta, self._reduce(kl, mask, size))
-        if weights.entropy > 0:
-            terms["loss/entropy"] = (-weights.entropy, self._reduce(current.entropies, mask, size))
+        if weights.entropy > 0:  # in nats a token, whatever the aggregation
+            mean_entropy = masked_sum(current.entropies, mask) / max(size.num_sampled_tokens, 1.0)
+            terms["loss/entropy"] = (-weights.entropy, mean_entropy)
         loss = weights.policy * torch.stack([weight * term for weight, term in terms.values()]).sum()
         metrics = {name: term.detach() for name, (_, term) in terms.items()}
-        if weights.entropy > 0:  # in nats a token, whatever the aggregation
-            sum_of_entropies = masked_sum(current.entropies.detach(), mask)
-            metrics["loss/entropy"] = sum_of_entropies / max(size.num_sampled_tokens, 1.0)
         metrics |= policy_metrics(current.logprobs.detach(), rollout, self.epsilon_low, self.epsilon_high)
         return loss, metrics
 
-    def egspo_loss(self, current: NetworkOutputs, rollout: RolloutBatch, attenuation: Attenuation) -> Tensor:
-        """L_EGSPO: the clipped surrogate, gated token by token; expert solutions take LUFFY's surrogate, ungated."""
-        high_weight, low_weight = self.branch_weights(rollout, attenuation, current.entropies)
-        high = self._surrogate(current.logprobs, rollout, self.epsilon_low, self.epsilon_high)
-        low = self._low_branch(current.logprobs, rollout, high)
-        gated = high_weight * high + low_weight * low  # g_t, the sum of both weights, multiplies the surrogate here
-        per_token = self._corrected(gated, rollout)
+    def egspo_loss(self, current: NetworkOutputs, rollout: RolloutBatch, method: TokenMethod) -> Tensor:
+        """L_EGSPO: the surrogate, weighted token by token; expert solutions take LUFFY's surrogate, unweighted."""
+        tokens = view_of(rollout, current, method.over_ranks, threshold=rollout.threshold)
+        high_weights, low_weights = rollout.high_weights, rollout.low_weights
+        if method.weights.each_step:
+            high_weights, low_weights, *_ = branches_of(method.weights, tokens)
+        high = self._high_branch(tokens, method)
+        low = self._low_branch(tokens, high)
+        gated = high_weights * high + low_weights * low  # g_t, the sum of both weights, multiplies the surrogate here
+        per_token = self._corrected(gated * rollout.weight_scale, rollout)
         size = rollout.update_size
         has_expert_rows = size.num_sampled_tokens < size.num_active_tokens
         if has_expert_rows:
@@ -190,39 +192,31 @@ class Objective:
             per_token = torch.where(rollout.is_expert.unsqueeze(1), expert, per_token)
         return self._reduce(per_token, rollout.loss_mask, size)
 
-    def branch_weights(
-        self, rollout: RolloutBatch, attenuation: Attenuation, current_entropies: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """``s_t`` and ``(1 - s_t) phi_t``, both (B, T) and detached; their sum is g_t, see ``ops.gate``.
+    def _high_branch(self, tokens: TokenView, method: TokenMethod) -> Tensor:
+        """The per-token loss of the full update.
 
         Raises:
-            UserError: ``attenuation`` gives another shape.
+            UserError: the method's surrogate gives another shape.
         """
-        entropies = rollout.entropies if self.gate_entropy == "sampling" else current_entropies.detach()
-        share = high_share(entropies, rollout.threshold, self.gate_width)
-        phi = attenuation.phi(rollout.old_logprobs, entropies, rollout.threshold)
-        if shape_of(phi) != tuple(share.shape):
-            raise UserError(
-                f"model.attenuation: {type(attenuation).__name__} must give phi of shape {tuple(share.shape)}, got "
-                f"{shape_of(phi)}."
-            )
-        low = torch.where(share < 1, (1 - share) * phi.detach(), torch.zeros_like(share))
-        return share * rollout.weight_scale, low * rollout.weight_scale
+        if method.surrogate is None:
+            return self._ppo(tokens, self.epsilon_low, self.epsilon_high)
+        per_token = method.surrogate.per_token(tokens)
+        require_shape(per_token, tokens, f"model.surrogate: {type(method.surrogate).__name__} must give a loss")
+        return per_token
 
-    def _surrogate(self, logprobs: Tensor, rollout: RolloutBatch, clip_low: float, clip_high: float) -> Tensor:
-        old, advantages = rollout.old_logprobs, rollout.advantages
-        return ppo_clip(logprobs, old, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=self.dual_clip)
+    def _ppo(self, tokens: TokenView, clip_low: float, clip_high: float) -> Tensor:
+        old, advantages, dual_clip = tokens.old_logprobs, tokens.advantages, self.dual_clip
+        return ppo_clip(tokens.logprobs, old, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
-    def _low_branch(self, logprobs: Tensor, rollout: RolloutBatch, high: Tensor) -> Tensor:
+    def _low_branch(self, tokens: TokenView, high: Tensor) -> Tensor:
         """The per-token loss of low-entropy tokens; ``high`` itself where both branches have the same loss."""
         if self.low_branch == "nll":
-            return nll(logprobs)
+            return nll(tokens.logprobs)
         clip_low, clip_high = self.low_branch_epsilon_low, self.low_branch_epsilon_high
         if clip_low is None and clip_high is None:
             return high
-        return self._surrogate(
-            logprobs,
-            rollout,
+        return self._ppo(
+            tokens,
             self.epsilon_low if clip_low is None else clip_low,
             self.epsilon_high if clip_high is None else clip_high,
         )

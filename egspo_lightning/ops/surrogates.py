@@ -11,7 +11,8 @@ from torch import Tensor
 
 from egspo_lightning.ops.losses import clipped_surrogate, clipped_tokens, dual_clipped, log_ratio
 from egspo_lightning.ops.masking import Values, as_tensor, masked_mean
-from egspo_lightning.ops.token_selection import advantage_covariance, highest, share_of_tokens
+from egspo_lightning.ops.token_methods import Surrogate
+from egspo_lightning.ops.token_selection import advantage_covariance, highest, share_of_tokens, token_hash
 from egspo_lightning.ops.token_view import TokenView
 from egspo_lightning.types import AboveOne, NonNegativeFloat, PositiveFloat, PositiveShare, ShareBelowOne
 
@@ -103,7 +104,7 @@ def kl_cov(
 
 
 @dataclass(frozen=True)
-class CISPO:
+class CISPO(Surrogate):
     """CISPO (MiniMax-M1): the clipped ratio only weights log pi, so every token keeps a gradient; see ``cispo``.
 
     The bounds are the ratio's own: ``ratio_max`` is TRL's and ms-swift's ``epsilon_high``. verl writes them as
@@ -124,7 +125,7 @@ class CISPO:
 
 
 @dataclass(frozen=True)
-class GSPO:
+class GSPO(Surrogate):
     """GSPO (Qwen): PPO's clip of one ratio for the whole sequence, the geometric mean of its tokens'; see ``gspo``.
 
     Follows the paper, TRL and ms-swift. verl has level token alone, and bounds the sequence's log-ratio by 10. All of
@@ -155,7 +156,7 @@ class GSPO:
 
 
 @dataclass(frozen=True)
-class SAPO:
+class SAPO(Surrogate):
     """SAPO (Qwen): a sigmoid in place of the clip, see ``sapo``; its sources aggregate by seq-mean-token-mean.
 
     Args:
@@ -173,7 +174,7 @@ class SAPO:
 
 
 @dataclass(frozen=True)
-class CEGPPO:
+class CEGPPO(Surrogate):
     """CE-GPPO: clipped tokens keep a scaled gradient, see ``ce_gppo``. Follows the authors' general form.
 
     Args:
@@ -205,7 +206,7 @@ class CEGPPO:
 
 
 @dataclass(frozen=True)
-class KLCov:
+class KLCov(Surrogate):
     """KL-Cov: no clip, and a KL penalty at the tokens with the highest covariance; see ``kl_cov``.
 
     The covariance is that of advantage and log-probability over the tokens of a micro-batch on all ranks (the
@@ -235,4 +236,4 @@ class KLCov:
         """Tokens with a penalty, (B, T) bool."""
         num = share_of_tokens(self.fraction, tokens.mask, tokens.over_ranks)
         covariance = advantage_covariance(tokens.logprobs, tokens.advantages, tokens.mask, tokens.over_ranks)
-        return highest(covariance, num, tokens)
+        return highest(covariance, token_hash(tokens), tokens.mask, num, tokens.over_ranks)

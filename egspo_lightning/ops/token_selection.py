@@ -1,9 +1,18 @@
-"""Selection of tokens over all ranks: by covariance, by rank, or at random by a hash."""
+"""Selection of tokens over all ranks: by score, by a hash, or by covariance; the same tokens on any number of ranks.
+
+Where scores are equal, a hash of the token's place in the rollout batch (problem, completion, position) decides. So a
+fixed share of the tokens is selected exactly, whatever the scores are.
+"""
+
+import math
 
 import torch
 from torch import Tensor
 
 from egspo_lightning.ops.token_view import Statistics, TokenView
+
+_PLACE_BITS = 21
+"""Bits of a completion's number in its group, and of a position, in a token's place."""
 
 
 def advantage_covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor, over_ranks: Statistics) -> Tensor:
@@ -21,6 +30,15 @@ def share_of_tokens(fraction: float, mask: Tensor, over_ranks: Statistics) -> in
     return max(int(fraction * over_ranks.count(mask).item()), 1)
 
 
+def num_above_quantile(fraction: float, mask: Tensor, over_ranks: Statistics) -> int:
+    """How many of N distinct values are at or above their quantile ``1 - fraction``.
+
+    It is ``N - ceil((1 - fraction) (N - 1))``, which differs from ``fraction N`` by less than one.
+    """
+    count = int(over_ranks.count(mask).item())
+    return count - math.ceil((1 - fraction) * (count - 1)) if count else 0
+
+
 def lowest(keys: Tensor, candidates: Tensor, num: int, over_ranks: Statistics) -> Tensor:
     """The candidates with the ``num`` lowest of all ranks' keys, bool; all if there are fewer. Keys must differ."""
     pooled = over_ranks.values(keys, candidates)
@@ -29,30 +47,38 @@ def lowest(keys: Tensor, candidates: Tensor, num: int, over_ranks: Statistics) -
     return candidates & (keys <= pooled.kthvalue(num).values) if num > 0 else torch.zeros_like(candidates)
 
 
-def highest(scores: Tensor, num: int, tokens: TokenView) -> Tensor:
-    """The ``num`` tokens of all ranks with the highest scores, bool (B, T); ``token_hash`` decides between ties."""
-    mask, over_ranks = tokens.mask, tokens.over_ranks
+def highest(scores: Tensor, keys: Tensor, mask: Tensor, num: int, over_ranks: Statistics) -> Tensor:
+    """The ``num`` masked tokens of all ranks with the highest scores, bool; the lowest keys decide between ties.
+
+    Args:
+        scores, keys, mask: of one shape; keys from ``token_hash``
+        num: the same on all ranks
+        over_ranks: joins the tokens of all ranks
+    """
     pooled = over_ranks.values(scores, mask)
-    if num >= pooled.numel():
-        return mask
+    if num == 0 or num >= pooled.numel():
+        return mask & (num > 0)
     threshold = pooled.kthvalue(pooled.numel() - num + 1).values
     above = mask & (scores > threshold)
-    num_left = num - int(over_ranks.count(above).item())
-    return above | lowest(token_hash(tokens), mask & (scores == threshold), num_left, over_ranks)
+    num_left = num - int((pooled > threshold).sum())
+    return above | lowest(keys, mask & (scores == threshold), num_left, over_ranks)
 
 
 def token_hash(tokens: TokenView, seed: int = 0) -> Tensor:
     """A pseudo-random number of each token, (B, T) int64, from its group, member, position and ``seed`` alone.
 
-    A draw by lowest hash is the same on any number of ranks (SplitMix64; multiplications wrap).
+    The tokens of a rollout batch have different numbers, because each step is a bijection.
     """
-    state = torch.full_like(tokens.positions, seed)
-    for part in (tokens.groups.unsqueeze(1), tokens.members.unsqueeze(1), tokens.positions):
-        state = (state ^ part) - 0x61C8864680B583EB
-        state = (state ^ _shift_right(state, 30)) * -0x40A7B892E31B1A47
-        state = (state ^ _shift_right(state, 27)) * -0x6B2FB644ECCEEE15
-        state = state ^ _shift_right(state, 31)
-    return state
+    rows = (tokens.groups << _PLACE_BITS) + tokens.members
+    places = (rows.unsqueeze(1) << _PLACE_BITS) + tokens.positions.clamp(min=0)
+    return mix(places + mix(torch.tensor(seed)).item())
+
+
+def mix(numbers: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele et al. 2014), a bijection of 64-bit integers; multiplications wrap."""
+    for bits, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        numbers = (numbers ^ _shift_right(numbers, bits)) * factor
+    return numbers ^ _shift_right(numbers, 31)
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:

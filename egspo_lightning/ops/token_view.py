@@ -1,4 +1,4 @@
-"""What token weights, surrogates and gates see of rollouts: values per token, and statistics over all ranks."""
+"""What gates, token weights and surrogates see of rollouts: values per token, and statistics over all ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.ops.masking import Total, masked_sum, on_one_rank
+from egspo_lightning.types import NetworkOutputs, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class TokenView(NamedTuple):
     entropies: Tensor
     """(B, T), nats, of the sampling policy"""
     current_entropies: Tensor
-    """(B, T), nats, of the current policy, detached; those of the sampling policy unless the method has
-    ``needs_current_entropies``"""
+    """(B, T), nats, of the current policy, detached; computed only for a method with ``needs_current_entropies``"""
     advantages: Tensor
     """(B, T)"""
     mask: Tensor
@@ -89,13 +89,38 @@ class TokenView(NamedTuple):
     """(B,) int64: number of the problem in the rollout batch, over all ranks"""
     members: Tensor
     """(B,) int64: number of the completion in its group"""
-    threshold: Tensor
-    """(B, 1), nats: tau of the gate"""
-    ref_logprobs: Tensor | None = None
-    """(B, T), nats, of the reference policy, if there is one"""
-    over_ranks: Statistics = Statistics()  # frozen, so it can be shared
+    policy_version: int
+    """optimizer steps that the sampling policy had taken: another number in each rollout batch"""
+    ref_logprobs: Tensor | None
+    """(B, T), nats, of the reference policy; None if the loss has no KL term"""
+    threshold: Tensor | None
+    """(B, 1), nats: tau of the rollout batch; None while the weights of the rollout batch are computed"""
+    over_ranks: Statistics
+    """Statistics over the same view on all ranks."""
 
     @property
     def positions(self) -> Tensor:
         """(B, T) int64: number of the token in its completion, from 0; no meaning outside the mask."""
         return self.mask.cumsum(-1) - 1
+
+
+def view_of(
+    rollout: RolloutBatch, current: NetworkOutputs, over_ranks: Statistics, *, threshold: Tensor | None
+) -> TokenView:
+    """The view of rollouts and of the current policy's outputs on them."""
+    return TokenView(
+        logprobs=current.logprobs,
+        old_logprobs=rollout.old_logprobs,
+        entropies=rollout.entropies,
+        current_entropies=current.entropies.detach(),
+        advantages=rollout.advantages,
+        mask=rollout.gated_mask,
+        rewards=rollout.rewards,
+        is_truncated=rollout.is_truncated,
+        groups=rollout.groups,
+        members=rollout.members,
+        policy_version=rollout.policy_version,
+        ref_logprobs=rollout.ref_logprobs,
+        threshold=threshold,
+        over_ranks=over_ranks,
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.ops.losses import clipped_tokens
+from egspo_lightning.ops.token_methods import TokenWeights
 from egspo_lightning.ops.token_selection import advantage_covariance, lowest, share_of_tokens, token_hash
 from egspo_lightning.ops.token_view import Statistics, TokenView
 from egspo_lightning.types import NonNegativeFloat, PositiveFloat, PositiveShare, UnitInterval
@@ -54,7 +55,7 @@ def probability_weights(
 
 
 @dataclass(frozen=True)
-class STEER:
+class STEER(TokenWeights):
     """STEER: lower weights for tokens that would change the entropy most, see ``entropy_change``.
 
     Follows the authors' code. Smallest and largest change are over the tokens of all ranks (theirs: of one rank's
@@ -69,6 +70,7 @@ class STEER:
     mapping: Literal["exponential", "linear"] = "exponential"
     weight_min: PositiveFloat = 0.8
     weight_max: PositiveFloat = 1.2
+    each_step: ClassVar[bool] = True
     needs_every_rollout: ClassVar[bool] = True
     """Rollouts of advantage 0 have the smallest change."""
 
@@ -82,7 +84,7 @@ class STEER:
 
 
 @dataclass(frozen=True)
-class AdvantageReweighting:
+class AdvantageReweighting(TokenWeights):
     """Advantage reweighting (AR): unlikely tokens weigh less, ``alpha p_old + 1 - alpha``.
 
     Follows the paper, which is ``both_linear_normal`` of the authors' code; the other forms there are not offered.
@@ -102,7 +104,7 @@ class AdvantageReweighting:
 
 
 @dataclass(frozen=True)
-class ClipCov:
+class ClipCov(TokenWeights):
     """Clip-Cov: drops a random share of the tokens whose covariance lies in a range (arXiv 2505.22617).
 
     Candidates have ``lower < covariance < upper`` (see ``advantage_covariance``) and are not cut by the ratio's clip.
@@ -125,6 +127,7 @@ class ClipCov:
     epsilon_low: UnitInterval = 0.2
     epsilon_high: NonNegativeFloat = 0.2
     seed: int = 0
+    each_step: ClassVar[bool] = True
     needs_every_rollout: ClassVar[bool] = True
     """Rollouts of advantage 0 count in the means."""
 

@@ -29,9 +29,9 @@ def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tup
     """
     started = time.perf_counter()
     rows = completions_by_row(sampled.groups)
-    prompts = [group.prompt for group in sampled.groups for _ in group.completions]
-    prompts += [group.prompt for group in sampled.groups if group.expert is not None]
-    pairs = [(prompt.token_ids, row.token_ids) for prompt, row in zip(prompts, rows, strict=True)]
+    groups = [group for group in sampled.groups for _ in group.completions]
+    groups += [group for group in sampled.groups if group.expert is not None]
+    pairs = [(group.prompt.token_ids, row.token_ids) for group, row in zip(groups, rows, strict=True)]
     input_ids, mask = pad_right(pairs, policy.tokenizer.pad_token_id)
     with policy.scoring() as lm:
         known = None if sampled.has_experts else _sampled_scores(policy, rows, mask, next(lm.parameters()).device)
@@ -46,6 +46,7 @@ def score(policy: RolloutPolicy, sampled: SampledGroups, max_length: int) -> tup
         is_truncated=torch.tensor([row.is_truncated for row in rows], device=device),
         group_size=len(sampled.groups[0].completions),
         expert_groups=torch.tensor(experts, dtype=torch.long, device=device),
+        problem_numbers=torch.tensor([group.number for group in groups], device=device),
         max_length=max_length,
         policy_version=policy.policy_version,
     )

@@ -1,4 +1,4 @@
-"""Advantages and gate of a rollout batch: from scored rollouts to a batch that is ready for training.
+"""Advantages and token weights of a rollout batch: from scored rollouts to a batch that is ready for training.
 
 It runs once for each rollout batch, before its first optimizer step, over the tokens of all ranks.
 """
@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.attenuation import Attenuation
 from egspo_lightning.ops.correction import is_corrected, sampler_ratios
 from egspo_lightning.ops.diagnostics import Metrics, rollout_batch_metrics, rollout_batch_sums
+from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import Advantage, Estimate, estimate_credit, reward_kl
-from egspo_lightning.ops.gate import Entropies, Gate
 from egspo_lightning.ops.masking import masked_sum, shape_of
 from egspo_lightning.ops.objective import Objective
+from egspo_lightning.ops.token_methods import TokenWeights, branches_of
+from egspo_lightning.ops.token_view import Statistics, view_of
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 from egspo_lightning.training.collectives import Collectives
-from egspo_lightning.types import RolloutBatch, ScoredRollouts, UpdateSize
+from egspo_lightning.types import NetworkOutputs, RolloutBatch, ScoredRollouts, UpdateSize
 
 
 @dataclass(frozen=True)
 class AdvantageAndGate:
-    """KL penalty, advantages, gate and entropy coefficient, applied in this order to each rollout batch."""
+    """KL penalty, advantages, token weights and entropy coefficient, applied in this order to each rollout batch."""
 
     objective: Objective
-    gate: Gate
-    attenuation: Attenuation
+    token_weights: TokenWeights
     advantage: Advantage
     kl_reward: KLReward | None
     entropy_bonus: EntropyBonus | None
@@ -39,7 +39,7 @@ class AdvantageAndGate:
         penalty, metrics = self._penalize_kl(rollouts, ranks)
         rollout = self._credit(rollouts, penalty, ranks)
         started = time.perf_counter()
-        rollout, weights = self._add_threshold(rollout, ranks)
+        rollout, weights = self._add_token_weights(rollout, ranks)
         metrics["time/gate"] = torch.tensor(time.perf_counter() - started)
         sums = rollout_batch_sums(rollout, weights)
         summed = ranks.sum_over_ranks(torch.stack(list(sums.values())))
@@ -65,7 +65,7 @@ class AdvantageAndGate:
         return used * kl, {"rollout/kl": torch.tensor(mean), "rollout/kl_coefficient": torch.tensor(used)}
 
     def _credit(self, rollouts: ScoredRollouts, penalty: Tensor | None, ranks: Collectives) -> RolloutBatch:
-        """The rollout batch with advantages and returns, its gate still open."""
+        """The rollout batch with advantages and returns, all its token weights 1."""
         estimate = estimate_credit(rollouts, self.advantage, penalty=penalty, total=ranks.sum_over_ranks)
         self._require_estimate(estimate, rollouts, ranks)
         mask, scores = rollouts.completion_mask, rollouts.scores
@@ -83,12 +83,25 @@ class AdvantageAndGate:
             rewards=rollouts.rewards,
             is_expert=rows >= rollouts.num_sampled,
             is_masked=is_masked,
+            is_truncated=rollouts.is_truncated,
+            groups=rollouts.problem_numbers,
+            members=self._members(rollouts),
             threshold=scores.entropies.new_full((len(rows), 1), -torch.inf),
+            is_high=mask,
+            high_weights=torch.ones_like(scores.entropies),
+            low_weights=torch.zeros_like(scores.entropies),
             weight_scale=scores.entropies.new_ones(len(rows), 1),
             policy_version=rollouts.policy_version,
             update_size=UpdateSize(0, 0, float(rollouts.max_length), 0, 0),
             sampled_logprobs=rollouts.sampled_logprobs,
         )
+
+    @staticmethod
+    def _members(rollouts: ScoredRollouts) -> Tensor:
+        """(B,) number of each row in its group; an expert solution comes after the G completions."""
+        size, num_experts = rollouts.group_size, len(rollouts.expert_groups)
+        own = torch.arange(rollouts.num_sampled, device=rollouts.rewards.device) % size
+        return torch.cat([own, own.new_full((num_experts,), size)])
 
     def _sampler_metrics(self, rollout: RolloutBatch, ranks: Collectives) -> Metrics:
         """Ratios of pi_old to the engine's distribution over all ranks; none if the engine gave pi_old itself.
@@ -123,34 +136,38 @@ class AdvantageAndGate:
         is_finite = torch.stack([tensor[mask].isfinite().all() for tensor in tensors if tensor is not None]).all()
         _require_on_all(ranks, is_finite, f"{name} gave advantages or returns that are infinite or NaN.")
 
-    def _add_threshold(self, rollout: RolloutBatch, ranks: Collectives) -> tuple[RolloutBatch, Tensor]:
-        """The rollout batch with tau and the scale of the weights, and the weights g_t, (B, T). Collective."""
-        mask = rollout.gated_mask
-        pooled = ranks.gather_over_ranks(rollout.entropies[mask])
-        tau = self.gate.threshold(Entropies(rollout.entropies, mask, pooled))
-        if shape_of(tau) not in ((), (1,), (len(mask), 1)):
-            raise UserError(
-                f"model.gate: {type(self.gate).__name__} must give tau of shape () or {(len(mask), 1)}, got "
-                f"{shape_of(tau)}."
-            )
-        rollout = rollout._replace(threshold=tau.reshape(-1, 1).expand_as(rollout.threshold))
-        weights = torch.stack(self.objective.branch_weights(rollout, self.attenuation, rollout.entropies)).sum(0)
-        self._require_sound(tau, weights[mask], ranks)
+    def _add_token_weights(self, rollout: RolloutBatch, ranks: Collectives) -> tuple[RolloutBatch, Tensor]:
+        """The rollout batch with its token weights, and g_t, (B, T), scaled. Collective."""
+        over_ranks = Statistics(ranks.sum_over_ranks, ranks.gather_over_ranks)
+        scored = NetworkOutputs(rollout.old_logprobs, rollout.entropies)
+        branches = branches_of(self.token_weights, view_of(rollout, scored, over_ranks, threshold=None))
+        mask, weights = rollout.gated_mask, branches.high + branches.low
+        self._require_sound(branches.threshold, weights[mask], ranks)
+        scale = rollout.weight_scale
         if self.objective.rescale_weights:
             total, count = ranks.sum_over_ranks(torch.stack([masked_sum(weights, mask), mask.sum().float()]))
-            scale = torch.where(total > 0, count / total, 1.0)
-            rollout, weights = rollout._replace(weight_scale=rollout.weight_scale * scale), weights * scale
-        return rollout, weights
+            scale = scale * torch.where(total > 0, count / total, 1.0)
+        rollout = rollout._replace(
+            threshold=branches.threshold.reshape(-1, 1).expand_as(rollout.threshold),
+            is_high=branches.is_high,
+            high_weights=branches.high,
+            low_weights=branches.low,
+            weight_scale=scale,
+        )
+        return rollout, weights * scale
 
     def _require_sound(self, tau: Tensor, weights: Tensor, ranks: Collectives) -> None:
-        """Check the output of a gate and an attenuation, which may be the user's own. Collective."""
-        gate, attenuation = type(self.gate).__name__, type(self.attenuation).__name__
-        _require_on_all(ranks, ~tau.isnan().any(), f"model.gate: {gate} gave NaN as the threshold.")
+        """Check the output of gate, attenuation or token weights, which may be the user's own. Collective."""
+        parts = {name: type(getattr(self.token_weights, name, None)).__name__ for name in ("gate", "attenuation")}
+        source = f"model.token_weights: {type(self.token_weights).__name__}"
+        if isinstance(self.token_weights, EntropyGate):
+            source = f"model.attenuation: {parts['attenuation']}"
+        _require_on_all(ranks, ~tau.isnan().any(), f"model.gate: {parts['gate']} gave NaN as the threshold.")
         _require_on_all(
             ranks,
             ((weights >= 0) & weights.isfinite()).all(),
-            f"model.attenuation: {attenuation} gave a weight below 0, infinite or NaN. phi must be finite and at least "
-            "0: a negative one would reverse the sign of the update.",
+            f"{source} gave a weight below 0, infinite or NaN. A weight must be finite and at least 0: a negative one "
+            "would reverse the sign of the update.",
         )
 
     # Checkpoints

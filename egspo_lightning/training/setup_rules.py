@@ -14,10 +14,11 @@ from torch import nn
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.models.lora import adapts_parameters
-from egspo_lightning.ops.attenuation import ConstantAttenuation
+from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.batching import BLANK_TOKENS
+from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
-from egspo_lightning.ops.gate import OpenGate
+from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.training.callback_rules import require_callbacks
 
 # The module's parts
@@ -40,6 +41,7 @@ def require_method(module: Any) -> None:
         )
     _require_critic(module)
     _require_gate(module)
+    _require_surrogate(module)
     scaled = isinstance(module.advantage, GroupRelative) and module.advantage.scale_by_std
     if module.kl_reward is not None and scaled:
         raise UserError(
@@ -64,18 +66,49 @@ def _require_critic(module: Any) -> None:
 
 
 def _require_gate(module: Any) -> None:
-    """Refuse low-branch settings without effect: an open gate, or phi = 0."""
-    changed = module.objective.changed_gate_settings
-    if isinstance(module.gate, OpenGate) and changed:
+    """Refuse settings of the gate without effect: an open gate, phi = 0, or token weights without a gate."""
+    weights, low_branch = module.token_weights, module.objective.changed_low_branch
+    name = type(weights).__name__
+    if not isinstance(weights, EntropyGate):
+        _require_no_gate(module, name)
+        return
+    changed = [f"model.objective.{field}" for field in low_branch]
+    changed += ["model.objective.rescale_weights"] * module.objective.rescale_weights
+    changed += ["model.token_weights.width"] * (weights.width > 0)
+    changed += ["model.token_weights.entropy"] * (weights.entropy == "current")
+    if isinstance(weights.gate, OpenGate) and changed:
         raise UserError(
-            f"model.objective.{changed[0]} has no effect with model.gate OpenGate, which switches the gate off. "
-            "Leave it out, or choose another gate."
+            f"{changed[0]} has no effect with model.gate OpenGate, which switches the gate off. Leave it out, or "
+            "choose another gate."
         )
-    has_no_weight = isinstance(module.attenuation, ConstantAttenuation) and module.attenuation.value == 0
-    if has_no_weight and "low_branch" in changed:
+    has_no_weight = isinstance(weights.attenuation, ConstantAttenuation) and weights.attenuation.value == 0
+    if has_no_weight and "low_branch" in low_branch:
         raise UserError(
             "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
             "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
+        )
+
+
+def _require_no_gate(module: Any, name: str) -> None:
+    """Refuse settings of the gate with token weights that have none."""
+    changed = [f"model.objective.{field}" for field in module.objective.changed_low_branch]
+    changed += ["model.gate"] * (module.gate != QuantileGate())
+    changed += ["model.attenuation"] * (module.attenuation != ConfidenceAttenuation())
+    if changed:
+        raise UserError(
+            f"{changed[0]} has no effect with model.token_weights {name}, which has no gate. Leave it out, or set "
+            "model.token_weights to EntropyGate."
+        )
+
+
+def _require_surrogate(module: Any) -> None:
+    """Refuse settings of PPO's clip with another surrogate."""
+    changed = module.objective.changed_clip_settings
+    if module.surrogate is not None and changed:
+        name = type(module.surrogate).__name__
+        raise UserError(
+            f"model.objective.{changed[0]} belongs to PPO's surrogate and has no effect with model.surrogate {name}. "
+            f"Leave it out, or set the arguments of {name} (--model.surrogate.help {name})."
         )
 
 

@@ -23,6 +23,7 @@ NAMES = {
     "zero_reward",
     "flat_rewards",
     "unmoved_weights",
+    "tied_entropies",
 }
 EGSPO = {"initial_stage": "egspo"}
 

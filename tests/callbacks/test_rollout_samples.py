@@ -146,7 +146,11 @@ def test_markup_in_completions_is_shown_literally(tiny_run, events, entropy):
     length = len(token_ids)
     ones = torch.ones(1, length)
     rollout = run.data.phases.rollouts.batch._replace(
-        completion_mask=ones.bool(), entropies=entropy * ones, advantages=ones, threshold=torch.tensor([[0.5]])
+        completion_mask=ones.bool(),
+        entropies=entropy * ones,
+        advantages=ones,
+        threshold=torch.tensor([[0.5]]),
+        is_high=entropy * ones >= 0.5,
     )
     completion = run.data.phases.rollouts.completions[0]._replace(token_ids=token_ids)
     run.data.phases.rollouts = run.data.phases.rollouts._replace(batch=rollout, completions=[completion])

@@ -243,8 +243,18 @@ def test_wrong_flag_is_refused(config, error_of, arguments, words):
             ["data.expert_fraction", "got 0.2", "data.num_problems"],
         ),
         (
-            {"model.objective.gate_width": 0.1, "model.gate": source("ops.gate.OpenGate")},
-            ["model.objective.gate_width", "model.gate OpenGate"],
+            {
+                "model.token_weights": source("ops.entropy_gate.EntropyGate", width=0.1),
+                "model.gate": source("ops.gate.OpenGate"),
+            },
+            ["model.token_weights.width", "model.gate OpenGate"],
+        ),
+        (
+            {
+                "model.token_weights": source("ops.entropy_gate.EntropyGate", entropy="current"),
+                "model.gate": source("ops.control_gates.RandomGate"),
+            },
+            ["EntropyGate.entropy = current", "RandomGate", "QuantileGate or AbsoluteGate"],
         ),
         (
             {"model.objective.rescale_weights": True, "model.gate": source("ops.gate.OpenGate")},

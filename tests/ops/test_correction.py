@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from settled_weights import SETTLED, settled
 from torch.testing import assert_close
 
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
@@ -87,7 +88,9 @@ def test_corrected_loss_by_hand_for_both_signs_of_advantage(make_rollout, advant
     current = NetworkOutputs(first.old_logprobs.clone().requires_grad_(), first.entropies)
     for (level, mode), loss in expected.items():
         objective = Objective(sampler_correction=SamplerCorrection(mode, level, 2.5))
-        ours = objective.egspo_loss(current, with_sampler_ratios(first, ratios), ConstantAttenuation(0.0))
+        ours = objective.egspo_loss(
+            current, settled(with_sampler_ratios(first, ratios), ConstantAttenuation(0.0)), SETTLED
+        )
         assert ours.item() == pytest.approx(loss, abs=1e-12), (level, mode)
 
 
@@ -113,7 +116,7 @@ def test_corrected_gradient_is_plain_gradient_times_weight(make_rollout, mode, l
     assert not weights.requires_grad
     assert ((weights != 1) & rollout.completion_mask).sum() > 10
     plain, ours = (
-        torch.autograd.grad(objective.egspo_loss(current, rollout, PHI), (current.logprobs, rollout.old_logprobs))
+        torch.autograd.grad(objective.egspo_loss(current, rollout, SETTLED), (current.logprobs, rollout.old_logprobs))
         for objective in (Objective(), Objective(sampler_correction=correction))
     )
     assert_close(ours[0], plain[0] * weights, **EXACT)
@@ -126,7 +129,7 @@ def test_kl_sft_and_entropy_terms_are_not_corrected(make_rollout):
     rollout = with_sampler_ratios(rollout, random_ratios(rollout))
     found = {
         mode: Objective(beta=0.1, sampler_correction=SamplerCorrection(mode)).hybrid_loss(
-            current, rollout, PHI, torch.tensor(0.7).double(), Coefficients(mu=0.2, entropy=0.3)
+            current, rollout, SETTLED, torch.tensor(0.7).double(), Coefficients(mu=0.2, entropy=0.3)
         )[1]
         for mode in ("off", "masked")
     }
@@ -141,20 +144,21 @@ def test_expert_rows_are_not_corrected(make_rollout):
     corrected = Objective(sampler_correction=SamplerCorrection("truncated", cap=50.0))
     ratios = torch.where(expert, 7.0, 1.0)
     assert_close(
-        corrected.egspo_loss(current, with_sampler_ratios(rollout, ratios), PHI),
-        Objective().egspo_loss(current, rollout, PHI),
+        corrected.egspo_loss(current, with_sampler_ratios(rollout, ratios), SETTLED),
+        Objective().egspo_loss(current, rollout, SETTLED),
         **EXACT,
     )
 
 
 def test_mode_off_or_missing_sampler_logprobs_give_the_plain_loss(make_rollout):
     rollout, current = make_rollout()
-    plain = Objective().egspo_loss(current, rollout, PHI)
+    plain = Objective().egspo_loss(current, rollout, SETTLED)
     assert torch.equal(
-        Objective().egspo_loss(current, with_sampler_ratios(rollout, random_ratios(rollout)), PHI), plain
+        Objective().egspo_loss(current, with_sampler_ratios(rollout, random_ratios(rollout)), SETTLED),
+        plain,
     )
     corrected = Objective(sampler_correction=SamplerCorrection("masked"))
-    assert torch.equal(corrected.egspo_loss(current, rollout, PHI), plain)
+    assert torch.equal(corrected.egspo_loss(current, rollout, SETTLED), plain)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -163,14 +167,14 @@ def test_corrected_losses_of_micro_batches_add_up(make_rollout, level):
     rollout = with_sampler_ratios(rollout, random_ratios(rollout))
     objective = Objective(sampler_correction=SamplerCorrection("truncated", level))
     rollout.input_ids[:, 0] = torch.arange(len(rollout.input_ids))  # identifies the rows
-    whole = objective.egspo_loss(current, rollout, PHI)
+    whole = objective.egspo_loss(current, rollout, SETTLED)
     share = RolloutShare(rollout, list(range(8)), row_lengths(rollout.completion_mask).tolist())
     parts = [share.batch(run) for run in balanced_batches(share.lengths, 3)]
     total = torch.zeros(()).double()
     for part in parts:
         rows, width = part.input_ids[:, 0], part.input_ids.shape[1]
         values = NetworkOutputs(current.logprobs[rows, :width], current.entropies[rows, :width])
-        total = total + objective.egspo_loss(values, part, PHI)
+        total = total + objective.egspo_loss(values, part, SETTLED)
     assert len(parts) == 3
     assert_close(total, whole, **EXACT)
 

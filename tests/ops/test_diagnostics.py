@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from settled_weights import without_gate
 
 from egspo_lightning.ops.diagnostics import policy_metrics, rollout_batch_metrics, rollout_batch_sums, value_metrics
 from egspo_lightning.types import RolloutBatch, UpdateSize
@@ -24,8 +25,11 @@ def make(**fields):
         rewards=torch.zeros(2),
         is_expert=torch.tensor([False, True]),
         is_masked=torch.tensor([False, False]),
-        threshold=torch.ones(2, 1, **doubles),
-        weight_scale=torch.ones(2, 1, **doubles),
+        **without_gate(torch.ones(2, 4, **doubles))
+        | {
+            "threshold": torch.ones(2, 1, **doubles),
+            "is_high": torch.tensor([[True, True, False, False], [True] * 4]),
+        },
         policy_version=0,
         update_size=UpdateSize(7.0, 3.0, 4.0, 6.0, 4.0),
     )._replace(**fields)
@@ -55,6 +59,7 @@ def test_rollout_batch_metrics_by_hand():
     assert metrics == pytest.approx(
         {
             "gate/high_fraction": 1 / 3,
+            "gate/tied_fraction": 0.0,
             "gate/high_weight_fraction": 1 / 1.75,
             "gate/weight_mean": 1.75 / 3,
             "gate/weight_sum": 1.75,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from settled_weights import SETTLED, settled
 from torch.testing import assert_close
 
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
@@ -43,8 +44,8 @@ def test_expert_rows_do_not_change_sampled_advantages(make_rollout):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("settings", [{}, {"low_branch": "nll"}, {"gate_width": 0.3, "dual_clip": 3.0}])
-def test_expert_loss_by_hand_is_neither_gated_nor_clipped(make_rollout, mode, settings):
+@pytest.mark.parametrize(("settings", "width"), [({}, 0.0), ({"low_branch": "nll"}, 0.0), ({"dual_clip": 3.0}, 0.3)])
+def test_expert_loss_by_hand_is_neither_gated_nor_clipped(make_rollout, mode, settings, width):
     objective = Objective(aggregation=mode, expert_shaping=0.25, **settings)
     rollout, current = make_rollout({"objective": objective}, **MIXED)
     far = current.logprobs.detach().clone()
@@ -52,9 +53,11 @@ def test_expert_loss_by_hand_is_neither_gated_nor_clipped(make_rollout, mode, se
     far.requires_grad_()
     losses = []
     for attenuation in (ConfidenceAttenuation(), ConstantAttenuation(0.0)):
-        both = objective.egspo_loss(current._replace(logprobs=far), rollout, attenuation)
+        both = objective.egspo_loss(current._replace(logprobs=far), settled(rollout, attenuation, width=width), SETTLED)
         own = rollout._replace(completion_mask=rollout.sampled_mask)
-        losses.append(both - objective.egspo_loss(current._replace(logprobs=far), own, attenuation))
+        losses.append(
+            both - objective.egspo_loss(current._replace(logprobs=far), settled(own, attenuation, width=width), SETTLED)
+        )
     size, lengths = rollout.update_size, rollout.completion_mask[8:].sum(-1).tolist()
     a = (1.0, 1 / (0.5 + 1e-6) * 0.75)
     per_row = [
@@ -79,11 +82,11 @@ def test_metrics_and_threshold_exclude_expert_tokens(make_rollout):
     below = own[int(position)]
     assert tau == pytest.approx(below + (position % 1) * (own[int(position) + 1] - below), abs=1e-12)
     objective, weights = Objective(), Coefficients(mu=0.0, entropy=0.5)
-    _, metrics = objective.hybrid_loss(current, rollout, ConfidenceAttenuation(), None, weights)
+    _, metrics = objective.hybrid_loss(current, rollout, SETTLED, None, weights)
     poisoned = current.logprobs.detach().clone()
     poisoned[8:] += 3.0
     moved = current._replace(logprobs=poisoned, entropies=current.entropies.detach() + rollout.is_expert.unsqueeze(1))
-    _, others = objective.hybrid_loss(moved, rollout, ConfidenceAttenuation(), None, weights)
+    _, others = objective.hybrid_loss(moved, rollout, SETTLED, None, weights)
     for name in ("policy/approx_kl", "policy/clip_fraction_low", "policy/clip_fraction_high", "loss/entropy"):
         assert metrics[name].item() == others[name].item() != 0.0, name
     assert metrics["loss/egspo"].item() != others["loss/egspo"].item()
@@ -92,7 +95,7 @@ def test_metrics_and_threshold_exclude_expert_tokens(make_rollout):
 def test_kl_term_excludes_expert_tokens(make_rollout):
     objective = Objective(beta=1.0, kl_estimator="k1")
     rollout, current = make_rollout({"objective": objective}, with_reference=True, **MIXED)
-    _, metrics = objective.hybrid_loss(current, rollout, ConfidenceAttenuation(), None, Coefficients(mu=0.0))
+    _, metrics = objective.hybrid_loss(current, rollout, SETTLED, None, Coefficients(mu=0.0))
     d = (current.logprobs - rollout.ref_logprobs)[:8][rollout.completion_mask[:8]]
     assert metrics["loss/kl"].item() == pytest.approx(d.sum().item() / rollout.update_size.num_tokens, abs=1e-12)
 
@@ -100,7 +103,7 @@ def test_kl_term_excludes_expert_tokens(make_rollout):
 @pytest.mark.parametrize("gate", [QuantileGate(0.3), QuantileGate(0.3, over="sequence"), AbsoluteGate(0.7)])
 def test_weight_scale_excludes_expert_tokens(make_rollout, gate):
     objective = Objective(rescale_weights=True)
-    rollout, current = make_rollout({"objective": objective, "gate": gate}, **MIXED)
-    high, low = objective.branch_weights(rollout, ConfidenceAttenuation(), current.entropies)
-    assert (high + low)[rollout.sampled_mask].mean().item() == pytest.approx(1.0, abs=1e-12)
+    rollout, _ = make_rollout({"objective": objective, "gate": gate}, **MIXED)
+    weights = (rollout.high_weights + rollout.low_weights) * rollout.weight_scale
+    assert weights[rollout.sampled_mask].mean().item() == pytest.approx(1.0, abs=1e-12)
     assert rollout.weight_scale[0].item() > 1.1

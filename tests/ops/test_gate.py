@@ -12,8 +12,8 @@ from egspo_lightning.ops.gate import (
     QuantileGate,
     confidence_phi,
     high_entropy_mask,
-    high_share,
     quantile_threshold,
+    soft_share,
     token_weights,
 )
 
@@ -50,7 +50,6 @@ def test_empty_mask_makes_no_token_high():
 
 def test_token_at_the_threshold_is_high_and_masked_tokens_are_not():
     assert high_entropy_mask([[0.5, 0.4, 0.9]], [[1, 1, 0]], 0.5).tolist() == [[True, False, False]]
-    assert high_share(torch.tensor([0.5, 0.4, 0.9]), 0.5, 0.0).tolist() == [1.0, 0.0, 1.0]
 
 
 def test_token_weights_are_one_or_phi():
@@ -65,20 +64,19 @@ def test_confidence_phi_by_hand():
 def test_soft_gate_by_hand():
     # (H - tau) / width = -log 3, 0, log 3: sigmoid 1/4, 1/2, 3/4
     entropies = 2.0 + 0.5 * torch.tensor([-math.log(3), 0.0, math.log(3)], dtype=torch.float64)
-    assert high_share(entropies, 2.0, 0.5).tolist() == pytest.approx([0.25, 0.5, 0.75], abs=1e-12)
+    assert soft_share(entropies, 2.0, 0.5).tolist() == pytest.approx([0.25, 0.5, 0.75], abs=1e-12)
 
 
 @pytest.mark.parametrize("width", [1e-3, 1e-6, 1e-300])
 def test_soft_gate_with_tiny_width_equals_hard_gate(width):
     entropies = torch.tensor([0.0, 0.4, 0.6, 5.0], dtype=torch.float64)
-    assert_close(high_share(entropies, 0.5, width), high_share(entropies, 0.5, 0.0), rtol=0, atol=1e-12)
+    assert_close(soft_share(entropies, 0.5, width), (entropies >= 0.5).double(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("width", [0.0, 0.1])
 @pytest.mark.parametrize(("threshold", "share"), [(math.inf, 0.0), (-math.inf, 1.0)])
-def test_infinite_threshold_closes_or_opens_the_gate(width, threshold, share):
+def test_infinite_threshold_closes_or_opens_the_gate(threshold, share):
     for tau in (threshold, torch.full((2, 1), threshold)):
-        assert high_share(torch.tensor([[0.0, 3.0]] * 2), tau, width).tolist() == [[share, share]] * 2
+        assert soft_share(torch.tensor([[0.0, 3.0]] * 2), tau, 0.1).tolist() == [[share, share]] * 2
 
 
 def test_gate_and_attenuation_carry_no_gradient():
@@ -89,9 +87,9 @@ def test_gate_and_attenuation_carry_no_gradient():
     thresholds = [QuantileGate(0.5).threshold(seen), QuantileGate(0.5, over="sequence").threshold(seen)]
     thresholds += [QuantileGate(0.5, running_decay=0.5).threshold(seen), AbsoluteGate(1.0).threshold(seen)]
     phi = ConfidenceAttenuation().phi(logprobs, entropies, thresholds[0])
-    shares = [high_share(entropies, thresholds[0], width) for width in (0.0, 0.1)]
+    share = soft_share(entropies, thresholds[0], 0.1)
     weights = token_weights(entropies, thresholds[0], logprobs.exp())
-    assert not any(value.requires_grad for value in (*thresholds, *shares, phi, weights, confidence_phi(logprobs)))
+    assert not any(value.requires_grad for value in (*thresholds, share, phi, weights, confidence_phi(logprobs)))
 
 
 def test_gates_by_hand():

@@ -5,10 +5,10 @@ Everything runs in float64 to 1e-9, and again in float32 to 1e-5.
 
 import pytest
 import torch
+from settled_weights import SETTLED, without_gate
 from torch.testing import assert_close
 
 from egspo_lightning.ops.advantages import gae, group_relative, leave_one_out, reinforce_plus_plus
-from egspo_lightning.ops.attenuation import ConfidenceAttenuation
 from egspo_lightning.ops.gate import confidence_phi, high_entropy_mask, quantile_threshold
 from egspo_lightning.ops.losses import clipped_tokens, kl_penalty, log_ratio, nll, ppo_clip, value_clip
 from egspo_lightning.ops.masking import aggregate, masked_mean
@@ -47,8 +47,7 @@ def batch_of(case, dtype, **fields):
         rewards=zeros[:, 0],
         is_expert=torch.zeros(rows, dtype=torch.bool),
         is_masked=torch.zeros(rows, dtype=torch.bool),
-        threshold=torch.full((rows, 1), -torch.inf, dtype=dtype),
-        weight_scale=torch.ones(rows, 1, dtype=dtype),
+        **without_gate(zeros),
         policy_version=0,
         update_size=size,
         **given,
@@ -91,7 +90,7 @@ def test_objective_with_open_gate_equals_ppo_clip(golden, dtype, tolerance):
             aggregation=case["aggregation"],
         )
         rollout = batch_of(case, dtype, old_logprobs=old, advantages=advantages)
-        loss = objective.egspo_loss(NetworkOutputs(logprobs, torch.zeros_like(old)), rollout, ConfidenceAttenuation())
+        loss = objective.egspo_loss(NetworkOutputs(logprobs, torch.zeros_like(old)), rollout, SETTLED)
         loss.backward()
         assert_near(loss, case["loss"], dtype, tolerance)
         assert_near(logprobs.grad, case["grad_logprobs"], dtype, tolerance)

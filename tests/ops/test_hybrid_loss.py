@@ -5,12 +5,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from settled_weights import SETTLED, settled
 from torch.testing import assert_close
 
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation, EntropyRatioAttenuation
+from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut
 from egspo_lightning.ops.gate import QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
+from egspo_lightning.ops.token_methods import TokenMethod, branches_of
+from egspo_lightning.ops.token_view import Statistics, view_of
 from egspo_lightning.types import ExpertBatch, NetworkOutputs, UpdateSize
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -50,13 +54,13 @@ def test_mu_interpolates_between_rl_and_sft_gradients(make_rollout, weighting):
     sft = sft_loss(theirs, expert, weighting=weighting)
     weights = {0.5: 0.25, 0.9: 0.09, 0.2: 0.16} if weighting == "confidence" else {0.5: 1.0, 0.9: 1.0, 0.2: 1.0}
     assert sft.item() == pytest.approx(-sum(w * math.log(p) for p, w in weights.items()) / 3, abs=1e-12)
-    alone = objective.egspo_loss(current, rollout, PHI)
+    alone = objective.egspo_loss(current, rollout, SETTLED)
     rl, expected = (
         gradients(alone, current.logprobs),
         [[0.0, -weights[0.5] / 3, -weights[0.9] / 3], [-weights[0.2] / 3, 0.0, 0.0]],
     )
     for mu in (0.0, 0.25, 1.0):
-        loss, metrics = objective.hybrid_loss(current, rollout, PHI, sft, Coefficients(mu=mu))
+        loss, metrics = objective.hybrid_loss(current, rollout, SETTLED, sft, Coefficients(mu=mu))
         ours, experts = gradients(loss, current.logprobs, theirs)
         assert loss.item() == pytest.approx((1 - mu) * alone.item() + mu * sft.item(), abs=1e-12)
         assert_close(ours, (1 - mu) * rl, **EXACT)
@@ -70,7 +74,9 @@ def test_mu_interpolates_between_rl_and_sft_gradients(make_rollout, weighting):
 def test_kl_term_matches_slow_loop_and_is_not_gated(make_rollout, mode, estimator):
     objective = Objective(beta=0.5, kl_estimator=estimator, aggregation=mode)
     rollout, current = make_rollout({"objective": objective}, with_reference=True)
-    loss, metrics = objective.hybrid_loss(current, rollout, ConstantAttenuation(0.0), None, Coefficients(mu=0.0))
+    loss, metrics = objective.hybrid_loss(
+        current, settled(rollout, ConstantAttenuation(0.0)), SETTLED, None, Coefficients(mu=0.0)
+    )
     d = current.logprobs.detach() - rollout.ref_logprobs
     kl = {"k1": d, "abs": d.abs(), "k2": d**2 / 2}.get(estimator, torch.exp(-d) + d - 1)
     term = slow_mean(kl, rollout.completion_mask, mode)
@@ -79,25 +85,24 @@ def test_kl_term_matches_slow_loop_and_is_not_gated(make_rollout, mode, estimato
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_entropy_term_matches_slow_loop_and_is_not_gated(make_rollout, mode):
+def test_entropy_term_is_the_mean_over_tokens_and_is_not_gated(make_rollout, mode):
     objective = Objective(aggregation=mode)
     rollout, current = make_rollout()
     weights = Coefficients(mu=0.0, entropy=0.25)
-    loss, metrics = objective.hybrid_loss(current, rollout, ConstantAttenuation(0.0), None, weights)
-    term = slow_mean(current.entropies, rollout.completion_mask, mode)
-    per_token = current.entropies[rollout.completion_mask].mean().item()
-    assert metrics["loss/entropy"].item() == pytest.approx(per_token, abs=1e-12)  # in nats in every mode
+    loss, metrics = objective.hybrid_loss(current, settled(rollout, ConstantAttenuation(0.0)), SETTLED, None, weights)
+    term = slow_mean(current.entropies, rollout.completion_mask, "token-mean")  # in nats a token, in every mode
+    assert metrics["loss/entropy"].item() == pytest.approx(term, abs=1e-12)
     assert loss.item() == pytest.approx(metrics["loss/egspo"].item() - 0.25 * term, abs=1e-12)
     # descent raises the entropy of every token
     grad = gradients(loss, current.entropies)
     assert ((grad < 0) == rollout.completion_mask).all()
-    _, without = objective.hybrid_loss(current, rollout, PHI, None, Coefficients(mu=0.0))
+    _, without = objective.hybrid_loss(current, rollout, SETTLED, None, Coefficients(mu=0.0))
     assert set(without) == set(metrics) - {"loss/entropy"}
 
 
 def test_loss_with_beta_zero_has_no_kl_term(make_rollout):
     rollout, current = make_rollout(with_reference=True)  # beta is 0: only kl_reward would use the reference
-    _, metrics = Objective().hybrid_loss(current, rollout, PHI, None, Coefficients(mu=0.0))
+    _, metrics = Objective().hybrid_loss(current, rollout, SETTLED, None, Coefficients(mu=0.0))
     assert rollout.ref_logprobs is None
     assert "loss/kl" not in metrics
 
@@ -109,7 +114,7 @@ def test_policy_weight_zero_trains_only_the_critic(make_rollout):
     theirs = torch.full((1, 2), -0.7, dtype=torch.float64, requires_grad=True)
     sft = sft_loss(theirs, expert_batch(torch.ones(1, 2, dtype=torch.bool)), weighting="plain")
     weights = Coefficients(mu=0.25, policy=0.0, value=0.5, entropy=0.1)
-    loss, metrics = objective.hybrid_loss(current, rollout, PHI, sft, weights)
+    loss, metrics = objective.hybrid_loss(current, rollout, SETTLED, sft, weights)
     assert loss.item() == 0.0
     leaves = (current.logprobs, current.entropies, theirs, current.values)
     for grad in gradients(loss, *leaves):
@@ -126,7 +131,7 @@ def test_policy_weight_zero_trains_only_the_critic(make_rollout):
 def test_group_with_equal_rewards_has_no_gradient(make_rollout, advantage, mode):
     objective = Objective(aggregation=mode)
     rollout, current = make_rollout({"advantage": advantage}, rewards=[0.3] * 4 + [1.0, 0.0, 0.0, 1.0])
-    loss, _ = objective.hybrid_loss(current, rollout, PHI, None, Coefficients(mu=0.0))
+    loss, _ = objective.hybrid_loss(current, rollout, SETTLED, None, Coefficients(mu=0.0))
     grad = gradients(loss, current.logprobs)
     assert not grad[:4].any()
     assert grad[4:].any()
@@ -135,14 +140,14 @@ def test_group_with_equal_rewards_has_no_gradient(make_rollout, advantage, mode)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bounds", [[0, 8], [0, 4, 8], [0, 2, 4, 6, 8], list(range(9)), [0, 3, 8]])
 def test_losses_and_gradients_of_micro_batches_add_up(make_rollout, take, mode, bounds):
-    objective = Objective(aggregation=mode, beta=0.1, rescale_weights=True, gate_width=0.2)
-    parts = {"objective": objective, "advantage": GAE(), "gate": QuantileGate(0.3, over="sequence")}
+    objective = Objective(aggregation=mode, beta=0.1, rescale_weights=True)
+    parts = {"width": 0.2, "objective": objective, "advantage": GAE(), "gate": QuantileGate(0.3, over="sequence")}
     rollout, current = make_rollout(parts, with_reference=True, with_values=True)
     weights, expert = Coefficients(mu=0.25, value=0.5, entropy=0.1), torch.zeros((), dtype=torch.float64)
 
     def run(rows):
         part, now = take(rollout, current, rows)
-        loss, metrics = objective.hybrid_loss(now, part, PHI, expert, weights)
+        loss, metrics = objective.hybrid_loss(now, part, SETTLED, expert, weights)
         error, more = value_loss(now.values, part, clip=0.2)
         return loss + weights.value * error, metrics | more
 
@@ -170,7 +175,7 @@ def test_loss_ignores_values_outside_completions(make_rollout, mode):
     def run(poison):
         dirty = {name: torch.where(mask, getattr(rollout, name), poison) for name in names}
         now = NetworkOutputs(*(torch.where(mask, value, poison) for value in current[:3]))
-        loss, metrics = objective.hybrid_loss(now, rollout._replace(**dirty), PHI, None, weights)
+        loss, metrics = objective.hybrid_loss(now, rollout._replace(**dirty), SETTLED, None, weights)
         error, more = value_loss(now.values, rollout._replace(**dirty), clip=0.2)
         return loss + error, metrics | more
 
@@ -192,7 +197,7 @@ def test_empty_micro_batch_gives_zeros(make_rollout, mode):
         completion_mask=torch.zeros_like(rollout.completion_mask), update_size=UpdateSize(0, 0, 7.0, 0, 0)
     )
     weights = Coefficients(mu=0.0, entropy=0.1)
-    loss, metrics = objective.hybrid_loss(current, nothing, PHI, None, weights)
+    loss, metrics = objective.hybrid_loss(current, nothing, SETTLED, None, weights)
     error, more = value_loss(current.values, nothing, clip=0.2)
     sft = sft_loss(
         current.logprobs, ExpertBatch(None, nothing.completion_mask, nothing.update_size), weighting="confidence"
@@ -214,29 +219,35 @@ class Learned:
         return self.strength * entropies.sigmoid()
 
 
-@pytest.mark.parametrize("settings", [{}, {"low_branch": "nll"}, {"gate_width": 0.3}])
-def test_no_gradient_flows_through_phi_gate_or_current_entropies(make_rollout, settings):
-    objective = Objective(gate_entropy="current", **settings)
+@pytest.mark.parametrize(("settings", "width"), [({}, 0.0), ({"low_branch": "nll"}, 0.0), ({}, 0.3)])
+def test_no_gradient_flows_through_phi_gate_or_current_entropies(make_rollout, settings, width):
     rollout, current = make_rollout()
     learned = Learned()
-    high, low = objective.branch_weights(rollout, learned, current.entropies)
+    method = TokenMethod(EntropyGate(attenuation=learned, width=width, entropy="current"))
+    high, low, *_ = branches_of(method.weights, view_of(rollout, current, Statistics(), threshold=rollout.threshold))
     assert not high.requires_grad
     assert not low.requires_grad
-    loss, _ = objective.hybrid_loss(current, rollout, learned, None, Coefficients(mu=0.0))
+    loss, _ = Objective(**settings).hybrid_loss(current, rollout, method, None, Coefficients(mu=0.0))
     _, entropies, strength = gradients(loss, current.logprobs, current.entropies, learned.strength)
     assert not entropies.any()
     assert strength.item() == 0.0
     assert not learned.saw_gradient
 
 
-def test_gate_uses_the_entropy_that_gate_entropy_names(make_rollout):
+def test_gate_uses_the_entropy_that_it_names(make_rollout):
     rollout, current = make_rollout({"attenuation": EntropyRatioAttenuation()})
-    tau = rollout.threshold
+    tau, mask, weights = rollout.threshold, rollout.completion_mask, Coefficients(mu=0.0)
+    found = {}
     for whose, entropies in (("sampling", rollout.entropies), ("current", current.entropies.detach())):
-        high, low = Objective(gate_entropy=whose).branch_weights(rollout, EntropyRatioAttenuation(), current.entropies)
+        method = TokenMethod(EntropyGate(attenuation=EntropyRatioAttenuation(), entropy=whose))
         is_high = (entropies >= tau).double()
-        assert_close(high, is_high, **EXACT)
-        assert_close(low, (1 - is_high) * (entropies / tau).clamp(0, 1), **EXACT)
+        by_hand = rollout._replace(
+            high_weights=is_high * mask, low_weights=(1 - is_high) * (entropies / tau).clamp(0, 1) * mask
+        )
+        found[whose], _ = Objective().hybrid_loss(current, rollout, method, None, weights)
+        expected, _ = Objective().hybrid_loss(current, by_hand, SETTLED, None, weights)
+        assert_close(found[whose], expected, **EXACT)
+    assert found["sampling"] != found["current"]
     assert not torch.equal(rollout.entropies >= tau, current.entropies >= tau)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from settled_weights import SETTLED, settled, without_gate
 from torch.testing import assert_close
 
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation, EntropyRatioAttenuation
@@ -65,11 +66,11 @@ def slow_loss(current, rollout, mode, *, low=0.2, high=0.2, weight=lambda b, t: 
     ],
 )
 def test_open_gate_or_phi_one_equals_ppo(make_rollout, mode, advantage, gate, attenuation, width):
-    objective = Objective(aggregation=mode, epsilon_high=0.28, gate_width=width)
-    parts = {"gate": gate, "advantage": advantage, "attenuation": attenuation, "objective": objective}
+    objective = Objective(aggregation=mode, epsilon_high=0.28)
+    parts = {"gate": gate, "advantage": advantage, "attenuation": attenuation, "width": width, "objective": objective}
     rollout, current = make_rollout(parts, with_values=True)
     assert rollout.advantages.any()
-    ours = objective.egspo_loss(current, rollout, attenuation)
+    ours = objective.egspo_loss(current, rollout, SETTLED)
     loss, grad = slow_loss(current, rollout, mode, high=0.28)
     assert_close(ours, loss, **EXACT)
     assert_close(gradient(ours, current.logprobs), grad, **EXACT)
@@ -81,7 +82,7 @@ def test_phi_zero_masks_low_tokens(make_rollout, mode, over):
     rollout, current = make_rollout({"gate": QuantileGate(0.3, over=over)})
     tau, entropies = rollout.threshold.tolist(), rollout.entropies.tolist()
     loss, grad = slow_loss(current, rollout, mode, weight=lambda b, t: float(entropies[b][t] >= tau[b][0]))
-    ours = Objective(aggregation=mode).egspo_loss(current, rollout, ConstantAttenuation(0.0))
+    ours = Objective(aggregation=mode).egspo_loss(current, settled(rollout, ConstantAttenuation(0.0)), SETTLED)
     assert_close(ours, loss, **EXACT)
     assert_close(gradient(ours, current.logprobs), grad, **EXACT)
     assert 0 < (grad != 0).sum() < rollout.completion_mask.sum() / 2
@@ -97,7 +98,7 @@ def test_low_branch_is_scaled_by_phi_per_token(make_rollout, mode):
         return 1.0 if entropies[b][t] >= tau else p * (1 - p)
 
     loss, grad = slow_loss(current, rollout, mode, weight=weight)
-    ours = Objective(aggregation=mode).egspo_loss(current, rollout, ConfidenceAttenuation())
+    ours = Objective(aggregation=mode).egspo_loss(current, settled(rollout, ConfidenceAttenuation()), SETTLED)
     assert_close(ours, loss, **EXACT)
     assert_close(gradient(ours, current.logprobs), grad, **EXACT)
 
@@ -105,23 +106,26 @@ def test_low_branch_is_scaled_by_phi_per_token(make_rollout, mode):
 def by_hand(**fields):
     """A prompt, a high token (H = 2, p = e^-1) and a low token (H = 1/4, p = 1/2); A = 2 and tau = 1."""
     doubles = {"dtype": torch.float64}
-    rollout = RolloutBatch(
-        input_ids=torch.zeros(1, 3, dtype=torch.long),
-        completion_mask=torch.tensor([[False, True, True]]),
-        old_logprobs=torch.tensor([[0.0, -1.0, math.log(0.5)]], **doubles),
-        entropies=torch.tensor([[0.0, 2.0, 0.25]], **doubles),
-        ref_logprobs=None,
-        old_values=None,
-        advantages=torch.tensor([[0.0, 2.0, 2.0]], **doubles),
-        returns=None,
-        rewards=torch.zeros(1),
-        is_expert=torch.tensor([False]),
-        is_masked=torch.tensor([False]),
-        threshold=torch.tensor([[1.0]], **doubles),
-        weight_scale=torch.ones(1, 1, **doubles),
-        policy_version=0,
-        update_size=UpdateSize(2.0, 1.0, 2.0, 2.0, 2.0),
-    )._replace(**fields)
+    rollout = (
+        RolloutBatch(
+            input_ids=torch.zeros(1, 3, dtype=torch.long),
+            completion_mask=torch.tensor([[False, True, True]]),
+            old_logprobs=torch.tensor([[0.0, -1.0, math.log(0.5)]], **doubles),
+            entropies=torch.tensor([[0.0, 2.0, 0.25]], **doubles),
+            ref_logprobs=None,
+            old_values=None,
+            advantages=torch.tensor([[0.0, 2.0, 2.0]], **doubles),
+            returns=None,
+            rewards=torch.zeros(1),
+            is_expert=torch.tensor([False]),
+            is_masked=torch.tensor([False]),
+            **without_gate(torch.zeros(1, 3, **doubles)),
+            policy_version=0,
+            update_size=UpdateSize(2.0, 1.0, 2.0, 2.0, 2.0),
+        )
+        ._replace(threshold=torch.tensor([[1.0]], **doubles))
+        ._replace(**fields)
+    )
     ratios = torch.tensor([[0.0, math.log(1.1), math.log(1.5)]], **doubles)
     return rollout, NetworkOutputs((rollout.old_logprobs + ratios).requires_grad_(), rollout.entropies)
 
@@ -146,12 +150,13 @@ SOFT_LOW = LOW_SHARE + (1 - LOW_SHARE) * 0.25
         ({"epsilon_low": 0.6, "low_branch_epsilon_low": 0.4}, ConfidenceAttenuation(), {}, HIGH + 0.25 * LOW),
         ({"epsilon_high": 0.05, "low_branch_epsilon_high": 0.4}, ConfidenceAttenuation(), {}, 2.1 + 0.25 * 2.8),
         ({"low_branch": "nll"}, ConfidenceAttenuation(), {}, HIGH + 0.25 * math.log(0.5 * 1.5)),
-        ({"gate_width": 0.5}, ConfidenceAttenuation(), {}, SOFT_HIGH * HIGH + SOFT_LOW * LOW),
+        ({}, ConfidenceAttenuation(), {"width": 0.5}, SOFT_HIGH * HIGH + SOFT_LOW * LOW),
     ],
 )
 def test_egspo_loss_by_hand(settings, attenuation, fields, expected):
-    rollout, current = by_hand(**fields)
-    loss = Objective(**settings).egspo_loss(current, rollout, attenuation)
+    width = fields.get("width", 0.0)
+    rollout, current = by_hand(**{name: value for name, value in fields.items() if name != "width"})
+    loss = Objective(**settings).egspo_loss(current, settled(rollout, attenuation, width=width), SETTLED)
     assert loss.item() == pytest.approx(-expected / 2, abs=1e-12)
 
 
@@ -164,14 +169,17 @@ def test_low_branch_with_negative_advantage_by_hand():
         ({"low_branch_epsilon_low": 0.4}, 0.6),
         ({"epsilon_high": 0.5, "low_branch_epsilon_high": 9.0}, 0.8),
     ):
-        loss = Objective(**settings).egspo_loss(NetworkOutputs(logprobs, None), rollout, ConfidenceAttenuation())
+        loss = Objective(**settings).egspo_loss(
+            NetworkOutputs(logprobs, rollout.entropies), settled(rollout, ConfidenceAttenuation()), SETTLED
+        )
         assert loss.item() == pytest.approx((1.1 * 2 + 0.25 * held * 2) / 2, abs=1e-12)
 
 
 def test_loss_with_tiny_gate_width_equals_hard_gate(make_rollout):
     rollout, current = make_rollout()
     hard, soft = (
-        Objective(gate_width=width).egspo_loss(current, rollout, ConfidenceAttenuation()) for width in (0.0, 1e-9)
+        Objective().egspo_loss(current, settled(rollout, ConfidenceAttenuation(), width=width), SETTLED)
+        for width in (0.0, 1e-9)
     )
     off = rollout.completion_mask & (rollout.entropies == rollout.threshold)
     assert not off.any()  # at tau itself a soft gate is half open
@@ -185,7 +193,7 @@ def test_dual_clip_bounds_both_branches(make_rollout):
     logprobs = (rollout.old_logprobs + 5.0) * rollout.completion_mask
     free, held = (
         Objective(dual_clip=bound).egspo_loss(
-            NetworkOutputs(logprobs, current.entropies), rollout, ConstantAttenuation(1.0)
+            NetworkOutputs(logprobs, current.entropies), settled(rollout, ConstantAttenuation(1.0)), SETTLED
         )
         for bound in (None, 3.0)
     )
@@ -200,5 +208,7 @@ def test_needs_every_rollout_iff_zero_advantage_rollouts_have_a_gradient(make_ro
     objective = Objective(**settings)
     assert objective.needs_every_rollout is expected
     rollout, current = make_rollout({"objective": objective}, with_reference=True, rewards=[0.5] * 8)
-    loss, _ = objective.hybrid_loss(current, rollout, ConfidenceAttenuation(), None, Coefficients(objective.mu_at(0)))
+    loss, _ = objective.hybrid_loss(
+        current, settled(rollout, ConfidenceAttenuation()), SETTLED, None, Coefficients(objective.mu_at(0))
+    )
     assert gradient(loss, current.logprobs).any() == expected

@@ -7,7 +7,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation
+from egspo_lightning.ops.control_gates import PositionGate, RandomGate
 from egspo_lightning.ops.correction import SamplerCorrection
+from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import GAE, ReinforcePlusPlus
 from egspo_lightning.ops.gate import AbsoluteGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
@@ -22,7 +24,6 @@ OBJECTIVE = {
     "low_branch_epsilon_low": [-0.1, 1.0, NAN],
     "low_branch_epsilon_high": [-0.1, NAN],
     "dual_clip": [1.0, 0.0, -3.0, NAN],
-    "gate_width": [-0.1, math.inf, NAN],
     "mu": [-0.1, 1.1, NAN],
     "expert_shaping": [0.0, -0.1, NAN],
     "beta": [-0.1, NAN],
@@ -38,6 +39,11 @@ CASES += [
         (SamplerCorrection, "mode", ["clip"]),
         (SamplerCorrection, "level", ["group"]),
         (SamplerCorrection, "cap", [0.9, math.inf, NAN]),
+        (EntropyGate, "width", [-0.1, math.inf, NAN]),
+        (EntropyGate, "entropy", ["old"]),
+        (RandomGate, "top_fraction", [0.0, -0.1, 1.1, NAN]),
+        (RandomGate, "seed", [-1]),
+        (PositionGate, "end", ["middle"]),
         (QuantileGate, "top_fraction", [0.0, -0.1, 1.1, NAN]),
         (QuantileGate, "running_decay", [-0.1, 1.0, NAN]),
         (QuantileGate, "over", ["row"]),
@@ -104,7 +110,7 @@ def test_contradictory_settings_error_names_both_fields(part, settings, fields):
     ("part", "settings"),
     [
         (Objective, {"epsilon_low": 0.0, "epsilon_high": 0.0, "dual_clip": 1.01, "mu": 1.0, "beta": 0.0}),
-        (Objective, {"low_branch_epsilon_low": 0.0, "low_branch_epsilon_high": 0.0, "gate_width": 0.0, "mu": 0.0}),
+        (Objective, {"low_branch_epsilon_low": 0.0, "low_branch_epsilon_high": 0.0, "mu": 0.0}),
         (ChordMu, {"warmup_steps": 0, "decay_steps": 0, "peak": 1.0, "valley": 0.0}),
         (QuantileGate, {"top_fraction": 1.0, "running_decay": 0.0}),
         (AbsoluteGate, {"nats": 0.0}),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from settled_weights import SETTLED
 
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation, EntropyRatioAttenuation
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
@@ -18,7 +19,7 @@ REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
 def step(make_scored, make_gating, sized, on_ranks):
     """Takes a step; returns changes in log-probability, masks of low and high tokens, and the correct rows."""
 
-    def run(advantage, objective, attenuation=None, gate=None):
+    def run(advantage, objective, attenuation=None, gate=None, gate_width=0.0):
         torch.manual_seed(0)
         scored = make_scored(rewards=REWARDS)
         rows, width = scored.input_ids.shape
@@ -30,14 +31,20 @@ def step(make_scored, make_gating, sized, on_ranks):
         mask = scored.completion_mask
         # a critic starts at 0
         scores = NetworkOutputs(old.logprobs * mask, old.entropies * mask, torch.zeros_like(old.logprobs))
-        parts = {"objective": objective, "advantage": advantage, "attenuation": attenuation, "gate": gate}
+        parts = {
+            "objective": objective,
+            "advantage": advantage,
+            "attenuation": attenuation,
+            "gate": gate,
+            "width": gate_width,
+        }
         admission = make_gating(**{name: part for name, part in parts.items() if part is not None})
         scored = scored._replace(input_ids=tokens, scores=scores)
         ((rollout, _),) = on_ranks(lambda rank, part: admission.apply(part, rank), [scored])
         rollout = sized(rollout)
         now = token_stats_from_logits(logits, tokens)
         loss, _ = objective.hybrid_loss(
-            NetworkOutputs(now.logprobs, now.entropies), rollout, admission.attenuation, None, Coefficients(mu=0.0)
+            NetworkOutputs(now.logprobs, now.entropies), rollout, SETTLED, None, Coefficients(mu=0.0)
         )
         loss.backward()
         with torch.no_grad():
@@ -61,16 +68,16 @@ def test_step_lowers_tokens_of_wrong_rows_and_raises_those_of_right_rows(step, a
 @pytest.mark.parametrize(
     "objective",
     [
-        Objective(gate_width=0.1),
         Objective(rescale_weights=True),
         Objective(low_branch_epsilon_high=0.4),
         Objective(dual_clip=3.0),
         Objective(aggregation="seq-mean-token-mean"),
     ],
 )
+@pytest.mark.parametrize("width", [0.0, 0.1])
 @pytest.mark.parametrize("gate", [QuantileGate(0.2), QuantileGate(0.2, over="sequence")])
-def test_step_has_the_same_signs_for_every_gate_and_objective_variant(step, objective, gate):
-    moved, low, high, right = step(GroupRelative(), objective, gate=gate)
+def test_step_has_the_same_signs_for_every_gate_and_objective_variant(step, objective, gate, width):
+    moved, low, high, right = step(GroupRelative(), objective, gate=gate, gate_width=width)
     for tokens in (low, high):
         assert (moved[tokens & right] > 0).all()
         assert (moved[tokens & ~right] < 0).all()
@@ -91,7 +98,7 @@ def test_nll_low_branch_ignores_advantages_of_low_tokens(make_rollout):
     grads = []
     for factor in (1.0, -1.0, 0.0):
         turned = rollout._replace(advantages=factor * rollout.advantages)
-        loss = Objective(low_branch="nll").egspo_loss(current, turned, ConfidenceAttenuation())
+        loss = Objective(low_branch="nll").egspo_loss(current, turned, SETTLED)
         grads.append(torch.autograd.grad(loss, current.logprobs)[0])
     assert torch.equal(grads[0][low], grads[1][low])
     assert torch.equal(grads[0][low], grads[2][low])

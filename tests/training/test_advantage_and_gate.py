@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.advantages import gae, reinforce_plus_plus
-from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
+from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.estimators import GAE, Estimate, GroupRelative, LeaveOneOut, ReinforcePlusPlus, token_rewards
 from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
@@ -26,7 +26,13 @@ TENSORS = (
     "returns",
     "rewards",
     "is_expert",
+    "is_truncated",
+    "groups",
+    "members",
     "threshold",
+    "is_high",
+    "high_weights",
+    "low_weights",
     "weight_scale",
 )
 
@@ -105,8 +111,9 @@ def test_two_ranks_give_the_results_of_one_rank(make_scored, split_scored, make_
         assert gating.kl_reward.current == pytest.approx(one_rank.kl_reward.current, rel=1e-6)
         assert gating.kl_reward.current != 0.2
         assert gating.entropy_bonus.current == one_rank.entropy_bonus.current
-        if hasattr(one_rank.gate, "state_dict"):
-            ours, expected = (a.state_dict()["gate"]["state"]["running"] for a in (gating, one_rank))
+        gates = [a.token_weights.gate for a in (gating, one_rank)]
+        if hasattr(gates[0], "state_dict"):
+            ours, expected = (gate.state_dict()["running"] for gate in gates)
             assert ours == (expected if expected is None else pytest.approx(expected, rel=1e-12))
 
 
@@ -116,8 +123,8 @@ def test_rescaled_weights_average_to_one_over_all_ranks(make_scored, split_score
         results, _ = convert(lambda: make_gating(objective=objective), split_scored(make_scored(num_problems=3), at))
         weights = []
         for rollout, _ in results:
-            high, low = objective.branch_weights(rollout, ConfidenceAttenuation(), rollout.entropies)
-            weights.append((high + low)[rollout.sampled_mask])
+            weight = (rollout.high_weights + rollout.low_weights) * rollout.weight_scale
+            weights.append(weight[rollout.sampled_mask])
         assert torch.cat(weights).mean().item() == pytest.approx(1.0, abs=1e-12)
         assert all(abs(part.mean().item() - 1) > 1e-3 for part in weights)
         assert results[0][1]["gate/weight_mean"].item() == pytest.approx(1.0, abs=1e-6)
@@ -251,17 +258,17 @@ def test_state_resumes_through_a_checkpoint(make_scored, make_gating, convert):
 
 def test_state_of_another_class_or_missing_state_is_ignored(make_gating):
     saved = make_gating(kl_reward=KLReward(coefficient=0.7, target=0.1)).state_dict()
-    saved["gate"] = {"class": "MineGate", "state": {"strange": 1}}
+    saved["token_weights"]["state"]["gate"] = {"class": "MineGate", "state": {"strange": 1}}
     resumed = make_gating(
         gate=QuantileGate(0.3, running_decay=0.5),
         kl_reward=KLReward(coefficient=0.2, target=0.1),
         entropy_bonus=EntropyBonus(0.3),
     )
     resumed.load_state_dict(saved)
-    assert resumed.gate.state_dict() == {"running": None}
+    assert resumed.token_weights.gate.state_dict() == {"running": None}
     assert (resumed.kl_reward.current, resumed.entropy_bonus.current) == (0.7, 0.3)
     resumed.load_state_dict({})
-    assert set(make_gating(gate=OpenGate()).state_dict()) == set()
+    assert make_gating(gate=OpenGate()).state_dict() == {"token_weights": {"class": "EntropyGate", "state": {}}}
 
 
 class Constant:

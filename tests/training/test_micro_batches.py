@@ -122,7 +122,13 @@ def rollout_batch(with_reference: bool = False, num_experts: int = 0) -> Rollout
         old_values=4.0 * grid if with_reference else None,
         is_expert=torch.tensor([False] * (5 - num_experts) + [True] * num_experts),
         is_masked=torch.zeros(5, dtype=torch.bool),
+        is_truncated=torch.arange(5) % 2 == 1,
+        groups=20 + torch.arange(5),
+        members=30 + torch.arange(5),
         threshold=0.1 * torch.arange(5).unsqueeze(1),
+        is_high=grid % 2 == 0,
+        high_weights=5.0 * grid,
+        low_weights=6.0 * grid,
         weight_scale=1.0 + torch.arange(5).unsqueeze(1),
         policy_version=3,
         update_size=UpdateSize(0, 0, 4.0, 0, 0),
@@ -183,9 +189,17 @@ def test_micro_batch_holds_its_rows_of_every_field():
     for batch in micro_batches(whole, [3, 1, 0, 4, 2], 3, keep_inactive=True):
         rows, width = rows_of(batch), batch.input_ids.shape[1]
         per_token = ("input_ids", "completion_mask", "old_logprobs", "entropies", "ref_logprobs", "advantages")
-        for field in (*per_token, "returns", "old_values", "sampled_logprobs"):
+        for field in (
+            *per_token,
+            "returns",
+            "old_values",
+            "sampled_logprobs",
+            "is_high",
+            "high_weights",
+            "low_weights",
+        ):
             assert torch.equal(getattr(batch, field), getattr(whole, field)[rows, :width]), field
-        for field in ("rewards", "is_expert", "threshold", "weight_scale"):
+        for field in ("rewards", "is_expert", "groups", "members", "threshold", "weight_scale"):
             assert torch.equal(getattr(batch, field), getattr(whole, field)[rows]), field
         assert batch.completion_mask.sum() == whole.completion_mask[rows].sum()  # no completion token is lost
         assert batch.policy_version == 3
