@@ -41,10 +41,13 @@ class Constant:
 class Sharpen(Callback):
     """Scales the output layer up at the second epoch, which makes the policy almost deterministic."""
 
+    def __init__(self, factor=300):
+        self.factor = factor
+
     def on_train_epoch_start(self, trainer, module):
         if trainer.current_epoch == 1:
             with torch.no_grad():
-                module.policy.lm.get_output_embeddings().weight.mul_(300)
+                module.policy.lm.get_output_embeddings().weight.mul_(self.factor)
 
 
 @pytest.fixture
@@ -88,6 +91,12 @@ def test_entropy_collapse_guard_warns_once(guarded):
     metrics, warned = guarded(Sharpen(), guards=Guards(**ALLOW_TRUNCATION, max_kl=1e9), module=LOW_LR)
     assert metrics["entropy_collapse"] == [0, 1, 1]
     assert warned.count("entropy_collapse") == 1
+
+
+def test_tied_entropies_guard_warns_once(guarded):
+    metrics, warned = guarded(Sharpen(1e6), guards=Guards(**ALLOW_TRUNCATION, max_kl=1e9), module=LOW_LR)
+    assert metrics["tied_entropies"] == [0, 1, 1]  # nearly all entropies round to 0
+    assert warned.count("tied_entropies") == 1
 
 
 def test_kl_runaway_guard_warns_once(guarded):

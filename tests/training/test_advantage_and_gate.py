@@ -12,6 +12,7 @@ from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.estimators import GAE, Estimate, GroupRelative, LeaveOneOut, ReinforcePlusPlus, token_rewards
 from egspo_lightning.ops.gate import AbsoluteGate, OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
+from egspo_lightning.ops.token_methods import TokenWeights
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -128,6 +129,55 @@ def test_rescaled_weights_average_to_one_over_all_ranks(make_scored, split_score
         assert torch.cat(weights).mean().item() == pytest.approx(1.0, abs=1e-12)
         assert all(abs(part.mean().item() - 1) > 1e-3 for part in weights)
         assert results[0][1]["gate/weight_mean"].item() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("at", [None, 1, 4])
+def test_a_fifth_of_the_tokens_is_high_where_most_entropies_are_zero(
+    make_scored, split_scored, make_gating, convert, at
+):
+    whole = make_scored(num_problems=20)
+    kept = torch.rand(whole.completion_mask.shape, generator=torch.Generator().manual_seed(0)) < 0.05
+    whole = whole._replace(scores=whole.scores._replace(entropies=whole.scores.entropies * kept))
+    parts = [whole] if at is None else split_scored(whole, at)
+    results, _ = convert(lambda: make_gating(gate=QuantileGate(0.2)), parts)
+    num_tokens = int(whole.completion_mask.sum())
+    for _, metrics in results:
+        assert metrics["gate/high_fraction"].item() == pytest.approx(0.2, abs=1 / num_tokens)
+        assert metrics["gate/tied_fraction"].item() == pytest.approx(0.95, abs=0.05)
+        assert metrics["gate/threshold"].item() == 0.0
+    high = sum(int(rollout.is_high.sum()) for rollout, _ in results)
+    assert high == round(metrics["gate/high_fraction"].item() * num_tokens)
+    assert all((rollout.high_weights == rollout.is_high).all() for rollout, _ in results)
+
+
+class Half(TokenWeights):
+    """Weights without a gate: 1/2 everywhere, infinite outside the mask."""
+
+    def weights(self, tokens):
+        return torch.where(tokens.mask, 0.5, torch.inf)
+
+
+def test_token_weights_without_a_gate(make_scored, make_gating, convert):
+    ((rollout, metrics),), _ = convert(lambda: make_gating(token_weights=Half()), [make_scored()])
+    mask = rollout.completion_mask
+    assert torch.equal(rollout.high_weights, 0.5 * mask)
+    assert not rollout.low_weights.any()
+    assert torch.equal(rollout.is_high, mask)
+    assert (metrics["gate/high_fraction"].item(), metrics["gate/weight_mean"].item()) == (1.0, 0.5)
+    assert "gate/threshold" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.ones(3), "Given must give weights of shape"), (-1.0, "weight below 0"), (torch.nan, "weight below 0")],
+)
+def test_token_weights_of_wrong_shape_or_value_are_refused(make_scored, make_gating, convert, value, message):
+    class Given(TokenWeights):
+        def weights(self, tokens):
+            return value if isinstance(value, torch.Tensor) else torch.full_like(tokens.logprobs, value)
+
+    with pytest.raises(UserError, match=f"model.token_weights: Given.*{message.removeprefix('Given ')}"):
+        convert(lambda: make_gating(token_weights=Given()), [make_scored()])
 
 
 def test_weight_scale_without_rescaling_is_one(make_rollout):
