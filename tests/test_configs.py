@@ -19,8 +19,11 @@ from egspo_lightning.ops.control_gates import InverseGate, PositionGate, RandomG
 from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
+from egspo_lightning.ops.hapo import HAPO
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
+from egspo_lightning.ops.surrogates import CEGPPO, CISPO, GSPO, SAPO, KLCov
+from egspo_lightning.ops.token_weight_methods import STEER, AdvantageReweighting, ClipCov
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 
 RECIPES = [
@@ -49,10 +52,13 @@ EGSPO = {
     "has_reference": False,
     "mixes_expert_data": True,
     "expert_fraction": 0.0,
+    "max_resampling": 0,
+    "reward_weights": {"correctness": 1.0},
     "ends_sft": True,
 }
 UNGATED = {"token_weights": gated(OpenGate())}
 PURE_RL = UNGATED | {"objective": Objective(mu=0.0), "mixes_expert_data": False}
+PER_SEQUENCE = PURE_RL | {"objective": Objective(mu=0.0, aggregation="seq-mean-token-mean")}
 NO_MIXING = {"objective": Objective(mu=0.0), "mixes_expert_data": False}
 
 METHODS = {
@@ -72,6 +78,31 @@ METHODS = {
         "advantage": GroupRelative(scale_by_std=False),
         "expert_fraction": 1.0,
     },
+    "dapo": PURE_RL
+    | {
+        "objective": Objective(mu=0.0, epsilon_low=0.2, epsilon_high=0.28, aggregation="token-mean"),
+        "max_resampling": 10,
+        "reward_weights": {"correctness": 1.0, "overlong": 0.5},
+    },
+    "dr_grpo": PURE_RL
+    | {
+        "objective": Objective(mu=0.0, aggregation="seq-mean-token-sum-norm"),
+        "advantage": GroupRelative(scale_by_std=False),
+    },
+    "cispo": PURE_RL | {"surrogate": CISPO(ratio_max=5.0, ratio_min=0.0)},
+    "gspo": PER_SEQUENCE | {"surrogate": GSPO(3e-4, 4e-4, level="sequence")},
+    "gspo_token": PER_SEQUENCE | {"surrogate": GSPO(3e-4, 4e-4, level="token")},
+    "sapo": PER_SEQUENCE | {"surrogate": SAPO(tau_pos=1.0, tau_neg=1.05)},
+    "ce_gppo": PURE_RL | {"surrogate": CEGPPO(0.2, 0.28, beta_low=0.5, beta_high=1.0, dual_clip=10.0)},
+    "kl_cov": PURE_RL | {"surrogate": KLCov(fraction=2e-4, coefficient=1.0)},
+    "hapo": PURE_RL | {"surrogate": HAPO(pivot=0.8, clip_alpha=1.0, advantage_beta=1.0)},
+    "clip_cov": NO_MIXING | {"token_weights": ClipCov(fraction=2e-4, lower=1.0, upper=5.0)},
+    "steer": NO_MIXING
+    | {
+        "objective": Objective(mu=0.0, epsilon_high=0.28, dual_clip=10.0),
+        "token_weights": STEER(mapping="exponential", weight_min=0.8),
+    },
+    "ar": NO_MIXING | {"token_weights": AdvantageReweighting(alpha=0.2, negative_weight=1.0)},
     "egspo": {},
     "egspo_constant_phi": {"token_weights": gated(attenuation=ConstantAttenuation(0.1))},
     "egspo_no_mixing": NO_MIXING,
@@ -178,6 +209,8 @@ def settings(cli):
         "has_reference": cli.model.has_reference,
         "mixes_expert_data": cli.model.mixes_expert_data,
         "expert_fraction": cli.datamodule.expert_fraction,
+        "max_resampling": cli.datamodule.max_resampling,
+        "reward_weights": cli.datamodule.reward.weights,
         "ends_sft": transition.enabled,
     }
 
