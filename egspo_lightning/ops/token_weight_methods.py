@@ -13,7 +13,7 @@ from egspo_lightning.ops.losses import clipped_tokens
 from egspo_lightning.ops.token_methods import TokenWeights
 from egspo_lightning.ops.token_selection import advantage_covariance, lowest, share_of_tokens, token_hash
 from egspo_lightning.ops.token_view import Statistics, TokenView
-from egspo_lightning.types import NonNegativeFloat, PositiveFloat, PositiveShare, UnitInterval
+from egspo_lightning.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveShare, UnitInterval
 
 MIN_PROBABILITY = 1e-8
 MIN_LARGEST_CHANGE = 0.02
@@ -23,13 +23,11 @@ MIN_LARGEST_CHANGE = 0.02
 def entropy_change(logprobs: Tensor, old_logprobs: Tensor, entropies: Tensor, advantages: Tensor) -> Tensor:
     """STEER's estimate of how much each token changes the entropy, ``|r A (1 - p) (ln p + H)|``. (B, T)
 
-    From arXiv 2510.10150, with p of the current policy. p is clamped to [1e-8, 1 - 1e-8] and p_old to at least 1e-8; a
-    value that is not finite becomes 0.
+    From arXiv 2510.10150, with p of the current policy. p is clamped to [1e-8, 1 - 1e-8] and p_old to at least 1e-8.
     """
     p = logprobs.detach().exp().clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
     old_p = old_logprobs.exp().clamp(min=MIN_PROBABILITY)
-    change = (advantages / old_p * p * (1 - p) * (p.log() + entropies)).abs()
-    return torch.where(change.isfinite(), change, 0.0)
+    return (advantages / old_p * p * (1 - p) * (p.log() + entropies)).abs()
 
 
 def linear_weights(change: Tensor, mask: Tensor, *, low: float, high: float, over_ranks: Statistics) -> Tensor:
@@ -110,7 +108,7 @@ class ClipCov(TokenWeights):
     Candidates have ``lower < covariance < upper`` (see ``advantage_covariance``) and are not cut by the ratio's clip.
     Of them ``max(1, fraction N)`` tokens get weight 0; N still counts them. The authors draw with an unseeded
     generator, from a micro-batch of one rank. Here the draw is the same on any number of ranks: it takes the lowest
-    hashes of group, completion, position and seed.
+    hashes of group, completion, position, seed and rollout batch.
 
     Args:
         fraction: Share of all tokens to drop, if there are as many candidates.
@@ -126,7 +124,7 @@ class ClipCov(TokenWeights):
     upper: float = 5.0
     epsilon_low: UnitInterval = 0.2
     epsilon_high: NonNegativeFloat = 0.2
-    seed: int = 0
+    seed: NonNegativeInt = 0
     each_step: ClassVar[bool] = True
     needs_every_rollout: ClassVar[bool] = True
     """Rollouts of advantage 0 count in the means."""
@@ -134,7 +132,8 @@ class ClipCov(TokenWeights):
     def weights(self, tokens: TokenView) -> Tensor:
         """0 at dropped tokens, otherwise 1. (B, T)"""
         num = share_of_tokens(self.fraction, tokens.mask, tokens.over_ranks)
-        dropped = lowest(token_hash(tokens, self.seed), self.candidates(tokens), num, tokens.over_ranks)
+        seed = (int(self.seed) << 32) + tokens.policy_version
+        dropped = lowest(token_hash(tokens, seed), self.candidates(tokens), num, tokens.over_ranks)
         return (~dropped).to(tokens.logprobs.dtype)
 
     def candidates(self, tokens: TokenView) -> Tensor:

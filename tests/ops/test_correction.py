@@ -32,11 +32,19 @@ MASK = torch.tensor([[False, True, True, True], [False, True, True, False]])
         ("sequence", "off", [[1, 1, 1, 1], [1, 1, 1, 1]]),
         ("sequence", "truncated", [[1, 0.5, 0.5, 0.5], [1, 2.5, 2.5, 1]]),  # 2 / 4, and 3 * 1.5 = 4.5
         ("sequence", "masked", [[1, 0.5, 0.5, 0.5], [1, 0, 0, 1]]),
+        ("geometric", "truncated", [[1, *[0.5 ** (1 / 3)] * 3], [1, 4.5**0.5, 4.5**0.5, 1]]),  # roots of 2 / 4 and 4.5
     ],
 )
 def test_weights_by_hand(level, mode, expected):
     weights = sampler_weights(sampler_ratios(OLD, SAMPLED, MASK, level=level), mode=mode, cap=2.5)
     assert_close(weights, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_floor_by_hand():
+    ratios, bounds = torch.tensor([4.0, 2.0, 0.5, 0.25]), {"cap": 2.0, "floor": 0.3}
+    assert sampler_weights(ratios, mode="truncated", **bounds).tolist() == pytest.approx([2.0, 2.0, 0.5, 0.3])
+    assert sampler_weights(ratios, mode="masked", **bounds).tolist() == [0.0, 2.0, 0.5, 0.0]
+    assert sampler_weights(ratios, mode="masked", cap=2.0, floor=0.0).tolist() == [0.0, 2.0, 0.5, 0.25]
 
 
 def test_is_corrected_by_hand():
@@ -55,7 +63,7 @@ def test_non_finite_sampler_logprob_gives_ratio_one(logprob, level):
 
 def test_ratios_do_not_overflow():
     mask = torch.ones(1, 100, dtype=torch.bool)
-    for level in ("token", "sequence"):
+    for level in ("token", "sequence", "geometric"):
         for sign in (1.0, -1.0):
             ratios = sampler_ratios(torch.zeros(1, 100), torch.full((1, 100), -sign * 30.0), mask, level=level)
             assert_close(ratios, torch.full((1, 100), math.exp(sign * 20)), rtol=1e-6, atol=0.0)

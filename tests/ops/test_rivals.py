@@ -93,9 +93,9 @@ def has_large_sequence_ratio(case: Case) -> bool:
     return bool((masked_mean(log_ratios(case), mask, -1) > 10).any())
 
 
-def counts_few_tokens(case: Case) -> bool:
-    (mask,) = floats(case, "mask")
-    return bool(mask.sum() < case["k_percent"])
+def has_large_token(case: Case) -> bool:
+    old, sampled, mask = floats(case, "old_logprobs", "rollout_logprobs", "mask")
+    return bool((((old - sampled) * mask).abs() > 20).any())
 
 
 def has_one_on_policy(case: Case) -> bool:
@@ -108,9 +108,10 @@ def falls_back_for_padding(case: Case) -> bool:
     mask = torch.tensor(case["mask"]).bool()
     rewards = torch.tensor(case["rewards"]).double().unsqueeze(1).expand_as(mask)
     for values, inside in zip(rewards.split(case["group_size"]), mask.split(case["group_size"]), strict=True):
-        mean, std = values[inside].mean(), values[inside].std(correction=0) if case["scale_by_std"] else 1.0
-        largest = ((values[inside] - mean) / (std + case["eps"] * case["scale_by_std"])).abs().max()
-        if largest < 5 <= (mean / (std + case["eps"] * case["scale_by_std"])).abs() and not inside.all():
+        mean, std = values[inside].mean(), values[inside].std(correction=0)
+        scale = std + case["eps"] if case["scale_by_std"] else 1.0
+        largest, padding = ((values[inside] - mean) / scale).abs().max(), (mean / scale).abs()
+        if std > 0 and largest < 5 <= padding and not inside.all():
             return True
     return False
 
@@ -121,7 +122,6 @@ GEOMETRIC_MASK = "weights the tokens of kept sequences by their own ratios there
 
 NOT_FOLLOWED = [
     NotFollowed("gspo", "verl", has_large_sequence_ratio, "verl bounds the sequence's log-ratio by 10, the paper not"),
-    NotFollowed("kl_cov", "entropy-mechanism", counts_few_tokens, "lowers its percentage to the number of tokens"),
     NotFollowed("dapo_loss", "trl", has_unbounded_ratio, RATIO_BOUND),
     NotFollowed("dapo_loss", "ms-swift", has_unbounded_ratio, RATIO_BOUND),
     NotFollowed("dr_grpo_loss", "trl", has_unbounded_ratio, RATIO_BOUND),
@@ -138,7 +138,7 @@ NOT_FOLLOWED = [
     NotFollowed("luffy_loss", "luffy", has(off_policy_reshape=("no_reshape", "square_root")),
                 "of the shapings, the paper's p / (p + gamma) is offered"),
     NotFollowed("luffy_loss", "luffy", lambda case: case["off_max_clip"] is not None,
-                "f(p) is below 1, and no lower bound of it is offered"),
+                "the cap of f(p) is not offered"),
     NotFollowed("advantage_reweighting", "ar-lopti",
                 has(method=("both_sigmoid", "negative_sigmoid", "negative_sigmoid_balance1", "both_linear_balance1",
                             "mask_prob_interval2", "RAFT_linear")),
@@ -156,6 +156,8 @@ NOT_FOLLOWED = [
                 "rejected tokens leave the normalizer there; masked tokens count here, as in TRL and ms-swift"),
     NotFollowed("rollout_is_weights", "ms-swift", has(level="geometric", kind="mask"), GEOMETRIC_MASK),
     NotFollowed("rollout_is_loss", "ms-swift", has(level="geometric", kind="mask"), GEOMETRIC_MASK),
+    NotFollowed("rollout_rejection", "verl", lambda case: case["rollout_rs"] == "seq_mean_k1" and has_large_token(case),
+                "the geometric mean bounds each token's log-ratio by 20 here, as ms-swift's"),
     NotFollowed("rollout_rejection", "verl",
                 lambda case: case["rollout_rs"] not in ("token_k1", "seq_sum_k1", "seq_mean_k1"),
                 "rejection by k2, k3, the largest token or several rules is not offered"),
@@ -273,7 +275,9 @@ def check_ce_gppo(case):
 
 @checks("kl_cov", "verl", "entropy-mechanism")
 def check_kl_cov(case):
-    fraction = case["kl_cov_ratio"] if "kl_cov_ratio" in case else case["k_percent"] / 100
+    """Entropy-Mechanism counts in per cent, and lowers its number to the number of tokens, as the test does here."""
+    num_tokens = sum(map(sum, case["mask"]))
+    fraction = case["kl_cov_ratio"] if "kl_cov_ratio" in case else min(case["k_percent"], num_tokens) / 100
     surrogate = KLCov(fraction, case["ppo_kl_coef"])
     assert sorted(surrogate.selected(view(case)).nonzero().tolist()) == sorted(case["selected"])
     assert_loss(case, surrogate.per_token)
@@ -623,11 +627,11 @@ def check_maj_at_k(case):
 
 
 def groups_of_cases() -> list[Any]:
-    """(file, implementation, cases) of every file in the folder."""
-    groups: dict[tuple[str, str], list[Case]] = {}
+    """(file, implementation, numbered cases) of every file in the folder."""
+    groups: dict[tuple[str, str], list[tuple[int, Case]]] = {}
     for path in sorted(FOLDER.glob("*.json")):
-        for case in json.loads(path.read_text())["cases"]:
-            groups.setdefault((path.stem, case.get("implementation", "")), []).append(case)
+        for number, case in enumerate(json.loads(path.read_text())["cases"]):
+            groups.setdefault((path.stem, case.get("implementation", "")), []).append((number, case))
     if not groups:
         skip = pytest.mark.skip(reason=f"needs the reference data in {FOLDER}")
         return [pytest.param("none", "", [], id="no-reference-data", marks=skip)]
@@ -650,6 +654,15 @@ def fault_of(file: str, implementation: str, case: Case) -> str | None:
 
 @pytest.mark.parametrize(("file", "implementation", "cases"), groups_of_cases())
 def test_against_reference(file, implementation, cases):
-    faults = [(number, case.get("name", ""), fault_of(file, implementation, case)) for number, case in enumerate(cases)]
+    faults = [(number, case.get("name", ""), fault_of(file, implementation, case)) for number, case in cases]
     told = [f"case {number} {name}: {fault}" for number, name, fault in faults if fault]
     assert not told, f"{len(told)} of {len(cases)} cases of {file} ({implementation or 'all'}):\n" + "\n".join(told)
+
+
+def test_unknown_files_and_wrong_values_are_faults():
+    case = {"rewards": [1.0, 0.0], "group_size": 2, "scale_by_std": False, "advantages": [0.5, -0.5]}
+    assert fault_of("dr_grpo_advantage", "verl", case) is None
+    assert "AssertionError" in fault_of("dr_grpo_advantage", "verl", case | {"advantages": [0.5, -0.500001]})
+    assert "KeyError" in fault_of("dr_grpo_advantage", "verl", {"group_size": 2})
+    assert "neither checked nor listed" in fault_of("dr_grpo_advantage", "another", case)
+    assert "neither checked nor listed" in fault_of("another", "verl", case)
