@@ -1,0 +1,141 @@
+"""The ablation of gate, attenuation and mixing on one task: `python benchmarks/ablation/ablate.py --help`.
+
+Three steps, each resumable by the same command: choose a learning rate for each cell on validation problems and other
+seeds (`tune_learning_rates.py`), compare all cells on the held-out problems (`egspo compare`), and write one table for
+each question of `cells.yaml`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from egspo_lightning.analysis.comparison_table import Result, table_cells, table_page, table_rows  # noqa: E402
+from egspo_lightning.cli.comparison.compared_runs import method_names  # noqa: E402
+from egspo_lightning.errors import UserError, did_you_mean  # noqa: E402
+from measuring.script import command, exit_code  # noqa: E402
+
+TUNING_SEEDS = [101, 102]
+RATES = [5e-5, 1e-4, 2e-4]
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    plan = yaml.safe_load(arguments.plan.read_text())
+    questions = chosen_questions(plan, arguments.questions)
+    cells = list(dict.fromkeys(cell for question in questions.values() for cell in cells_of(question)))
+    output = arguments.output or Path("logs/ablation") / arguments.config.stem
+    overlays = write_overlays(plan["cells"], cells, output / "cells")
+    config = str(arguments.config)
+    validation = str(HERE.parent / "validation" / arguments.config.name)
+    shared = ["--methods", *overlays, "--jobs", str(arguments.jobs)]
+    tuning = ["--seeds", *map(str, arguments.tuning_seeds), "--rates", *(f"{rate:g}" for rate in arguments.rates)]
+    tune = [str(HERE.parent / "tune_learning_rates.py"), "--config", config, validation, *shared, *tuning]
+    _run([*tune, "--phases", str(arguments.tuning_phases), "-o", str(output / "tuning")])
+    if arguments.tune_only:
+        return 0
+    compare = ["-m", "egspo_lightning", "compare", "--config", config, *shared]
+    compare += ["--seeds", *map(str, arguments.seeds), "--phases", str(arguments.phases)]
+    rates = str(output / "tuning" / "learning_rates.yaml")
+    _run([*compare, "--learning_rates", rates, "--evaluate_every", str(arguments.phases), "-o", str(output / "test")])
+    write_tables(questions, read_results(output / "test"), output / "tables")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description="Ablation of gate, attenuation and mixing on one task.")
+    add = result.add_argument
+    add("config", type=Path, help="config of fit, such as configs/expressions.yaml; benchmarks/validation has its twin")
+    add("--plan", type=Path, default=HERE / "cells.yaml", help="cells and questions")
+    add("--questions", nargs="+", metavar="NAME", help="questions of the plan (all)")
+    add("--seeds", type=int, nargs="+", default=list(range(1, 9)), help="seeds of the comparison (1 to 8)")
+    add("--phases", type=int, default=80, help="rollout batches of a compared run (80)")
+    add("--tuning_seeds", type=int, nargs="+", default=TUNING_SEEDS, help="seeds of the tuning")
+    add("--tuning_phases", type=int, default=40, help="rollout batches of a tuned run (40)")
+    add("--rates", type=float, nargs="+", default=RATES, help="learning rates after SFT, the same grid for each cell")
+    add("--jobs", type=int, default=2, help="runs at the same time (2)")
+    add("--tune_only", action="store_true", help="leave the held-out problems alone")
+    add("--output", "-o", type=Path, help="folder (logs/ablation/CONFIG)")
+    return result
+
+
+def chosen_questions(plan: Mapping[str, Any], names: list[str] | None) -> dict[str, Any]:
+    """The questions of these names, all without names; each cell that they use must be in the plan.
+
+    Raises:
+        UserError: an unknown question or cell.
+    """
+    known: dict[str, Any] = plan["questions"]
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"--questions: no question {name!r}. {did_you_mean(name, list(known))}.")
+    chosen = {name: known[name] for name in names or known}
+    for name, question in chosen.items():
+        for cell in cells_of(question):
+            if cell not in plan["cells"]:
+                raise UserError(f"question {name}: no cell {cell!r}. {did_you_mean(cell, list(plan['cells']))}.")
+    return chosen
+
+
+def cells_of(question: Mapping[str, Any]) -> list[str]:
+    """Baseline and cells of a question, in the order of its table."""
+    return [question["baseline"], *question["cells"]]
+
+
+def write_overlays(plan: Mapping[str, Any], cells: list[str], folder: Path) -> list[str]:
+    """Write the overlay of each cell; a cell without settings is the method of that name. Returns names and paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for cell in cells:
+        path = folder / f"{cell}.yaml"
+        if not plan[cell]:
+            if cell not in method_names():
+                raise UserError(f"cell {cell} has no settings and is no method. {did_you_mean(cell, method_names())}.")
+            found.append(cell)
+            continue
+        overlay = {**plan[cell], "model": {"method": cell, **plan[cell]["model"]}}
+        path.write_text(yaml.safe_dump(overlay, sort_keys=False))
+        found.append(str(path))
+    return found
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The results of a comparison."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/seed_*.json"))]
+
+
+def write_tables(questions: Mapping[str, Any], results: list[Result], folder: Path) -> None:
+    """Write ``QUESTION.md`` for each question, and print its table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, question in questions.items():
+        cells, baseline = cells_of(question), question["baseline"]
+        rows = table_rows(results, cells, baseline)
+        used = [result for result in results if result["label"] in cells]
+        (folder / f"{name}.md").write_text(table_page(used, rows, baseline, command()))
+        header, lines = table_cells(rows, baseline)
+        print(f"\n{name}\n" + "\n".join(" | ".join(line[:7]) for line in [header, *lines]))
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a Python command, with its progress on this terminal.
+
+    Raises:
+        UserError: it failed; its own message stands above.
+    """
+    code = subprocess.run([sys.executable, *arguments]).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"python {' '.join(arguments[:3])} ended with exit code {code}; its message stands above.")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
