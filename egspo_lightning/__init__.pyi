@@ -40,6 +40,9 @@ from egspo_lightning.ops.attenuation import EntropyRatioAttenuation as EntropyRa
 from egspo_lightning.ops.control_gates import InverseGate as InverseGate
 from egspo_lightning.ops.control_gates import PositionGate as PositionGate
 from egspo_lightning.ops.control_gates import RandomGate as RandomGate
+from egspo_lightning.ops.entropy_estimators import GRPOS as GRPOS
+from egspo_lightning.ops.entropy_estimators import GTPO as GTPO
+from egspo_lightning.ops.entropy_estimators import TokenGroupRelative as TokenGroupRelative
 from egspo_lightning.ops.entropy_gate import EntropyGate as EntropyGate
 from egspo_lightning.ops.estimators import GAE as GAE
 from egspo_lightning.ops.estimators import Advantage as Advantage
@@ -48,6 +51,8 @@ from egspo_lightning.ops.estimators import Experience as Experience
 from egspo_lightning.ops.estimators import GroupRelative as GroupRelative
 from egspo_lightning.ops.estimators import LeaveOneOut as LeaveOneOut
 from egspo_lightning.ops.estimators import ReinforcePlusPlus as ReinforcePlusPlus
+from egspo_lightning.ops.expert_methods import HPT as HPT
+from egspo_lightning.ops.expert_methods import SRFT as SRFT
 from egspo_lightning.ops.gate import AbsoluteGate as AbsoluteGate
 from egspo_lightning.ops.gate import Entropies as Entropies
 from egspo_lightning.ops.gate import Gate as Gate

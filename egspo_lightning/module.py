@@ -195,7 +195,7 @@ class EGSPOModule(PolicyModule):
 
     def _sft_step(self, expert: ExpertBatch) -> tuple[Tensor, Metrics]:
         self._skip_update = False
-        loss, current = self._plain_sft_loss(expert, with_entropies=False)
+        loss, current = self._sft_loss(expert, with_entropies=False)
         return loss + self._zero_critic_loss(current.values), {"loss/sft": loss.detach()}
 
     def _egspo_step(self, batch: TrainingBatch, weights: Coefficients) -> tuple[Tensor, Metrics]:
@@ -225,9 +225,9 @@ class EGSPOModule(PolicyModule):
 
     # Losses
 
-    def _plain_sft_loss(self, expert: ExpertBatch, *, with_entropies: bool) -> tuple[Tensor, NetworkOutputs]:
+    def _sft_loss(self, expert: ExpertBatch, *, with_entropies: bool) -> tuple[Tensor, NetworkOutputs]:
         current = self._policy(expert.input_ids, expert.completion_mask, with_entropies=with_entropies)
-        return sft_loss(current.logprobs, expert, weighting="plain"), current
+        return sft_loss(current.logprobs, expert, weighting=self.objective.sft_weighting), current
 
     def _hybrid_loss(
         self, rollout: RolloutBatch, expert: ExpertBatch | None, weights: Coefficients, *, with_entropies: bool
@@ -235,11 +235,13 @@ class EGSPOModule(PolicyModule):
         """L, metrics, and network outputs on the rollouts; demonstrations share the policy's passes with them."""
         rows = [Sequences(rollout.input_ids, rollout.completion_mask, self.temperature, with_entropies)]
         if expert is not None:
-            rows.append(Sequences(expert.input_ids, expert.completion_mask, with_entropies=False))
+            uses_entropies = self.objective.expert_weighting == "srft"
+            rows.append(Sequences(expert.input_ids, expert.completion_mask, with_entropies=uses_entropies))
         current, *others = self._policy.together(*rows)
         expert_loss = None
         if expert is not None:
-            expert_loss = sft_loss(others[0].logprobs, expert, weighting=self.objective.expert_weighting)
+            weighting, entropies = self.objective.expert_weighting, others[0].entropies
+            expert_loss = sft_loss(others[0].logprobs, expert, weighting=weighting, entropies=entropies)
             if others[0].values is not None:
                 expert_loss = expert_loss + self._zero_critic_loss(others[0].values)
         if self.critic is not None:
@@ -266,7 +268,7 @@ class EGSPOModule(PolicyModule):
         rollout, expert, weights = recorded.batch.rollout, recorded.batch.expert, recorded.coefficients
         if rollout is None or weights is None:
             assert expert is not None
-            return self._plain_sft_loss(expert, with_entropies=True)
+            return self._sft_loss(expert, with_entropies=True)
         loss, _, current = self._hybrid_loss(rollout, expert, weights, with_entropies=True)
         return loss, current
 

@@ -16,8 +16,10 @@ from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.control_gates import InverseGate, PositionGate, RandomGate
+from egspo_lightning.ops.entropy_estimators import GRPOS, GTPO, TokenGroupRelative
 from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut, ReinforcePlusPlus
+from egspo_lightning.ops.expert_methods import HPT, SRFT
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.hapo import HAPO
 from egspo_lightning.ops.objective import Objective
@@ -95,7 +97,8 @@ METHODS = {
     "sapo": PER_SEQUENCE | {"surrogate": SAPO(tau_pos=1.0, tau_neg=1.05)},
     "ce_gppo": PURE_RL | {"surrogate": CEGPPO(0.2, 0.28, beta_low=0.5, beta_high=1.0, dual_clip=10.0)},
     "kl_cov": PURE_RL | {"surrogate": KLCov(fraction=2e-4, coefficient=1.0)},
-    "hapo": PURE_RL | {"surrogate": HAPO(pivot=0.8, clip_alpha=1.0, advantage_beta=1.0)},
+    "hapo": PURE_RL
+    | {"surrogate": HAPO(pivot=0.8, clip_alpha=1.0, advantage_beta=1.0), "advantage": TokenGroupRelative()},
     "clip_cov": NO_MIXING | {"token_weights": ClipCov(fraction=2e-4, lower=1.0, upper=5.0)},
     "steer": NO_MIXING
     | {
@@ -103,6 +106,21 @@ METHODS = {
         "token_weights": STEER(mapping="exponential", weight_min=0.8),
     },
     "ar": NO_MIXING | {"token_weights": AdvantageReweighting(alpha=0.2, negative_weight=1.0)},
+    "gtpo": PURE_RL | {"advantage": GTPO(alpha1=1.0, alpha2=0.1)},
+    "grpo_s": PER_SEQUENCE | {"advantage": GRPOS(beta1=1.0, beta2=0.1)},
+    "dft": {"objective": Objective(mu=0.1, sft_weighting="dft"), "ends_sft": False},
+    "srft": UNGATED
+    | {
+        "objective": Objective(mu=0.5, expert_weighting="srft", expert_shaping=0.1),
+        "surrogate": SRFT(),
+        "expert_fraction": 1.0,
+    },
+    "hpt": PURE_RL
+    | {
+        "objective": Objective(mu=0.0, expert_surrogate="nll"),
+        "advantage": HPT(scale_by_std=True, gate=0),
+        "expert_fraction": 1.0,
+    },
     "egspo": {},
     "egspo_constant_phi": {"token_weights": gated(attenuation=ConstantAttenuation(0.1))},
     "egspo_no_mixing": NO_MIXING,
@@ -225,8 +243,9 @@ def test_method_overlays_train_on_quickstart(repository, tmp_path, monkeypatch, 
     assert settings(cli) == EGSPO | METHODS[method]
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     assert all(map(math.isfinite, metrics.values())), metrics
-    if method == "sft":
+    if method in ("sft", "dft"):
         assert (cli.datamodule.phases.num_passes, cli.datamodule.phases.num_rollout_batches) == (3, 0)
+        assert (metrics["loss/sft"] < math.exp(-1)) == (method == "dft")  # -p log p is at most 1 / e
         return
     assert (cli.datamodule.phases.num_passes, cli.datamodule.phases.num_rollout_batches) == (1, 2)
     assert cli.trainer.global_step == 2 + 2 * 4

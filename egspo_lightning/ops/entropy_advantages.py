@@ -34,7 +34,7 @@ def gtpo(
     right, valid = _right_tokens(rewards, mask, group_size)
     advantages = torch.zeros_like(shaped)
     for side in (valid & right, valid & ~right):
-        by_group, inside = shaped.view(len(side), -1), side.flatten(1)
+        by_group, inside = shaped.view_as(side).flatten(1), side.flatten(1)
         centered = by_group - masked_mean(by_group, inside, 1).unsqueeze(1)
         centered = centered - masked_mean(centered, inside, 1).unsqueeze(1)  # again, for the rounding error of the mean
         variance = masked_mean(centered.square(), inside, 1).unsqueeze(1)
@@ -121,7 +121,7 @@ def token_group_relative(
 def _right_tokens(rewards: Values, mask: Values, group_size: int) -> tuple[Tensor, Tensor]:
     """Which completions are right, (P, G, 1), and the mask by group, (P, G, T); both bool."""
     right = as_floats(rewards) > RIGHT_ABOVE
-    return right.view(-1, group_size, 1), as_tensor(mask).bool().view(-1, group_size, len(as_tensor(mask)[0]))
+    return right.view(-1, group_size, 1), as_tensor(mask).bool().view(-1, group_size, as_tensor(mask).shape[-1])
 
 
 def _relative_to_peers(values: Tensor, peers: Tensor, eps: float) -> Tensor:

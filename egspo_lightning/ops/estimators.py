@@ -26,6 +26,8 @@ class Experience(NamedTuple):
     """G"""
     total: Total
     """Adds a tensor over all ranks."""
+    entropies: Tensor
+    """(P * G, T), nats, of the sampling policy"""
 
     @property
     def rewards(self) -> Tensor:
@@ -129,9 +131,9 @@ class GAE(Advantage):
 
     def estimate(self, experience: Experience) -> Estimate:
         """Advantages whitened over the rollout batch, on all ranks; the returns are not whitened."""
-        rewards, mask, values, _, total = experience
+        rewards, mask, values = experience.token_rewards, experience.mask, experience.values
         assert values is not None
-        return Estimate(*gae(rewards, values, mask, gamma=self.gamma, lam=self.lam, total=total))
+        return Estimate(*gae(rewards, values, mask, gamma=self.gamma, lam=self.lam, total=experience.total))
 
 
 def reward_kl(rollouts: ScoredRollouts, estimator: KLEstimator) -> Tensor:
@@ -153,11 +155,12 @@ def estimate_credit(
     rollouts: ScoredRollouts, advantage: Advantage, *, penalty: Tensor | None, total: Total
 ) -> Estimate:
     """Advantages and returns of every row: sampled rows by the estimator, expert rows against their group."""
-    num_sampled, mask, values = rollouts.num_sampled, rollouts.completion_mask, rollouts.scores.values
+    num_sampled, mask, scores = rollouts.num_sampled, rollouts.completion_mask, rollouts.scores
     sampled, expert = slice(0, num_sampled), slice(num_sampled, None)
     rewards = token_rewards(rollouts.rewards, mask, penalty)[sampled]
-    own_values = None if values is None else values[sampled]
-    estimate = advantage.estimate(Experience(rewards, mask[sampled], own_values, rollouts.group_size, total))
+    values = None if scores.values is None else scores.values[sampled]
+    entropies, size = scores.entropies[sampled], rollouts.group_size
+    estimate = advantage.estimate(Experience(rewards, mask[sampled], values, size, total, entropies))
     if rollouts.expert_groups.numel() == 0:
         return estimate
     assert isinstance(advantage, ExpertAdvantage)

@@ -34,7 +34,7 @@ from torch import Tensor
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.correction import SamplerCorrection, sampler_ratios, sampler_weights
 from egspo_lightning.ops.diagnostics import Metrics, policy_metrics, value_metrics
-from egspo_lightning.ops.gate import confidence_phi
+from egspo_lightning.ops.expert_methods import ExpertWeighting, expert_nll
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
 from egspo_lightning.ops.masking import Aggregation, aggregate, masked_sum
 from egspo_lightning.ops.schedules import ChordMu
@@ -81,8 +81,12 @@ class Objective:
         low_branch: Loss of low-entropy tokens. ppo is the method. nll (ablation) maximizes their likelihood and
             ignores the advantage.
         mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT; or CHORD's schedule of it.
-        expert_weighting: plain, or confidence, which weights the expert's tokens by CHORD's p (1 - p).
-        expert_shaping: gamma of LUFFY's p / (p + gamma), for expert solutions among the rollouts, above 0.
+        sft_weighting: Loss of demonstrations in stage SFT: plain, or dft, which weights tokens by their probability p.
+        expert_weighting: Loss of demonstrations in stage EGSPO: plain; confidence, which weights tokens by CHORD's
+            p (1 - p); dft; or srft, which weights demonstrations by exp(-mean entropy) / 2.
+        expert_surrogate: Loss of expert solutions among the rollouts: shaped is LUFFY's -A p / (p + expert_shaping),
+            nll is -A log p.
+        expert_shaping: gamma of LUFFY's p / (p + gamma), above 0.
         beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 adds no KL.
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
         aggregation: Aggregation of surrogate, KL and entropy, which share N. seq-mean-token-sum-norm divides by the
@@ -100,7 +104,9 @@ class Objective:
     rescale_weights: bool = False
     low_branch: Literal["ppo", "nll"] = "ppo"
     mu: ChordMu | UnitInterval = 0.1  # order matters: jsonargparse shows the errors in this order
-    expert_weighting: Literal["plain", "confidence"] = "plain"
+    sft_weighting: Literal["plain", "dft"] = "plain"
+    expert_weighting: ExpertWeighting = "plain"
+    expert_surrogate: Literal["shaped", "nll"] = "shaped"
     expert_shaping: PositiveFloat = 0.1
     beta: NonNegativeFloat = 0.0
     kl_estimator: KLEstimator = "k3+"
@@ -114,10 +120,10 @@ class Objective:
                 "model.objective.low_branch_epsilon_low and low_branch_epsilon_high clip ratios, and "
                 "model.objective.low_branch: nll has none. Leave them out, or set low_branch to ppo."
             )
-        if self.expert_weighting == "confidence" and not self.mixes_expert_data:
+        if self.expert_weighting != "plain" and not self.mixes_expert_data:
             raise UserError(
-                "model.objective.expert_weighting: confidence weights expert data, and model.objective.mu = 0 mixes "
-                "none in. Set mu above 0, or expert_weighting to plain."
+                f"model.objective.expert_weighting: {self.expert_weighting} weights expert data, and "
+                "model.objective.mu = 0 mixes none in. Set mu above 0, or expert_weighting to plain."
             )
 
     @property
@@ -176,7 +182,7 @@ class Objective:
         return loss, metrics
 
     def egspo_loss(self, current: NetworkOutputs, rollout: RolloutBatch, method: TokenMethod) -> Tensor:
-        """L_EGSPO: the surrogate, weighted token by token; expert solutions take LUFFY's surrogate, unweighted."""
+        """L_EGSPO: the surrogate, weighted token by token; expert solutions take their own surrogate, unweighted."""
         tokens = view_of(rollout, current, method.over_ranks, threshold=rollout.threshold)
         high_weights, low_weights = rollout.high_weights, rollout.low_weights
         if method.weights.each_step:
@@ -188,9 +194,15 @@ class Objective:
         size = rollout.update_size
         has_expert_rows = size.num_sampled_tokens < size.num_active_tokens
         if has_expert_rows:
-            expert = off_policy(current.logprobs, rollout.advantages, shaping=self.expert_shaping)
+            expert = self._expert(current.logprobs, rollout.advantages)
             per_token = torch.where(rollout.is_expert.unsqueeze(1), expert, per_token)
         return self._reduce(per_token, rollout.loss_mask, size)
+
+    def _expert(self, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        """The per-token loss of expert solutions."""
+        if self.expert_surrogate == "nll":
+            return advantages * nll(logprobs)
+        return off_policy(logprobs, advantages, shaping=self.expert_shaping)
 
     def _high_branch(self, tokens: TokenView, method: TokenMethod) -> Tensor:
         """The per-token loss of the full update.
@@ -236,14 +248,17 @@ class Objective:
         return aggregate(per_token, mask, self.aggregation, normalizer=max(divisor, 1.0))
 
 
-def sft_loss(logprobs: Tensor, expert: ExpertBatch, *, weighting: Literal["plain", "confidence"]) -> Tensor:
+def sft_loss(
+    logprobs: Tensor, expert: ExpertBatch, *, weighting: ExpertWeighting, entropies: Tensor | None = None
+) -> Tensor:
     """L_SFT: negative log-likelihood of the expert's completion tokens, always token-mean over the optimizer step.
 
     Args:
         logprobs: (B, T) under the current policy, at temperature 1, with gradient
-        weighting: plain, or by phi = p (1 - p) with p of the current policy, detached (CHORD-phi)
+        weighting: detached weights of the tokens, see ``ops.expert_methods.expert_nll``
+        entropies: (B, T) of the current policy, for srft
     """
-    per_token = nll(logprobs) if weighting == "plain" else confidence_phi(logprobs) * nll(logprobs)
+    per_token = expert_nll(logprobs, weighting, mask=expert.completion_mask, entropies=entropies)
     return _token_mean(per_token, expert.completion_mask, expert.update_size)
 
 

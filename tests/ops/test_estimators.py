@@ -5,7 +5,10 @@ import torch
 from torch.testing import assert_close
 
 from egspo_lightning.ops.advantages import gae, group_relative, leave_one_out, reinforce_plus_plus
+from egspo_lightning.ops.entropy_advantages import grpo_s, gtpo, token_group_relative
+from egspo_lightning.ops.entropy_estimators import GRPOS, GTPO, TokenGroupRelative
 from egspo_lightning.ops.estimators import GAE, Experience, GroupRelative, LeaveOneOut, ReinforcePlusPlus
+from egspo_lightning.ops.expert_methods import HPT
 
 ALL = [
     GroupRelative(),
@@ -15,6 +18,10 @@ ALL = [
     ReinforcePlusPlus(0.9),
     GAE(),
     GAE(0.9, 0.5),
+    TokenGroupRelative(),
+    HPT(),
+    GTPO(),
+    GRPOS(),
 ]
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -26,7 +33,7 @@ def make(rows=12, group_size=4, seed=0):
         return torch.randn(rows, 5, generator=generator, dtype=torch.float64)
 
     mask = (torch.arange(5) >= 1) & (torch.arange(5) < torch.randint(2, 6, (rows, 1), generator=generator))
-    return Experience(randn() * mask, mask, randn() * mask, group_size, lambda values: values)
+    return Experience(randn() * mask, mask, randn() * mask, group_size, lambda values: values, randn().abs() * mask)
 
 
 @pytest.mark.parametrize("scale_by_std", [True, False])
@@ -47,9 +54,21 @@ def test_group_estimators_sum_rewards_per_row_and_spread_the_advantage_over_toke
         assert (estimator.min_generations, estimator.needs_values) == (2, False)
 
 
+def test_entropy_estimators_pass_on_their_settings():
+    experience = make()
+    rewards, entropies, mask = experience.rewards, experience.entropies, experience.mask
+    for estimator, expected in (
+        (GTPO(0.5, 0.3), gtpo(rewards, entropies, mask, 4, alpha1=0.5, alpha2=0.3)),
+        (GRPOS(0.5, 0.3), grpo_s(rewards, entropies, mask, 4, beta1=0.5, beta2=0.3).unsqueeze(1) * mask),
+        (TokenGroupRelative(False), token_group_relative(rewards, mask, 4, scale_by_std=False).unsqueeze(1) * mask),
+    ):
+        assert_close(estimator.estimate(experience).advantages, expected, **EXACT)
+        assert (estimator.min_generations, estimator.needs_values) == (2, False)
+
+
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.0, 1.0)])
 def test_gae_and_reinforce_plus_plus_pass_on_gamma_and_lam(gamma, lam):
-    rewards, mask, values, _, _ = experience = make()
+    rewards, mask, values, *_ = experience = make()
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
     estimate = GAE(gamma, lam).estimate(experience)
     assert_close(estimate.advantages, advantages, **EXACT)
@@ -62,12 +81,12 @@ def test_gae_and_reinforce_plus_plus_pass_on_gamma_and_lam(gamma, lam):
     assert GAE().min_generations == ReinforcePlusPlus().min_generations == 1
 
 
-@pytest.mark.parametrize("estimator", ALL[:3])
+@pytest.mark.parametrize("estimator", [*ALL[:3], *ALL[-4:]])
 def test_group_estimators_use_one_group_at_a_time(estimator):
     whole = make()
     apart = [
-        estimator.estimate(whole._replace(token_rewards=r, mask=m)).advantages
-        for r, m in zip(whole.token_rewards.split(4), whole.mask.split(4), strict=True)
+        estimator.estimate(whole._replace(token_rewards=r, mask=m, entropies=h)).advantages
+        for r, m, h in zip(*(x.split(4) for x in (whole.token_rewards, whole.mask, whole.entropies)), strict=True)
     ]
     assert_close(estimator.estimate(whole).advantages, torch.cat(apart), **EXACT)
 
@@ -75,8 +94,8 @@ def test_group_estimators_use_one_group_at_a_time(estimator):
 @pytest.mark.parametrize("estimator", ALL)
 def test_estimators_ignore_values_outside_the_mask(estimator):
     clean = make()
-    rewards, values = (torch.where(clean.mask, x, torch.nan) for x in (clean.token_rewards, clean.values))
-    dirty = clean._replace(token_rewards=rewards, values=values)
+    names = ("token_rewards", "values", "entropies")
+    dirty = clean._replace(**{name: torch.where(clean.mask, getattr(clean, name), torch.nan) for name in names})
     for ours, expected in zip(estimator.estimate(dirty), estimator.estimate(clean), strict=True):
         assert (ours is None and expected is None) or torch.equal(ours, expected)
     assert torch.equal(
@@ -89,7 +108,7 @@ def test_estimators_ignore_values_outside_the_mask(estimator):
 @pytest.mark.filterwarnings("ignore:std")
 def test_empty_mask_gives_zeros(estimator, rows):
     nothing = torch.zeros(rows, 5)
-    estimate = estimator.estimate(Experience(nothing, nothing.bool(), nothing, 4, lambda values: values))
+    estimate = estimator.estimate(Experience(nothing, nothing.bool(), nothing, 4, lambda values: values, nothing))
     assert torch.equal(estimate.advantages, nothing)
 
 

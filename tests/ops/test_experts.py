@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.estimators import GroupRelative, LeaveOneOut
+from egspo_lightning.ops.expert_methods import HPT
 from egspo_lightning.ops.gate import AbsoluteGate, QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective
 
@@ -71,6 +72,26 @@ def test_expert_loss_by_hand_is_neither_gated_nor_clipped(make_rollout, mode, se
     # d f / d log p = p gamma / (p + gamma)^2 = 3/16
     slopes = grad[8:].sum(-1).tolist()
     assert slopes == pytest.approx([row / 0.75 * 3 / 16 / (7 if mode.endswith("norm") else 1) for row in per_row])
+
+
+def test_hpt_trains_unsolved_problems_by_sft_and_others_by_grpo(make_rollout):
+    objective = Objective(expert_surrogate="nll")
+    rollout, current = make_rollout({"objective": objective, "advantage": HPT()}, **MIXED)
+    loss = objective.egspo_loss(current, rollout, SETTLED)
+    grad, mask = gradient(loss, current.logprobs), rollout.completion_mask
+    assert not grad[4:8].any()  # group 1 has no right completion
+    assert not grad[9].any()  # the expert solution of group 0, which has one
+    assert_close(grad[8], -mask[8].double() / rollout.update_size.num_tokens, **EXACT)
+    grpo, _ = make_rollout(**MIXED)
+    assert torch.equal(rollout.advantages[:4], grpo.advantages[:4])
+
+
+def test_hpt_gate_counts_right_completions(make_rollout):
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+    for gate, expected in ((0, [0.0, 0.0]), (1, [0.0, 1.0]), (2, [1.0, 1.0])):  # of groups 1 and 0
+        rollout, _ = make_rollout({"advantage": HPT(gate=gate)}, **(MIXED | {"rewards": rewards}))
+        assert rollout.advantages[8:].amax(-1).tolist() == expected
+        assert [bool(rows.any()) for rows in rollout.advantages[:8].split(4)] == [gate < 1, gate < 2]
 
 
 def test_metrics_and_threshold_exclude_expert_tokens(make_rollout):

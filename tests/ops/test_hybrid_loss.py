@@ -45,14 +45,24 @@ def slow_mean(per_token, mask, mode):
     }[mode]
 
 
-@pytest.mark.parametrize("weighting", ["plain", "confidence"])
+EXPERT_WEIGHTS = {
+    "plain": {0.5: 1.0, 0.9: 1.0, 0.2: 1.0},
+    "confidence": {0.5: 0.25, 0.9: 0.09, 0.2: 0.16},
+    "dft": {0.5: 0.5, 0.9: 0.9, 0.2: 0.2},
+    "srft": {0.5: 0.25, 0.9: 0.25, 0.2: 0.125},
+}
+"""Weights of tokens by their probability; for srft exp(-H) / 2 with mean entropies ln 2 and ln 4."""
+
+
+@pytest.mark.parametrize("weighting", EXPERT_WEIGHTS)
 def test_mu_interpolates_between_rl_and_sft_gradients(make_rollout, weighting):
     rollout, current = make_rollout()
     objective, expert = Objective(), expert_batch(torch.tensor([[False, True, True], [True, False, False]]))
     theirs = torch.tensor([[0.0, 0.5, 0.9], [0.2, 0.0, 0.0]], dtype=torch.float64).clamp(min=0.1).log()
     theirs.requires_grad_()
-    sft = sft_loss(theirs, expert, weighting=weighting)
-    weights = {0.5: 0.25, 0.9: 0.09, 0.2: 0.16} if weighting == "confidence" else {0.5: 1.0, 0.9: 1.0, 0.2: 1.0}
+    entropies = torch.tensor([[9.0, 0.0, 2.0], [2.0, 9.0, 9.0]], dtype=torch.float64) * math.log(2)
+    sft = sft_loss(theirs, expert, weighting=weighting, entropies=entropies)
+    weights = EXPERT_WEIGHTS[weighting]
     assert sft.item() == pytest.approx(-sum(w * math.log(p) for p, w in weights.items()) / 3, abs=1e-12)
     alone = objective.egspo_loss(current, rollout, SETTLED)
     rl, expected = (
