@@ -38,7 +38,7 @@ from egspo_lightning.cli.run_summary import print_answers, print_fit_summary, pr
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import RunStopped, UserError
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.training.strategies import require_known, require_strategy
+from egspo_lightning.training.strategies import offered_name, require_known, require_strategy
 from egspo_lightning.training.suppressed_warnings import silence_noise
 from egspo_lightning.training.trainer import RunTrainer
 from egspo_lightning.types import PositiveInt
@@ -126,6 +126,7 @@ class EgspoCLI(LightningCLI):
         config = self.config[self.subcommand]
         _set_num_threads(config.get("num_threads"))
         config.model.policy.name_or_path = shipped_path(config.model.policy.name_or_path)
+        config.trainer.strategy = offered_name(config.trainer.strategy)
         require_one_method([str(path) for path in config.get("config") or []])
         if config.get("weights_only") is None:
             config["weights_only"] = True

@@ -72,7 +72,7 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
         num_parts=num_parts,
         looks_ahead=data.max_staleness > 0,
         max_tokens=max_tokens,
-        cpu_offload=is_sharded and bool(getattr(getattr(flags.strategy, "init_args", None), "cpu_offload", False)),
+        cpu_offload=is_sharded and _is_offloaded(flags.strategy),
     )
 
 
@@ -109,4 +109,9 @@ def _devices(flags: Any) -> int:
 
 def _is_sharded(strategy: Any) -> bool:
     name = str(getattr(strategy, "class_path", strategy))
-    return name == "fsdp2" or name.endswith("FSDP2Strategy")
+    return name in ("fsdp2", "fsdp2_cpu_offload") or name.endswith("FSDP2Strategy")
+
+
+def _is_offloaded(strategy: Any) -> bool:
+    arguments = getattr(strategy, "init_args", None)
+    return strategy == "fsdp2_cpu_offload" or bool(getattr(arguments, "cpu_offload", False))

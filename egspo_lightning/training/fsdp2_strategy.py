@@ -154,3 +154,5 @@ class AnyCheckpointIO(TorchCheckpointIO):
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all ranks", override=True)
+OFFLOADED = "FSDP2 over all ranks, its shards in the host's memory"
+StrategyRegistry.register("fsdp2_cpu_offload", FSDP2Strategy, description=OFFLOADED, override=True, cpu_offload=True)

@@ -4,7 +4,8 @@
 |---|---|
 | auto, single_device | one process |
 | ddp, ddp_find_unused_parameters_* | whole networks on every rank, gradients averaged |
-| fsdp2 (`FSDP2Strategy`) | weights, gradients and optimizer sharded over all ranks |
+| fsdp2, fsdp (`FSDP2Strategy`) | weights, gradients and optimizer sharded over all ranks |
+| fsdp2_cpu_offload, fsdp_cpu_offload | the same, with the shards in the host's memory |
 | all others | refused at the start, see ``REFUSED`` |
 
 Checkpoints of any of these resume under any other.
@@ -24,6 +25,7 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.fsdp import ShardingPlan
@@ -33,7 +35,7 @@ REFUSED: dict[type[Strategy], tuple[str, str]] = {
     FSDPStrategy: (
         "keeps weights in flat buffers, so ranks cannot sample different lengths and no parameter can be left out of "
         "an optimizer step",
-        "fsdp2, which shards the same things, in the host's memory with cpu_offload: true of its class",
+        "fsdp2, which shards the same things, or fsdp2_cpu_offload, with the shards in the host's memory",
     ),
     DeepSpeedStrategy: (
         "keeps gradients and moments in its own buffers, so no optimizer step can be skipped, and the optimizer cannot "
@@ -47,6 +49,19 @@ REFUSED: dict[type[Strategy], tuple[str, str]] = {
     XLAStrategy: ("compiles fixed shapes, and completions have many lengths", "ddp or fsdp2 on GPUs"),
 }
 """Strategy to the reason of its refusal, and the alternative."""
+
+
+TRAINED_AS = {"fsdp": "fsdp2", "fsdp_cpu_offload": "fsdp2_cpu_offload"}
+"""Names of PyTorch's first version of FSDP, and the strategy that trains instead."""
+
+
+def offered_name(flag: Any) -> Any:
+    """The strategy that trains under a flag: FSDP2 for the names of FSDP1, with one line that says so."""
+    if not isinstance(flag, str) or flag not in TRAINED_AS:
+        return flag
+    name = TRAINED_AS[flag]
+    rank_zero_info(f"trainer.strategy: {flag} trains as {name}, PyTorch's second version of FSDP.")
+    return name
 
 
 def require_known(flag: Any) -> None:

@@ -47,6 +47,7 @@ def alone(run_ranks, folder):
 @pytest.fixture(scope="module")
 def ranks(run_ranks, folder):
     runs = {"ddp": [*TEN, *DDP], "fsdp2": [*TEN, *FSDP2], "to_file": [*TEN, *TO_FILE]}
+    runs["fsdp"] = [*TEN, "--trainer.strategy=fsdp", "--trainer.devices=2"]
     return run_ranks(folder, runs)
 
 
@@ -60,6 +61,12 @@ def test_the_first_optimizer_step_equals_that_of_one_process(alone, ranks, folde
         assert len(mine) == len(theirs) == 2 + 10 * 4
         assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
     assert norms_of(folder / strategy, "norm")[0] > 1.1 > norms_of(folder / strategy, "clipped")[0]
+
+
+def test_the_name_fsdp_trains_as_fsdp2(ranks):
+    losses = [[row["loss/total"] for row in ranks[name] if row["loss/total"]] for name in ("fsdp", "fsdp2")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 1 + 10
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from egspo_lightning.cli.main import main
 from egspo_lightning.errors import UserError
 from egspo_lightning.training.fsdp2_strategy import AnyCheckpointIO, FSDP2Strategy
-from egspo_lightning.training.strategies import require_known, require_strategy
+from egspo_lightning.training.strategies import offered_name, require_known, require_strategy
 
-KNOWN = {"auto", "single_device", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "fsdp2"}
+KNOWN = {"auto", "single_device", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"}
+KNOWN |= {"fsdp2", "fsdp2_cpu_offload", "fsdp", "fsdp_cpu_offload"}
 
 
 def refusal(strategy: Any, precision: str = "32-true") -> str:
@@ -26,7 +27,7 @@ def refusal(strategy: Any, precision: str = "32-true") -> str:
 def test_every_lightning_strategy_name_is_supported_or_refused_with_alternative(name, repository, monkeypatch, capsys):
     monkeypatch.chdir(repository)
     if name in KNOWN:
-        require_known(name)
+        require_known(offered_name(name))
         return
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config=configs/quickstart.yaml", f"--trainer.strategy={name}"])
@@ -35,6 +36,17 @@ def test_every_lightning_strategy_name_is_supported_or_refused_with_alternative(
     assert "error: trainer" in message
     if not name.startswith(("single_", "ddp_")):  # for TPUs and forks the message is Lightning's own
         assert "Use " in message
+
+
+@pytest.mark.parametrize(("flag", "name"), [("fsdp", "fsdp2"), ("fsdp_cpu_offload", "fsdp2_cpu_offload")])
+def test_names_of_fsdp1_train_as_fsdp2(flag, name, monkeypatch):
+    said = []
+    monkeypatch.setattr("egspo_lightning.training.strategies.rank_zero_info", said.append)
+    assert [offered_name(flag), offered_name("ddp")] == [name, "ddp"]
+    assert said == [f"trainer.strategy: {flag} trains as {name}, PyTorch's second version of FSDP."]
+    kind = StrategyRegistry[name]
+    assert kind["strategy"] is FSDP2Strategy
+    assert kind["init_params"] == ({"cpu_offload": True} if flag.endswith("offload") else {})
 
 
 def test_ddp_with_spawn_is_refused():
