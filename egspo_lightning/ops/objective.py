@@ -82,6 +82,7 @@ class Objective:
             ignores the advantage.
         mu: Weight of the expert data in stage EGSPO, in [0, 1]: 0 is pure RL, 1 pure SFT; or CHORD's schedule of it.
         sft_weighting: Loss of demonstrations in stage SFT: plain, or dft, which weights tokens by their probability p.
+            loss/sft is the weighted loss.
         expert_weighting: Loss of demonstrations in stage EGSPO: plain; confidence, which weights tokens by CHORD's
             p (1 - p); dft; or srft, which weights demonstrations by exp(-mean entropy) / 2.
         expert_surrogate: Loss of expert solutions among the rollouts: shaped is LUFFY's -A p / (p + expert_shaping),

@@ -7,7 +7,14 @@ from torch.testing import assert_close
 from egspo_lightning.ops.advantages import gae, group_relative, leave_one_out, reinforce_plus_plus
 from egspo_lightning.ops.entropy_advantages import grpo_s, gtpo, token_group_relative
 from egspo_lightning.ops.entropy_estimators import GRPOS, GTPO, TokenGroupRelative
-from egspo_lightning.ops.estimators import GAE, Experience, GroupRelative, LeaveOneOut, ReinforcePlusPlus
+from egspo_lightning.ops.estimators import (
+    GAE,
+    Experience,
+    GroupRelative,
+    LeaveOneOut,
+    ReinforcePlusPlus,
+    estimate_credit,
+)
 from egspo_lightning.ops.expert_methods import HPT
 
 ALL = [
@@ -64,6 +71,13 @@ def test_entropy_estimators_pass_on_their_settings():
     ):
         assert_close(estimator.estimate(experience).advantages, expected, **EXACT)
         assert (estimator.min_generations, estimator.needs_values) == (2, False)
+
+
+def test_credit_shows_estimators_the_entropies_of_sampled_rows(make_scored):
+    scored = make_scored(rewards=[1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    estimate = estimate_credit(scored, GTPO(), penalty=None, total=lambda values: values)
+    expected = gtpo(scored.rewards, scored.scores.entropies, scored.completion_mask, 4)
+    assert_close(estimate.advantages, expected, **EXACT)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.0, 1.0)])

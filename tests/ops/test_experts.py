@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.estimators import GroupRelative, LeaveOneOut
-from egspo_lightning.ops.expert_methods import HPT
+from egspo_lightning.ops.expert_methods import HPT, SRFT
 from egspo_lightning.ops.gate import AbsoluteGate, QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective
+from egspo_lightning.ops.token_view import Statistics, view_of
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -72,6 +73,16 @@ def test_expert_loss_by_hand_is_neither_gated_nor_clipped(make_rollout, mode, se
     # d f / d log p = p gamma / (p + gamma)^2 = 3/16
     slopes = grad[8:].sum(-1).tolist()
     assert slopes == pytest.approx([row / 0.75 * 3 / 16 / (7 if mode.endswith("norm") else 1) for row in per_row])
+
+
+def test_srft_raises_right_completions_by_entropy_and_lowers_wrong_ones(make_rollout):
+    rollout, current = make_rollout(rewards=MIXED["rewards"][:8])
+    loss = SRFT().per_token(view_of(rollout, current, Statistics(), threshold=None))
+    for row, right in enumerate(reward > 0 for reward in MIXED["rewards"][:8]):
+        mask = rollout.completion_mask[row]
+        logprobs, entropies = (values[row][mask].tolist() for values in (current.logprobs, current.entropies))
+        weight = -0.1 * math.exp(sum(entropies) / len(entropies)) if right else 1.0
+        assert loss[row][mask].tolist() == pytest.approx([weight * value for value in logprobs], abs=1e-12)
 
 
 def test_hpt_trains_unsolved_problems_by_sft_and_others_by_grpo(make_rollout):
