@@ -18,6 +18,7 @@ from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAtten
 from egspo_lightning.ops.batching import BLANK_TOKENS
 from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
+from egspo_lightning.ops.expert_methods import HPT
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.training.callback_rules import require_callbacks
 
@@ -163,6 +164,7 @@ def require_run(trainer: Any, module: Any, data: Any) -> None:
     _require_whole_steps(trainer, data.max_tokens_per_micro_batch)
     require_token_budget(data, trainer.accumulate_grad_batches, is_mixed=module.mixes_expert_data)
     _require_groups(module, data)
+    _require_switch(module, data)
     _require_shares(trainer.world_size, data)
     _require_staleness(trainer, data)
 
@@ -208,6 +210,16 @@ def _require_groups(module: Any, data: Any) -> None:
             f"data.expert_fraction = {data.expert_fraction} puts expert solutions among the rollouts, which "
             "this model.advantage does not support. Set expert_fraction to 0, or choose GroupRelative or LeaveOneOut."
         )
+
+
+def _require_switch(module: Any, data: Any) -> None:
+    """Refuse HPT without a demonstration of each problem, or with another loss on it than SFT's."""
+    if not isinstance(module.advantage, HPT):
+        return
+    why = "because HPT trains problems without a right completion by SFT on their demonstrations"
+    fraction, surrogate = data.expert_fraction, module.objective.expert_surrogate
+    require(data.num_experts == data.num_problems, "data.expert_fraction", fraction, f"1, {why}")
+    require(surrogate == "nll", "model.objective.expert_surrogate", surrogate, f"nll, {why}")
 
 
 def _require_shares(num_ranks: int, data: Any) -> None:

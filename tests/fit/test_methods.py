@@ -11,6 +11,7 @@ from egspo_lightning import StageTransition
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConstantAttenuation
 from egspo_lightning.ops.estimators import GroupRelative, LeaveOneOut, ReinforcePlusPlus
+from egspo_lightning.ops.expert_methods import HPT
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.objective import Objective
 from egspo_lightning.ops.schedules import ChordMu
@@ -221,6 +222,19 @@ def test_advantages_without_expert_support_are_refused(tiny_run):
     run = tiny_run(module=PURE_RL | {"advantage": ReinforcePlusPlus()}, data={"expert_fraction": 0.5})
     with pytest.raises(UserError, match=r"data\.expert_fraction = 0\.5 .* model\.advantage"):
         run.fit()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "surrogate", "message"),
+    [
+        (0.5, "nll", r"data\.expert_fraction .* got 0\.5"),
+        (1.0, "shaped", r"model\.objective\.expert_surrogate .* got shaped"),
+    ],
+)
+def test_hpt_needs_sft_on_a_demonstration_of_each_problem(tiny_run, fraction, surrogate, message):
+    module = {"advantage": HPT(), "objective": Objective(mu=0.0, expert_surrogate=surrogate)}
+    with pytest.raises(UserError, match=message):
+        tiny_run(module=module, data={"expert_fraction": fraction}).fit()
 
 
 # Truncated completions
