@@ -30,10 +30,11 @@ from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLRewar
 from egspo_lightning.training.advantage_and_gate import AdvantageAndGate
 from egspo_lightning.training.fit_loop import set_epoch_length
 from egspo_lightning.training.lazy_defaults import instantiate_lazy_default
+from egspo_lightning.training.method_rules import require_method
 from egspo_lightning.training.nonfinite_updates import FiniteUpdates, RecordedMicroBatch
 from egspo_lightning.training.policy_module import PolicyModule
 from egspo_lightning.training.rollout_checks import ratio_metrics, require_version
-from egspo_lightning.training.setup_rules import require_bounded_passes, require_method
+from egspo_lightning.training.setup_rules import require_bounded_passes
 from egspo_lightning.training.suppressed_warnings import silence_noise
 from egspo_lightning.training.trainer import log_folder
 from egspo_lightning.types import (

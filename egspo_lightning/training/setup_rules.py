@@ -1,9 +1,9 @@
 """Setup rules: which settings of module, data and trainer fit together.
 
-``require_method`` runs when the module is built, and ``require_run`` in the datamodule's ``setup``. Two rules need the
-built networks: ``require_separate_passes``, which follows at once, and ``require_bounded_passes``, when a phase begins.
-``require_positions`` also serves evaluation. Ranges of single fields are in their annotations, and rules within one
-part in its constructor.
+``require_run`` runs in the datamodule's ``setup``. Two rules need the built networks: ``require_separate_passes``,
+which follows at once, and ``require_bounded_passes``, when a phase begins. ``require_positions`` also serves
+evaluation. ``training.method_rules`` has the rules for the parts of the module. Ranges of single fields are in their
+annotations, and rules within one part in its constructor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,104 +14,10 @@ from torch import nn
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.models.lora import adapts_parameters
-from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
 from egspo_lightning.ops.batching import BLANK_TOKENS
-from egspo_lightning.ops.entropy_gate import EntropyGate
-from egspo_lightning.ops.estimators import Advantage, ExpertAdvantage, GroupRelative
+from egspo_lightning.ops.estimators import ExpertAdvantage
 from egspo_lightning.ops.expert_methods import HPT
-from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.training.callback_rules import require_callbacks
-
-# The module's parts
-
-
-def require_method(module: Any) -> None:
-    """Check that critic, gate, advantage and KL settings fit together.
-
-    Args:
-        module: the EGSPOModule
-
-    Raises:
-        UserError: naming both settings.
-    """
-    lacking = [name for name in Advantage.__annotations__ if not hasattr(module.advantage, name)]
-    if lacking:
-        raise UserError(
-            f"model.advantage {type(module.advantage).__name__} has no {' and no '.join(lacking)}. Set it, or derive "
-            "the class from egspo_lightning.Advantage, which has defaults."
-        )
-    _require_critic(module)
-    _require_gate(module)
-    _require_surrogate(module)
-    scaled = isinstance(module.advantage, GroupRelative) and module.advantage.scale_by_std
-    if module.kl_reward is not None and scaled:
-        raise UserError(
-            "model.kl_reward with model.advantage GroupRelative would scale the KL of groups with equal rewards to "
-            "advantages of standard deviation 1. Set model.advantage.scale_by_std to false, choose another "
-            "advantage, or put the KL into the loss by model.objective.beta."
-        )
-
-
-def _require_critic(module: Any) -> None:
-    name, needs_values = type(module.advantage).__name__, module.advantage.needs_values
-    if needs_values and module.critic_config is None:
-        raise UserError(
-            f"model.advantage {name} needs model.critic, which is null. Set model.critic.trunk to shared (a value "
-            "head on the policy) or own, or choose another advantage."
-        )
-    if module.critic_config is not None and not needs_values:
-        raise UserError(
-            f"model.critic is set, but model.advantage {name} uses no values. Leave model.critic out, or set "
-            "model.advantage to egspo_lightning.ops.estimators.GAE."
-        )
-
-
-def _require_gate(module: Any) -> None:
-    """Refuse settings of the gate without effect: an open gate, phi = 0, or token weights without a gate."""
-    weights, low_branch = module.token_weights, module.objective.changed_low_branch
-    name = type(weights).__name__
-    if not isinstance(weights, EntropyGate):
-        _require_no_gate(module, name)
-        return
-    changed = [f"model.objective.{field}" for field in low_branch]
-    changed += ["model.objective.rescale_weights"] * module.objective.rescale_weights
-    changed += ["model.token_weights.width"] * (weights.width > 0)
-    changed += ["model.token_weights.entropy"] * (weights.entropy == "current")
-    if isinstance(weights.gate, OpenGate) and changed:
-        raise UserError(
-            f"{changed[0]} has no effect with model.gate OpenGate, which switches the gate off. Leave it out, or "
-            "choose another gate."
-        )
-    has_no_weight = isinstance(weights.attenuation, ConstantAttenuation) and weights.attenuation.value == 0
-    if has_no_weight and "low_branch" in low_branch:
-        raise UserError(
-            "model.objective.low_branch: nll trains low-entropy tokens, and model.attenuation ConstantAttenuation "
-            "with value 0 gives them no weight. Raise value, or set low_branch to ppo."
-        )
-
-
-def _require_no_gate(module: Any, name: str) -> None:
-    """Refuse settings of the gate with token weights that have none."""
-    changed = [f"model.objective.{field}" for field in module.objective.changed_low_branch]
-    changed += ["model.gate"] * (module.gate != QuantileGate())
-    changed += ["model.attenuation"] * (module.attenuation != ConfidenceAttenuation())
-    if changed:
-        raise UserError(
-            f"{changed[0]} has no effect with model.token_weights {name}, which has no gate. Leave it out, or set "
-            "model.token_weights to EntropyGate."
-        )
-
-
-def _require_surrogate(module: Any) -> None:
-    """Refuse settings of PPO's clip with another surrogate."""
-    changed = module.objective.changed_clip_settings
-    if module.surrogate is not None and changed:
-        name = type(module.surrogate).__name__
-        raise UserError(
-            f"model.objective.{changed[0]} belongs to PPO's surrogate and has no effect with model.surrogate {name}. "
-            f"Leave it out, or set the arguments of {name} (--model.surrogate.help {name})."
-        )
-
 
 # The trainer's flags
 

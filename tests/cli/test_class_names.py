@@ -282,6 +282,17 @@ def test_advantage_without_its_attributes_is_refused():
         EGSPOModule(PolicyConfig("configs/tiny_model", from_scratch=True), advantage=Bare())
 
 
+def test_token_weights_and_surrogate_without_their_attributes_are_refused():
+    class Bare:
+        needs_every_rollout = False
+
+    policy = PolicyConfig("configs/tiny_model", from_scratch=True)
+    with pytest.raises(UserError, match=r"model\.token_weights Bare has no each_step and no needs_current_entropies"):
+        EGSPOModule(policy, token_weights=Bare())
+    with pytest.raises(UserError, match=r"Bare has no needs_current_entropies\. .* from egspo_lightning\.Surrogate"):
+        EGSPOModule(policy, surrogate=Bare())
+
+
 def test_missing_package_is_one_line_with_the_command(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(repository)
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", RequirementCache("wandb>=10000"))

@@ -251,6 +251,21 @@ def test_wrong_flag_is_refused(config, error_of, arguments, words):
         ),
         (
             {
+                "model.token_weights": source("ops.token_weight_methods.STEER"),
+                "model.gate": source("ops.gate.AbsoluteGate", nats=0.1),
+            },
+            ["model.gate has no effect", "model.token_weights STEER", "to EntropyGate"],
+        ),
+        (
+            {"model.token_weights": source("ops.token_weight_methods.STEER"), "model.objective.low_branch": "nll"},
+            ["model.objective.low_branch has no effect", "model.token_weights STEER"],
+        ),
+        (
+            {"model.surrogate": source("ops.surrogates.CISPO"), "model.objective.epsilon_high": 0.28},
+            ["model.objective.epsilon_high belongs to PPO's surrogate", "model.surrogate CISPO"],
+        ),
+        (
+            {
                 "model.token_weights": source("ops.entropy_gate.EntropyGate", entropy="current"),
                 "model.gate": source("ops.control_gates.RandomGate"),
             },
