@@ -61,6 +61,32 @@ CONFIGS = [
         "data.problems": ("GeneratedProblems", {}),
         "data.problems.init_args.task": ("ArithmeticTask", {"num_digits": 3}),
     },
+    {
+        "model.gate": ("RandomGate", {"seed": 3}),
+        "model.token_weights": ("EntropyGate", {"width": 0.1}),
+        "model.surrogate": ("CISPO", {"ratio_max": 4.0}),
+        "model.advantage": ("GTPO", {"alpha2": 0.2}),
+    },
+    {
+        "model.gate": ("InverseGate", {}),
+        "model.token_weights": ("STEER", {"mapping": "linear"}),
+        "model.surrogate": ("GSPO", {"level": "token"}),
+        "model.advantage": ("GRPOS", {"beta2": 0.2}),
+    },
+    {
+        "model.gate": ("PositionGate", {"end": "last"}),
+        "model.token_weights": ("AdvantageReweighting", {"alpha": 0.3}),
+        "model.surrogate": ("SAPO", {"tau_neg": 1.1}),
+        "model.advantage": ("HPT", {"gate": 1}),
+    },
+    {
+        "model.token_weights": ("ClipCov", {"lower": 2.0}),
+        "model.surrogate": ("CEGPPO", {"beta_low": 0.25}),
+        "model.advantage": ("TokenGroupRelative", {}),
+    },
+    {"model.surrogate": ("KLCov", {"coefficient": 0.5})},
+    {"model.surrogate": ("HAPO", {"pivot": 0.7})},
+    {"model.surrogate": ("SRFT", {})},
 ]
 """Every shipped part once, in as few configs as possible."""
 
@@ -104,7 +130,11 @@ def test_short_names_on_the_command_line(parse, parts):
 
 
 @pytest.mark.parametrize(
-    "kind", ["Gate", "Attenuation", "Advantage", "RolloutEngine", "Reward", "DemonstrationSource", "ProblemSource"]
+    "kind",
+    [
+        *("Gate", "Attenuation", "TokenWeights", "Surrogate", "Advantage"),
+        *("RolloutEngine", "Reward", "DemonstrationSource", "ProblemSource"),
+    ],
 )
 def test_every_short_name_is_tested(kind):
     tested = {name for parts in CONFIGS for name, _ in parts.values()}
@@ -168,7 +198,7 @@ def test_printed_config_parses_to_the_same_config(parse, overlay, tmp_path, caps
     assert reparsed == config
 
 
-GATES = "AbsoluteGate, OpenGate, QuantileGate"
+GATES = "AbsoluteGate, InverseGate, OpenGate, PositionGate, QuantileGate"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +208,7 @@ GATES = "AbsoluteGate, OpenGate, QuantileGate"
         ("model.gate", "Entropic", [GATES]),
         ("model.gate", "egspo_lightning.ops.gate.QuantilGate", ["Did you mean QuantileGate?", GATES]),
         ("model.gate", "egspo_lightning.gates.AbsoluteGate", ["Did you mean AbsoluteGate?", GATES]),
-        ("model.advantage", "egspo_lightning.ops.gate.OpenGate", ["GAE, GroupRelative, LeaveOneOut"]),
+        ("model.advantage", "egspo_lightning.ops.gate.OpenGate", ["GAE, GRPOS, GTPO, GroupRelative, HPT, LeaveOneOut"]),
         ("model.objective.mu", "ChordMy", ["Did you mean ChordMu?"]),
         ("data.engine", "VllmEngine", ["Did you mean VLLMEngine?", "TransformersEngine"]),
         ("data.problems", {"class_path": "GeneratedProblem"}, ["Did you mean GeneratedProblems?", "DatasetProblems"]),

@@ -105,7 +105,7 @@ def test_steps_per_phase_follow_the_last_config(repository, tmp_path):
 
 
 def test_unknown_methods_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--methods: no method 'grop'. Did you mean grpo\? Known here: chord_mu"):
+    with pytest.raises(UserError, match=r"--methods: no method 'grop'. Did you mean grpo\? Known here: ar, ce_gppo"):
         require_methods(["grpo", "grop"])
     with pytest.raises(UserError, match="grpo given twice"):
         require_methods(["grpo", "grpo"])

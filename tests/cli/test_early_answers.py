@@ -53,8 +53,8 @@ def answer(repository, monkeypatch, capsys):
         (["fit", "--model.critic.trunks=own"], ["Did you mean --model.critic.trunk?"]),
         (["fit", "--checkpoint.save_topk=1"], ["Did you mean --checkpoint.save_top_k?"]),
         (["fit", QUICKSTART, "--model.gate", "QuantilGate"], ["no class QuantilGate", "Did you mean QuantileGate?"]),
-        (["fit", "--model.gate.help=QuantilGate"], ["Did you mean QuantileGate?", "AbsoluteGate, OpenGate"]),
-        (["plan", "--config=configs/methods/dapo.yaml"], ["no file configs/methods/dapo.yaml", "Did you mean ppo?"]),
+        (["fit", "--model.gate.help=QuantilGate"], ["Did you mean QuantileGate?", "AbsoluteGate, InverseGate"]),
+        (["plan", "--config=configs/methods/ppoo.yaml"], ["no file configs/methods/ppoo.yaml", "Did you mean ppo?"]),
         (["fit", "-c", "quikstart.yaml"], ["no file quikstart.yaml", "Did you mean quickstart?", "expressions"]),
         (["fit", '--config={"trainer": {"max_epoch": 1}}'], ["Did you mean trainer.max_epochs?"]),
     ],
@@ -176,7 +176,7 @@ assert not {"torch", "lightning", "jsonargparse"} & set(sys.modules)
 
 def test_typos_and_lists_do_not_import_torch(repository):
     lines = ["train", "fit --config=configs/quickstart.yaml --lr=1", "methods", "fit --model.gate.help", "--version"]
-    lines += ["fit --model.gate=QuantilGate", "fit --config=configs/methods/dapo.yaml"]
+    lines += ["fit --model.gate=QuantilGate", "fit --config=configs/methods/ppoo.yaml"]
     lines += ["compare --help", "compare --config=configs/quickstart.yaml --methods grpo egspoo"]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],

@@ -391,7 +391,7 @@ def test_stateful_parts_resume_exactly(tiny_run, tmp_path):
     first = tiny_run(StageTransition(**stages), module=stateful_parts(), trainer={"max_epochs": 3}).fit()
     first.trainer.save_checkpoint(tmp_path / "half.ckpt")
     state = first.module.advantage_and_gate.state_dict()
-    assert state["gate"]["state"]["running"] > 0.0
+    assert state["token_weights"]["state"]["gate"]["state"]["running"] > 0.0
     assert state["kl_reward"]["state"]["current"] != 0.05
     assert state["entropy_bonus"]["state"]["current"] != 0.01
     rest = tiny_run(StageTransition(**stages), rest_phases, module=stateful_parts(), trainer={"max_epochs": 5})
@@ -411,7 +411,10 @@ def test_a_part_of_another_class_starts_with_new_state(tiny_run, tmp_path):
     module = stateful_parts() | {"initial_stage": "egspo", "gate": OpenGate(), "entropy_bonus": None}
     rest = tiny_run(module=module, trainer={"max_epochs": 2}).fit(ckpt_path=tmp_path / "half.ckpt")
     saved = first.module.advantage_and_gate.state_dict()
-    assert rest.module.advantage_and_gate.state_dict() == {"kl_reward": saved["kl_reward"]}
+    assert rest.module.advantage_and_gate.state_dict() == {
+        "kl_reward": saved["kl_reward"],
+        "token_weights": {"class": "EntropyGate", "state": {}},
+    }
 
 
 def test_the_running_threshold_by_hand(tiny_run):
