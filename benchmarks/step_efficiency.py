@@ -1,7 +1,8 @@
 """Efficiency of optimizer steps and sampling, relative to the bare model passes that they need; see `--help`.
 
-Optimizer steps are compared with bare forward and backward passes of the same unpadded tokens. Sampling is compared
-with the bare forward passes that decode the same completions, each over the unfinished rows only.
+Optimizer steps are compared with bare forward and backward passes of the same unpadded tokens, in which each completion
+has a prompt of its own. Sampling is compared with the bare forward passes that decode the same completions, each over
+the unfinished rows only.
 """
 
 import argparse
@@ -29,10 +30,13 @@ NAME = "step_efficiency"
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(NAME, "Time of optimizer steps and of sampling, relative to bare model passes.", rounds=15)
-    add_workloads(flags, "quickstart", "random")
+    add_workloads(flags, "quickstart", "quickstart_prompts_13", "quickstart_prompts_50", "random")
+    flags.add_argument("--minibatches", type=int, default=2, help="optimizer steps of a PPO epoch (2)")
     add_run_flags(flags)
     arguments = parse(flags, argv)
-    tables = {NAMES[name]: _measure(choose(name, arguments.models), arguments) for name in arguments.workloads}
+    sizes = {"num_minibatches": arguments.minibatches}
+    workloads = {name: choose(name, arguments.models)._replace(**sizes) for name in arguments.workloads}
+    tables = {NAMES[name]: _measure(workload, arguments) for name, workload in workloads.items()}
     publish(NAME, arguments, tables)
     return 0
 
@@ -66,7 +70,9 @@ def _sampling(workload: Workload, rounds: int) -> tuple[list[Reading], list[Read
     tokenizer = AutoTokenizer.from_pretrained(workload.folder)
     source = GeneratedProblems()
     source.prepare(workload.seed, frozenset())
-    prompts = [tokenizer.encode(p.problem) for p in source.draw(0, workload.num_problems)]
+    prompts = [
+        tokenizer.encode(workload.prompt.format(problem=p.problem)) for p in source.draw(0, workload.num_problems)
+    ]
     engine, sampling = TransformersEngine(), Sampling(workload.max_completion_length)
     samplings: list[Reading] = []
     forwards: list[Reading] = []

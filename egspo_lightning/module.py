@@ -15,8 +15,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from egspo_lightning.models.batched_forward import Sequences
 from egspo_lightning.models.critic import CriticConfig
-from egspo_lightning.models.policy import Sequences
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.attenuation import Attenuation, ConfidenceAttenuation
 from egspo_lightning.ops.diagnostics import Metrics, PhaseMetrics

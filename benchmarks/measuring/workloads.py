@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 TINY_MODEL = REPOSITORY / "configs" / "tiny_model"
 FOLDER = REPOSITORY / "logs" / "speed"
+PROBLEM_LENGTH = 7
+"""Tokens of a problem of the quickstart, such as 12+34=?"""
 
 
 class Workload(NamedTuple):
@@ -36,6 +38,8 @@ class Workload(NamedTuple):
     learning_rate: float = 1e-4
     seed: int = 1
     reward: str = "egspo_lightning.rewards.functions.CorrectnessReward"
+    prompt: str = "{problem}"
+    """template of a prompt"""
 
     @property
     def num_rollouts(self) -> int:
@@ -58,22 +62,28 @@ class Workload(NamedTuple):
             "--model.policy.from_scratch=false",
             f"--stage_transition.learning_rate={self.learning_rate}",
             f"--data.reward={self.reward}",
+            f"--data.prompt.plain={self.prompt}",
             *(f"--data.{name}={getattr(self, name)}" for name in sizes),
         ]
 
 
-def quickstart(models: Path = FOLDER, seed: int = 1) -> Workload:
-    """The quickstart after its SFT, which is trained once and kept."""
-    folder = models / f"quickstart-{seed}"
+def quickstart(models: Path = FOLDER, seed: int = 1, prompt_length: int = PROBLEM_LENGTH) -> Workload:
+    """The quickstart after its SFT, which is trained once and kept.
+
+    Prompts have ``prompt_length`` tokens; those before the problem are periods.
+    """
+    is_plain = prompt_length == PROBLEM_LENGTH
+    folder = models / (f"quickstart-{seed}" if is_plain else f"quickstart-{seed}-prompts-{prompt_length}")
+    prompt = "." * (prompt_length - PROBLEM_LENGTH) + "{problem}"
     if not (folder / "config.json").exists():
-        _publish(folder, lambda partial: _train_sft(partial, seed))
-    return Workload(folder, seed=seed)
+        _publish(folder, lambda partial: _train_sft(partial, seed, prompt))
+    return Workload(folder, seed=seed, prompt=prompt)
 
 
-def _train_sft(folder: Path, seed: int) -> None:
+def _train_sft(folder: Path, seed: int, prompt: str) -> None:
     arguments = [f"--config={QUICKSTART}", *QUIET, "--math_benchmark.enabled=false", f"--seed_everything={seed}"]
-    arguments += [callback_flag(StopAfterSFT), f"--trainer.default_root_dir={folder}"]
-    module: Any = run_cli(["fit", *arguments]).model
+    arguments += [f"--data.prompt.plain={prompt}", callback_flag(StopAfterSFT)]
+    module: Any = run_cli(["fit", *arguments, f"--trainer.default_root_dir={folder}"]).model
     module.policy.lm.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
 
@@ -134,11 +144,17 @@ def choose(name: str, models: Path) -> Workload:
     if name == "smoke":  # takes seconds, for tests
         sizes = {"num_problems": 2, "num_generations": 4, "max_completion_length": 32}
         return random_model(models, Shape(32, 1, 2, 300), **sizes)
-    return quickstart(models) if name == "quickstart" else random_model(models)
+    if name.startswith("quickstart"):
+        return quickstart(
+            models, prompt_length=int(name.removeprefix("quickstart").removeprefix("_prompts_") or PROBLEM_LENGTH)
+        )
+    return random_model(models)
 
 
 NAMES = {
     "quickstart": "quickstart after SFT",
+    "quickstart_prompts_13": "the same with prompts of 13 tokens, half as long as completions",
+    "quickstart_prompts_50": "the same with prompts of 50 tokens, twice as long as completions",
     "random": "random weights, hidden size 256, 4 layers, 32 k vocabulary",
     "smoke": "a few tokens, to test the script",
 }

@@ -6,9 +6,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.models.batched_forward import Sequences, TrunkPasses
 from egspo_lightning.models.lora import is_reference
-from egspo_lightning.models.packed_attention import trunk_of, use_packing
-from egspo_lightning.models.policy import Policy, Sequences, TrunkPasses, ValueHead
+from egspo_lightning.models.packed_attention import trunk_of
+from egspo_lightning.models.policy import Policy, ValueHead
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.types import NonNegativeInt, PositiveFloat
 
@@ -61,7 +62,7 @@ class Critic(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.trunk = trunk_of(lm)
-        self.passes = TrunkPasses(use_packing(lm))
+        self.passes = TrunkPasses(lm)
         self.value_head = ValueHead(lm)
 
     def forward(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:

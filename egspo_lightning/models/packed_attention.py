@@ -8,8 +8,6 @@ one by one there, in blocks of 32 tokens; plain matrix products over all of them
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +20,27 @@ NAME = "sdpa_in_runs"
 """Name under which the attention function is registered with transformers."""
 SHORT = 64
 """Longest sequence, in tokens, that uses plain products on a CPU; from about 100 on the fused kernel is faster."""
+LATER = 2**62
+"""Position of padding, which no token sees."""
+
+
+class SharedPrompts(NamedTuple):
+    """The prompts that the rows of a run continue."""
+
+    run: int
+    """number of the earlier run that holds them"""
+    rows: Tensor
+    """(R,) int64: the row of that run which each row continues"""
+    lengths: Tensor
+    """(R, 1) int64: tokens of the prompt of each row; (1, 1) if no row of that run is padded"""
 
 
 class Run(NamedTuple):
-    """Neighboring sequences of one length."""
+    """Neighboring sequences of one length. With ``prompts``, they are the rest of sequences that begin with those."""
 
     num_rows: int
     width: int
+    prompts: SharedPrompts | None = None
 
 
 class Runs:
@@ -39,54 +51,96 @@ class Runs:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs, self.num_uses, self.num_windows = list(runs), 0, 0
+        self._visible: dict[tuple[int, int | None], Tensor] = {}
 
-    def attend(self, module: Any, queries: Tensor, keys: Tensor, values: Tensor, **settings: Any) -> Tensor:
+    def attend(
+        self,
+        module: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        sliding_window: int | None = None,
+        **settings: Any,
+    ) -> Tensor:
         """Causal attention within each sequence, from (1, heads, N, D) each to (1, N, heads, D)."""
         self.num_uses += 1
-        self.num_windows += settings.get("sliding_window") is not None
-        sizes = [prod(run) for run in self.runs]
-        parts = zip(*(states.split(sizes, dim=2) for states in (queries, keys, values)), strict=True)
-        return torch.cat(
-            [_attend(module, run, *part, **settings) for run, part in zip(self.runs, parts, strict=True)], 1
-        )
+        self.num_windows += sliding_window is not None
+        parts = [self._split(states) for states in (queries, keys, values)]
+        attended = []
+        for number, run in enumerate(self.runs):
+            own, (seen_keys, seen_values) = parts[0][number], (_with_prompts(run, part, number) for part in parts[1:])
+            visible = self._mask(number, seen_keys.shape[2], sliding_window, queries.device)
+            attended.append(_attend(module, own, seen_keys, seen_values, visible, settings).flatten(0, 1))
+        return torch.cat(attended).unsqueeze(0)
+
+    def _split(self, states: Tensor) -> list[Tensor]:
+        """The states of each run, from (1, heads, N, D) to (rows, heads, width, D) each."""
+        parts = states[0].split([run.num_rows * run.width for run in self.runs], dim=1)
+        return [
+            part.unflatten(1, (run.num_rows, run.width)).transpose(0, 1)
+            for part, run in zip(parts, self.runs, strict=True)
+        ]
+
+    def _mask(self, number: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
+        """``_visible`` of a run, made once for all layers; None if it is plainly causal."""
+        run = self.runs[number]
+        if window is not None and num_keys <= window:
+            window = None
+        if run.prompts is None and window is None:
+            return None
+        if (number, window) not in self._visible:
+            self._visible[number, window] = _visible(run, num_keys, window, device)
+        return self._visible[number, window]
 
 
-def _attend(module: Any, run: Run, *states: Tensor, sliding_window: int | None = None, **settings: Any) -> Tensor:
-    """Attention within the sequences of one run, as the rows of a batch."""
-    queries, keys, values = (part[0].unflatten(1, run).transpose(0, 1) for part in states)
-    near = None
-    if sliding_window is not None and run.width > sliding_window:
-        near = _causal(run.width, queries.device).triu(1 - sliding_window)
-    if _is_short(module, run, queries, settings):
-        near = _causal(run.width, queries.device) if near is None else near
-        attended = _short_attention(queries, keys, values, near, settings.get("scaling"))
-    else:
-        mask = None if near is None else near[None, None]
-        attended, _ = sdpa_attention_forward(module, queries, keys, values, mask, **settings)
-    return attended.flatten(0, 1).unsqueeze(0)
+def _with_prompts(run: Run, parts: Sequence[Tensor], number: int) -> Tensor:
+    """Keys or values that a run sees: those of its prompts, if it has some, and its own."""
+    if run.prompts is None:
+        return parts[number]
+    return torch.cat([parts[run.prompts.run].index_select(0, run.prompts.rows), parts[number]], 2)
 
 
-def _causal(width: int, device: torch.device) -> Tensor:
-    """(width, width) bool: which keys each query may see."""
-    return torch.ones(width, width, dtype=torch.bool, device=device).tril()
+def _visible(run: Run, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each query may see, (rows or 1, 1, width, keys) bool, by their positions in the sequences."""
+    own, before = torch.arange(run.width, device=device), torch.arange(num_keys - run.width, device=device)
+    lengths = own.new_zeros(1, 1) if run.prompts is None else run.prompts.lengths
+    queries = lengths + own
+    prompts = before.expand(len(lengths), -1).masked_fill(before >= lengths, LATER)
+    distances = queries.unsqueeze(2) - torch.cat([prompts, queries], 1).unsqueeze(1)
+    near = distances >= 0 if window is None else (distances >= 0) & (distances < window)
+    return near.unsqueeze(1)
 
 
-def _is_short(module: Any, run: Run, queries: Tensor, settings: Mapping[str, Any]) -> bool:
+def _attend(
+    module: Any, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, settings: Mapping[str, Any]
+) -> Tensor:
+    """Attention of the rows of a batch, from (B, heads, T, D) each to (B, T, heads, D)."""
+    if not _is_short(module, keys.shape[2], queries, settings):
+        return sdpa_attention_forward(module, queries, keys, values, visible, **settings)[0]
+    if visible is None:
+        visible = torch.ones(2 * queries.shape[2:3], dtype=torch.bool, device=queries.device).tril()[None, None]
+    return _short_attention(queries, keys, values, visible, settings.get("scaling"))
+
+
+def _is_short(module: Any, num_keys: int, queries: Tensor, settings: Mapping[str, Any]) -> bool:
     """Whether plain products are faster and give the same result."""
     is_plain = not settings.get("dropout") and settings.get("position_bias") is None
     is_causal = getattr(module, "is_causal", True) and settings.get("is_causal") is not False
     is_full = queries.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return run.width <= SHORT and queries.device.type == "cpu" and is_full and is_plain and is_causal
+    return num_keys <= SHORT and queries.device.type == "cpu" and is_full and is_plain and is_causal
 
 
-def _short_attention(queries: Tensor, keys: Tensor, values: Tensor, near: Tensor, scaling: float | None) -> Tensor:
-    """``softmax(scaling Q K^T) V`` over the keys in ``near``, from (B, heads, T, D) each to (B, T, heads, D)."""
+def _short_attention(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float | None) -> Tensor:
+    """``softmax(scaling Q K^T) V`` over the visible keys, from (B, heads, T, D) each to (B, T, heads, D)."""
     size, groups = queries.shape[:2], queries.shape[1] // keys.shape[1]
     if groups > 1:
         keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
     scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
-    far = torch.zeros_like(near, dtype=queries.dtype).masked_fill_(~near, -torch.inf)
-    scores = torch.baddbmm(far, scaled.flatten(0, 1), keys.flatten(0, 1).mT)
+    hidden = torch.zeros_like(visible, dtype=queries.dtype).masked_fill_(~visible, -torch.inf)
+    if len(hidden) > 1:
+        hidden = hidden.expand(-1, size[1], -1, -1)
+    scores = torch.baddbmm(hidden.flatten(0, 1), scaled.flatten(0, 1), keys.flatten(0, 1).mT)
     return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).unflatten(0, size).transpose(1, 2)
 
 
@@ -134,62 +188,3 @@ def packed_states(decoder: Any, input_ids: Tensor, positions: Tensor, runs: Runs
     )
     states: Tensor = output.last_hidden_state[0]
     return states
-
-
-def use_packing(lm: Any) -> bool:
-    """Switch a causal language model to packed attention if its results stay right, and return whether they do.
-
-    Each layer must look attention up by name (now "sdpa"), and pass on its sliding window if it has one. No other
-    layer may mix tokens, as convolutions and recurrences do. Packed sequences are compared with each sequence alone.
-    """
-    config = lm.config
-    if config._attn_implementation not in ("sdpa", NAME) or not _is_plain(lm):
-        return False
-    lm.set_attn_implementation(NAME)
-    with suppress(TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # it takes no such arguments
-        if _keeps_sequences_apart(lm):
-            return True
-    lm.set_attn_implementation("sdpa")
-    return False
-
-
-def _is_plain(lm: Any) -> bool:
-    """Whether sequences of any length may share a row, by the model's config.
-
-    Other masks than a causal one or a window would be lost; in some rotary embeddings the longest row changes all.
-    """
-    config = lm.config
-    layers = set(getattr(config, "layer_types", None) or ())
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    return (
-        config.get_text_config() is config
-        and lm._can_set_attn_implementation()
-        and layers <= {"full_attention", "sliding_attention"}
-        and not kinds & {"longrope", "dynamic"}
-    )
-
-
-def _num_windows(config: Any) -> int:
-    """Number of layers with a sliding window."""
-    layers = getattr(config, "layer_types", None)
-    if layers:
-        return sum(kind == "sliding_attention" for kind in layers)
-    return config.num_hidden_layers if getattr(config, "sliding_window", None) is not None else 0
-
-
-@torch.no_grad()
-def _keeps_sequences_apart(lm: Any) -> bool:
-    """Whether sequences of two runs have the same states packed as alone."""
-    decoder, device = trunk_of(lm), next(lm.parameters()).device
-    rows = [torch.tensor([[1, 2, 3], [2, 0, 1]], device=device), torch.tensor([[3, 1, 2, 0, 3]], device=device)]
-    runs = Runs([Run(*ids.shape) for ids in rows])
-    positions = torch.cat([torch.arange(width, device=device).repeat(num_rows) for num_rows, width in runs.runs])
-    packed = packed_states(decoder, torch.cat([ids.flatten() for ids in rows]), positions, runs)
-    if (runs.num_uses, runs.num_windows) != (lm.config.num_hidden_layers, _num_windows(lm.config)):
-        return False
-    if packed.is_meta:
-        return True
-    alone = torch.cat([decoder(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in rows])
-    distance = (packed - alone).float().norm() / alone.float().norm()
-    return bool(distance < (1e-4 if packed.dtype == torch.float32 else 2e-2))

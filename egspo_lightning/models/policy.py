@@ -1,44 +1,19 @@
-"""The policy: log-probabilities, entropies and values of completion tokens from a causal language model.
-
-Rows of different lengths go through the model's trunk together (`TrunkPasses`): in one packed pass where the model
-supports it (`packed_attention`), otherwise in one padded pass for each run of rows of like length. Rows are padded on
-the right, so causal attention needs no mask, and positions count from 0 in every row.
-"""
+"""The policy: log-probabilities, entropies and values of completion tokens from a causal language model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from egspo_lightning.chat_turns import turn_end_id
 from egspo_lightning.errors import PASS_ERRORS, UserError
-from egspo_lightning.models.packed_attention import Run, Runs, packed_states, trunk_of, use_packing
-from egspo_lightning.ops.batching import row_lengths, similar_length_batches
+from egspo_lightning.models.batched_forward import Sequences, TrunkPasses
+from egspo_lightning.models.packed_attention import trunk_of
 from egspo_lightning.ops.token_stats import token_stats
 from egspo_lightning.types import NetworkOutputs
-
-PACKED_WORTH, PACKED_WORTH_GPU = 32, 128
-"""Padding tokens above which a packed pass starts another run; on a GPU computed from its speed, not measured."""
-PASS_WORTH = 128
-"""Padding tokens above which another pass through the trunk is faster: launching its kernels has a fixed cost."""
-
-
-class Sequences(NamedTuple):
-    """A batch of sequences, and which statistics of it are needed."""
-
-    input_ids: Tensor
-    """(B, T), padded on the right"""
-    completion_mask: Tensor
-    """(B, T) bool; never true at position 0, which nothing predicts"""
-    temperature: float = 1.0
-    """the sampling temperature"""
-    with_entropies: bool = True
-    """whether to compute entropies; otherwise they are 0"""
 
 
 class Policy(nn.Module):
@@ -58,7 +33,7 @@ class Policy(nn.Module):
         _disable_dropout(lm)
         self.lm.train()
         _check_linear_head(self.lm)
-        self.passes = TrunkPasses(use_packing(lm))
+        self.passes = TrunkPasses(lm)
 
     @property
     def trunk(self) -> Any:
@@ -92,62 +67,6 @@ class Policy(nn.Module):
         values = None if self.value_head is None else self.value_head(states, mask)
         logprobs, entropies = (blank.masked_scatter(mask, values) for values in stats)
         return NetworkOutputs(logprobs, entropies, values)
-
-
-class TrunkPasses:
-    """Passes of rows through a transformer trunk; ``packs`` says whether it keeps packed sequences apart."""
-
-    def __init__(self, packs: bool) -> None:
-        self.packs = packs
-        self.splits_rows = True
-        """Whether rows that are not packed may take several passes; under sharding all ranks need the same number."""
-
-    def states(self, decoder: Any, parts: Sequence[Sequences]) -> list[Tensor]:
-        """The states before the completion tokens of each batch, (N, D), in the order of its rows and tokens.
-
-        Rows of like length form a run, whatever batch they belong to; each run is cut to its longest row.
-        """
-        ids, mask = _joined(parts)
-        runs, index, starts = self._layout(mask)
-        flat = ids.flatten()[index]
-        if self.packs:
-            states = packed_states(decoder, flat, index % ids.shape[1], Runs(runs))
-        else:
-            parted = flat.split([prod(run) for run in runs])
-            rows = [part.view(*run) for part, run in zip(parted, runs, strict=True)]
-            states = torch.cat([decoder(input_ids=r, use_cache=False).last_hidden_state.flatten(0, 1) for r in rows])
-        row, position = mask[:, 1:].nonzero(as_tuple=True)
-        num_tokens = [int(part.completion_mask.sum()) for part in parts]
-        return list(states.index_select(0, starts[row] + position).split(num_tokens))
-
-    def _layout(self, mask: Tensor) -> tuple[list[Run], Tensor, Tensor]:
-        """Runs, indices of their tokens in the flattened batch, and where each row starts in the runs."""
-        lengths = row_lengths(mask).clamp(min=2).tolist()
-        order = similar_length_batches(lengths, batch_cost=self._worth(mask))
-        runs = [Run(len(rows), lengths[rows[-1]]) for rows in order]
-        starts, places, start = torch.empty(len(lengths), dtype=torch.long), [], 0
-        for rows, (num_rows, width) in zip(order, runs, strict=True):
-            numbers = torch.tensor(rows)
-            places.append((numbers[:, None] * mask.shape[1] + torch.arange(width)).flatten())
-            starts[numbers] = start + torch.arange(num_rows) * width
-            start += num_rows * width
-        return runs, torch.cat(places).to(mask.device), starts.to(mask.device)
-
-    def _worth(self, mask: Tensor) -> int:
-        """Padding tokens above which another run is faster."""
-        if self.packs:
-            return PACKED_WORTH if mask.device.type == "cpu" else PACKED_WORTH_GPU
-        return PASS_WORTH if self.splits_rows else mask.numel()
-
-
-def _joined(parts: Sequence[Sequences]) -> tuple[Tensor, Tensor]:
-    """Input ids and masks of all rows, padded to the widest batch."""
-    width = max(part.input_ids.shape[1] for part in parts)
-    ids, mask = (
-        torch.cat([pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-        for tensors in zip(*((part.input_ids, part.completion_mask) for part in parts), strict=True)
-    )
-    return ids, mask
 
 
 class ValueHead(nn.Module):

@@ -4,9 +4,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from egspo_lightning.models import critic as critic_module
+from egspo_lightning.models import batched_forward, packed_layout, policy
 from egspo_lightning.models import packed_attention as packing
-from egspo_lightning.models import policy
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops import logit_tiles, token_stats
@@ -94,7 +93,7 @@ def test_losses_do_not_depend_on_batching_by_length(tiny_run, monkeypatch):
         return [[row] for row in sorted(range(len(lengths)), key=lambda row: lengths[row])]
 
     together, _ = losses_of(tiny_run, data={"num_minibatches": 1})
-    monkeypatch.setattr(policy, "similar_length_batches", alone)
+    monkeypatch.setattr(packed_layout, "similar_length_batches", alone)
     split, spy = losses_of(tiny_run, data={"num_minibatches": 1})
     assert len({int(length) for length in row_lengths(spy.batches[0].rollout.completion_mask)}) > 1
     assert split == pytest.approx(together, rel=0, abs=1e-5)
@@ -124,12 +123,32 @@ def test_losses_do_not_depend_on_packing(tiny_run, monkeypatch, critic):
     module = {} if critic is None else {"advantage": GAE(), "critic": CriticConfig(trunk=critic)}
     packed, spy = losses_of(tiny_run, module=module)
     assert spy.attention == packing.NAME
-    for user in (policy, critic_module):
-        monkeypatch.setattr(user, "use_packing", lambda lm: False)
+    monkeypatch.setattr(batched_forward, "use_packing", lambda lm: False)
     apart, other = losses_of(tiny_run, module=module)
     assert other.attention == "sdpa"
     assert apart == pytest.approx(packed, rel=0, abs=1e-5)
     assert distance(spy.gradients[0], other.gradients[0]) < 1e-5
+
+
+@pytest.mark.parametrize("critic", [None, "shared", "own"])
+def test_losses_do_not_depend_on_shared_prompts(tiny_run, monkeypatch, critic):
+    module = {} if critic is None else {"advantage": GAE(), "critic": CriticConfig(trunk=critic)}
+    monkeypatch.setattr(batched_forward, "PACKED_WORTH", 4)  # these runs are small
+    used = []
+    with_prompts = packing._with_prompts
+    monkeypatch.setattr(
+        packing, "_with_prompts", lambda run, *rest: used.append(run.prompts) or with_prompts(run, *rest)
+    )
+    shared, spy = losses_of(tiny_run, module=module)
+    assert sum(prompts is not None for prompts in used) > 8
+    used.clear()
+    monkeypatch.setattr(batched_forward, "keeps_states_with_shared_prompts", lambda lm: False)
+    apart, other = losses_of(tiny_run, module=module)
+    assert used
+    assert not any(used)
+    assert apart == pytest.approx(shared, rel=0, abs=1e-5)
+    for ours, theirs in zip(spy.gradients, other.gradients, strict=True):
+        assert distance(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("critic", [None, "shared", "own"])

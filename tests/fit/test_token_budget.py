@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 
 from egspo_lightning import PhaseCheckpoint, StageTransition
 from egspo_lightning.errors import UserError
-from egspo_lightning.models import policy as policy_module
+from egspo_lightning.models import batched_forward
 from egspo_lightning.models.critic import CriticConfig
 from egspo_lightning.ops.batching import row_lengths
 from egspo_lightning.ops.estimators import GAE
@@ -31,7 +31,7 @@ METHODS = {
 @pytest.fixture(autouse=True)
 def no_padding(monkeypatch):
     """Pack all batches, so that no pass contains padding."""
-    monkeypatch.setattr(policy_module, "PACKED_WORTH", 0)
+    monkeypatch.setattr(batched_forward, "PACKED_WORTH", 0)
 
 
 class Passes(Callback):

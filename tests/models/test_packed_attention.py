@@ -1,34 +1,15 @@
 """Packed sequences have the same token statistics and gradients as unpacked ones."""
 
-import copy
-
 import pytest
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from packed_models import GQA, PACKED, SIZES, lm_of, require_equal_to_naive
 
+from egspo_lightning.models import batched_forward
 from egspo_lightning.models import packed_attention as packing
-from egspo_lightning.models import policy as policy_module
-from egspo_lightning.models.policy import Policy, Sequences
+from egspo_lightning.models.batched_forward import Sequences
+from egspo_lightning.models.policy import Policy
 
-SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GQA = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}
-PACKED = {
-    "llama": transformers.LlamaConfig(**SIZES),
-    "qwen2": transformers.Qwen2Config(**GQA),
-    "qwen2, one layer with a window": transformers.Qwen2Config(
-        **GQA, use_sliding_window=True, sliding_window=3, max_window_layers=1
-    ),
-    "qwen3": transformers.Qwen3Config(**GQA, head_dim=8),
-    "mistral with a window": transformers.MistralConfig(**GQA, sliding_window=3),
-    "gemma3": transformers.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=4),
-    "phi3": transformers.Phi3Config(**GQA),
-    "olmo2": transformers.Olmo2Config(**SIZES),
-    "gpt2 with learned positions": transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4),
-    "qwen2 with experts": transformers.Qwen2MoeConfig(
-        **GQA, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
-    ),
-}
 WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 NOT_PACKED = {
     "window implemented only in the mask": transformers.Qwen2MoeConfig(
@@ -45,17 +26,6 @@ NOT_PACKED = {
 }
 
 
-def lm_of(config, scale=10.0):
-    """A model whose weights are large enough for attention to matter."""
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            if parameter.ndim == 2 and "embed" not in name and "router" not in name:
-                parameter.mul_(scale)
-    return lm
-
-
 def rows_of_various_lengths():
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 50, (9, 14), generator=generator)
@@ -63,44 +33,19 @@ def rows_of_various_lengths():
     return Sequences(ids, (torch.arange(14) >= 2) & (torch.arange(14) < ends[:, None]), 0.8)
 
 
-def naive(lm, part):
-    """Log-probabilities and entropies from the logits of each row alone, truncated to its length."""
-    found = []
-    for ids, mask in zip(part.input_ids, part.completion_mask, strict=True):
-        end = int(mask.nonzero().max()) + 1 if mask.any() else 1
-        log_probs = (lm(ids[None, :end], use_cache=False).logits[0] / part.temperature).log_softmax(-1)
-        for position in range(2, end):
-            log_p = log_probs[position - 1]
-            found.append(torch.stack([log_p[ids[position]], -(log_p.exp() * log_p).sum()]))
-    return torch.stack(found)
-
-
-def require_equal_to_naive(lm, policy):
-    part = rows_of_various_lengths()
-    expected = naive(lm, part)
-    current = policy(*part)
-    found = torch.stack([current.logprobs[part.completion_mask], current.entropies[part.completion_mask]], -1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-    parameters = [p for p in lm.parameters() if p.requires_grad]
-    weights = torch.linspace(0.5, 1.5, found.numel()).view_as(found)
-    grads = (torch.autograd.grad((x * weights).sum(), parameters, allow_unused=True) for x in (found, expected))
-    for ours, theirs in zip(*grads, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * max(1.0, theirs.abs().max().item()))
-
-
 @pytest.mark.parametrize("short", [0, 8, 64], ids=["fused", "some fused", "plain products"])
 @pytest.mark.parametrize("worth", [0, 16, 10**6], ids=["no padding", "some", "one run"])
 @pytest.mark.parametrize("config", PACKED.values(), ids=PACKED)
 def test_packed_statistics_and_gradients_equal_unpacked(config, worth, short, monkeypatch):
-    monkeypatch.setattr(policy_module, "PACKED_WORTH", worth)
+    monkeypatch.setattr(batched_forward, "PACKED_WORTH", worth)
     monkeypatch.setattr(packing, "SHORT", short)
     plain, lm = lm_of(config), lm_of(config)
     policy = Policy(lm)
     assert policy.passes.packs
     assert lm.config._attn_implementation == packing.NAME
-    require_equal_to_naive(lm, policy)  # a plain forward pass for logits does not use the packed attention
+    require_equal_to_naive(
+        lm, policy, rows_of_various_lengths()
+    )  # a plain forward pass for logits does not use the packed attention
     torch.testing.assert_close(lm(input_ids=ids()).logits, plain(input_ids=ids()).logits, rtol=0, atol=1e-6)
 
 
@@ -115,7 +60,7 @@ def test_unsupported_models_run_one_pass_per_length_group(config):
     policy = Policy(lm)
     assert not policy.passes.packs
     assert lm.config._attn_implementation == before
-    require_equal_to_naive(lm, policy)
+    require_equal_to_naive(lm, policy, rows_of_various_lengths())
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -143,9 +88,9 @@ def test_short_attention_is_not_used_for_unknown_settings(monkeypatch, settings)
     monkeypatch.setattr(packing, "_short_attention", None)
     module, run = torch.nn.Module(), packing.Run(2, 3)
     states = [torch.randn(1, 4, 6, 8) for _ in range(3)]
-    assert packing._attend(module, run, *states, **settings).shape == (1, 6, 4, 8)
+    assert packing.Runs([run]).attend(module, *states, **settings).shape == (1, 6, 4, 8)
     module.is_causal = False
-    assert packing._attend(module, run, *states).shape == (1, 6, 4, 8)
+    assert packing.Runs([run]).attend(module, *states).shape == (1, 6, 4, 8)
 
 
 def test_leak_between_packed_sequences_disables_packing(monkeypatch):
@@ -164,18 +109,19 @@ def test_packing_works_with_gradient_checkpointing():
     lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(lm)
     assert policy.passes.packs
-    require_equal_to_naive(lm, policy)
+    require_equal_to_naive(lm, policy, rows_of_various_lengths())
 
 
 def test_packing_runs_one_pass_with_bounded_padding(monkeypatch):
     policy, part, seen = Policy(lm_of(PACKED["llama"])), rows_of_various_lengths(), []
+    policy.passes.shares_prompts = False
     policy.lm.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     num_tokens = 5 + 14 + 9 + 9 + 6 + 11 + 3 + 9 + 2
-    monkeypatch.setattr(policy_module, "PACKED_WORTH", 0)
+    monkeypatch.setattr(batched_forward, "PACKED_WORTH", 0)
     policy(*part)
-    monkeypatch.setattr(policy_module, "PACKED_WORTH", 3)
+    monkeypatch.setattr(batched_forward, "PACKED_WORTH", 3)
     policy.together(part, part)
     (_, exact), (rows, nearly) = seen
     assert (exact, rows) == (num_tokens, 1)

@@ -5,8 +5,9 @@ from transformers import Gemma2Config, GPT2Config, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from egspo_lightning.errors import UserError
+from egspo_lightning.models.batched_forward import Sequences
 from egspo_lightning.models.critic import Critic
-from egspo_lightning.models.policy import Policy, Sequences, ValueHead, end_of_sequence_ids
+from egspo_lightning.models.policy import Policy, ValueHead, end_of_sequence_ids
 from egspo_lightning.models.policy_config import PolicyConfig
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
