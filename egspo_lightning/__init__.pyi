@@ -21,7 +21,6 @@ from egspo_lightning.data.sources import ProblemSource as ProblemSource
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask as ArithmeticTask
 from egspo_lightning.data.tasks.expressions import ExpressionTask as ExpressionTask
 from egspo_lightning.data.tasks.family import ProblemFamily as ProblemFamily
-from egspo_lightning.data.tasks.labeled_sums import LabeledSumTask as LabeledSumTask
 from egspo_lightning.data.tasks.word_problems import WordProblemTask as WordProblemTask
 from egspo_lightning.datamodule import HybridDataModule as HybridDataModule
 from egspo_lightning.errors import UserError as UserError

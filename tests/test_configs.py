@@ -10,7 +10,6 @@ from egspo_lightning import StageTransition
 from egspo_lightning.cli.main import EgspoCLI, run
 from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.data.tasks.expressions import ExpressionTask
-from egspo_lightning.data.tasks.labeled_sums import LabeledSumTask
 from egspo_lightning.data.tasks.word_problems import WordProblemTask
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.models.critic import CriticConfig
@@ -32,7 +31,6 @@ from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLRewar
 RECIPES = [
     "quickstart",
     "expressions",
-    "labeled_sums",
     "smollm2_135m",
     "smollm2_135m_gsm8k",
     "own_data",
@@ -200,16 +198,6 @@ def test_generated_recipes_use_one_task_for_training_and_benchmarks(build, name,
     assert data.demonstrations.task == data.problems.task == data.benchmarks[0].task == task
     assert data.benchmarks[0].split == "test"
     longest = max(len(d.solution) for d in data.demonstrations.load())
-    assert longest < data.max_completion_length  # leaves room for EOS
-
-
-def test_labeled_sums_recipe_demonstrates_fewer_terms_than_it_asks(build):
-    """No demonstration reaches the number of terms of the rollouts and the benchmark."""
-    data = build("--config=configs/labeled_sums.yaml").datamodule
-    assert data.problems.task == data.benchmarks[0].task == LabeledSumTask(10, 10)
-    assert data.benchmarks[0].split == "test"
-    assert max(d.problem.count(" ") + 1 for d in data.demonstrations.load()) == data.demonstrations.task.max_terms < 10
-    longest = max(len(data.problems.task.solve(p).solution) for p in data.problems.task.distinct(0, "train", 1000))
     assert longest < data.max_completion_length  # leaves room for EOS
 
 
