@@ -17,11 +17,12 @@ def partial_of(path: Path) -> Path:
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Replace a file in one step once it is on disk; a folder cannot be, so the old one is renamed first."""
+    """Replace a file by a file in one step once it is on disk; with a folder, the old one is renamed first."""
     if partial.is_file():
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-    if not path.is_dir() or path.is_symlink():
+    is_file = partial.is_file() and (path.is_file() or path.is_symlink())
+    if is_file or not (path.exists() or path.is_symlink()):
         os.replace(partial, path)
         return
     previous = path.with_name(path.name + PREVIOUS)
