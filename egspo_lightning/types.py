@@ -201,6 +201,8 @@ class ScoredRollouts(NamedTuple):
     """optimizer steps that the sampling policy had taken"""
     sampled_logprobs: Tensor | None = None
     """(B, T) float32, nats: as the engine reported them, NaN where it did not; None if equal to the scores"""
+    number: int = 0
+    """number of the rollout batch in the run, from 0"""
 
     @property
     def num_sampled(self) -> int:
@@ -242,11 +244,11 @@ class RolloutBatch(NamedTuple):
     threshold: Tensor
     """(B, 1) float32, nats: tau, the entropy from which a token counts as high; -inf without a gate"""
     is_high: Tensor
-    """(B, T) bool: tokens that take the full update, settled with the sampling policy"""
+    """(B, T) bool: tokens that take the full update, computed once with the sampling policy"""
     high_weights: Tensor
-    """(B, T) float32: weights of the full update, s_t, settled with the sampling policy"""
+    """(B, T) float32: weights of the full update, s_t, computed once with the sampling policy"""
     low_weights: Tensor
-    """(B, T) float32: weights of the low branch, (1 - s_t) phi_t, settled with the sampling policy"""
+    """(B, T) float32: weights of the low branch, (1 - s_t) phi_t, computed once with the sampling policy"""
     weight_scale: Tensor
     """(B, 1) float32: factor of all token weights, the same in every row"""
     policy_version: int
@@ -254,6 +256,8 @@ class RolloutBatch(NamedTuple):
     update_size: UpdateSize
     sampled_logprobs: Tensor | None = None
     """(B, T) float32, nats: as the engine reported them, NaN where it did not; None if equal to old_logprobs"""
+    number: int = 0
+    """number of the rollout batch in the run, from 0"""
 
     @property
     def sampled_mask(self) -> Tensor:

@@ -101,7 +101,7 @@ def write_overlays(plan: Mapping[str, Any], cells: list[str], folder: Path) -> l
                 raise UserError(f"cell {cell} has no settings and is no method. {did_you_mean(cell, method_names())}.")
             found.append(cell)
             continue
-        overlay = {**plan[cell], "model": {"method": cell, **plan[cell]["model"]}}
+        overlay = {**plan[cell], "model": {"method": cell, **plan[cell].get("model", {})}}
         path.write_text(yaml.safe_dump(overlay, sort_keys=False))
         found.append(str(path))
     return found

@@ -44,9 +44,13 @@ TOKENS = pa.schema(
         _column(
             "is_high_entropy",
             pa.bool_(),
-            "whether H_t >= tau, so that the token takes the full update; false if masked",
+            "whether the token takes the full update; true without a gate, false if masked",
         ),
-        _column("phi", pa.float32(), "phi_t: weight of a low-entropy token; also given for high-entropy tokens"),
+        _column(
+            "phi",
+            pa.float32(),
+            "phi_t: weight of a low-entropy token, also given for others; g_t without a gate",
+        ),
         _column("token_weight", pa.float32(), "g_t before the first optimizer step, with rescaling; 0 if masked"),
         _column("advantage", pa.float32(), "A_t; 0 if masked"),
         _column("ratio", pa.float32(), "pi(y_t) / pi_old(y_t) after the last optimizer step on the rollout batch"),

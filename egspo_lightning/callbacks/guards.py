@@ -64,8 +64,8 @@ class Guards(CheckpointedCallback):
         min_moved_fraction: Rounded-off steps: fires where a smaller share of bfloat16 or float16 weights moves in the
             first phase of a stage; a phase in which the learning rate rises is not judged. Of bfloat16 weights, a
             learning rate of 1e-6 moves 1 %, of float32 weights 99 %.
-        max_tied_fraction: Tied entropies: fires where a larger share of tokens has an entropy equal to the threshold,
-            and the gate must select among them.
+        max_tied_fraction: Tied entropies: fires where the gate leaves out a larger share of tokens whose entropy equals
+            the threshold, because it selects an exact share.
     """
 
     checkpointed = ("first_entropy", "num_rollout_batches", "num_flat", "num_zero", "spoken", "moved_fractions")
@@ -173,7 +173,7 @@ class Guards(CheckpointedCallback):
             "truncated": (truncated > self.max_truncated_fraction, f"{truncated:.0%} of the completions were cut off"),
             "tied_entropies": (
                 tied > self.max_tied_fraction,
-                f"{tied:.0%} of the tokens have the same entropy as the gate's threshold",
+                f"{tied:.0%} of the tokens have the entropy of the gate's threshold and are left out",
             ),
             "zero_reward": (
                 self.num_zero >= self.num_zero_rewards,

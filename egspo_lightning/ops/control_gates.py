@@ -18,7 +18,8 @@ from egspo_lightning.types import NonNegativeInt, PositiveShare
 class RandomGate(Gate):
     """Control: a random share of the tokens takes the full update, drawn anew for each rollout batch.
 
-    The draw depends on the seed, the optimizer steps so far and the place of the token, not on the number of ranks.
+    The draw depends on the seed, the number of the rollout batch and the place of the token; the number of ranks does
+    not matter.
 
     Args:
         top_fraction: Share of tokens that take the full update, in (0, 1].
@@ -35,7 +36,7 @@ class RandomGate(Gate):
 
     def is_high(self, tokens: TokenView, threshold: Tensor) -> Tensor:
         """Random tokens, (B, T) bool."""
-        seed = (int(self.seed) << 32) + tokens.policy_version
+        seed = (int(self.seed) << 32) + tokens.number
         return highest_share(torch.zeros_like(tokens.entropies), tokens, self.top_fraction, seed=seed)
 
 

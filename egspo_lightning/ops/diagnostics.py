@@ -91,8 +91,14 @@ def value_metrics(values: Tensor, rollout: RolloutBatch, clip: float | None) -> 
 
 
 @torch.no_grad()
-def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
-    """Sums over the gated tokens of this rank's rollout batch, to be added over ranks; ``weights`` is g_t, (B, T)."""
+def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor, *, is_by_entropy: bool = True) -> Metrics:
+    """Sums over the gated tokens of this rank's rollout batch, to be added over ranks.
+
+    Args:
+        rollout: the rollout batch
+        weights: g_t, (B, T)
+        is_by_entropy: whether the tokens with ``H_t >= tau`` are high, except for ties
+    """
     mask = rollout.gated_mask
     high = rollout.is_high & mask
     at_least = high_entropy_mask(rollout.entropies, mask, rollout.threshold)
@@ -100,8 +106,7 @@ def rollout_batch_sums(rollout: RolloutBatch, weights: Tensor) -> Metrics:
     sums = {
         "tokens": mask.sum(),
         "high": high.sum(),
-        "at_least_threshold": at_least.sum(),
-        "at_threshold": (mask & (rollout.entropies == rollout.threshold)).sum(),
+        "left_out": (at_least & ~high).sum() * is_by_entropy,
         "weight": masked_sum(weights, mask),
         "weight_high": masked_sum(weights, high),
         "entropy": masked_sum(rollout.entropies, mask),
@@ -131,7 +136,7 @@ def rollout_batch_metrics(sums: Metrics) -> Metrics:
     tokens, high = sums["tokens"], sums["high"]
     metrics = {
         "gate/high_fraction": high / tokens,
-        "gate/tied_fraction": torch.where(sums["at_least_threshold"] > high, sums["at_threshold"], 0.0) / tokens,
+        "gate/tied_fraction": sums["left_out"] / tokens,
         "gate/weight_mean": sums["weight"] / tokens,
         "gate/weight_sum": sums["weight"],
         "policy/entropy": sums["entropy"] / tokens,

@@ -28,7 +28,8 @@ class EntropyGate(TokenWeights):
         width: Width of a soft gate, in nats: s_t is then sigmoid((H_t - tau) / width). 0 is a hard gate.
         entropy: Whose entropy is compared with tau: that of the sampling policy, frozen over the PPO epochs, or of the
             current policy. They are equal in the first optimizer step on a rollout batch, unless the rollouts were
-            sampled ahead. tau itself, and the gate's metrics, always use the sampling policy.
+            sampled ahead. tau itself, and the gate's metrics, always use the sampling policy. With the current policy
+            all tokens with H_t >= tau are high, however many they are.
     """
 
     gate: Gate | None = None
@@ -62,7 +63,7 @@ class EntropyGate(TokenWeights):
         return branches.high + branches.low
 
     def branches(self, tokens: TokenView) -> Branches:
-        """s_t and (1 - s_t) phi_t. In an optimizer step, current entropies are compared with the settled tau."""
+        """s_t and (1 - s_t) phi_t. An optimizer step compares current entropies with the tau it got."""
         entropies = tokens.current_entropies
         if tokens.threshold is not None:
             tau, is_high = tokens.threshold, entropies >= tokens.threshold

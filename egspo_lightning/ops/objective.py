@@ -38,7 +38,7 @@ from egspo_lightning.ops.expert_methods import ExpertWeighting, expert_nll
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
 from egspo_lightning.ops.masking import Aggregation, aggregate, masked_sum
 from egspo_lightning.ops.schedules import ChordMu
-from egspo_lightning.ops.token_methods import TokenMethod, branches_of, require_shape
+from egspo_lightning.ops.token_methods import TokenMethod, require_shape, weights_of_step
 from egspo_lightning.ops.token_view import TokenView, view_of
 from egspo_lightning.types import (
     AboveOne,
@@ -90,8 +90,8 @@ class Objective:
         expert_shaping: gamma of LUFFY's p / (p + gamma), above 0.
         beta: Weight of the KL to the reference policy, which is the policy at the end of SFT; 0 adds no KL.
         kl_estimator: k1, abs, k2, k3 or k3+ (the value of k3 with the gradient of k2).
-        aggregation: Aggregation of surrogate, KL and entropy, which share N. seq-mean-token-sum-norm divides by the
-            sequences times max_completion_length.
+        aggregation: Aggregation of surrogate and KL, which share N; the entropy bonus is always a mean over tokens.
+            seq-mean-token-sum-norm divides by the sequences times max_completion_length.
         mask_truncated: Leave completions that reached the length limit out of the loss, its normalizer and the gate;
             their rewards still count for the others of their group.
         sampler_correction: Importance weights for an engine that samples from another distribution than the trainer's.
@@ -187,7 +187,7 @@ class Objective:
         tokens = view_of(rollout, current, method.over_ranks, threshold=rollout.threshold)
         high_weights, low_weights = rollout.high_weights, rollout.low_weights
         if method.weights.each_step:
-            high_weights, low_weights, *_ = branches_of(method.weights, tokens)
+            high_weights, low_weights = weights_of_step(method.weights, tokens)
         high = self._high_branch(tokens, method)
         low = self._low_branch(tokens, high)
         gated = high_weights * high + low_weights * low  # g_t, the sum of both weights, multiplies the surrogate here

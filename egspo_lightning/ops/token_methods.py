@@ -21,7 +21,7 @@ class TokenWeights(Protocol):
 
     Weights are detached. By default they are computed once for each rollout batch, before its first optimizer step,
     and stay the same over the PPO epochs. Statistics over all tokens go through ``tokens.over_ranks``: they are then
-    right on any number of ranks. A method that keeps state between rollout batches has ``state_dict`` and
+    the same on any number of ranks. A method that keeps state between rollout batches has ``state_dict`` and
     ``load_state_dict``; checkpoints save it.
     """
 
@@ -29,7 +29,8 @@ class TokenWeights(Protocol):
     def each_step(self) -> bool:
         """Whether to compute the weights anew in each optimizer step, from the current policy.
 
-        The view is then one micro-batch on all ranks, so statistics over it depend on ``accumulate_grad_batches``.
+        The view is then one micro-batch on all ranks. Statistics over it depend on how an optimizer step is split:
+        on ``trainer.accumulate_grad_batches``, ``data.max_tokens_per_micro_batch`` and the number of ranks.
         """
         return False
 
@@ -116,9 +117,26 @@ def branches_of(method: TokenWeights, tokens: TokenView) -> Branches:
     else:
         high = method.weights(tokens)
         require_shape(high, tokens, f"model.token_weights: {type(method).__name__} must give weights")
+        high = high.to(tokens.entropies.dtype)
         low, is_high, threshold = torch.zeros_like(high), tokens.mask, high.new_full((), -torch.inf)
     high, low = (torch.where(tokens.mask, weights.detach(), 0.0) for weights in (high, low))
     return Branches(high, low, is_high & tokens.mask, threshold)
+
+
+def weights_of_step(method: TokenWeights, tokens: TokenView) -> tuple[Tensor, Tensor]:
+    """The weights of both branches in an optimizer step, of a method that computes them anew in each.
+
+    Raises:
+        UserError: a weight is negative, infinite or NaN.
+    """
+    high, low, *_ = branches_of(method, tokens)
+    weights = high + low
+    if not ((weights >= 0) & weights.isfinite()).all():
+        raise UserError(
+            f"model.token_weights: {type(method).__name__} gave a weight below 0, infinite or NaN in an optimizer "
+            "step. A weight must be finite and at least 0: a negative one would reverse the sign of the update."
+        )
+    return high, low
 
 
 def require_shape(values: Tensor, tokens: TokenView, what: str) -> None:

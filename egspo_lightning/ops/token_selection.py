@@ -71,7 +71,7 @@ def token_hash(tokens: TokenView, seed: int = 0) -> Tensor:
     """
     rows = (tokens.groups << _PLACE_BITS) + tokens.members
     places = (rows.unsqueeze(1) << _PLACE_BITS) + tokens.positions.clamp(min=0)
-    return mix(places + mix(torch.tensor(seed)).item())
+    return mix(places + mix(torch.tensor(seed % 2**63)).item())
 
 
 def mix(numbers: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What gates, token weights and surrogates see of rollouts: values per token, and statistics over all ranks."""
+"""Views of rollouts for gates, token weights and surrogates: values per token, and statistics over all ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,8 +89,8 @@ class TokenView(NamedTuple):
     """(B,) int64: number of the problem in the rollout batch, over all ranks"""
     members: Tensor
     """(B,) int64: number of the completion in its group"""
-    policy_version: int
-    """optimizer steps that the sampling policy had taken: another number in each rollout batch"""
+    number: int
+    """number of the rollout batch in the run, from 0"""
     ref_logprobs: Tensor | None
     """(B, T), nats, of the reference policy; None if the loss has no KL term"""
     threshold: Tensor | None
@@ -119,7 +119,7 @@ def view_of(
         is_truncated=rollout.is_truncated,
         groups=rollout.groups,
         members=rollout.members,
-        policy_version=rollout.policy_version,
+        number=rollout.number,
         ref_logprobs=rollout.ref_logprobs,
         threshold=threshold,
         over_ranks=over_ranks,

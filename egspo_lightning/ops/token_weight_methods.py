@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from egspo_lightning.errors import UserError
 from egspo_lightning.ops.losses import clipped_tokens
 from egspo_lightning.ops.token_methods import TokenWeights
 from egspo_lightning.ops.token_selection import advantage_covariance, lowest, share_of_tokens, token_hash
@@ -62,7 +63,7 @@ class STEER(TokenWeights):
     Args:
         mapping: exponential, or linear.
         weight_min: Weight at the largest change.
-        weight_max: Weight at the smallest change, for the linear mapping alone.
+        weight_max: Weight at the smallest change of the linear mapping; the exponential one has 1 there.
     """
 
     mapping: Literal["exponential", "linear"] = "exponential"
@@ -71,6 +72,13 @@ class STEER(TokenWeights):
     each_step: ClassVar[bool] = True
     needs_every_rollout: ClassVar[bool] = True
     """Rollouts of advantage 0 have the smallest change."""
+
+    def __post_init__(self) -> None:
+        is_linear = self.mapping == "linear"
+        largest = self.weight_max if is_linear else 1.0
+        if not self.weight_min < largest:
+            bound = f"STEER.weight_max = {self.weight_max}" if is_linear else "1, the weight of no change"
+            raise UserError(f"STEER.weight_min = {self.weight_min} must be below {bound}.")
 
     def weights(self, tokens: TokenView) -> Tensor:
         """The weight of each token, (B, T)."""
@@ -132,7 +140,7 @@ class ClipCov(TokenWeights):
     def weights(self, tokens: TokenView) -> Tensor:
         """0 at dropped tokens, otherwise 1. (B, T)"""
         num = share_of_tokens(self.fraction, tokens.mask, tokens.over_ranks)
-        seed = (int(self.seed) << 32) + tokens.policy_version
+        seed = (int(self.seed) << 32) + tokens.number
         dropped = lowest(token_hash(tokens, seed), self.candidates(tokens), num, tokens.over_ranks)
         return (~dropped).to(tokens.logprobs.dtype)
 

@@ -41,7 +41,7 @@ class AdvantageAndGate:
         started = time.perf_counter()
         rollout, weights = self._add_token_weights(rollout, ranks)
         metrics["time/gate"] = torch.tensor(time.perf_counter() - started)
-        sums = rollout_batch_sums(rollout, weights)
+        sums = rollout_batch_sums(rollout, weights, is_by_entropy=self._is_by_entropy)
         summed = ranks.sum_over_ranks(torch.stack(list(sums.values())))
         totals = dict(zip(sums, summed, strict=True))
         metrics |= rollout_batch_metrics(totals) | self._sampler_metrics(rollout, ranks)
@@ -50,6 +50,11 @@ class AdvantageAndGate:
                 self.entropy_bonus.update(metrics["policy/entropy"].item())
             metrics["policy/entropy_coefficient"] = torch.tensor(self.entropy_bonus.current)
         return rollout, metrics
+
+    @property
+    def _is_by_entropy(self) -> bool:
+        """Whether the tokens with ``H_t >= tau`` are high, except for ties."""
+        return bool(getattr(getattr(self.token_weights, "gate", None), "by_entropy", True))
 
     def _penalize_kl(self, rollouts: ScoredRollouts, ranks: Collectives) -> tuple[Tensor | None, Metrics]:
         """``coefficient KL_t`` (B, T), and metrics; then adapts the coefficient to the mean KL."""
@@ -94,6 +99,7 @@ class AdvantageAndGate:
             policy_version=rollouts.policy_version,
             update_size=UpdateSize(0, 0, float(rollouts.max_length), 0, 0),
             sampled_logprobs=rollouts.sampled_logprobs,
+            number=rollouts.number,
         )
 
     @staticmethod

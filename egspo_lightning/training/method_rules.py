@@ -5,8 +5,10 @@ from typing import Any
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation
+from egspo_lightning.ops.entropy_estimators import GRPOS, GTPO
 from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import Advantage, GroupRelative
+from egspo_lightning.ops.expert_methods import HPT
 from egspo_lightning.ops.gate import OpenGate, QuantileGate
 from egspo_lightning.ops.token_methods import Surrogate, TokenWeights
 
@@ -28,12 +30,24 @@ def require_method(module: Any) -> None:
     _require_critic(module)
     _require_gate(module)
     _require_surrogate(module)
-    scaled = isinstance(module.advantage, GroupRelative) and module.advantage.scale_by_std
-    if module.kl_reward is not None and scaled:
+    _require_kl_reward(module)
+
+
+def _require_kl_reward(module: Any) -> None:
+    """Refuse a KL in the reward with advantages that would distort it."""
+    name = type(module.advantage).__name__
+    if module.kl_reward is None:
+        return
+    remedy = "choose another advantage, or put the KL into the loss by model.objective.beta."
+    if isinstance(module.advantage, GTPO | GRPOS | HPT):
         raise UserError(
-            "model.kl_reward with model.advantage GroupRelative would scale the KL of groups with equal rewards to "
-            "advantages of standard deviation 1. Set model.advantage.scale_by_std to false, choose another "
-            "advantage, or put the KL into the loss by model.objective.beta."
+            f"model.kl_reward with model.advantage {name} would change which completions count as right (a reward "
+            f"above 0.5). Leave kl_reward out, {remedy}"
+        )
+    if isinstance(module.advantage, GroupRelative) and module.advantage.scale_by_std:
+        raise UserError(
+            f"model.kl_reward with model.advantage {name} would scale the KL of groups with equal rewards to "
+            f"advantages of standard deviation 1. Set model.advantage.scale_by_std to false, {remedy}"
         )
 
 
@@ -68,6 +82,7 @@ def _require_gate(module: Any) -> None:
     if not isinstance(weights, EntropyGate):
         _require_no_gate(module, name)
         return
+    _require_one_gate(module)
     changed = [f"model.objective.{field}" for field in low_branch]
     changed += ["model.objective.rescale_weights"] * module.objective.rescale_weights
     changed += ["model.token_weights.width"] * (weights.width > 0)
@@ -85,9 +100,22 @@ def _require_gate(module: Any) -> None:
         )
 
 
+def _require_one_gate(module: Any) -> None:
+    """Refuse a gate or attenuation beside the one of the token weights."""
+    for name, default in (("gate", QuantileGate()), ("attenuation", ConfidenceAttenuation())):
+        given = getattr(module, name)
+        if getattr(module.token_weights, name) is not given and given != default:
+            raise UserError(
+                f"model.{name} {type(given).__name__} has no effect, because model.token_weights.{name} is set. Leave "
+                "one of them out."
+            )
+
+
 def _require_no_gate(module: Any, name: str) -> None:
     """Refuse settings of the gate with token weights that have none."""
-    changed = [f"model.objective.{field}" for field in module.objective.changed_low_branch]
+    has_branches = hasattr(module.token_weights, "branches")
+    low_branch = [] if has_branches else module.objective.changed_low_branch
+    changed = [f"model.objective.{field}" for field in low_branch]
     changed += ["model.gate"] * (module.gate != QuantileGate())
     changed += ["model.attenuation"] * (module.attenuation != ConfidenceAttenuation())
     if changed:
@@ -103,6 +131,6 @@ def _require_surrogate(module: Any) -> None:
     if module.surrogate is not None and changed:
         name = type(module.surrogate).__name__
         raise UserError(
-            f"model.objective.{changed[0]} belongs to PPO's surrogate and has no effect with model.surrogate {name}. "
+            f"model.objective.{changed[0]} belongs to PPO's surrogate, which model.surrogate {name} replaces. "
             f"Leave it out, or set the arguments of {name} (--model.surrogate.help {name})."
         )

@@ -106,6 +106,7 @@ class Phases:
         graded = collector.replace_flat_groups(policy, drawn, graded)
         graded = collector.grade_expert_solutions(policy, drawn, graded)
         rollouts, measurements = score(policy, graded, collector.max_completion_length)
+        rollouts = rollouts._replace(number=number)
         numbers = [group.number for group in graded.groups]
         return ScoredGroups(completions_by_row(graded.groups), rollouts, measurements, numbers, collector.num_drawn)
 

@@ -266,6 +266,22 @@ def test_wrong_flag_is_refused(config, error_of, arguments, words):
         ),
         (
             {
+                "model.gate": source("ops.gate.AbsoluteGate", nats=0.1),
+                "model.token_weights": source(
+                    "ops.entropy_gate.EntropyGate", gate=source("ops.gate.QuantileGate", top_fraction=0.1)
+                ),
+            },
+            ["model.gate AbsoluteGate has no effect", "model.token_weights.gate is set"],
+        ),
+        (
+            {
+                "model.advantage": source("ops.entropy_estimators.GTPO"),
+                "model.kl_reward": {"coefficient": 0.1},
+            },
+            ["model.kl_reward with model.advantage GTPO", "model.objective.beta"],
+        ),
+        (
+            {
                 "model.token_weights": source("ops.entropy_gate.EntropyGate", entropy="current"),
                 "model.gate": source("ops.control_gates.RandomGate"),
             },

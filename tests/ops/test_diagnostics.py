@@ -72,6 +72,16 @@ def test_rollout_batch_metrics_by_hand():
     )
 
 
+def test_tied_fraction_counts_tokens_at_the_threshold_that_are_left_out():
+    entropies = torch.tensor([[9.0, 1.0, 1.0, 0.75], [9.0, 9.0, 9.0, 9.0]], dtype=torch.float64)
+    rollout, weights = make(entropies=entropies), torch.ones(2, 4)  # one of two tokens at tau = 1 is high
+    assert rollout_batch_metrics(rollout_batch_sums(rollout, weights))["gate/tied_fraction"].item() == pytest.approx(
+        1 / 3
+    )
+    by_another_rule = rollout_batch_sums(rollout, weights, is_by_entropy=False)
+    assert rollout_batch_metrics(by_another_rule)["gate/tied_fraction"].item() == 0.0
+
+
 def test_weights_of_zero_have_no_share():
     metrics = rollout_batch_metrics(rollout_batch_sums(make(), torch.zeros(2, 4)))
     assert "gate/high_weight_fraction" not in metrics

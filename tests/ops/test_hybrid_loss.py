@@ -8,12 +8,13 @@ import torch
 from settled_weights import SETTLED, settled
 from torch.testing import assert_close
 
+from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import ConfidenceAttenuation, ConstantAttenuation, EntropyRatioAttenuation
 from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import GAE, GroupRelative, LeaveOneOut
 from egspo_lightning.ops.gate import QuantileGate
 from egspo_lightning.ops.objective import Coefficients, Objective, sft_loss, value_loss
-from egspo_lightning.ops.token_methods import TokenMethod, branches_of
+from egspo_lightning.ops.token_methods import TokenMethod, TokenWeights, branches_of
 from egspo_lightning.ops.token_view import Statistics, view_of
 from egspo_lightning.types import ExpertBatch, NetworkOutputs, UpdateSize
 
@@ -242,6 +243,21 @@ def test_no_gradient_flows_through_phi_gate_or_current_entropies(make_rollout, s
     assert not entropies.any()
     assert strength.item() == 0.0
     assert not learned.saw_gradient
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
+def test_weights_of_a_step_below_zero_or_not_finite_are_refused(make_rollout, value):
+    class Given(TokenWeights):
+        each_step = True
+
+        def weights(self, tokens):
+            return torch.full_like(tokens.logprobs, value)
+
+    rollout, current = make_rollout()
+    with pytest.raises(
+        UserError, match=r"model\.token_weights: Given gave a weight below 0, infinite or NaN in an opt"
+    ):
+        Objective().egspo_loss(current, rollout, TokenMethod(Given()))
 
 
 def test_gate_uses_the_entropy_that_it_names(make_rollout):

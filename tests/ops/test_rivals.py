@@ -201,7 +201,7 @@ def view(case: Case, **fields: Any) -> TokenView:
         is_truncated=torch.zeros(len(mask), dtype=torch.bool),
         groups=torch.zeros_like(rows),
         members=rows,
-        policy_version=0,
+        number=0,
         ref_logprobs=None,
         threshold=zeros[:, :1],
         over_ranks=Statistics(),

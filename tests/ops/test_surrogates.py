@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from egspo_lightning.errors import UserError
 from egspo_lightning.ops.entropy_advantages import gtpo_rewards
 from egspo_lightning.ops.hapo import HAPO, relative_entropies
 from egspo_lightning.ops.surrogates import CEGPPO, CISPO, GSPO, SAPO, KLCov
@@ -48,7 +49,7 @@ def tokens_of(rows=8, width=9, seed=0, group_size=4):
         is_truncated=torch.zeros(rows, dtype=torch.bool),
         groups=torch.arange(rows) // group_size,
         members=torch.arange(rows) % group_size,
-        policy_version=0,
+        number=0,
         ref_logprobs=None,
         threshold=torch.zeros(rows, 1, dtype=torch.float64),
         over_ranks=Statistics(),
@@ -106,7 +107,19 @@ def test_gradient_is_finite_with_zeros_outside_the_mask(method, empty):
         assert weights.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["seed", "policy_version"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_min": 1.5}, "STEER.weight_min = 1.5 must be below 1, the weight of no change"),
+        ({"mapping": "linear", "weight_min": 1.3}, "STEER.weight_min = 1.3 must be below STEER.weight_max = 1.2"),
+    ],
+)
+def test_steer_weights_in_the_wrong_order_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        STEER(**settings)
+
+
+@pytest.mark.parametrize("name", ["seed", "number"])
 def test_clip_cov_draws_evenly_by_seed_and_rollout_batch(name):
     """400 draws of 4 out of about 36 candidates: each is drawn about equally often (5 standard deviations)."""
     tokens = tokens_of()
@@ -116,7 +129,7 @@ def test_clip_cov_draws_evenly_by_seed_and_rollout_batch(name):
     for number in range(400):
         seed, version = (number, 0) if name == "seed" else (0, number)
         method = ClipCov(0.1, -5.0, 50.0, seed=seed)
-        dropped = method.weights(tokens._replace(policy_version=version)) == 0
+        dropped = method.weights(tokens._replace(number=version)) == 0
         assert dropped.sum() == num
         assert not (dropped & ~candidates).any()
         counts.update(map(tuple, dropped.nonzero().tolist()))

@@ -11,13 +11,13 @@ from egspo_lightning.ops.token_view import Statistics, TokenView
 GATES = [QuantileGate(0.2), RandomGate(0.2), InverseGate(0.2), PositionGate(0.2), PositionGate(0.2, end="last")]
 
 
-def view(entropies, mask=None, groups=None, over_ranks=None, policy_version=0):
+def view(entropies, mask=None, groups=None, over_ranks=None, number=0):
     """A view in which each row is a group of its own, unless told."""
     mask = torch.ones_like(entropies, dtype=torch.bool) if mask is None else mask
     rows = torch.arange(len(entropies))
     fields = dict.fromkeys(TokenView._fields) | {"entropies": entropies, "current_entropies": entropies, "mask": mask}
     fields |= {"groups": rows if groups is None else groups, "members": torch.zeros_like(rows)}
-    return TokenView(**fields | {"policy_version": policy_version, "over_ranks": over_ranks or Statistics()})
+    return TokenView(**fields | {"number": number, "over_ranks": over_ranks or Statistics()})
 
 
 def num_selected(count, fraction):
@@ -98,9 +98,15 @@ def test_random_gate_draws_anew_for_each_rollout_batch_and_seed():
     tokens = view(torch.rand(20, 30, generator=torch.Generator().manual_seed(3)))
     first, again = selected(RandomGate(), tokens), selected(RandomGate(), tokens)
     assert torch.equal(first, again)
-    for other in (selected(RandomGate(seed=1), tokens), selected(RandomGate(), tokens._replace(policy_version=4))):
+    for other in (selected(RandomGate(seed=1), tokens), selected(RandomGate(), tokens._replace(number=4))):
         overlap = (first & other).sum() / first.sum()
         assert 0.05 < overlap < 0.4  # independent draws share a fifth
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**63, 2**80])
+def test_random_gate_takes_any_seed(seed):
+    tokens = view(torch.zeros(10, 10))
+    assert selected(RandomGate(seed=seed), tokens).sum() == num_selected(100, 0.2)
 
 
 def test_control_gates_by_hand():
