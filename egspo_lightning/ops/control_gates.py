@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from egspo_lightning.ops.gate import Entropies, Gate, highest_share, on_grid, quantile_threshold
+from egspo_lightning.ops.gate import Entropies, Gate, highest_share, quantile_threshold
 from egspo_lightning.ops.token_view import TokenView
 from egspo_lightning.types import NonNegativeInt, PositiveShare
 
@@ -57,7 +57,7 @@ class InverseGate(Gate):
 
     def is_high(self, tokens: TokenView, threshold: Tensor) -> Tensor:
         """The tokens with the lowest entropy, (B, T) bool."""
-        return highest_share(-on_grid(tokens.entropies), tokens, self.top_fraction)
+        return highest_share(-tokens.entropies, tokens, self.top_fraction)
 
 
 @dataclass(frozen=True)

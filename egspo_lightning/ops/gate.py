@@ -68,15 +68,6 @@ def confidence_phi(old_logprobs: Values) -> Tensor:
     return p * (1 - p)
 
 
-EQUAL_NATS = 1e-4
-"""Grid on which a gate compares entropies: below it, the rounding of a pass would decide between equal contexts."""
-
-
-def on_grid(entropies: Tensor) -> Tensor:
-    """Entropies in multiples of ``EQUAL_NATS``, rounded: equal for tokens that differ by rounding alone."""
-    return (entropies.detach() / EQUAL_NATS).round()
-
-
 def highest_share(scores: Tensor, tokens: TokenView, fraction: float, *, seed: int = 0) -> Tensor:
     """The ``fraction`` of the tokens of all ranks with the highest scores, (B, T) bool, exact to one token.
 
@@ -128,9 +119,9 @@ class SelectsTokens(Protocol):
 class QuantileGate(Gate):
     """tau is a quantile of the entropies of a rollout batch (default: over all its tokens, on all ranks; ours).
 
-    Exactly ``top_fraction`` of the tokens are high, to one token. Among equal entropies (to 1e-4 nats) a fixed hash of
-    the token's place in the rollout batch decides, which is the same on any number of ranks. With ``running_decay``
-    all tokens with ``H_t >= tau`` are high, however many they are.
+    Exactly ``top_fraction`` of the tokens are high, to one token. Among equal entropies a fixed hash of the token's
+    place in the rollout batch decides, which is the same on any number of ranks. With ``running_decay`` all tokens
+    with ``H_t >= tau`` are high, however many they are.
 
     Args:
         top_fraction: Share of tokens that take the full update, in (0, 1]: 0.2 is the top 20 %.
@@ -167,8 +158,8 @@ class QuantileGate(Gate):
         if self.running_decay is not None:
             return tokens.entropies >= threshold
         if self.over == "batch":
-            return highest_share(on_grid(tokens.entropies), tokens, self.top_fraction)
-        rows = zip(on_grid(tokens.entropies), token_hash(tokens), tokens.mask, strict=True)
+            return highest_share(tokens.entropies, tokens, self.top_fraction)
+        rows = zip(tokens.entropies, token_hash(tokens), tokens.mask, strict=True)
         alone = Statistics()
         return torch.stack(
             [highest(*row, num_above_quantile(self.top_fraction, row[-1], alone), alone) for row in rows]

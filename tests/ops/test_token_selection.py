@@ -80,20 +80,11 @@ def test_two_ranks_select_the_tokens_of_one(gate, on_ranks):
 
 
 def test_without_ties_the_quantile_gate_selects_by_the_threshold():
-    entropies = torch.randperm(200, generator=torch.Generator().manual_seed(2)).view(8, 25).double() / 100
+    entropies = torch.rand(8, 25, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for over in ("batch", "sequence"):
         high = QuantileGate(0.3, over=over).is_high(view(entropies), torch.zeros(()))
         quantiles = entropies.quantile(0.7, dim=1, keepdim=True) if over == "sequence" else entropies.quantile(0.7)
         assert torch.equal(high, entropies >= quantiles)
-
-
-@pytest.mark.parametrize("gate", [QuantileGate(0.2), QuantileGate(0.2, over="sequence"), InverseGate(0.2)])
-def test_rounding_of_a_pass_does_not_change_the_selection(gate):
-    """Duplicate completions have equal entropies but for rounding, which differs by batch and number of ranks."""
-    generator = torch.Generator().manual_seed(5)
-    entropies = (torch.randint(0, 40, (4, 30), generator=generator) * 0.013).repeat(6, 1)
-    noise = 1e-6 * torch.rand(24, 30, generator=generator)
-    assert torch.equal(selected(gate, view(entropies + noise)), selected(gate, view(entropies)))
 
 
 def test_ties_are_spread_over_the_rollout_batch():
