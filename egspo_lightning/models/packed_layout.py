@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What the layout weighs."""
+    """Costs by which the layout decides."""
 
     run: int
     """tokens of padding, or of repeated prompts, above which another run is faster"""

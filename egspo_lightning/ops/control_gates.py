@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from egspo_lightning.ops.gate import Entropies, Gate, highest_share, quantile_threshold
+from egspo_lightning.ops.gate import Entropies, Gate, highest_share
 from egspo_lightning.ops.token_view import TokenView
 from egspo_lightning.types import NonNegativeInt, PositiveShare
 
@@ -32,7 +32,7 @@ class RandomGate(Gate):
 
     def threshold(self, entropies: Entropies) -> Tensor:
         """The quantile of the entropies, nats, a scalar."""
-        return _quantile(entropies, self.top_fraction)
+        return entropies.threshold(self.top_fraction)
 
     def is_high(self, tokens: TokenView, threshold: Tensor) -> Tensor:
         """Random tokens, (B, T) bool."""
@@ -53,7 +53,7 @@ class InverseGate(Gate):
 
     def threshold(self, entropies: Entropies) -> Tensor:
         """The quantile of the entropies, nats, a scalar."""
-        return _quantile(entropies, self.top_fraction)
+        return entropies.threshold(self.top_fraction)
 
     def is_high(self, tokens: TokenView, threshold: Tensor) -> Tensor:
         """The tokens with the lowest entropy, (B, T) bool."""
@@ -77,15 +77,10 @@ class PositionGate(Gate):
 
     def threshold(self, entropies: Entropies) -> Tensor:
         """The quantile of the entropies, nats, a scalar."""
-        return _quantile(entropies, self.top_fraction)
+        return entropies.threshold(self.top_fraction)
 
     def is_high(self, tokens: TokenView, threshold: Tensor) -> Tensor:
         """The first or last tokens of the completions, (B, T) bool."""
         lengths = tokens.mask.sum(-1, keepdim=True).clamp(min=1)
         relative = (tokens.positions + 0.5) / lengths
         return highest_share(relative if self.end == "last" else -relative, tokens, self.top_fraction)
-
-
-def _quantile(entropies: Entropies, top_fraction: float) -> Tensor:
-    pooled = entropies.pooled
-    return quantile_threshold(pooled, torch.ones_like(pooled, dtype=torch.bool), top_fraction)

@@ -1,6 +1,5 @@
 """EGSPO's token weights: ``g_t = 1`` on high-entropy tokens, ``phi_t`` on the others."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,8 +9,9 @@ from torch import Tensor
 from egspo_lightning.errors import UserError
 from egspo_lightning.ops.attenuation import Attenuation
 from egspo_lightning.ops.gate import Entropies, Gate, SelectsTokens, soft_share
-from egspo_lightning.ops.masking import shape_of
-from egspo_lightning.ops.token_methods import Branches, TokenWeights, require_shape
+from egspo_lightning.ops.masking import require_shape, shape_of
+from egspo_lightning.ops.part_states import States, restore, states_of
+from egspo_lightning.ops.token_methods import Branches, TokenWeights
 from egspo_lightning.ops.token_view import TokenView
 from egspo_lightning.types import NonNegativeFloat
 
@@ -73,7 +73,7 @@ class EntropyGate(TokenWeights):
         share = is_high.to(entropies.dtype) if self.width == 0 else soft_share(entropies, tau, self.width)
         assert self.attenuation is not None
         phi = self.attenuation.phi(tokens.old_logprobs, entropies, tau)
-        require_shape(phi, tokens, f"model.attenuation: {type(self.attenuation).__name__} must give phi")
+        require_shape(phi, tokens.mask, f"model.attenuation: {type(self.attenuation).__name__} must give phi")
         low = torch.where(share < 1, (1 - share) * phi.detach(), torch.zeros_like(share))
         return Branches(share, low, is_high, tau)
 
@@ -90,21 +90,17 @@ class EntropyGate(TokenWeights):
 
     # Checkpoints: the state of gate and attenuation
 
-    def _stateful(self) -> Iterator[tuple[str, Any]]:
-        for name in ("gate", "attenuation"):
-            part: Any = getattr(self, name)
-            if hasattr(part, "load_state_dict"):
-                yield name, part
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"gate": self.gate, "attenuation": self.attenuation}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> States:
         """State of gate and attenuation, with their class names."""
-        return {name: {"class": type(part).__name__, "state": part.state_dict()} for name, part in self._stateful()}
+        return states_of(self._parts)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state; a part of another class than the saved one starts fresh."""
-        for name, part in self._stateful():
-            if state.get(name, {}).get("class") == type(part).__name__:
-                part.load_state_dict(state[name]["state"])
+    def load_state_dict(self, state: States) -> None:
+        """Restore the state; see ``ops.part_states.restore``."""
+        restore(self._parts, state)
 
 
 def _selected(gate: Gate | None, tokens: TokenView, tau: Tensor) -> Tensor:

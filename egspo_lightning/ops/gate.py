@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.masking import Values, as_tensor
+from egspo_lightning.ops.masking import Values, as_tensor, quantile
 from egspo_lightning.ops.token_selection import highest, num_above_quantile, token_hash
 from egspo_lightning.ops.token_view import Statistics, TokenView
 from egspo_lightning.types import NonNegativeFloat, PositiveShare, ShareBelowOne
@@ -33,10 +33,7 @@ def quantile_threshold(entropies: Values, mask: Values, top_fraction: float) -> 
     values = entropies[as_tensor(mask).bool()].sort().values
     if values.numel() == 0:
         return torch.full((), torch.inf, dtype=entropies.dtype, device=entropies.device)
-    position = (1 - top_fraction) * (values.numel() - 1)
-    below = min(int(position), values.numel() - 1)
-    above = min(below + 1, values.numel() - 1)
-    return torch.lerp(values[below], values[above], position - below)
+    return quantile(values, 1 - top_fraction)
 
 
 def high_entropy_mask(entropies: Values, mask: Values, threshold: Tensor | float) -> Tensor:
@@ -86,6 +83,10 @@ class Entropies(NamedTuple):
     """(B, T) bool: tokens that the policy sampled"""
     pooled: Tensor
     """(N,), nats: the completion tokens of all ranks"""
+
+    def threshold(self, top_fraction: float) -> Tensor:
+        """``quantile_threshold`` of the completion tokens of all ranks."""
+        return quantile_threshold(self.pooled, torch.ones_like(self.pooled, dtype=torch.bool), top_fraction)
 
 
 class Gate(Protocol):
@@ -149,8 +150,7 @@ class QuantileGate(Gate):
         if self.over == "sequence":
             rows = zip(entropies.rows, entropies.mask, strict=True)
             return torch.stack([quantile_threshold(row, mask, self.top_fraction) for row, mask in rows]).unsqueeze(1)
-        pooled = entropies.pooled
-        tau = quantile_threshold(pooled, torch.ones_like(pooled, dtype=torch.bool), self.top_fraction)
+        tau = entropies.threshold(self.top_fraction)
         return tau if self.running_decay is None else self._smooth(tau, self.running_decay)
 
     def is_high(self, tokens: TokenView, threshold: Tensor) -> Tensor:

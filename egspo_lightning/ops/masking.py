@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from egspo_lightning.errors import UserError
+
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 Values = Tensor | Sequence[Any]
@@ -37,6 +39,25 @@ def as_floats(values: Values) -> Tensor:
 def shape_of(value: Any) -> tuple[int, ...] | str:
     """Shape of a tensor, or the type name of another value, for error messages about plug-ins."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def require_shape(values: Any, like: Tensor, what: str) -> None:
+    """Refuse values of a plug-in that have another shape than ``like``; ``what`` begins the message.
+
+    Raises:
+        UserError: with both shapes.
+    """
+    shape = tuple(like.shape)
+    if shape_of(values) != shape:
+        raise UserError(f"{what} of shape {shape}, got {shape_of(values)}.")
+
+
+def quantile(ordered: Tensor, q: float) -> Tensor:
+    """The quantile q in [0, 1] of a sorted vector, not empty, with linear interpolation, as numpy's."""
+    position = q * (ordered.numel() - 1)
+    below = min(int(position), ordered.numel() - 1)
+    above = min(below + 1, ordered.numel() - 1)
+    return torch.lerp(ordered[below], ordered[above], position - below)
 
 
 def masked_sum(values: Values, mask: Values, dim: int | None = None) -> Tensor:

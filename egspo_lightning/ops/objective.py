@@ -36,9 +36,9 @@ from egspo_lightning.ops.correction import SamplerCorrection, sampler_ratios, sa
 from egspo_lightning.ops.diagnostics import Metrics, policy_metrics, value_metrics
 from egspo_lightning.ops.expert_methods import ExpertWeighting, expert_nll
 from egspo_lightning.ops.losses import KLEstimator, kl_penalty, nll, off_policy, ppo_clip, value_clip
-from egspo_lightning.ops.masking import Aggregation, aggregate, masked_sum
+from egspo_lightning.ops.masking import Aggregation, aggregate, masked_sum, require_shape
 from egspo_lightning.ops.schedules import ChordMu
-from egspo_lightning.ops.token_methods import TokenMethod, require_shape, weights_of_step
+from egspo_lightning.ops.token_methods import TokenMethod, weights_of_step
 from egspo_lightning.ops.token_view import TokenView, view_of
 from egspo_lightning.types import (
     AboveOne,
@@ -214,7 +214,7 @@ class Objective:
         if method.surrogate is None:
             return self._ppo(tokens, self.epsilon_low, self.epsilon_high)
         per_token = method.surrogate.per_token(tokens)
-        require_shape(per_token, tokens, f"model.surrogate: {type(method.surrogate).__name__} must give a loss")
+        require_shape(per_token, tokens.mask, f"model.surrogate: {type(method.surrogate).__name__} must give a loss")
         return per_token
 
     def _ppo(self, tokens: TokenView, clip_low: float, clip_high: float) -> Tensor:

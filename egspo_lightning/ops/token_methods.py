@@ -12,11 +12,27 @@ import torch
 from torch import Tensor
 
 from egspo_lightning.errors import UserError
-from egspo_lightning.ops.masking import shape_of
+from egspo_lightning.ops.masking import require_shape
 from egspo_lightning.ops.token_view import Statistics, TokenView
 
+WEIGHT_RANGE = "A weight must be finite and at least 0: a negative one would reverse the sign of the update."
 
-class TokenWeights(Protocol):
+
+class StepNeeds(Protocol):
+    """Needs that a method has of an optimizer step; by default none."""
+
+    @property
+    def needs_every_rollout(self) -> bool:
+        """Whether optimizer steps must also hold rollouts of advantage 0, for statistics over them."""
+        return False
+
+    @property
+    def needs_current_entropies(self) -> bool:
+        """Whether optimizer steps must compute the entropies of the current policy."""
+        return False
+
+
+class TokenWeights(StepNeeds, Protocol):
     """Gives the weight of each token in the surrogate.
 
     Weights are detached. By default they are computed once for each rollout batch, before its first optimizer step,
@@ -34,33 +50,13 @@ class TokenWeights(Protocol):
         """
         return False
 
-    @property
-    def needs_every_rollout(self) -> bool:
-        """Whether optimizer steps must also hold rollouts of advantage 0, for statistics over them."""
-        return False
-
-    @property
-    def needs_current_entropies(self) -> bool:
-        """Whether optimizer steps must compute the entropies of the current policy."""
-        return False
-
     @abstractmethod
     def weights(self, tokens: TokenView) -> Tensor:
         """The weight of each token, (B, T), at least 0; entries outside ``tokens.mask`` have no meaning."""
 
 
-class Surrogate(Protocol):
+class Surrogate(StepNeeds, Protocol):
     """Gives the policy loss of each token, in place of PPO's clipped surrogate."""
-
-    @property
-    def needs_every_rollout(self) -> bool:
-        """As of ``TokenWeights``."""
-        return False
-
-    @property
-    def needs_current_entropies(self) -> bool:
-        """As of ``TokenWeights``."""
-        return False
 
     @abstractmethod
     def per_token(self, tokens: TokenView) -> Tensor:
@@ -96,13 +92,16 @@ class TokenMethod:
     @property
     def needs_every_rollout(self) -> bool:
         """Whether either part needs rollouts of advantage 0."""
-        return self.weights.needs_every_rollout or (self.surrogate is not None and self.surrogate.needs_every_rollout)
+        return any(part.needs_every_rollout for part in self._parts)
 
     @property
     def needs_current_entropies(self) -> bool:
         """Whether either part needs the entropies of the current policy."""
-        has_own = self.surrogate is not None and self.surrogate.needs_current_entropies
-        return self.weights.needs_current_entropies or has_own
+        return any(part.needs_current_entropies for part in self._parts)
+
+    @property
+    def _parts(self) -> tuple[StepNeeds, ...]:
+        return (self.weights,) if self.surrogate is None else (self.weights, self.surrogate)
 
 
 def branches_of(method: TokenWeights, tokens: TokenView) -> Branches:
@@ -116,7 +115,7 @@ def branches_of(method: TokenWeights, tokens: TokenView) -> Branches:
         high, low, is_high, threshold = method.branches(tokens)
     else:
         high = method.weights(tokens)
-        require_shape(high, tokens, f"model.token_weights: {type(method).__name__} must give weights")
+        require_shape(high, tokens.mask, f"model.token_weights: {type(method).__name__} must give weights")
         high = high.to(tokens.entropies.dtype)
         low, is_high, threshold = torch.zeros_like(high), tokens.mask, high.new_full((), -torch.inf)
     high, low = (torch.where(tokens.mask, weights.detach(), 0.0) for weights in (high, low))
@@ -130,20 +129,14 @@ def weights_of_step(method: TokenWeights, tokens: TokenView) -> tuple[Tensor, Te
         UserError: a weight is negative, infinite or NaN.
     """
     high, low, *_ = branches_of(method, tokens)
-    weights = high + low
-    if not ((weights >= 0) & weights.isfinite()).all():
+    if not are_sound(high + low):
         raise UserError(
             f"model.token_weights: {type(method).__name__} gave a weight below 0, infinite or NaN in an optimizer "
-            "step. A weight must be finite and at least 0: a negative one would reverse the sign of the update."
+            f"step. {WEIGHT_RANGE}"
         )
     return high, low
 
 
-def require_shape(values: Tensor, tokens: TokenView, what: str) -> None:
-    """Refuse a plug-in's values of another shape than (B, T).
-
-    Raises:
-        UserError: naming the plug-in and both shapes.
-    """
-    if shape_of(values) != tuple(tokens.mask.shape):
-        raise UserError(f"{what} of shape {tuple(tokens.mask.shape)}, got {shape_of(values)}.")
+def are_sound(weights: Tensor) -> Tensor:
+    """Whether all weights are finite and at least 0, bool."""
+    return ((weights >= 0) & weights.isfinite()).all()

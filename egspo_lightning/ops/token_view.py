@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egspo_lightning.ops.masking import Total, masked_sum, on_one_rank
+from egspo_lightning.ops.masking import Total, masked_sum, on_one_rank, quantile
 from egspo_lightning.types import NetworkOutputs, RolloutBatch
 
 
@@ -52,18 +52,17 @@ class Statistics:
         ordered = self.values(values, mask).sort().values
         if ordered.numel() == 0:
             return values.new_full((), torch.nan)
-        position = q * (ordered.numel() - 1)
-        below = min(int(position), ordered.numel() - 1)
-        above = min(below + 1, ordered.numel() - 1)
-        return torch.lerp(ordered[below], ordered[above], position - below)
+        return quantile(ordered, q)
 
     def min(self, values: Tensor, mask: Tensor) -> Tensor:
         """The smallest value."""
-        return self.quantile(values, mask, 0.0)
+        return -self.max(-values, mask)
 
     def max(self, values: Tensor, mask: Tensor) -> Tensor:
         """The largest value."""
-        return self.quantile(values, mask, 1.0)
+        own = values.detach()[mask]
+        pooled = self.gather(own.amax().reshape(1) if own.numel() else own)
+        return pooled.amax() if pooled.numel() else values.new_full((), torch.nan)
 
 
 class TokenView(NamedTuple):

@@ -15,9 +15,10 @@ from egspo_lightning.ops.correction import is_corrected, sampler_ratios
 from egspo_lightning.ops.diagnostics import Metrics, rollout_batch_metrics, rollout_batch_sums
 from egspo_lightning.ops.entropy_gate import EntropyGate
 from egspo_lightning.ops.estimators import Advantage, Estimate, estimate_credit, reward_kl
-from egspo_lightning.ops.masking import masked_sum, shape_of
+from egspo_lightning.ops.masking import masked_sum, require_shape
 from egspo_lightning.ops.objective import Objective
-from egspo_lightning.ops.token_methods import TokenWeights, branches_of
+from egspo_lightning.ops.part_states import States, restore, states_of
+from egspo_lightning.ops.token_methods import WEIGHT_RANGE, TokenWeights, are_sound, branches_of
 from egspo_lightning.ops.token_view import Statistics, view_of
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLReward
 from egspo_lightning.training.collectives import Collectives
@@ -134,11 +135,7 @@ class AdvantageAndGate:
         name, mask = f"model.advantage: {type(self.advantage).__name__}", rollouts.completion_mask
         tensors = [estimate.advantages, *([estimate.returns] if self.advantage.needs_values else [])]
         for tensor in tensors:
-            if shape_of(tensor) != tuple(mask.shape):
-                raise UserError(
-                    f"{name} must give advantages, and returns for a critic, of shape {tuple(mask.shape)}, got "
-                    f"{shape_of(tensor)}."
-                )
+            require_shape(tensor, mask, f"{name} must give advantages, and returns for a critic,")
         is_finite = torch.stack([tensor[mask].isfinite().all() for tensor in tensors if tensor is not None]).all()
         _require_on_all(ranks, is_finite, f"{name} gave advantages or returns that are infinite or NaN.")
 
@@ -171,26 +168,23 @@ class AdvantageAndGate:
         _require_on_all(ranks, ~tau.isnan().any(), f"model.gate: {parts['gate']} gave NaN as the threshold.")
         _require_on_all(
             ranks,
-            ((weights >= 0) & weights.isfinite()).all(),
-            f"{source} gave a weight below 0, infinite or NaN. A weight must be finite and at least 0: a negative one "
-            "would reverse the sign of the update.",
+            are_sound(weights),
+            f"{source} gave a weight below 0, infinite or NaN. {WEIGHT_RANGE}",
         )
 
     # Checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def state_dict(self) -> States:
         """State that its parts keep between rollout batches."""
-        return {name: {"class": type(part).__name__, "state": part.state_dict()} for name, part in self._stateful()}
+        return states_of(self._parts)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state; a part of another class than the saved one starts fresh."""
-        for name, part in self._stateful():
-            if state.get(name, {}).get("class") == type(part).__name__:
-                part.load_state_dict(state[name]["state"])
-
-    def _stateful(self) -> list[tuple[str, Any]]:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return [(name, part) for name, part in parts.items() if hasattr(part, "load_state_dict")]
+    def load_state_dict(self, state: States) -> None:
+        """Restore the state; see ``ops.part_states.restore``."""
+        restore(self._parts, state)
 
 
 def _require_on_all(ranks: Collectives, holds: Tensor, message: str) -> None:

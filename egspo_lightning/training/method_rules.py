@@ -102,13 +102,19 @@ def _require_gate(module: Any) -> None:
 
 def _require_one_gate(module: Any) -> None:
     """Refuse a gate or attenuation beside the one of the token weights."""
-    for name, default in (("gate", QuantileGate()), ("attenuation", ConfidenceAttenuation())):
+    for name in _changed_parts(module):
         given = getattr(module, name)
-        if getattr(module.token_weights, name) is not given and given != default:
+        if getattr(module.token_weights, name) is not given:
             raise UserError(
                 f"model.{name} {type(given).__name__} has no effect, because model.token_weights.{name} is set. Leave "
                 "one of them out."
             )
+
+
+def _changed_parts(module: Any) -> list[str]:
+    """Which of model.gate and model.attenuation is not the default."""
+    defaults = {"gate": QuantileGate(), "attenuation": ConfidenceAttenuation()}
+    return [name for name, default in defaults.items() if getattr(module, name) != default]
 
 
 def _require_no_gate(module: Any, name: str) -> None:
@@ -116,8 +122,7 @@ def _require_no_gate(module: Any, name: str) -> None:
     has_branches = hasattr(module.token_weights, "branches")
     low_branch = [] if has_branches else module.objective.changed_low_branch
     changed = [f"model.objective.{field}" for field in low_branch]
-    changed += ["model.gate"] * (module.gate != QuantileGate())
-    changed += ["model.attenuation"] * (module.attenuation != ConfidenceAttenuation())
+    changed += [f"model.{name}" for name in _changed_parts(module)]
     if changed:
         raise UserError(
             f"{changed[0]} has no effect with model.token_weights {name}, which has no gate. Leave it out, or set "

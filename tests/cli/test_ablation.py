@@ -3,14 +3,14 @@
 import pytest
 import yaml
 
-from ablation.ablate import cells_of, chosen_questions, write_overlays
+from ablate import cells_of, chosen_questions, write_overlays
 from egspo_lightning.cli.comparison.compared_runs import method_file
 from egspo_lightning.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def plan(repository):
-    return yaml.safe_load((repository / "benchmarks" / "ablation" / "cells.yaml").read_text())
+    return yaml.safe_load((repository / "benchmarks" / "ablation_cells.yaml").read_text())
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""The ablation of gate, attenuation and mixing on one task: `python benchmarks/ablation/ablate.py --help`.
+"""The ablation of gate, attenuation and mixing on one task: `python benchmarks/ablate.py --help`.
 
 Three steps, each resumable by the same command: choose a learning rate for each cell on validation problems and other
 seeds (`tune_learning_rates.py`), compare all cells on the held-out problems (`egspo compare`), and write one table for
-each question of `cells.yaml`.
+each question of `ablation_cells.yaml`.
 """
 
 import argparse
@@ -15,14 +15,12 @@ from typing import Any
 
 import yaml
 
+from egspo_lightning.analysis.comparison_table import Result, table_cells, table_page, table_rows
+from egspo_lightning.cli.comparison.compared_runs import method_names
+from egspo_lightning.errors import UserError, did_you_mean
+from measuring.script import command, exit_code
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from egspo_lightning.analysis.comparison_table import Result, table_cells, table_page, table_rows  # noqa: E402
-from egspo_lightning.cli.comparison.compared_runs import method_names  # noqa: E402
-from egspo_lightning.errors import UserError, did_you_mean  # noqa: E402
-from measuring.script import command, exit_code  # noqa: E402
-
 TUNING_SEEDS = [101, 102]
 RATES = [5e-5, 1e-4, 2e-4]
 
@@ -35,10 +33,10 @@ def main() -> int:
     output = arguments.output or Path("logs/ablation") / arguments.config.stem
     overlays = write_overlays(plan["cells"], cells, output / "cells")
     config = str(arguments.config)
-    validation = str(HERE.parent / "validation" / arguments.config.name)
+    validation = str(HERE / "validation" / arguments.config.name)
     shared = ["--methods", *overlays, "--jobs", str(arguments.jobs)]
     tuning = ["--seeds", *map(str, arguments.tuning_seeds), "--rates", *(f"{rate:g}" for rate in arguments.rates)]
-    tune = [str(HERE.parent / "tune_learning_rates.py"), "--config", config, validation, *shared, *tuning]
+    tune = [str(HERE / "tune_learning_rates.py"), "--config", config, validation, *shared, *tuning]
     _run([*tune, "--phases", str(arguments.tuning_phases), "-o", str(output / "tuning")])
     if arguments.tune_only:
         return 0
@@ -54,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Ablation of gate, attenuation and mixing on one task.")
     add = result.add_argument
     add("config", type=Path, help="config of fit, such as configs/expressions.yaml; benchmarks/validation has its twin")
-    add("--plan", type=Path, default=HERE / "cells.yaml", help="cells and questions")
+    add("--plan", type=Path, default=HERE / "ablation_cells.yaml", help="cells and questions")
     add("--questions", nargs="+", metavar="NAME", help="questions of the plan (all)")
     add("--seeds", type=int, nargs="+", default=list(range(1, 9)), help="seeds of the comparison (1 to 8)")
     add("--phases", type=int, default=80, help="rollout batches of a compared run (80)")
