@@ -13,9 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from egspo_lightning.analysis.comparison_table import Result, table_cells, table_page, table_rows
+from egspo_lightning.analysis.markdown_table import markdown_table
+from egspo_lightning.analysis.paired_bootstrap import mean_interval
+from egspo_lightning.callbacks.probability_shift import SHIFTS
 from egspo_lightning.cli.comparison.compared_runs import method_names
 from egspo_lightning.errors import UserError, did_you_mean
 from measuring.script import command, exit_code
@@ -43,8 +47,11 @@ def main() -> int:
     compare = ["-m", "egspo_lightning", "compare", "--config", config, *shared]
     compare += ["--seeds", *map(str, arguments.seeds), "--phases", str(arguments.phases)]
     rates = str(output / "tuning" / "learning_rates.yaml")
-    _run([*compare, "--learning_rates", rates, "--evaluate_every", str(arguments.phases), "-o", str(output / "test")])
-    write_tables(questions, read_results(output / "test"), output / "tables")
+    compare += ["--evaluate_every", str(arguments.phases), "--trainer.callbacks+=ProbabilityShift"]
+    _run([*compare, "--learning_rates", rates, "-o", str(output / "test")])
+    results = read_results(output / "test")
+    write_tables(questions, results, output / "tables")
+    (output / "tables" / "shifts.md").write_text(shift_table(results, cells))
     return 0
 
 
@@ -120,6 +127,23 @@ def write_tables(questions: Mapping[str, Any], results: list[Result], folder: Pa
         (folder / f"{name}.md").write_text(table_page(used, rows, baseline, command()))
         header, lines = table_cells(rows, baseline)
         print(f"\n{name}\n" + "\n".join(" | ".join(line[:7]) for line in [header, *lines]))
+
+
+def shift_table(results: list[Result], cells: list[str]) -> str:
+    """How much the steps on a rollout batch moved log-probabilities: ``SHIFTS``, 1e-3 nats, mean over seeds."""
+    rows = []
+    for cell in cells:
+        means = [result["means"] for result in results if result["label"] == cell]
+        found = [[mean[name] for mean in means if mean.get(name) is not None] for name in SHIFTS]
+        rows.append([cell, str(len(means)), *("–" if not values else _interval(values) for values in found)])
+    header = ["cell", "seeds", *(name.removeprefix("shift/").replace("_", " ") for name in SHIFTS)]
+    about = "Mean change of log-probability by the optimizer steps on a rollout batch, 1e-3 nats per token, with 95 % "
+    return f"{markdown_table(header, rows)}\n\n{about}bootstrap intervals over seeds.\n\nCommand: `{command()}`\n"
+
+
+def _interval(values: list[float]) -> str:
+    estimate = mean_interval(1e3 * np.array(values)[:, None])
+    return f"{estimate.mean:+.2f} ({estimate.low:+.2f} to {estimate.high:+.2f})"
 
 
 def _run(arguments: list[str]) -> None:

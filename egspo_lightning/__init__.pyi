@@ -6,6 +6,7 @@ from egspo_lightning.callbacks.interruption import Interruption as Interruption
 from egspo_lightning.callbacks.math_benchmark import MathBenchmark as MathBenchmark
 from egspo_lightning.callbacks.phase_checkpoint import PhaseCheckpoint as PhaseCheckpoint
 from egspo_lightning.callbacks.prediction_writer import PredictionWriter as PredictionWriter
+from egspo_lightning.callbacks.probability_shift import ProbabilityShift as ProbabilityShift
 from egspo_lightning.callbacks.progress import PhaseProgress as PhaseProgress
 from egspo_lightning.callbacks.rollout_samples import RolloutSamples as RolloutSamples
 from egspo_lightning.callbacks.stage_transition import StageTransition as StageTransition

@@ -12,14 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from egspo_lightning.analysis.record_schema import COMPLETIONS, TOKENS, file_of, files_of
-from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, module_of, resumes_in
+from egspo_lightning.callbacks.trainer_access import data_of, due_rollout_batch, module_of, outputs_now, resumes_in
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
-from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
 from egspo_lightning.training.trainer import log_folder
-from egspo_lightning.types import NetworkOutputs, NonNegativeInt, PositiveInt, RolloutBatch
+from egspo_lightning.types import NonNegativeInt, PositiveInt, RolloutBatch
 
 
 class TokenRecords(Callback):
@@ -106,7 +105,7 @@ def _token_columns(rollout: RolloutBatch, module: EGSPOModule, chosen: Tensor) -
     """The columns of TOKENS that tensors hold, for the tokens of the chosen rows in order."""
     weights = rollout.high_weights + rollout.low_weights
     mask, gated = rollout.sampled_mask[chosen], rollout.gated_mask[chosen]
-    after = _outputs_now(module, rollout.input_ids[chosen], mask)
+    after = outputs_now(module, rollout.input_ids[chosen], mask)
     starts = mask.int().argmax(-1, keepdim=True)
     aligned = {
         "position": torch.arange(mask.shape[1], device=mask.device) - starts,
@@ -131,15 +130,6 @@ def _low_weights(module: EGSPOModule, rollout: RolloutBatch) -> Tensor:
         return rollout.high_weights
     phi: Tensor = attenuation.phi(rollout.old_logprobs, rollout.entropies, rollout.threshold)
     return phi
-
-
-def _outputs_now(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> NetworkOutputs:
-    """Outputs of the current policy, in batches bounded in tokens, without gradient or random numbers."""
-    size = max(TOKENS_PER_SCORING_BATCH // mask.shape[1], 1)
-    batches = zip(input_ids.split(size), mask.split(size), strict=True)
-    with module.sampling():
-        parts = [module.networks.policy(ids, part, module.temperature) for ids, part in batches]
-    return NetworkOutputs(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
 
 
 def _storable(texts: Iterable[str | None]) -> list[str | None]:

@@ -1,14 +1,18 @@
-"""Typed accessors used by callbacks: module, datamodule, other callbacks, rollout batch."""
+"""What callbacks ask of a run: module, datamodule, other callbacks, rollout batch, outputs of the current policy."""
 
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
 from egspo_lightning.rollout.rollout_records import CollectedRollouts
+from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
+from egspo_lightning.types import NetworkOutputs
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -46,6 +50,15 @@ def due_rollout_batch(trainer: Trainer, every_n: int) -> CollectedRollouts | Non
     data = data_of(trainer)
     is_due = every_n > 0 and (data.phases.num_rollout_batches - 1) % every_n == 0
     return data.phases.rollouts if is_due else None
+
+
+def outputs_now(module: EGSPOModule, input_ids: Tensor, mask: Tensor) -> NetworkOutputs:
+    """Outputs of the current policy, in batches bounded in tokens, without gradient or random numbers. Collective."""
+    size = max(TOKENS_PER_SCORING_BATCH // mask.shape[1], 1)
+    batches = zip(input_ids.split(size), mask.split(size), strict=True)
+    with module.sampling():
+        parts = [module.networks.policy(ids, part, module.temperature) for ids, part in batches]
+    return NetworkOutputs(torch.cat([part.logprobs for part in parts]), torch.cat([part.entropies for part in parts]))
 
 
 def step_of_phase(trainer: Trainer) -> int:

@@ -10,6 +10,7 @@ Values are detached; those of micro-batches and ranks are parts that add up. Mod
 - ``time/*``: ``rollout.scoring``, ``rollout.sampling_ahead``, ``training.advantage_and_gate``
 - ``update/*``, ``fault/*``: ``module``
 - ``eval/*``: ``evaluation.scores``; ``guard/*``, such as ``guard/unmoved_weights``: ``callbacks.guards``
+- ``shift/*``: ``callbacks.probability_shift``
 
 docs/guides/metrics.md explains each one.
 """

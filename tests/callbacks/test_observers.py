@@ -8,6 +8,7 @@ from egspo_lightning import (
     EntropyHistogram,
     MathBenchmark,
     PhaseProgress,
+    ProbabilityShift,
     RolloutSamples,
     StageTransition,
     TokenRecords,
@@ -27,6 +28,7 @@ def benchmarks() -> list[GeneratedBenchmark]:
 OBSERVERS = {
     "math_benchmark": lambda: [MathBenchmark(every_n_epochs=1)],
     "entropy_histogram": lambda: [EntropyHistogram()],
+    "probability_shift": lambda: [ProbabilityShift()],
     "token_records": lambda: [TokenRecords(every_n_rollout_batches=1)],
     "rollout_samples": lambda: [RolloutSamples(1)],
     "dashboard": lambda: [Dashboard()],

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from egspo_lightning.callbacks.probability_shift import SHIFTS
 from egspo_lightning.cli.comparison import logged_metrics
 from egspo_lightning.cli.comparison.compared_runs import (
     Run,
@@ -47,7 +48,7 @@ QUIET = (
 
 NEVER = 10**9
 """Epochs between evaluations of MathBenchmark itself; a stage_transition that monitors one refuses 0."""
-MEANS = ("policy/entropy", "gate/weight_mean", "rollout/length_mean")
+MEANS = ("policy/entropy", "gate/weight_mean", "rollout/length_mean", *SHIFTS)
 """Metrics whose mean over the phases goes into the result."""
 
 
