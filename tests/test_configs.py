@@ -31,6 +31,7 @@ from egspo_lightning.training.adaptive_coefficients import EntropyBonus, KLRewar
 RECIPES = [
     "quickstart",
     "expressions",
+    "long_expressions",
     "smollm2_135m",
     "smollm2_135m_gsm8k",
     "own_data",
@@ -191,7 +192,12 @@ def test_recipes_build(build, name):
 
 @pytest.mark.parametrize(
     ("name", "task"),
-    [("quickstart", ArithmeticTask()), ("expressions", ExpressionTask()), ("smollm2_135m", WordProblemTask(2))],
+    [
+        ("quickstart", ArithmeticTask()),
+        ("expressions", ExpressionTask()),
+        ("long_expressions", ExpressionTask(5, names_operations=True)),
+        ("smollm2_135m", WordProblemTask(2)),
+    ],
 )
 def test_generated_recipes_use_one_task_for_training_and_benchmarks(build, name, task):
     data = build(f"--config=configs/{name}.yaml").datamodule

@@ -3,6 +3,13 @@ r"""Expression task: expressions reduced one operation at a time, in one of many
 A problem reads ``3*(5-1)-4-2=?``. Its solution is a chain of expressions of equal value, each with one operation less
 than the one before: ``3*4-4-2=12-4-2=12-6=\boxed{6}``. The choice of the next operation is free, so its tokens have
 high entropy. The result of an operation is determined, and an error in it makes all later steps wrong.
+
+With ``names_operations`` each step has a line, which names the operation and its result before the new expression::
+
+    5-1=4:3*4-4-2
+    -4-2=-6:3*4-6
+    3*4=12:12-6
+    12-6=6:\boxed{6}
 """
 
 import random
@@ -60,6 +67,7 @@ class ExpressionTask(ProblemFamily):
         num_operators: Operations in a problem, which is the number of steps of its solution; 1 to 8.
         max_number: Largest number in a problem, at least 2; the smallest is 1.
         max_value: Largest absolute value of any intermediate result; at least max_number.
+        names_operations: Each step of a solution names its operation before the new expression; see above.
 
     Raises:
         UserError: a value is out of range.
@@ -70,6 +78,7 @@ class ExpressionTask(ProblemFamily):
     num_operators: int = 4
     max_number: int = 5
     max_value: int = 20
+    names_operations: bool = False
 
     def __post_init__(self) -> None:
         require(1 <= self.num_operators <= 8, "num_operators", self.num_operators, "from 1 to 8")
@@ -96,13 +105,15 @@ class ExpressionTask(ProblemFamily):
         return str(sum(term.value for term in _terms(text.removesuffix("=?"))))
 
     def solve(self, problem: Problem, seed: int | str = 0) -> Demonstration:
-        r"""A chain of expressions that ends in ``\boxed{}``; each step is drawn uniformly from ``rewrites``."""
+        r"""A chain of expressions that ends in ``\boxed{}``; each step is drawn uniformly from ``operations``."""
         rng = random.Random(f"{seed}/{problem.problem}")
-        terms, chain = _terms(problem.problem.removesuffix("=?")), []
-        while following := list(rewrites(terms)):
-            terms = rng.choice(following)
-            chain.append(_text(terms))
-        return Demonstration(problem.id, problem.problem, "=".join([*chain[:-1], f"\\boxed{{{chain[-1]}}}"]))
+        terms, steps = _terms(problem.problem.removesuffix("=?")), []
+        while possible := list(operations(terms)):
+            operation, terms = rng.choice(possible)
+            steps.append((f"{operation}:" if self.names_operations else "", _text(terms)))
+        *steps, (operation, value) = steps
+        lines = [*(f"{name}{expression}" for name, expression in steps), f"{operation}\\boxed{{{value}}}"]
+        return Demonstration(problem.id, problem.problem, ("\n" if self.names_operations else "=").join(lines))
 
     def _factors(self, rng: random.Random, num_operators: int) -> tuple[Factor, ...]:
         """A number, a product of two numbers, or a product of a number and a parenthesis in either order."""
@@ -124,21 +135,27 @@ class ExpressionTask(ProblemFamily):
         )
 
 
-def rewrites(terms: Terms) -> Iterator[Terms]:
-    """Yield all results of one operation on an expression; a number has none.
+def operations(terms: Terms) -> Iterator[tuple[str, Terms]]:
+    """Yield each possible operation on an expression, as ``5-1=4``, and the expression after it; a number has none.
 
     An operation replaces a parenthesis, a product of two numbers, or two neighboring terms by their value. Signed
-    neighbors are summed with their signs: ``9-8-6=9-14``.
+    neighbors are summed with their signs: ``9-8-6=9-14``. The sign before a product is not part of it.
     """
     for i, (sign, factors) in enumerate(terms):
         before, after = terms[:i], terms[i + 1 :]
         for j, factor in enumerate(factors):
             if len(factor) == 2:
-                yield (*before, Term(sign, (*factors[:j], (sum(factor),), *factors[j + 1 :])), *after)
+                new = Term(sign, (*factors[:j], (sum(factor),), *factors[j + 1 :]))
+                yield _sum(*factor), (*before, new, *after)
+        value = terms[i].value
         if len(factors) == 2 and terms[i].num_operators == 1:
-            yield (*before, _number(terms[i].value), *after)
+            yield f"{factors[0][0]}*{factors[1][0]}={abs(value)}", (*before, _number(value), *after)
         if after and terms[i].num_operators == after[0].num_operators == 0:
-            yield (*before, _number(terms[i].value + after[0].value), *after[1:])
+            yield _sum(value, after[0].value), (*before, _number(value + after[0].value), *after[1:])
+
+
+def _sum(first: int, second: int) -> str:
+    return f"{first}{second:+d}={first + second}"
 
 
 def _number(value: int) -> Term:

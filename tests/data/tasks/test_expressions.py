@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from collections import Counter
 from itertools import pairwise
@@ -52,6 +53,32 @@ def test_expression_solutions_by_hand():
     assert r"1-7+3*1=-6+3*1=-6+3=\boxed{-3}" in solutions(ExpressionTask(), below, 200)
     nothing = Problem("1", "4-2*2+1*1=?", "1")
     assert r"4-4+1*1=0+1*1=0+1=\boxed{1}" in solutions(ExpressionTask(), nothing, 200)
+
+
+def test_named_operations_by_hand():
+    task = ExpressionTask(max_number=8, max_value=50, names_operations=True)
+    assert set(solutions(task, EXAMPLE, 200)) == {
+        "5+4=9:3*9-8-6\n3*9=27:27-8-6\n27-8=19:19-6\n19-6=13:\\boxed{13}",
+        "5+4=9:3*9-8-6\n3*9=27:27-8-6\n-8-6=-14:27-14\n27-14=13:\\boxed{13}",
+        "5+4=9:3*9-8-6\n-8-6=-14:3*9-14\n3*9=27:27-14\n27-14=13:\\boxed{13}",
+        "-8-6=-14:3*(5+4)-14\n5+4=9:3*9-14\n3*9=27:27-14\n27-14=13:\\boxed{13}",
+    }
+    product = Problem("1", "1-2*3=?", "-5")
+    assert set(solutions(ExpressionTask(2, names_operations=True), product, 20)) == {"2*3=6:1-6\n1-6=-5:\\boxed{-5}"}
+
+
+@given(task=TASKS, seed=st.integers(0, 9), index=st.integers(0, 10**9))
+@settings(max_examples=100, deadline=None)
+def test_named_operations_are_true_and_lead_to_the_same_chain(task, seed, index):
+    named = dataclasses.replace(task, names_operations=True)
+    problem = named.problem(seed, "train", index)
+    assert problem == task.problem(seed, "train", index)
+    steps = [line.split(":") for line in named.solve(problem, seed).solution.split("\n")]
+    assert "=".join(expression for _, expression in steps) == task.solve(problem, seed).solution
+    for operation, _ in steps:
+        left, right = operation.split("=")
+        assert num_operators(left) == 1
+        assert value(left) == value(right)
 
 
 def test_next_steps_are_equally_likely():

@@ -16,7 +16,8 @@ from egspo_lightning.errors import UserError
 from egspo_lightning.rewards.extraction import extract_boxed
 from egspo_lightning.types import Demonstration, Problem
 
-FAMILIES = [ArithmeticTask(), ArithmeticTask(3, 2, "+-"), ExpressionTask(), ExpressionTask(6, 9, 50), WordProblemTask()]
+EXPRESSIONS = [ExpressionTask(), ExpressionTask(6, 9, 50), ExpressionTask(5, names_operations=True)]
+FAMILIES = [ArithmeticTask(), ArithmeticTask(3, 2, "+-"), *EXPRESSIONS, WordProblemTask()]
 each_family = pytest.mark.parametrize("task", FAMILIES, ids=repr)
 
 
