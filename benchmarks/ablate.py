@@ -1,8 +1,8 @@
 """The ablation of gate, attenuation and mixing on one task: `python benchmarks/ablate.py --help`.
 
 Three steps, each resumable by the same command: choose a learning rate for each cell on validation problems and other
-seeds (`tune_learning_rates.py`), compare all cells on the held-out problems (`egspo compare`), and write one table for
-each question of `ablation_cells.yaml`.
+seeds (`tune_learning_rates.py`), compare the cells that `ablation_cells.yaml` lists under `compared` on the held-out
+problems (`egspo compare`), and write one table for each of its questions.
 """
 
 import argparse
@@ -44,14 +44,17 @@ def main() -> int:
     _run([*tune, "--phases", str(arguments.tuning_phases), "-o", str(output / "tuning")])
     if arguments.tune_only:
         return 0
-    compare = ["-m", "egspo_lightning", "compare", "--config", config, *shared]
+    compared = [cell for cell in cells if cell in plan["compared"]]
+    methods = [overlay for cell, overlay in zip(cells, overlays, strict=True) if cell in compared]
+    compare = ["-m", "egspo_lightning", "compare", "--config", config]
+    compare += ["--methods", *methods, "--jobs", str(arguments.jobs)]
     compare += ["--seeds", *map(str, arguments.seeds), "--phases", str(arguments.phases)]
-    rates = str(output / "tuning" / "learning_rates.yaml")
+    rates = write_rates(output / "tuning" / "learning_rates.yaml", compared, output / "learning_rates.yaml")
     compare += ["--evaluate_every", str(arguments.phases), "--trainer.callbacks+=ProbabilityShift"]
     _run([*compare, "--learning_rates", rates, "-o", str(output / "test")])
     results = read_results(output / "test")
-    write_tables(questions, results, output / "tables")
-    (output / "tables" / "shifts.md").write_text(shift_table(results, cells))
+    write_tables(questions, compared, results, output / "tables")
+    (output / "tables" / "shifts.md").write_text(shift_table(results, compared))
     return 0
 
 
@@ -117,11 +120,20 @@ def read_results(folder: Path) -> list[Result]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/seed_*.json"))]
 
 
-def write_tables(questions: Mapping[str, Any], results: list[Result], folder: Path) -> None:
-    """Write ``QUESTION.md`` for each question, and print its table."""
+def write_rates(tuned: Path, compared: list[str], path: Path) -> str:
+    """Write the tuned learning rates of the compared cells alone, as `egspo compare` wants them. Returns the path."""
+    rates = yaml.safe_load(tuned.read_text())
+    path.write_text(yaml.safe_dump({cell: rates[cell] for cell in compared}, sort_keys=False))
+    return str(path)
+
+
+def write_tables(questions: Mapping[str, Any], compared: list[str], results: list[Result], folder: Path) -> None:
+    """Write ``QUESTION.md`` for each question with compared cells besides its baseline, and print its table."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, question in questions.items():
-        cells, baseline = cells_of(question), question["baseline"]
+        cells, baseline = [cell for cell in cells_of(question) if cell in compared], question["baseline"]
+        if baseline not in cells or len(cells) < 2:
+            continue
         rows = table_rows(results, cells, baseline)
         used = [result for result in results if result["label"] in cells]
         (folder / f"{name}.md").write_text(table_page(used, rows, baseline, command()))

@@ -18,6 +18,7 @@ def test_every_cell_parses_and_serves_a_question(parser, plan, repository, tmp_p
     monkeypatch.chdir(repository)
     used = {cell for question in plan["questions"].values() for cell in cells_of(question)}
     assert used == set(plan["cells"])
+    assert used >= set(plan["compared"]) >= {question["baseline"] for question in plan["questions"].values()}
     overlays = write_overlays(plan["cells"], list(plan["cells"]), tmp_path)
     for cell, overlay in zip(plan["cells"], overlays, strict=True):
         model = parser.parse_args(
