@@ -22,6 +22,7 @@ from egspo_lightning.analysis.paired_bootstrap import mean_interval
 from egspo_lightning.callbacks.probability_shift import SHIFTS
 from egspo_lightning.cli.comparison.compared_runs import method_names
 from egspo_lightning.errors import UserError, did_you_mean
+from measuring.forest_plot import forest_plot
 from measuring.script import command, exit_code
 
 HERE = Path(__file__).parent
@@ -128,7 +129,7 @@ def write_rates(tuned: Path, compared: list[str], path: Path) -> str:
 
 
 def write_tables(questions: Mapping[str, Any], compared: list[str], results: list[Result], folder: Path) -> None:
-    """Write ``QUESTION.md`` for each question with compared cells besides its baseline, and print its table."""
+    """Write table and figure of each question with compared cells besides its baseline, and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, question in questions.items():
         cells, baseline = [cell for cell in cells_of(question) if cell in compared], question["baseline"]
@@ -137,6 +138,7 @@ def write_tables(questions: Mapping[str, Any], compared: list[str], results: lis
         rows = table_rows(results, cells, baseline)
         used = [result for result in results if result["label"] in cells]
         (folder / f"{name}.md").write_text(table_page(used, rows, baseline, command()))
+        forest_plot(rows, baseline, question["title"]).savefig(folder / f"{name}.png", dpi=120)
         header, lines = table_cells(rows, baseline)
         print(f"\n{name}\n" + "\n".join(" | ".join(line[:7]) for line in [header, *lines]))
 
