@@ -24,7 +24,7 @@ from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
-from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine
+from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine, StartingEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.training.callback_rules import reaches_egspo
@@ -210,6 +210,12 @@ class HybridDataModule(LightningDataModule):
             f"because they are too long: {dropped[1]}."
         )
 
+    def _start_engine(self) -> None:
+        """Start the engine on all ranks, in their main threads: one that starts alone would wait for the others."""
+        if isinstance(self.engine, StartingEngine):
+            with self._policy.sampling(whole=False) as lm:
+                self.engine.start(lm)
+
     def teardown(self, stage: str) -> None:
         """End sampling ahead, the graders' processes, and the engine."""
         self.answerer.grader.close()
@@ -236,6 +242,7 @@ class HybridDataModule(LightningDataModule):
         if not self._is_probed:
             lengths = {"max_prompt_length": self.max_prompt_length, "max_completion_length": self.max_completion_length}
             probe_policy(self._policy, self.engine, **lengths)
+            self._start_engine()
             self._is_probed = True
         samples_ahead, number = self.max_staleness > 0 and self._has_next_phase, self.trainer.accumulate_grad_batches
         return self.phases.loader(self._policy, number, samples_ahead=samples_ahead)
@@ -257,10 +264,12 @@ class HybridDataModule(LightningDataModule):
     def test_dataloader(self) -> list[SizedLoader]:
         """The benchmarks, one loader each."""
         require(bool(self.benchmarks), "data.benchmarks", "none", "at least one, or there is nothing to measure")
+        self._start_engine()
         return [self.problems_of(benchmark.name) for benchmark in self.benchmarks]
 
     def predict_dataloader(self) -> SizedLoader:
         """The problems of a finite source, once each, in order."""
+        self._start_engine()
         return self.problems_of(PREDICT)
 
     def problems_of(self, name: str) -> SizedLoader:

@@ -16,9 +16,9 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 
 from egspo_lightning.models.policy import Policy, ValueHead
+from egspo_lightning.models.whole_weights import compute_device
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def gathered(network: nn.Module, plan: ShardingPlan = ShardingPlan()) -> Iterato
 
 def _make_root(network: nn.Module) -> None:
     """Run a forward pass through the whole network: FSDP2 takes the first module that runs as the root."""
-    weight = next(network.parameters())  # an offloaded shard lies on another device than the computation
-    device = torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
+    device = compute_device(network)
     probe = torch.zeros(1, 2, dtype=torch.long, device=device)
     with torch.no_grad():
         network(probe, probe.bool().index_fill(1, torch.tensor([1], device=device), True))

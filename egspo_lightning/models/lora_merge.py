@@ -1,7 +1,7 @@
 """Merge of LoRA adapters into the model, by peft's own code, and its trial before training."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,11 +21,28 @@ def merged(lm: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Sums are in float32, and rounded once to the type of W. The model's own parameters, which may be shards, are not
     read.
     """
-    plain = {_plain(name): value for name, value in weights.items() if not is_adapter(name)}
-    for name, layer in _outer_layers(lm).items():
-        own = {part: weights[f"{name}.{part}"] for part, _ in layer.named_parameters() if not is_reference(part)}
-        plain |= {f"{name}.{_plain(part)}": value for part, value in _merge(layer, own).items()}
-    return plain
+    return dict(merging(lm, weights, weights.__getitem__))
+
+
+def merging(lm: nn.Module, names: Iterable[str], get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what ``merged`` returns, layer by layer.
+
+    Args:
+        lm: the model
+        names: its parameters, in the order in which they are wanted
+        get: gives the whole tensor of a parameter; called once for each that is needed, in the same order on all ranks
+    """
+    layers = _outer_layers(lm)
+    parts = {name: [part for part, _ in layer.named_parameters()] for name, layer in layers.items()}
+    owners = {f"{name}.{part}": name for name in layers for part in parts[name]}
+    for name in names:
+        owner = owners.get(name)
+        if owner is None:
+            yield _plain(name), get(name)
+        elif owner in parts:
+            own = {part: get(f"{owner}.{part}") for part in parts.pop(owner) if not is_reference(part)}
+            for part, value in _merge(layers[owner], own).items():
+                yield f"{owner}.{_plain(part)}", value
 
 
 class _Merge(nn.Module):
@@ -42,14 +59,16 @@ class _Merge(nn.Module):
 
 
 @torch.no_grad()
-def _merge(layer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base layer's weights, merged, by their names in the layer; ``weights`` are the base's and the adapter's."""
-    exact = {
-        f"layer.{name}": value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-        for name, value in weights.items()
-    }
+def _merge(layer: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base layer's weights, merged, by their names in the layer.
+
+    ``weights``, the base's and the adapter's, is emptied, so that gathered tensors are freed once they are copied.
+    """
+    exact, dtypes = {}, {name: value.dtype for name, value in weights.items()}
+    for name, dtype in dtypes.items():
+        exact[f"layer.{name}"] = weights.pop(name).to(torch.promote_types(dtype, torch.float32), copy=True)
     functional_call(_Merge(layer), exact, ())
-    return {name: exact[f"layer.{name}"].to(value.dtype) for name, value in weights.items() if not is_adapter(name)}
+    return {name: exact[f"layer.{name}"].to(dtype) for name, dtype in dtypes.items() if not is_adapter(name)}
 
 
 def _outer_layers(lm: nn.Module) -> dict[str, Any]:

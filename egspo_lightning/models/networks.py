@@ -56,24 +56,32 @@ class InferenceMode:
         self._held: list[Any] = []
 
     @contextmanager
-    def hold(self, networks: list[Any], precision: AbstractContextManager[Any], plan: ShardingPlan) -> Iterator[None]:
+    def hold(
+        self,
+        networks: list[Any],
+        precision: AbstractContextManager[Any],
+        plan: ShardingPlan,
+        *,
+        whole: bool = True,
+    ) -> Iterator[None]:
         """Hold networks whole and in eval mode, in the training precision; skip those that an outer call holds.
 
-        With sharded networks, all ranks must enter together.
+        With sharded networks, all ranks must enter together. ``whole=False`` leaves the shards as they are.
         """
         fresh = [network for network in networks if network not in self._held]
         was_training = [network.training for network in fresh]
         for network in fresh:
             network.eval()  # gradient checkpointing in train mode breaks the cache
-        self._held += fresh
+        self._held += fresh if whole else []
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(precision)
-                for network in fresh:
+                for network in fresh if whole else []:
                     stack.enter_context(gathered(network, plan))
                 yield
         finally:
             for network, training in zip(fresh, was_training, strict=True):
-                self._held.remove(network)
+                if whole:
+                    self._held.remove(network)
                 network.train(training)

@@ -76,8 +76,8 @@ class Snapshot:
             raise CancelledError
 
     @contextmanager
-    def sampling(self) -> Iterator[Any]:
-        """Enter no-grad mode and the precision of training; gives the causal language model."""
+    def sampling(self, *, whole: bool = True) -> Iterator[Any]:
+        """Enter no-grad mode and the precision of training; gives the causal language model, which is always whole."""
         with torch.no_grad(), self._precision():
             yield self._networks.policy.lm
 

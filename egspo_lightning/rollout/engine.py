@@ -35,6 +35,9 @@ class RolloutEngine(Protocol):
 
     With data.max_staleness a thread calls ``stream``, with a copy of the model. An engine that may then also be called
     from another thread, with another model, has an attribute ``is_reentrant`` that is true. Benchmarks wait for others.
+
+    An engine that samples from a copy of the weights has an attribute ``takes_shards`` that is true. It gets a sharded
+    model in shards, and all ranks call it together, also those without requests.
     """
 
     @abstractmethod
@@ -52,6 +55,14 @@ class RolloutEngine(Protocol):
             eos_ids: tokens that end a completion
             pad_id: token that pads shorter prompts
         """
+
+
+@runtime_checkable
+class StartingEngine(Protocol):
+    """An engine that the ranks start together, in their main threads, before the first call of ``stream``."""
+
+    def start(self, lm: Any) -> None:
+        """Start the engine for a model within the policy's sampling context, unless it runs. Collective."""
 
 
 @runtime_checkable
@@ -79,7 +90,8 @@ def stream_samples(
 ) -> Iterator[list[tuple[int, Sample]]]:
     """Yield batches of (request number, sample) within the policy's sampling context."""
     requests = [Request(prompt.token_ids, f"{prompt.seed}/{i}") for prompt in prompts for i in range(num_samples)]
-    with policy.sampling() as lm:
-        if requests:
+    takes_shards = getattr(engine, "takes_shards", False)
+    with policy.sampling(whole=not takes_shards) as lm:
+        if requests or takes_shards:
             pad_id = policy.tokenizer.pad_token_id
             yield from engine.stream(lm, requests, sampling, eos_ids=policy.eos_ids, pad_id=pad_id)

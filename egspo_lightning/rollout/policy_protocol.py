@@ -36,10 +36,11 @@ class RolloutPolicy(Protocol):
     def takes_sampled_statistics(self) -> bool:
         """Whether the engine's statistics of its sampled tokens can replace ``score``."""
 
-    def sampling(self) -> AbstractContextManager[Any]:
+    def sampling(self, *, whole: bool = True) -> AbstractContextManager[Any]:
         """Context that gives the causal language model in eval mode, without gradients, in the training precision.
 
-        All ranks must enter it equally often; within it they are independent of one another.
+        All ranks must enter it equally often; within it they are independent of one another. ``whole=False`` leaves a
+        sharded model in shards, for an engine that copies its weights.
         """
 
     def scoring(self) -> AbstractContextManager[Any]:

@@ -1,11 +1,15 @@
-"""vLLM engine: samples with vLLM in the trainer's process, from the trainer's weights.
+"""vLLM engine: samples with vLLM in the process of each rank, from the trainer's weights.
 
 Each call of ``stream`` first copies the policy's weights into vLLM and resets its prefix cache. So every change of the
 policy counts: an optimizer step, a checkpoint, a new stage, adapters, another object. A copy takes milliseconds where
-sampling takes seconds. Adapters are merged into the copied weights.
+sampling takes seconds. Adapters are merged into the copied weights. Shards of FSDP2 are gathered one parameter at a
+time.
 
-Tested with vLLM 0.32 in one CPU process, in float32. Not tested: CUDA, and therefore ``enable_sleep``, bfloat16 and
-``gpu_memory_utilization``.
+On several ranks each has an engine with the whole model, and samples its own requests. The ranks start their engines
+and copy weights together; in between they are independent.
+
+Tested with vLLM 0.32 on one and two CPU processes, in float32. Not tested: CUDA, and therefore ``enable_sleep``,
+bfloat16, ``gpu_memory_utilization`` and NCCL.
 """
 
 import hashlib
@@ -14,10 +18,9 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from egspo_lightning.errors import UserError, require
-from egspo_lightning.models.lora_merge import merged
+from egspo_lightning.models.whole_weights import compute_device, whole_weights
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
 from egspo_lightning.types import Count, PositiveFloat, PositiveShare, Sampling
@@ -27,9 +30,9 @@ LEAST_TEMPERATURE = 0.01
 
 
 class VLLMEngine(RolloutEngine):
-    """Samples with vLLM; needs ``pip install "egspo-lightning[vllm]"`` and one process.
+    """Samples with vLLM; needs ``pip install "egspo-lightning[vllm]"``.
 
-    One GPU holds the whole model; for a larger one, use ``--trainer.strategy fsdp2`` with the default engine. A sample
+    Each rank has an engine of its own, and its GPU holds the whole model in it, under ``fsdp2`` as well. A sample
     depends on its seed and prompt alone, up to rounding, which varies with the batch. vLLM reports no entropies, so the
     policy scores the rollouts; ``rollout/sampler_gap`` logs the distance between the two.
 
@@ -44,6 +47,9 @@ class VLLMEngine(RolloutEngine):
         enable_sleep: On a GPU, free vLLM's memory between calls.
         enforce_eager: On a GPU, run without CUDA graphs: slower, with less memory.
     """
+
+    takes_shards = True
+    """All ranks call ``stream`` together, also without requests: copying the weights is collective."""
 
     def __init__(
         self,
@@ -82,11 +88,11 @@ class VLLMEngine(RolloutEngine):
         if 0 < sampling.temperature < LEAST_TEMPERATURE:
             allowed = f"0, or at least {LEAST_TEMPERATURE} with VLLMEngine"
             require(False, "temperature", sampling.temperature, allowed)
-        device = next(lm.parameters()).device
-        vllm = self._started(lm, device)
+        device = compute_device(lm)
+        vllm = self._started(lm)
         self._require_room(vllm, requests, sampling)
         with apart(device):
-            self._renew(vllm, lm)
+            self._renew(vllm, lm, device)
             numbers = self._add(vllm, requests, sampling, eos_ids)
         try:
             while numbers:
@@ -102,12 +108,18 @@ class VLLMEngine(RolloutEngine):
 
     def close(self) -> None:
         """Shut vLLM down and free its memory; the next call of ``stream`` starts it again."""
-        if self.running is not None and self.running.close():
+        if self.running is not None:
+            self.running.close()
             self.running = None
 
-    def _started(self, lm: Any, device: torch.device) -> Running:
-        """The vLLM instance, which the first call starts."""
-        config = lm.config.to_json_string(use_diff=False)
+    def start(self, lm: Any) -> None:
+        """Start vLLM, unless it runs. Collective.
+
+        Raises:
+            UserError: vLLM cannot run the model.
+            RuntimeError: vLLM runs for a model of another config.
+        """
+        config, device = lm.config.to_json_string(use_diff=False), compute_device(lm)
         if self.running is None:
             settings = {
                 "max_model_len": self.max_model_len,
@@ -119,10 +131,17 @@ class VLLMEngine(RolloutEngine):
                 "enforce_eager": self.enforce_eager,
             }
             self.running, self._config = start_vllm(lm, device, settings), config
+            if self._sleeps(device):
+                self.running.llm.sleep(level=2)
         if config != self._config:
             raise RuntimeError(
                 "VLLMEngine was started for a model of another config: close it, or make another engine."
             )
+
+    def _started(self, lm: Any) -> Running:
+        """The vLLM instance, which is started by the first call where the run has not done it."""
+        self.start(lm)
+        assert self.running is not None
         if self.running.engine.has_unfinished_requests():
             raise RuntimeError("VLLMEngine is asked for samples while it streams others, whose weights would change.")
         return self.running
@@ -133,13 +152,13 @@ class VLLMEngine(RolloutEngine):
     def _require_room(self, vllm: Running, requests: Sequence[Request], sampling: Sampling) -> None:
         """Refuse requests that do not fit: vLLM would cut off their completions."""
         limit = vllm.engine.model_config.max_model_len
-        needed = max(len(request.prompt_ids) for request in requests) + sampling.max_completion_length
+        needed = max((len(request.prompt_ids) for request in requests), default=0) + sampling.max_completion_length
         allowed = f"at least {needed}, the longest prompt with max_completion_length = {sampling.max_completion_length}"
         require(needed <= limit, "VLLMEngine.max_model_len", limit, allowed)
 
-    def _renew(self, vllm: Running, lm: Any) -> None:
+    def _renew(self, vllm: Running, lm: Any, device: torch.device) -> None:
         """Copy the policy's current weights into vLLM, and reset its prefix cache."""
-        asleep = self._sleeps(next(lm.parameters()).device)
+        asleep = self._sleeps(device)
         if asleep:
             vllm.llm.wake_up(tags=["weights"])
         self.copy_weights(vllm, lm)
@@ -149,15 +168,12 @@ class VLLMEngine(RolloutEngine):
 
     @torch.no_grad()
     def copy_weights(self, vllm: Running, lm: Any) -> None:
-        """Copy all weights of the policy into vLLM.
+        """Copy all weights of the policy into vLLM, one at a time. Collective.
 
         Raises:
             UserError: the policy has no values for some of vLLM's weights.
         """
-        is_tied = getattr(lm.config.get_text_config(), "tie_word_embeddings", True)
-        parameters = lm.named_parameters(remove_duplicate=is_tied)  # an adapted embedding unties the output layer
-        weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters}
-        taken = vllm.model.load_weights(merged(lm, weights).items())
+        taken = vllm.model.load_weights(whole_weights(lm))
         stale = {name for name, _ in vllm.model.named_parameters()} - (taken or set())
         if stale:
             raise UserError(

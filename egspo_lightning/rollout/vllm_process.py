@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -36,17 +36,18 @@ class Running(NamedTuple):
         """The module with vLLM's weights."""
         return self.engine.model_executor.driver_worker.model_runner.model
 
-    def close(self) -> bool:
-        """Shut vLLM down, unless that would also end the trainer's process group; returns whether it did."""
-        if self.owns_group:
+    def close(self) -> None:
+        """Shut vLLM down; a process group that it did not create stays."""
+        with nullcontext() if self.owns_group else kept_group():
             self.engine.engine_core.shutdown()
-        return self.owns_group
 
 
 def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Running:
     """Start vLLM for the architecture of a causal language model, with placeholder weights.
 
-    vLLM seeds the random generators of Python, NumPy and torch; their states are restored.
+    If there is a process group, all ranks must call this together. Each gets an engine of its own, in its own process
+    and on its own device; vLLM cuts its groups from the existing one. vLLM seeds the random generators of Python, NumPy
+    and torch; their states are restored.
 
     Args:
         lm: the model
@@ -54,20 +55,15 @@ def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Ru
         settings: further arguments of ``vllm.LLM``
 
     Raises:
-        UserError: there are several processes, the model is not on the first GPU, or vLLM cannot run it.
+        UserError: one process without a group has the model on another GPU than the first, or vLLM cannot run it.
     """
     has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if has_group and (num_ranks := torch.distributed.get_world_size()) > 1:
-        raise UserError(
-            f"data.engine VLLMEngine runs on one process as yet, and this run has {num_ranks}. Use --trainer.devices 1 "
-            "and --trainer.num_nodes 1, or the default engine."
-        )
-    if device.type == "cuda" and device.index not in (None, 0):
+    if not has_group and device.type == "cuda" and device.index not in (None, 0):
         raise UserError(
             f"data.engine VLLMEngine takes the first GPU that it sees, and the policy is on {device}. Choose the GPU "
             f"by CUDA_VISIBLE_DEVICES={device.index}, with --trainer.devices 1."
         )
-    with undisturbed(), TemporaryDirectory() as folder:
+    with undisturbed(), launched(device) if has_group else nullcontext(), TemporaryDirectory() as folder:
         config = copy.deepcopy(lm.config)
         config.architectures = [type(lm).__name__]
         config.save_pretrained(folder)
@@ -80,6 +76,7 @@ def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Ru
                 skip_tokenizer_init=True,  # requests and samples are token ids
                 generation_config="vllm",  # no filter or penalty from the folder's generation config
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
+                distributed_executor_backend="external_launcher" if has_group else None,
                 **(_for_cpu(settings) if device.type == "cpu" else settings),
             )
         except ValueError as error:
@@ -112,6 +109,31 @@ def undisturbed() -> Iterator[None]:
     finally:
         restore_random_state(state)
         torch.set_num_threads = set_num_threads
+
+
+@contextmanager
+def launched(device: torch.device) -> Iterator[None]:
+    """Set the variables from which vLLM's external_launcher takes this process's rank and the index of its device."""
+    values = {"RANK": str(torch.distributed.get_rank()), "LOCAL_RANK": str(device.index or 0)}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+
+
+@contextmanager
+def kept_group() -> Iterator[None]:
+    """Ignore vLLM's call that destroys the default process group, which is the trainer's."""
+    destroy = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 @contextmanager

@@ -157,21 +157,22 @@ class PolicyModule(ResumableModule):
         is_exact = self.is_full_precision and torch.get_float32_matmul_precision() == "highest"
         return is_exact and not self.has_reference and self.critic_config is None
 
-    def sampling(self) -> AbstractContextManager[Any]:
+    def sampling(self, *, whole: bool = True) -> AbstractContextManager[Any]:
         """The causal language model in eval mode, without gradients, in the precision of training.
 
-        It is re-entrant. With a sharded policy, all ranks must enter it together.
+        It is re-entrant. With a sharded policy, all ranks must enter it together. ``whole=False`` does not gather the
+        shards: the model cannot run then, but an engine can copy its weights.
         """
-        return self._inferring([self._policy])
+        return self._inferring([self._policy], whole=whole)
 
     def scoring(self) -> AbstractContextManager[Any]:
         """The context of ``sampling``, with reference policy and critic gathered as well."""
         return self._inferring(self._networks)
 
     @contextmanager
-    def _inferring(self, networks: list[Any]) -> Iterator[Any]:
+    def _inferring(self, networks: list[Any], *, whole: bool = True) -> Iterator[Any]:
         precision = self.trainer.precision_plugin.forward_context()
-        with self._inference.hold(networks, precision, sharding_plan(self.trainer)):
+        with self._inference.hold(networks, precision, sharding_plan(self.trainer), whole=whole):
             yield self._policy.lm
 
     def snapshot(self) -> Snapshot:

@@ -34,7 +34,7 @@ class ThinkingPolicy:
         self.eos_ids = [self.tokenizer.eos_token_id]
 
     @contextmanager
-    def sampling(self):
+    def sampling(self, *, whole=True):
         yield None
 
 

@@ -38,7 +38,7 @@ class SmallPolicy:
         self.eos_ids = [self.tokenizer.eos_token_id]
 
     @contextmanager
-    def sampling(self):
+    def sampling(self, *, whole=True):
         with torch.no_grad():
             yield self.lm
 

@@ -1,5 +1,6 @@
 """VLLMEngine without vLLM: refused settings and the installation message. tests/vllm runs vLLM itself."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,11 @@ from egspo_lightning.models.lora import LoraConfig, zero_factors
 from egspo_lightning.models.lora_merge import merged
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout import vllm_engine
+from egspo_lightning.rollout.engine import stream_samples
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.rollout.vllm_engine import VLLMEngine, stable_seed
-from egspo_lightning.rollout.vllm_process import start_vllm
+from egspo_lightning.rollout.vllm_process import Running, launched, start_vllm
+from egspo_lightning.types import Sampling
 
 
 def test_missing_vllm_error_says_what_to_install(monkeypatch, repository):
@@ -52,11 +55,32 @@ def engine_parser():
     return parser
 
 
-def test_vllm_with_several_ranks_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(UserError, match="one process as yet, and this run has 4"):
-        start_vllm(None, torch.device("cpu"), {})
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_vllm_gets_rank_and_device_and_the_environment_is_restored(monkeypatch, group):
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    monkeypatch.delenv("RANK", raising=False)
+    with launched(torch.device("cuda:3")):
+        assert (os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("0", "3")
+    assert (os.environ.get("RANK"), os.environ["LOCAL_RANK"]) == (None, "7")
+
+
+def test_closing_vllm_keeps_the_process_group_of_the_trainer(group):
+    def shut_down():
+        torch.distributed.destroy_process_group(own)
+        torch.distributed.destroy_process_group()
+
+    own = torch.distributed.new_group([0])
+    core = SimpleNamespace(shutdown=shut_down)
+    Running(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core)), owns_group=False).close()
+    assert torch.distributed.is_initialized()
+    with pytest.raises(ValueError, match="not registered"):
+        torch.distributed.get_rank(own)
 
 
 def test_vllm_on_another_gpu_than_the_first_is_refused():
@@ -84,12 +108,38 @@ def test_copied_weights_are_merged_and_untied_from_an_adapted_embedding(monkeypa
     assert all(torch.equal(value, expected[name]) for name, value in taken.items())
 
 
-def test_run_closes_its_engine(tiny_run):
-    class Closing(TransformersEngine):
-        closed = 0
+class Recording(TransformersEngine):
+    """Records the calls of an engine that has to be started and closed."""
 
-        def close(self):
-            Closing.closed += 1
+    def __init__(self):
+        super().__init__(max_batch_size=64)
+        self.calls = []
 
-    tiny_run(data={"engine": Closing()}, module={"initial_stage": "egspo"}, trainer={"max_epochs": 1}).fit()
-    assert Closing.closed == 1
+    def start(self, lm):
+        assert not lm.training
+        self.calls.append("start")
+
+    def stream(self, lm, requests, *args, **kwargs):
+        self.calls.append(len(requests))
+        yield from super().stream(lm, requests, *args, **kwargs) if requests else ()
+
+    def close(self):
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_run_starts_its_engine_before_training_and_closes_it(tiny_run, max_staleness):
+    engine = Recording()
+    data = {"engine": engine, "max_staleness": max_staleness}
+    tiny_run(data=data, module={"initial_stage": "egspo"}, trainer={"max_epochs": 2}).fit()
+    assert engine.calls == ["start", 16, 16, "close"]
+
+
+@pytest.mark.parametrize("takes_shards", [False, True])
+def test_an_engine_that_takes_shards_is_called_without_requests(tiny_run, takes_shards):
+    """Other ranks have requests, and wait for this one's part in the copy of the weights."""
+    engine = Recording()
+    engine.takes_shards = takes_shards
+    run = tiny_run(trainer={"max_epochs": 1}).fit()
+    assert list(stream_samples(run.module, engine, [], 4, Sampling(3))) == []
+    assert engine.calls == ([0] if takes_shards else [])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from egspo_lightning.cli.main import run
 from egspo_lightning.data.prompts import PromptTemplate
@@ -94,6 +94,15 @@ def agreement(folder: str, tied: str, fault: str) -> list[dict[str, Any]]:
     found.append(compare(engine, model(folder, tied=tied == "tied", seed=2)))
     engine.close()
     return found
+
+
+def save(folder: str, root: str) -> None:
+    """Save a tied and an untied model with random weights; the untied one has a large vocabulary."""
+    sized = Path(root) / "sized"
+    AutoConfig.from_pretrained(folder, vocab_size=4096).save_pretrained(sized)
+    for name, config in (("tied", folder), ("untied", str(sized))):
+        model(config, tied=name == "tied").save_pretrained(Path(root) / name)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(Path(root) / name)
 
 
 def adapters(folder: str) -> list[dict[str, Any]]:
@@ -222,7 +231,7 @@ def refusal(call: Any) -> str:
     return ""
 
 
-CASES = {case.__name__: case for case in (agreement, adapters, pretrained, checkpoint, isolation)}
+CASES = {case.__name__: case for case in (agreement, save, adapters, pretrained, checkpoint, isolation)}
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]

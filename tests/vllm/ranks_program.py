@@ -1,0 +1,153 @@
+"""Short runs with vLLM, one after another, on the ranks of torchrun: ``ranks_program.py FOLDER NAME=ARGUMENTS ...``.
+
+Arguments are a JSON list. At the end of each run every rank compares vLLM with transformers and writes its findings to
+FOLDER/NAME/RANK.json.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from program import LENGTHS, forward_logprobs, make_requests, sample
+from torch.profiler import ProfilerActivity, profile
+
+from egspo_lightning.cli.main import run
+from egspo_lightning.cli.process_exit import leave
+from egspo_lightning.rollout.engine import Request, stream_samples
+from egspo_lightning.rollout.transformers_engine import TransformersEngine
+from egspo_lightning.types import Sampling
+
+SHORT = [
+    "--config=configs/quickstart.yaml",
+    "--trainer.max_epochs=3",
+    "--trainer.logger=CSVLogger",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_checkpointing=false",
+    "--model.policy.from_scratch=false",
+    "--stage_transition={after_epochs: 1, monitor: null, target: null, learning_rate: 1e-3}",
+    "--data.demonstrations.init_args.num_demonstrations=32",
+    "--data.sft_batch_size=16",
+    "--data.benchmarks=null",
+    "--data.num_problems=4",
+    "--data.num_generations=4",
+    "--data.max_completion_length=40",
+    "--data.reward.num_workers=1",
+    "--hf_export.enabled=false",
+    "--token_records.every_n_rollout_batches=0",
+    "--data.engine=egspo_lightning.rollout.vllm_engine.VLLMEngine",
+    "--data.engine.max_model_len=512",
+    "--data.engine.kv_cache_gib=0.25",
+    "--trainer.callbacks+=ranks_program.Compare",
+]
+ALL = make_requests()
+
+
+def uneven(rank: int, world_size: int) -> list[Request]:
+    """All requests on the first rank, and five on others."""
+    return ALL if rank == 0 else ALL[-5:]
+
+
+def last_alone(rank: int, world_size: int) -> list[Request]:
+    """All requests on the last rank, and none on others."""
+    return ALL if rank == world_size - 1 else []
+
+
+def everywhere(rank: int, world_size: int) -> list[Request]:
+    """The same requests on every rank."""
+    return ALL
+
+
+class Compare(Callback):
+    """Compares after training, after a change of all weights, and after others without the reset or the copy."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        engine, place = trainer.datamodule.engine, (trainer.global_rank, trainer.world_size)
+        found = {"trained": compare(pl_module, engine, uneven(*place))}
+        found["memory"] = memory(pl_module, engine)
+        change(pl_module)
+        found["changed"] = compare(pl_module, engine, last_alone(*place))
+        engine._forget_prefixes = lambda *_: None
+        change(pl_module)
+        found["no reset"] = compare(pl_module, engine, everywhere(*place))
+        del engine._forget_prefixes
+        engine.copy_weights = lambda *_: None
+        change(pl_module)
+        found["no copy"] = compare(pl_module, engine, everywhere(*place))
+        del engine.copy_weights
+        file = Path(trainer.default_root_dir) / f"{trainer.global_rank}.json"
+        file.write_text(json.dumps(found))
+
+
+def compare(module: Any, engine: Any, requests: list[Request]) -> dict[str, Any]:
+    """Compare greedy tokens with the transformers engine, and log-probabilities of samples with a forward pass."""
+    greedy, sampling = Sampling(12, temperature=0.0), Sampling(12, temperature=0.7)
+    with module.sampling(whole=False) as lm:
+        ours, drawn = (sample(engine, lm, requests, each) for each in (greedy, sampling))
+    with module.sampling() as lm:
+        theirs = sample(TransformersEngine(), lm, requests, greedy) if requests else []
+        pairs = list(zip(requests, drawn, strict=True))
+        gaps = [
+            (torch.tensor(found.logprobs) - forward_logprobs(lm, request, found.token_ids, 0.7)).abs().max().item()
+            for request, found in pairs
+        ]
+    same = [one.token_ids == other.token_ids for one, other in zip(ours, theirs, strict=True)]
+    by_length = {
+        n: [is_same for is_same, request in zip(same, requests, strict=True) if len(request.prompt_ids) == n]
+        for n in LENGTHS
+    }
+    return {"same": by_length, "gap": max(gaps, default=0.0), "tokens": {r.seed: s.token_ids for r, s in pairs}}
+
+
+@torch.no_grad()
+def change(module: Any) -> None:
+    """Change all weights, whole or in shards, in the same way on all ranks."""
+    for parameter in module.policy.lm.parameters():
+        parameter.add_(torch.sin(parameter * 997), alpha=0.2)
+
+
+def memory(module: Any, engine: Any) -> dict[str, int]:
+    """Bytes of the weights, and the peak of allocated bytes while the engine copies them and while all are gathered."""
+    lm = module.policy.lm
+    blocks = [sum(map(num_bytes, block.parameters())) for block in lm.model.layers]
+    return {
+        "all": sum(map(num_bytes, lm.parameters())),
+        "largest": max([*blocks, *map(num_bytes, lm.parameters())]),
+        "copied": peak_bytes(lambda: list(stream_samples(module, engine, [], 1, Sampling(1, 0.0)))),
+        "gathered": peak_bytes(lambda: gather(module)),
+    }
+
+
+def gather(module: Any) -> None:
+    """Hold all weights, as for the default engine."""
+    with module.sampling():
+        pass
+
+
+def num_bytes(parameter: torch.Tensor) -> int:
+    """Bytes of a whole parameter."""
+    return parameter.numel() * parameter.element_size()
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Peak of the bytes that are allocated during the call; it misses that gloo's threads free some small tensors."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+if __name__ == "__main__":
+    root, *runs = sys.argv[1:]
+    for name, arguments in (each.split("=", 1) for each in runs):
+        place = f"{root}/{name}"
+        folders = [f"--trainer.default_root_dir={place}", f"--trainer.logger.save_dir={place}"]
+        run(["fit", *SHORT, *json.loads(arguments), *folders])
+    leave(0)
