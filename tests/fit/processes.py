@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from egspo_lightning.cli.main import main
@@ -47,6 +49,44 @@ def run_in_group(command: Sequence[str], cwd: Path, timeout: float = 240, **envi
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return output, process.returncode
+
+
+def processes_of(session: int) -> list[psutil.Process]:
+    """All live processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            pass
+    return found
+
+
+def run_until_all_end(command: Sequence[str], cwd: Path, log: Path, timeout: float = 90, **environment: str) -> str:
+    """Run a command that must fail in time, and leave no process behind ten seconds later; return its output."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=timeout)
+            deadline = time.monotonic() + 10
+            while processes_of(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            left = [" ".join(p.cmdline()) for p in processes_of(process.pid)]
+        finally:
+            for each in processes_of(process.pid):
+                os.kill(each.pid, signal.SIGKILL)
+    text = log.read_text()
+    assert code != 0, text
+    assert not left, text
+    return text
 
 
 def run_forked(arguments: Sequence[str]) -> int:

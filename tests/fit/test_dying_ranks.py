@@ -1,13 +1,10 @@
 """If a rank dies, the run ends within a minute, shows the error, and leaves no process behind."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
 
-import psutil
 import pytest
+
+from processes import run_until_all_end
 
 RUN = [
     "-m",
@@ -21,18 +18,6 @@ RUN = [
     "--stage_transition.after_epochs=1",
 ]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-def processes_of(session):
-    """All live processes of a session."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
-            pass
-    return found
 
 
 @pytest.mark.slow
@@ -63,27 +48,7 @@ def test_a_failed_sampling_thread_ends_the_run(repository, tmp_path, rank):
 
 def assert_run_ends(repository, tmp_path, strategy, launcher, dies, *, has_error):
     run = [*RUN, f"--trainer.strategy={strategy}", *dies, f"--trainer.default_root_dir={tmp_path}"]
-    log = tmp_path / "output"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *(TORCHRUN if launcher == "torchrun" else []), *run],
-            cwd=repository,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "tests/fit"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=90)  # two ranks start in 10 s
-            deadline = time.monotonic() + 10
-            while processes_of(process.pid) and time.monotonic() < deadline:
-                time.sleep(0.2)
-            left = [" ".join(p.cmdline()) for p in processes_of(process.pid)]
-        finally:
-            for each in processes_of(process.pid):
-                os.kill(each.pid, signal.SIGKILL)
-    text = log.read_text()
-    assert code != 0, text
-    assert not left, text
+    command = [sys.executable, *(TORCHRUN if launcher == "torchrun" else []), *run]
+    text = run_until_all_end(command, repository, tmp_path / "output", PYTHONPATH="tests/fit")  # ranks start in 10 s
     if has_error:
         assert "ArithmeticError: the rank has divided by zero" in text
