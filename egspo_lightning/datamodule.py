@@ -220,12 +220,16 @@ class HybridDataModule(LightningDataModule):
         """End sampling ahead, the graders' processes, and the engine."""
         self.answerer.grader.close()
         self._end_training()
-        if isinstance(self.engine, ClosingEngine):
-            self.engine.close()
+        self._close_engine()
 
     def on_exception(self, exception: BaseException) -> None:
-        """End sampling ahead: no thread outlives the run."""
+        """End sampling ahead and the engine: no thread outlives the run, and no engine the process group."""
         self._end_training()
+        self._close_engine()
+
+    def _close_engine(self) -> None:
+        if isinstance(self.engine, ClosingEngine):
+            self.engine.close()
 
     def _end_training(self) -> None:
         if self.max_tokens_per_micro_batch is not None and hasattr(self.phases, "pool"):

@@ -101,9 +101,10 @@ class VLLMEngine(RolloutEngine):
                 if done:
                     yield [(numbers.pop(output.request_id), _sample(output.outputs[0], eos_ids)) for output in done]
         finally:
-            if numbers:
+            is_open = self.running is vllm  # an error of the run closes the engine before this generator
+            if numbers and is_open:
                 vllm.engine.abort_request(list(numbers))
-            if self._sleeps(device):
+            if is_open and self._sleeps(device):
                 vllm.llm.sleep(level=2)  # discards the weights, which the next call copies again
 
     def close(self) -> None:

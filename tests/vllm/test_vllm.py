@@ -34,7 +34,7 @@ def python(repository, *arguments):
         start_new_session=True,
     )
     try:
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=600)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -122,8 +122,12 @@ def test_samples_are_independent_and_no_global_state_is_left_behind(repository, 
     assert partial.startswith("UserError: data.engine VLLMEngine: vLLM takes none of LlamaForCausalLM's weights for")
 
 
-def test_the_quickstart_learns_in_twenty_rollout_batches(repository, tmp_path):
+@pytest.mark.parametrize(
+    "ranks", [[], ["--trainer.strategy=ddp", "--trainer.devices=2"]], ids=["one rank", "two ranks"]
+)
+def test_the_quickstart_learns_in_twenty_rollout_batches(repository, tmp_path, ranks):
     arguments = [
+        *ranks,
         "--trainer.max_epochs=38",
         "--trainer.logger=CSVLogger",
         f"--trainer.logger.save_dir={tmp_path}",

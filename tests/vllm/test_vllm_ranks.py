@@ -2,12 +2,13 @@
 
 import json
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from processes import run_in_group
+from processes import run_in_group, run_until_all_end
 
 pytestmark = [
     pytest.mark.vllm,
@@ -34,6 +35,7 @@ def findings(repository, tiny_model, tmp_path_factory):
         strategy, kind = case.split("-")
         arguments = [f"--trainer.strategy={strategy}", "--trainer.devices=2", *(LORA if kind == "lora" else [])]
         arguments += [f"--model.policy.name_or_path={folder / ('untied' if kind == 'untied' else 'tied')}"]
+        arguments += ["--data.max_staleness=1"] if case == "ddp-tied" else []  # a thread samples the second batch
         runs.append(f"{case}={json.dumps(arguments)}")
     command = [sys.executable, *TORCHRUN, str(FOLDER / "ranks_program.py"), str(folder), *runs]
     output, code = run_in_group(command, repository, 600, **ENVIRONMENT)
@@ -80,3 +82,35 @@ def test_copying_shards_holds_no_more_than_the_largest_block_or_parameter(findin
         memory = rank["memory"]
         assert memory["copied"] < 1.25 * memory["largest"]
         assert memory["gathered"] >= memory["all"] > 2 * memory["largest"]
+
+
+DYING = [
+    "--config=configs/quickstart.yaml",
+    "--trainer.devices=2",
+    "--data.demonstrations.init_args.num_demonstrations=128",
+    "--data.sft_batch_size=16",
+    "--data.benchmarks=null",
+    "--stage_transition.after_epochs=1",
+    "--data.engine=dying_vllm.DyingVLLM",
+    "--data.engine.max_model_len=128",
+    "--data.engine.kv_cache_gib=0.25",
+]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "launcher", "rank", "message"),
+    [("ddp", [], 1, "terminated with code -9"), ("fsdp2", TORCHRUN, 0, "Signal 9 (SIGKILL) received by PID")],
+    ids=["ddp-lightning", "fsdp2-torchrun"],
+)
+def test_a_rank_killed_while_it_samples_ends_the_run(repository, tmp_path, strategy, launcher, rank, message):
+    """Within a minute, with a message; it leaves no process, so no port, and no shared memory behind."""
+    killed, shared = tmp_path / "killed", Path("/dev/shm")
+    before = set(shared.iterdir())
+    run = ["-m", "egspo_lightning", "fit", *DYING, f"--trainer.strategy={strategy}", f"--data.engine.rank={rank}"]
+    run += [f"--data.engine.file={killed}", f"--trainer.default_root_dir={tmp_path}"]
+    log = tmp_path / "output"
+    text = run_until_all_end([sys.executable, *launcher, *run], repository, log, timeout=300, **ENVIRONMENT)
+    assert killed.exists(), text
+    assert time.time() - killed.stat().st_mtime < 70, "a minute, and ten seconds for the processes to end"
+    assert message in text
+    assert set(shared.iterdir()) <= before
