@@ -8,7 +8,9 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from egspo_lightning.cli.main import run
+from egspo_lightning.data.tasks.arithmetic import ArithmeticTask
 from egspo_lightning.errors import UserError
+from egspo_lightning.evaluation.benchmarks import GeneratedBenchmark
 from egspo_lightning.models.lora import LoraConfig, zero_factors
 from egspo_lightning.models.lora_merge import merged
 from egspo_lightning.models.policy_config import PolicyConfig
@@ -133,6 +135,21 @@ def test_run_starts_its_engine_before_training_and_closes_it(tiny_run, max_stale
     data = {"engine": engine, "max_staleness": max_staleness}
     tiny_run(data=data, module={"initial_stage": "egspo"}, trainer={"max_epochs": 2}).fit()
     assert engine.calls == ["start", 16, 16, "close"]
+
+
+def test_evaluation_starts_its_engine_before_it_samples(tiny_run):
+    engine = Recording()
+    benchmarks = [GeneratedBenchmark(num_problems=4, task=ArithmeticTask(num_digits=1))]
+    run = tiny_run(data={"engine": engine, "benchmarks": benchmarks})
+    run.trainer.validate(run.module, run.data, verbose=False)
+    assert engine.calls == ["start", 4, "close"]
+
+
+def test_an_error_of_the_run_closes_its_engine(tiny_run):
+    engine, data = Recording(), {"reward": lambda completions, golds: 1 / 0}
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        tiny_run(data={"engine": engine, **data}, module={"initial_stage": "egspo"}).fit()
+    assert engine.calls == ["start", 16, "close"]
 
 
 @pytest.mark.parametrize("takes_shards", [False, True])
