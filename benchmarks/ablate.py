@@ -27,7 +27,7 @@ from measuring.script import command, exit_code
 
 HERE = Path(__file__).parent
 TUNING_SEEDS = [101, 102]
-RATES = [5e-5, 1e-4, 2e-4]
+RATES = [1e-4, 2e-4, 4e-4]
 
 
 def main() -> int:
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plan", type=Path, default=HERE / "ablation_cells.yaml", help="cells and questions")
     add("--questions", nargs="+", metavar="NAME", help="questions of the plan (all)")
     add("--seeds", type=int, nargs="+", default=list(range(1, 9)), help="seeds of the comparison (1 to 8)")
-    add("--phases", type=int, default=80, help="rollout batches of a compared run (80)")
+    add("--phases", type=int, default=40, help="rollout batches of a compared run (40)")
     add("--tuning_seeds", type=int, nargs="+", default=TUNING_SEEDS, help="seeds of the tuning")
     add("--tuning_phases", type=int, default=40, help="rollout batches of a tuned run (40)")
     add("--rates", type=float, nargs="+", default=RATES, help="learning rates after SFT, the same grid for each cell")
