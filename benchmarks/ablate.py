@@ -7,6 +7,7 @@ problems (`egspo compare`), and write one table for each of its questions.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from egspo_lightning.errors import UserError, did_you_mean
 from measuring.forest_plot import forest_plot
 from measuring.script import command, exit_code
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))  # as it stands in the commands of tables
 TUNING_SEEDS = [101, 102]
 RATES = [1e-4, 2e-4, 4e-4]
 
