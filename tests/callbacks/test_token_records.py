@@ -111,7 +111,7 @@ def test_recorded_ratio_moves_with_the_advantage(tiny_run):
 @pytest.mark.parametrize("tokens_at_a_time", [1, 40, 10_000])
 def test_records_do_not_depend_on_the_scoring_batch_size(tiny_run, monkeypatch, tokens_at_a_time):
     expected = records(tiny_run(TokenRecords(), **ONE_ROLLOUT_BATCH).fit())
-    monkeypatch.setattr("egspo_lightning.callbacks.token_records.TOKENS_PER_SCORING_BATCH", tokens_at_a_time)
+    monkeypatch.setattr("egspo_lightning.callbacks.trainer_access.TOKENS_PER_SCORING_BATCH", tokens_at_a_time)
     found = records(tiny_run(TokenRecords(), **ONE_ROLLOUT_BATCH).fit())
     assert [row["ratio"] for row in found] == pytest.approx([row["ratio"] for row in expected], rel=1e-5)
 
