@@ -35,7 +35,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     plan = yaml.safe_load(arguments.plan.read_text())
     questions = chosen_questions(plan, arguments.questions)
-    cells = list(dict.fromkeys(cell for question in questions.values() for cell in cells_of(question)))
+    cells = chosen_cells(questions, arguments.cells)
     output = arguments.output or Path("logs/ablation") / arguments.config.stem
     overlays = write_overlays(plan["cells"], cells, output / "cells")
     config = str(arguments.config)
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("config", type=Path, help="config of fit, such as configs/expressions.yaml; benchmarks/validation has its twin")
     add("--plan", type=Path, default=HERE / "ablation_cells.yaml", help="cells and questions")
     add("--questions", nargs="+", metavar="NAME", help="questions of the plan (all)")
+    add("--cells", nargs="+", metavar="NAME", help="only these cells of the questions (all)")
     add("--seeds", type=int, nargs="+", default=list(range(1, 9)), help="seeds of the comparison (1 to 8)")
     add("--phases", type=int, default=40, help="rollout batches of a compared run (40)")
     add("--tuning_seeds", type=int, nargs="+", default=TUNING_SEEDS, help="seeds of the tuning")
@@ -93,6 +94,19 @@ def chosen_questions(plan: Mapping[str, Any], names: list[str] | None) -> dict[s
             if cell not in plan["cells"]:
                 raise UserError(f"question {name}: no cell {cell!r}. {did_you_mean(cell, list(plan['cells']))}.")
     return chosen
+
+
+def chosen_cells(questions: Mapping[str, Any], names: list[str] | None) -> list[str]:
+    """The cells of these names, all without names, in the order of the questions.
+
+    Raises:
+        UserError: no question uses a cell.
+    """
+    cells = list(dict.fromkeys(cell for question in questions.values() for cell in cells_of(question)))
+    for name in names or []:
+        if name not in cells:
+            raise UserError(f"--cells: no question has a cell {name!r}. {did_you_mean(name, cells)}.")
+    return [cell for cell in cells if not names or cell in names]
 
 
 def cells_of(question: Mapping[str, Any]) -> list[str]:

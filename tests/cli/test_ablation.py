@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from ablate import cells_of, chosen_questions, write_overlays
+from ablate import cells_of, chosen_cells, chosen_questions, write_overlays
 from egspo_lightning.cli.comparison.compared_runs import method_file
 from egspo_lightning.errors import UserError
 
@@ -33,5 +33,13 @@ def test_unknown_questions_and_cells_are_refused_with_a_suggestion(plan, tmp_pat
     broken = {"cells": plan["cells"], "questions": {"q": {"baseline": "egspo", "cells": ["top_6"]}}}
     with pytest.raises(UserError, match=r"question q: no cell 'top_6'\. Did you mean top_5"):
         chosen_questions(broken, None)
+    with pytest.raises(UserError, match=r"--cells: no question has a cell 'sff'\. Did you mean sft"):
+        chosen_cells(plan["questions"], ["egspo", "sff"])
     with pytest.raises(UserError, match=r"cell grpp has no settings and is no method\. Did you mean grpo"):
         write_overlays({"grpp": {}}, ["grpp"], tmp_path)
+
+
+def test_chosen_cells_keep_the_order_of_the_questions(plan):
+    default = {"default": plan["questions"]["default"]}
+    assert chosen_cells(default, None) == ["chord_phi", "sft", "grpo", "egspo"]
+    assert chosen_cells(default, ["egspo", "chord_phi"]) == ["chord_phi", "egspo"]
