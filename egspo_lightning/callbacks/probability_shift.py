@@ -1,11 +1,9 @@
 """ProbabilityShift: how far the optimizer steps on a rollout batch moved the probabilities of its tokens."""
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from egspo_lightning.callbacks.trainer_access import due_rollout_batch, module_of, outputs_now, step_of_phase
+from egspo_lightning.callbacks.trainer_access import due_rollout_batch, module_of, outputs_now
 from egspo_lightning.module import EGSPOModule
-from egspo_lightning.ops.diagnostics import Metrics
 from egspo_lightning.ops.losses import log_ratio
 from egspo_lightning.types import NonNegativeInt, RolloutBatch, UnitInterval
 
@@ -34,14 +32,11 @@ class ProbabilityShift(Callback):
         rollouts = due_rollout_batch(trainer, self.every_n_rollout_batches)
         if rollouts is None:
             return
-        metrics = shifts(rollouts.batch, module_of(pl_module), self.top_fraction)
-        trainer.callback_metrics.update(metrics)
-        values = {name: value.item() for name, value in metrics.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=step_of_phase(trainer))
+        module = module_of(pl_module)
+        module.log_phase(shifts(rollouts.batch, module, self.top_fraction))
 
 
-def shifts(rollout: RolloutBatch, module: EGSPOModule, top_fraction: float) -> Metrics:
+def shifts(rollout: RolloutBatch, module: EGSPOModule, top_fraction: float) -> dict[str, float]:
     """The metrics of ``ProbabilityShift``, for a module that has taken the optimizer steps. Collective."""
     over_ranks, mask = module.token_method.over_ranks, rollout.gated_mask
     now = outputs_now(module, rollout.input_ids, rollout.completion_mask)
@@ -50,6 +45,7 @@ def shifts(rollout: RolloutBatch, module: EGSPOModule, top_fraction: float) -> M
     signs = rollout.advantages > 0, rollout.advantages < 0
     masks = (mask & branch & sign for branch in (is_high, ~is_high) for sign in signs)
     groups = dict(zip(SHIFTS, masks, strict=True))
-    means = {name: over_ranks.mean(moved, group) for name, group in groups.items()}
-    counts = torch.stack([over_ranks.count(group) for group in groups.values()]).tolist()
-    return {name: means[name] for name, count in zip(groups, counts, strict=True) if count > 0}
+    sums = {
+        name: (over_ranks.sum(moved, group).item(), over_ranks.count(group).item()) for name, group in groups.items()
+    }
+    return {name: total / count for name, (total, count) in sums.items() if count > 0}

@@ -1,4 +1,4 @@
-"""What callbacks ask of a run: module, datamodule, other callbacks, rollout batch, outputs of the current policy."""
+"""Access of callbacks to a run: module, datamodule, other callbacks, rollout batch, outputs of the current policy."""
 
 from pathlib import Path
 from typing import TypeVar

@@ -30,6 +30,17 @@ SHORT_QUICKSTART = [
     "--checkpoint.every_n_epochs=1000",
 ]
 """Overrides of the smaller runs of ``run_ranks``: the quickstart with fewer phases."""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SFT_ON_TWO_RANKS = [
+    *("-m", "egspo_lightning", "fit"),
+    "--config=configs/quickstart.yaml",
+    "--trainer.devices=2",
+    "--data.demonstrations.init_args.num_demonstrations=128",
+    "--data.sft_batch_size=16",
+    "--data.benchmarks=null",
+    "--stage_transition.after_epochs=1",
+]
+"""Arguments of Python for a quickstart on two ranks whose SFT is one short phase."""
 
 
 def run_in_group(command: Sequence[str], cwd: Path, timeout: float = 240, **environment: str) -> tuple[str, int]:

@@ -2,33 +2,22 @@
 
     python ranks_program.py FOLDER STRATEGY METHOD ...
 
-The metrics of each run go to FOLDER/METHOD. One program for all runs saves starts of torchrun and imports.
+The metrics of each run go to FOLDER/METHOD.
 """
 
 import sys
 from collections.abc import Sequence
 
-from egspo_lightning.cli.main import run
-from egspo_lightning.cli.process_exit import leave
+from short_runs import SHORT, fit_all
 
-SHORT = [
-    "--config=configs/quickstart.yaml",
+RUN = [
+    *SHORT,
     "--trainer.max_epochs=4",
-    "--trainer.logger=CSVLogger",
-    "--trainer.enable_progress_bar=false",
     "--trainer.enable_checkpointing=false",
-    "--data.demonstrations.init_args.num_demonstrations=32",
-    "--data.sft_batch_size=16",
-    "--data.benchmarks=null",
-    "--data.num_problems=4",
-    "--data.num_generations=4",
-    "--data.max_completion_length=40",
     "--data.engine.max_batch_size=6",  # grading overlaps with sampling
     "--data.reward=ranks_program.EvenBytes",
     "--stage_transition.after_epochs=1",
     "--stage_transition.learning_rate=1e-3",
-    "--hf_export.enabled=false",
-    "--token_records.every_n_rollout_batches=0",
 ]
 METHODS = {
     "ppo": ["--config=configs/methods/ppo.yaml", "--model.critic.warmup_steps=1"],
@@ -61,8 +50,4 @@ class EvenBytes:
 
 if __name__ == "__main__":
     folder, strategy, *methods = sys.argv[1:]
-    for method in methods:
-        root = f"{folder}/{method}"
-        folders = [f"--trainer.default_root_dir={root}", f"--trainer.logger.save_dir={root}"]
-        run(["fit", *SHORT, *METHODS[method], *STRATEGIES[strategy], *folders])
-    leave(0)
+    fit_all(folder, {method: [*RUN, *METHODS[method], *STRATEGIES[strategy]] for method in methods})

@@ -2,7 +2,7 @@
 
     python runs_program.py FOLDER '{"NAME": [ARGUMENT, ...], ...}'
 
-Each run writes to FOLDER/NAME. One program for all runs saves starts of torchrun and imports.
+Each run writes to FOLDER/NAME.
 """
 
 import json
@@ -11,27 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from short_runs import SHORT, fit_all
 from torch.distributed.tensor import DTensor
 
-from egspo_lightning.cli.main import run
-from egspo_lightning.cli.process_exit import leave
-
-SHORT = [
-    "--config=configs/quickstart.yaml",
+RUN = [
+    *SHORT,
     "--trainer.max_epochs=4",
-    "--trainer.logger=CSVLogger",
-    "--trainer.enable_progress_bar=false",
-    "--data.demonstrations.init_args.num_demonstrations=32",
-    "--data.sft_batch_size=16",
-    "--data.benchmarks=null",
-    "--data.num_problems=4",
-    "--data.num_generations=4",
-    "--data.max_completion_length=40",
     "--data.reward=ranks_program.EvenBytes",
     "--stage_transition.after_epochs=1",
     "--stage_transition.learning_rate=1e-3",
-    "--hf_export.enabled=false",
-    "--token_records.every_n_rollout_batches=0",
     "--checkpoint.every_n_epochs=1",
     "--checkpoint.save_top_k=-1",
     "--checkpoint.filename={epoch}",
@@ -63,8 +51,4 @@ class Norms(Callback):
 
 if __name__ == "__main__":
     root, runs = sys.argv[1], json.loads(sys.argv[2])
-    for name, arguments in runs.items():
-        place = f"{root}/{name}"
-        folders = [f"--trainer.default_root_dir={place}", f"--trainer.logger.save_dir={place}"]
-        run(["fit", *SHORT, *arguments, *folders])
-    leave(0)
+    fit_all(root, {name: [*RUN, *arguments] for name, arguments in runs.items()})

@@ -4,20 +4,7 @@ import sys
 
 import pytest
 
-from processes import run_until_all_end
-
-RUN = [
-    "-m",
-    "egspo_lightning",
-    "fit",
-    "--config=configs/quickstart.yaml",
-    "--trainer.devices=2",
-    "--data.demonstrations.init_args.num_demonstrations=128",
-    "--data.sft_batch_size=16",
-    "--data.benchmarks=null",
-    "--stage_transition.after_epochs=1",
-]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+from processes import SFT_ON_TWO_RANKS, TORCHRUN, run_until_all_end
 
 
 @pytest.mark.slow
@@ -47,7 +34,7 @@ def test_a_failed_sampling_thread_ends_the_run(repository, tmp_path, rank):
 
 
 def assert_run_ends(repository, tmp_path, strategy, launcher, dies, *, has_error):
-    run = [*RUN, f"--trainer.strategy={strategy}", *dies, f"--trainer.default_root_dir={tmp_path}"]
+    run = [*SFT_ON_TWO_RANKS, f"--trainer.strategy={strategy}", *dies, f"--trainer.default_root_dir={tmp_path}"]
     command = [sys.executable, *(TORCHRUN if launcher == "torchrun" else []), *run]
     text = run_until_all_end(command, repository, tmp_path / "output", PYTHONPATH="tests/fit")  # ranks start in 10 s
     if has_error:

@@ -14,6 +14,7 @@ from egspo_lightning import StageTransition
 from egspo_lightning.cli.main import main, run
 from egspo_lightning.cli.replay import replay
 from egspo_lightning.errors import UserError
+from processes import TORCHRUN
 
 PROGRAM = Path(__file__).with_name("nonfinite_program.py")
 
@@ -194,7 +195,7 @@ def test_replay_refuses_a_checkpoint_without_a_bad_micro_batch(tiny_run, tmp_pat
 
 @pytest.mark.slow
 def test_all_ranks_skip_a_step_that_is_bad_on_one_rank(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(PROGRAM)]
+    command = [sys.executable, *TORCHRUN, str(PROGRAM)]
     done = subprocess.run(
         [*command, str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

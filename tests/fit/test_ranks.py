@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from processes import compare_metrics, read_rows, run_in_group
+from processes import TORCHRUN, compare_metrics, read_rows, run_in_group
 
 SHORT = [
     "--trainer.max_epochs=4",
@@ -106,8 +106,7 @@ METHODS = ["ppo", "ppo_critic", "reinforce_plus_plus", "dynamic_sampling", "luff
 def fit_methods(repository, folder, strategy, methods):
     """Run the methods and return their rows of metrics."""
     program = str(Path(__file__).with_name("ranks_program.py"))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    python(repository, *([] if strategy == "alone" else torchrun), program, str(folder), strategy, *methods)
+    python(repository, *([] if strategy == "alone" else TORCHRUN), program, str(folder), strategy, *methods)
     return {method: read_rows(folder / method) for method in methods}
 
 

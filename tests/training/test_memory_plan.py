@@ -1,6 +1,5 @@
 """Memory plan compared with the allocations of real runs on the CPU, measured by PyTorch's profiler."""
 
-import gc
 import json
 import shutil
 from dataclasses import replace
@@ -8,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocations import peak_bytes
 
 from architectures import tiny_config
 from egspo_lightning.cli.main import main
@@ -33,19 +32,6 @@ def wide_model(repository, tmp_path_factory) -> str:
     sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 8192}
     (folder / "config.json").write_text(json.dumps(config | sizes))
     return str(folder)
-
-
-def peak_bytes(run) -> int:
-    """Peak of the bytes that are allocated during the call."""
-    gc.collect()  # memory allocated before the call must not be freed during it
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 CASES = {

@@ -1,43 +1,33 @@
-"""Short runs with vLLM, one after another, on the ranks of torchrun: ``ranks_program.py FOLDER NAME=ARGUMENTS ...``.
+"""Short runs with vLLM, one after another, on the ranks of torchrun.
 
-Arguments are a JSON list. At the end of each run every rank compares vLLM with transformers and writes its findings to
+    python ranks_program.py FOLDER '{"NAME": [ARGUMENT, ...], ...}'
+
+At the end of each run every rank compares vLLM with transformers and writes its findings to
 FOLDER/NAME/RANK.json.
 """
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from allocations import peak_bytes
 from lightning.pytorch import Callback
 from program import LENGTHS, forward_logprobs, make_requests, sample
-from torch.profiler import ProfilerActivity, profile
+from short_runs import SHORT, fit_all
 
-from egspo_lightning.cli.main import run
-from egspo_lightning.cli.process_exit import leave
 from egspo_lightning.rollout.engine import Request, stream_samples
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.types import Sampling
 
-SHORT = [
-    "--config=configs/quickstart.yaml",
+RUN = [
+    *SHORT,
     "--trainer.max_epochs=3",
-    "--trainer.logger=CSVLogger",
-    "--trainer.enable_progress_bar=false",
     "--trainer.enable_checkpointing=false",
     "--model.policy.from_scratch=false",
     "--stage_transition={after_epochs: 1, monitor: null, target: null, learning_rate: 1e-3}",
-    "--data.demonstrations.init_args.num_demonstrations=32",
-    "--data.sft_batch_size=16",
-    "--data.benchmarks=null",
-    "--data.num_problems=4",
-    "--data.num_generations=4",
-    "--data.max_completion_length=40",
     "--data.reward.num_workers=1",
-    "--hf_export.enabled=false",
-    "--token_records.every_n_rollout_batches=0",
     "--data.engine=egspo_lightning.rollout.vllm_engine.VLLMEngine",
     "--data.engine.max_model_len=512",
     "--data.engine.kv_cache_gib=0.25",
@@ -132,22 +122,6 @@ def num_bytes(parameter: torch.Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Peak of the bytes that are allocated during the call; it misses that gloo's threads free some small tensors."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
 if __name__ == "__main__":
-    root, *runs = sys.argv[1:]
-    for name, arguments in (each.split("=", 1) for each in runs):
-        place = f"{root}/{name}"
-        folders = [f"--trainer.default_root_dir={place}", f"--trainer.logger.save_dir={place}"]
-        run(["fit", *SHORT, *json.loads(arguments), *folders])
-    leave(0)
+    root, runs = sys.argv[1], json.loads(sys.argv[2])
+    fit_all(root, {name: [*RUN, *arguments] for name, arguments in runs.items()})

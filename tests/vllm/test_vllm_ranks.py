@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from processes import run_in_group, run_until_all_end
+from processes import SFT_ON_TWO_RANKS, TORCHRUN, run_in_group, run_until_all_end
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; see tests/vllm/requirements.txt"),
 ]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 FOLDER = Path(__file__).parent
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": f"{FOLDER}:{FOLDER.parent / 'fit'}"}
+PATHS = ":".join(str(FOLDER.parent / name) for name in ("vllm", "fit", "fixtures"))
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": PATHS}
 LARGEST_GAP = 1e-4
 """Nats, as on one rank."""
 LORA = ["--model.policy.lora.rank=4", "--model.policy.lora.target_modules=[embed_tokens,q_proj,down_proj]"]
@@ -26,7 +26,7 @@ CASES = [f"{strategy}-{kind}" for strategy in ("ddp", "fsdp2") for kind in ("tie
 @pytest.fixture(scope="module")
 def findings(repository, tiny_model, tmp_path_factory):
     """What each rank has found at the end of each run, by the names of ``CASES``."""
-    folder, runs = tmp_path_factory.mktemp("ranks"), []
+    folder, runs = tmp_path_factory.mktemp("ranks"), {}
     output, code = run_in_group(
         [sys.executable, str(FOLDER / "program.py"), "save", tiny_model, str(folder)], repository
     )
@@ -36,8 +36,8 @@ def findings(repository, tiny_model, tmp_path_factory):
         arguments = [f"--trainer.strategy={strategy}", "--trainer.devices=2", *(LORA if kind == "lora" else [])]
         arguments += [f"--model.policy.name_or_path={folder / ('untied' if kind == 'untied' else 'tied')}"]
         arguments += ["--data.max_staleness=1"] if case == "ddp-tied" else []  # a thread samples the second batch
-        runs.append(f"{case}={json.dumps(arguments)}")
-    command = [sys.executable, *TORCHRUN, str(FOLDER / "ranks_program.py"), str(folder), *runs]
+        runs[case] = arguments
+    command = [sys.executable, *TORCHRUN, str(FOLDER / "ranks_program.py"), str(folder), json.dumps(runs)]
     output, code = run_in_group(command, repository, 600, **ENVIRONMENT)
     assert code == 0, output
     return {case: [json.loads((folder / case / f"{rank}.json").read_text()) for rank in (0, 1)] for case in CASES}
@@ -85,12 +85,7 @@ def test_copying_shards_holds_no_more_than_the_largest_block_or_parameter(findin
 
 
 DYING = [
-    "--config=configs/quickstart.yaml",
-    "--trainer.devices=2",
-    "--data.demonstrations.init_args.num_demonstrations=128",
-    "--data.sft_batch_size=16",
-    "--data.benchmarks=null",
-    "--stage_transition.after_epochs=1",
+    *SFT_ON_TWO_RANKS,
     "--data.engine=dying_vllm.DyingVLLM",
     "--data.engine.max_model_len=128",
     "--data.engine.kv_cache_gib=0.25",
@@ -106,7 +101,7 @@ def test_a_rank_killed_while_it_samples_ends_the_run(repository, tmp_path, strat
     """Within a minute, with a message; it leaves no process, so no port, and no shared memory behind."""
     killed, shared = tmp_path / "killed", Path("/dev/shm")
     before = set(shared.iterdir())
-    run = ["-m", "egspo_lightning", "fit", *DYING, f"--trainer.strategy={strategy}", f"--data.engine.rank={rank}"]
+    run = [*DYING, f"--trainer.strategy={strategy}", f"--data.engine.rank={rank}"]
     run += [f"--data.engine.file={killed}", f"--trainer.default_root_dir={tmp_path}"]
     log = tmp_path / "output"
     text = run_until_all_end([sys.executable, *launcher, *run], repository, log, timeout=300, **ENVIRONMENT)
