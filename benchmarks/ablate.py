@@ -43,7 +43,8 @@ def main() -> int:
     shared = ["--methods", *overlays, "--jobs", str(arguments.jobs)]
     tuning = ["--seeds", *map(str, arguments.tuning_seeds), "--rates", *(f"{rate:g}" for rate in arguments.rates)]
     tune = [str(HERE / "tune_learning_rates.py"), "--config", config, validation, *shared, *tuning]
-    _run([*tune, "--phases", str(arguments.tuning_phases), "-o", str(output / "tuning")])
+    length = str(arguments.tuning_phases)
+    _run([*tune, "--phases", length, "--evaluate_every", length, "-o", str(output / "tuning")])
     if arguments.tune_only:
         return 0
     compared = [cell for cell in cells if cell in plan["compared"]]
