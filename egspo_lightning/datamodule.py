@@ -24,7 +24,7 @@ from egspo_lightning.rewards.composition import WeightedReward
 from egspo_lightning.rewards.functions import CorrectnessReward, Reward
 from egspo_lightning.rewards.grading import MathGrader
 from egspo_lightning.rollout.collector import Collector
-from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine, StartingEngine
+from egspo_lightning.rollout.engine import ClosingEngine, RolloutEngine, SelectiveEngine, StartingEngine
 from egspo_lightning.rollout.policy_protocol import TrainedPolicy
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
 from egspo_lightning.training.callback_rules import reaches_egspo
@@ -152,6 +152,7 @@ class HybridDataModule(LightningDataModule):
         Raises:
             UserError: settings do not fit together, or data cannot be read.
         """
+        self._require_engine(stage)
         self.answerer.load(self.encoder)
         if stage == TrainerFn.PREDICTING:
             self.answerer.load_questions(self.problems)
@@ -166,6 +167,13 @@ class HybridDataModule(LightningDataModule):
             self._load_training_data()
         module: Any = self.trainer.lightning_module
         require_positions(module.policy_config.max_positions(), self.max_prompt_length, self._completion_limits(stage))
+
+    def _require_engine(self, stage: str) -> None:
+        """Refuse an engine that does not fit the ranks, the model or sampling ahead."""
+        if isinstance(self.engine, SelectiveEngine):
+            module: Any = self.trainer.lightning_module
+            max_staleness = self.max_staleness if stage == TrainerFn.FITTING else 0
+            self.engine.require_run(self.trainer.world_size, module.policy_config.num_heads(), max_staleness)
 
     def _completion_limits(self, stage: str) -> dict[str, int]:
         """Completion length limits of a stage, in tokens, by config field."""

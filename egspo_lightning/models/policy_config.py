@@ -117,6 +117,14 @@ class PolicyConfig:
         """
         return getattr(self._config, "max_position_embeddings", None)
 
+    def num_heads(self) -> int | None:
+        """Number of attention heads; None where its config does not say.
+
+        Raises:
+            UserError: the config cannot be loaded.
+        """
+        return getattr(self._config.get_text_config(), "num_attention_heads", None)
+
     @property
     def holds_weights(self) -> bool:
         """Whether its folder holds weights; a repository on the hub counts as one that does."""

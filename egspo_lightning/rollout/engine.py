@@ -58,6 +58,23 @@ class RolloutEngine(Protocol):
 
 
 @runtime_checkable
+class SelectiveEngine(Protocol):
+    """An engine that does not fit every run."""
+
+    def require_run(self, num_ranks: int, num_heads: int | None, max_staleness: int) -> None:
+        """Refuse a run at its start.
+
+        Args:
+            num_ranks: number of ranks
+            num_heads: number of attention heads of the model; None where its config does not say
+            max_staleness: data.max_staleness in training, else 0
+
+        Raises:
+            UserError: naming the settings that do not fit the engine, and a remedy.
+        """
+
+
+@runtime_checkable
 class StartingEngine(Protocol):
     """An engine that the ranks start together, in their main threads, before the first call of ``stream``."""
 

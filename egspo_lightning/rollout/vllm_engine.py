@@ -6,7 +6,7 @@ sampling takes seconds. Adapters are merged into the copied weights. Shards of F
 time.
 
 On several ranks each has an engine with the whole model, and samples its own requests. The ranks start their engines
-and copy weights together; in between they are independent.
+and copy weights together; in between they are independent, unless they are a group (``rollout.vllm_group``).
 
 Tested with vLLM 0.32 on one and two CPU processes, in float32. Not tested: CUDA, and therefore ``enable_sleep``,
 bfloat16, ``gpu_memory_utilization`` and NCCL.
@@ -14,6 +14,7 @@ bfloat16, ``gpu_memory_utilization`` and NCCL.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ import torch
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.models.whole_weights import compute_device, whole_weights
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
+from egspo_lightning.rollout.rank_watch import num_ranks
+from egspo_lightning.rollout.vllm_group import require_group, stream_together
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
 from egspo_lightning.types import Count, PositiveFloat, PositiveShare, Sampling
 
@@ -32,9 +35,10 @@ LEAST_TEMPERATURE = 0.01
 class VLLMEngine(RolloutEngine):
     """Samples with vLLM; needs ``pip install "egspo-lightning[vllm]"``.
 
-    Each rank has an engine of its own, and its GPU holds the whole model in it, under ``fsdp2`` as well. A sample
-    depends on its seed and prompt alone, up to rounding, which varies with the batch. vLLM reports no entropies, so the
-    policy scores the rollouts; ``rollout/sampler_gap`` logs the distance between the two.
+    Each rank has an engine of its own, and its GPU holds the whole model in it, under ``fsdp2`` as well, unless
+    ``tensor_parallel_size`` is above 1. A sample depends on its seed and prompt alone, up to rounding, which varies
+    with the batch. vLLM reports no entropies, so the policy scores the rollouts; ``rollout/sampler_gap`` logs the
+    distance between the two.
 
     Args:
         gpu_memory_utilization: Share of a GPU's memory for vLLM's weights and cache, in (0, 1]; training takes the
@@ -46,6 +50,8 @@ class VLLMEngine(RolloutEngine):
         dtype: Type of vLLM's weights; by default the type in which training computes.
         enable_sleep: On a GPU, free vLLM's memory between calls.
         enforce_eager: On a GPU, run without CUDA graphs: slower, with less memory.
+        tensor_parallel_size: Number of adjacent ranks that share an engine, each with a shard of the model.
+            Experimental: run on two CPU ranks only.
     """
 
     takes_shards = True
@@ -60,6 +66,7 @@ class VLLMEngine(RolloutEngine):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         enable_sleep: bool = True,
         enforce_eager: bool = False,
+        tensor_parallel_size: Count = 1,
     ) -> None:
         if find_spec("vllm") is None:
             raise UserError(
@@ -72,10 +79,15 @@ class VLLMEngine(RolloutEngine):
         self.max_model_len = None if max_model_len is None else int(max_model_len)
         self.dtype = dtype
         self.enable_sleep, self.enforce_eager = enable_sleep, enforce_eager
+        self.tensor_parallel_size = int(tensor_parallel_size)
         self.running: Running | None = None
         """The vLLM instance, once it has started."""
         self._config = ""
         self._num_requests = 0
+
+    def require_run(self, num_ranks: int, num_heads: int | None, max_staleness: int) -> None:
+        """See ``SelectiveEngine``."""
+        require_group(self.tensor_parallel_size, num_ranks, num_heads, max_staleness)
 
     def stream(
         self, lm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_ids: Sequence[int], pad_id: int
@@ -84,12 +96,23 @@ class VLLMEngine(RolloutEngine):
 
         Raises:
             UserError: a request is too long, the temperature too low, or vLLM cannot run the model.
+            RuntimeError: the ranks of a tensor parallel group sampled different tokens.
         """
         if 0 < sampling.temperature < LEAST_TEMPERATURE:
             allowed = f"0, or at least {LEAST_TEMPERATURE} with VLLMEngine"
             require(False, "temperature", sampling.temperature, allowed)
-        device = compute_device(lm)
         vllm = self._started(lm)
+        if self.tensor_parallel_size == 1:
+            yield from self._stream(vllm, lm, sampling, eos_ids, requests)
+        else:
+            stream = partial(self._stream, vllm, lm, sampling, eos_ids)
+            yield from stream_together(requests, stream, vllm.group, lambda: self.running is vllm)
+
+    def _stream(
+        self, vllm: Running, lm: Any, sampling: Sampling, eos_ids: Sequence[int], requests: Sequence[Request]
+    ) -> Iterator[list[tuple[int, Sample]]]:
+        """Copy the weights, and sample requests with this rank's engine."""
+        device = compute_device(lm)
         self._require_room(vllm, requests, sampling)
         with apart(device):
             self._renew(vllm, lm, device)
@@ -117,11 +140,12 @@ class VLLMEngine(RolloutEngine):
         """Start vLLM, unless it runs. Collective.
 
         Raises:
-            UserError: vLLM cannot run the model.
+            UserError: vLLM cannot run the model, or not on these ranks.
             RuntimeError: vLLM runs for a model of another config.
         """
         config, device = lm.config.to_json_string(use_diff=False), compute_device(lm)
         if self.running is None:
+            self.require_run(num_ranks(), None, 0)
             settings = {
                 "max_model_len": self.max_model_len,
                 "max_num_seqs": self.max_num_seqs,
@@ -130,6 +154,7 @@ class VLLMEngine(RolloutEngine):
                 "dtype": self.dtype or str(_compute_dtype(lm, device)).removeprefix("torch."),
                 "enable_sleep_mode": self._sleeps(device),
                 "enforce_eager": self.enforce_eager,
+                "tensor_parallel_size": self.tensor_parallel_size,
             }
             self.running, self._config = start_vllm(lm, device, settings), config
             if self._sleeps(device):

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 
 from egspo_lightning.checkpointing.random_state import random_state, restore_random_state
 from egspo_lightning.errors import UserError
+from egspo_lightning.rollout.rank_watch import ended_by_sigterm, processes_here, watched
+from egspo_lightning.rollout.vllm_group import private_shared_memory
 
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 """Environment variables set before vLLM is imported, unless the user has set them."""
@@ -36,6 +38,13 @@ class Running(NamedTuple):
         """The module with vLLM's weights."""
         return self.engine.model_executor.driver_worker.model_runner.model
 
+    @property
+    def group(self) -> Any:
+        """Process group of the ranks that share the engine, on the CPU."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        return get_tp_group().cpu_group
+
     def close(self) -> None:
         """Shut vLLM down; a process group that it did not create stays."""
         with nullcontext() if self.owns_group else kept_group():
@@ -46,8 +55,9 @@ def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Ru
     """Start vLLM for the architecture of a causal language model, with placeholder weights.
 
     If there is a process group, all ranks must call this together. Each gets an engine of its own, in its own process
-    and on its own device; vLLM cuts its groups from the existing one. vLLM seeds the random generators of Python, NumPy
-    and torch; their states are restored.
+    and on its own device; vLLM cuts its groups from the existing one. Until all have started, SIGTERM ends a rank at
+    once, and the end of a rank ends the others. vLLM seeds the random generators of Python, NumPy and torch; their
+    states are restored.
 
     Args:
         lm: the model
@@ -63,7 +73,7 @@ def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Ru
             f"data.engine VLLMEngine takes the first GPU that it sees, and the policy is on {device}. Choose the GPU "
             f"by CUDA_VISIBLE_DEVICES={device.index}, with --trainer.devices 1."
         )
-    with undisturbed(), launched(device) if has_group else nullcontext(), TemporaryDirectory() as folder:
+    with undisturbed(), started_together(device) if has_group else nullcontext(), TemporaryDirectory() as folder:
         config = copy.deepcopy(lm.config)
         config.architectures = [type(lm).__name__]
         config.save_pretrained(folder)
@@ -109,6 +119,18 @@ def undisturbed() -> Iterator[None]:
     finally:
         restore_random_state(state)
         torch.set_num_threads = set_num_threads
+
+
+@contextmanager
+def started_together(device: torch.device) -> Iterator[None]:
+    """Start the engines of all ranks within the block, in their main threads."""
+    with ExitStack() as stack:
+        stack.enter_context(ended_by_sigterm())
+        stack.enter_context(watched(processes_here()))
+        stack.enter_context(launched(device))
+        if device.type == "cpu":
+            stack.enter_context(private_shared_memory())
+        yield
 
 
 @contextmanager

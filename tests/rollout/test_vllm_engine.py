@@ -39,6 +39,7 @@ def test_missing_vllm_error_says_what_to_install(monkeypatch, repository):
         ("kv_cache_gib", "inf"),
         ("max_model_len", 0),
         ("max_num_seqs", 0),
+        ("tensor_parallel_size", 0),
     ],
 )
 def test_parser_refuses_out_of_range_vllm_settings(field, value):
@@ -55,6 +56,37 @@ def engine_parser():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(VLLMEngine, "engine")
     return parser
+
+
+GROUPS = {
+    "one rank": (2, 1, 0, "must be 1, or a divisor of the number of ranks, 1, which trainer.devices sets, got 2"),
+    "other ranks": (2, 3, 0, "must be 1, or a divisor of the number of ranks, 3, which trainer.devices sets, got 2"),
+    "heads": (4, 4, 0, "must be 1, or a divisor of the model's number of attention heads, 2, got 4"),
+    "ahead": (2, 2, 1, "data.max_staleness = 1 .* Set max_staleness to 0, or tensor_parallel_size to 1"),
+}
+"""Tensor parallel size, number of ranks, max_staleness, refusal."""
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_tensor_parallel_groups_that_do_not_fit_are_refused_before_data_are_read(monkeypatch, tiny_run, case):
+    size, num_ranks, max_staleness, message = GROUPS[case]
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: True)
+    run = tiny_run(data={"engine": VLLMEngine(tensor_parallel_size=size), "max_staleness": max_staleness})
+    monkeypatch.setattr(type(run.trainer), "world_size", num_ranks)
+    monkeypatch.setattr(run.data.answerer, "load", lambda encoder: pytest.fail("data were read"))
+    with pytest.raises(UserError, match=message):
+        run.fit()
+
+
+def test_evaluation_refuses_groups_too_but_samples_nothing_ahead(monkeypatch, tiny_run):
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: True)
+    benchmarks = [GeneratedBenchmark(num_problems=4, task=ArithmeticTask(num_digits=1))]
+    run = tiny_run(data={"engine": VLLMEngine(tensor_parallel_size=2), "benchmarks": benchmarks})
+    with pytest.raises(UserError, match="a divisor of the number of ranks, 1"):
+        run.trainer.validate(run.module, run.data, verbose=False)
+    engine = VLLMEngine(tensor_parallel_size=3)
+    engine.require_run(num_ranks=6, num_heads=3, max_staleness=0)
+    VLLMEngine().require_run(num_ranks=2, num_heads=3, max_staleness=1)
 
 
 @pytest.fixture

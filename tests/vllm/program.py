@@ -6,6 +6,7 @@ A case prints one line of JSON, which the test checks.
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def make_requests(num: int = 8) -> list[Request]:
     return [Request(prompt, f"stream/{i}") for i, prompt in enumerate(prompts)]
 
 
-def sample(engine: Any, lm: Any, requests: list[Request], sampling: Sampling) -> list[Any]:
-    batches = engine.stream(lm, requests, sampling, eos_ids=EOS, pad_id=PAD)
+def sample(
+    engine: Any, lm: Any, requests: list[Request], sampling: Sampling, eos_ids: Sequence[int] = EOS
+) -> list[Any]:
+    batches = engine.stream(lm, requests, sampling, eos_ids=eos_ids, pad_id=PAD)
     return [completion for _, completion in sorted(pair for batch in batches for pair in batch)]
 
 
@@ -97,11 +100,16 @@ def agreement(folder: str, tied: str, fault: str) -> list[dict[str, Any]]:
 
 
 def save(folder: str, root: str) -> None:
-    """Save a tied and an untied model with random weights; the untied one has a large vocabulary."""
-    sized = Path(root) / "sized"
-    AutoConfig.from_pretrained(folder, vocab_size=4096).save_pretrained(sized)
-    for name, config in (("tied", folder), ("untied", str(sized))):
-        model(config, tied=name == "tied").save_pretrained(Path(root) / name)
+    """Save models with random weights: tied; untied with a large vocabulary; tied with an even number of heads."""
+    sizes = {
+        "tied": {},
+        "untied": {"vocab_size": 4096},
+        "even": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4},
+    }
+    for name, size in sizes.items():
+        config = Path(root) / f"{name}_config"
+        AutoConfig.from_pretrained(folder, **size).save_pretrained(config)
+        model(str(config), tied=name != "untied").save_pretrained(Path(root) / name)
         AutoTokenizer.from_pretrained(folder).save_pretrained(Path(root) / name)
 
 

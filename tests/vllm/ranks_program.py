@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from allocations import peak_bytes
 from lightning.pytorch import Callback
-from program import LENGTHS, forward_logprobs, make_requests, sample
+from program import LENGTHS, PAD, forward_logprobs, make_requests, refusal, sample
 from short_runs import SHORT, fit_all
 
 from egspo_lightning.rollout.engine import Request, stream_samples
@@ -55,19 +55,21 @@ class Compare(Callback):
     """Compares after training, after a change of all weights, and after others without the reset or the copy."""
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        engine, place = trainer.datamodule.engine, (trainer.global_rank, trainer.world_size)
-        found = {"trained": compare(pl_module, engine, uneven(*place))}
+        engine = trainer.datamodule.engine
+        found: dict[str, Any] = {"trained": compare(pl_module, engine, uneven(*place()))}
         found["memory"] = memory(pl_module, engine)
         change(pl_module)
-        found["changed"] = compare(pl_module, engine, last_alone(*place))
+        found["changed"] = compare(pl_module, engine, last_alone(*place()))
         engine._forget_prefixes = lambda *_: None
         change(pl_module)
-        found["no reset"] = compare(pl_module, engine, everywhere(*place))
+        found["no reset"] = compare(pl_module, engine, everywhere(*place()))
         del engine._forget_prefixes
         engine.copy_weights = lambda *_: None
         change(pl_module)
-        found["no copy"] = compare(pl_module, engine, everywhere(*place))
+        found["no copy"] = compare(pl_module, engine, everywhere(*place()))
         del engine.copy_weights
+        if engine.tensor_parallel_size > 1:
+            found |= {"stopped": stopped_early(pl_module, engine), "disagreement": disagreement(pl_module, engine)}
         file = Path(trainer.default_root_dir) / f"{trainer.global_rank}.json"
         file.write_text(json.dumps(found))
 
@@ -90,6 +92,38 @@ def compare(module: Any, engine: Any, requests: list[Request]) -> dict[str, Any]
         for n in LENGTHS
     }
     return {"same": by_length, "gap": max(gaps, default=0.0), "tokens": {r.seed: s.token_ids for r, s in pairs}}
+
+
+def stopped_early(module: Any, engine: Any) -> bool:
+    """Whether the samples stay the same on the last rank where the first one takes only a part of its own."""
+    requests, sampling, ends = uneven(*place()), Sampling(12, temperature=0.7), range(0, 256, 8)
+    with module.sampling(whole=False) as lm:
+        expected = sample(engine, lm, requests, sampling, ends)
+        batches = engine.stream(lm, requests, sampling, eos_ids=ends, pad_id=PAD)
+        if torch.distributed.get_rank() == 0:
+            assert 0 < len(next(batches)) < len(requests)
+            batches.close()
+            return True
+        return expected == [found for _, found in sorted(pair for batch in batches for pair in batch)]
+
+
+def disagreement(module: Any, engine: Any) -> str:
+    """The error where each rank samples with other seeds. Samples of one token end in the same step."""
+    add, rank = engine._add, torch.distributed.get_rank()
+
+    def add_others(vllm: Any, requests: list[Request], *settings: Any) -> Any:
+        return add(vllm, [request._replace(seed=f"{rank}/{request.seed}") for request in requests], *settings)
+
+    engine._add = add_others
+    with module.sampling(whole=False) as lm:
+        error = refusal(lambda: sample(engine, lm, ALL, Sampling(1, temperature=0.7)))
+    del engine._add
+    return error
+
+
+def place() -> tuple[int, int]:
+    """This rank, and the number of ranks."""
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""VLLMEngine on two ranks, which communicate through gloo: each has an engine of its own, with the policy's weights."""
+"""VLLMEngine on two ranks, which communicate through gloo: each has an engine of its own, or both share one."""
 
 import json
 import sys
@@ -20,21 +20,32 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH"
 LARGEST_GAP = 1e-4
 """Nats, as on one rank."""
 LORA = ["--model.policy.lora.rank=4", "--model.policy.lora.target_modules=[embed_tokens,q_proj,down_proj]"]
-CASES = [f"{strategy}-{kind}" for strategy in ("ddp", "fsdp2") for kind in ("tied", "untied", "lora")]
+GROUP = ["--data.engine.tensor_parallel_size=2"]
+KINDS = {"tied": ("tied", []), "untied": ("untied", []), "lora": ("tied", LORA), "group": ("even", GROUP)}
+"""Kind of a run to its model and arguments; in ``group`` both ranks share an engine."""
+CASES = [f"{strategy}-{kind}" for strategy in ("ddp", "fsdp2") for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
-def findings(repository, tiny_model, tmp_path_factory):
-    """What each rank has found at the end of each run, by the names of ``CASES``."""
-    folder, runs = tmp_path_factory.mktemp("ranks"), {}
+def models(repository, tiny_model, tmp_path_factory):
+    """Folder with the models of ``program.save``."""
+    folder = tmp_path_factory.mktemp("models")
     output, code = run_in_group(
         [sys.executable, str(FOLDER / "program.py"), "save", tiny_model, str(folder)], repository
     )
     assert code == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def findings(models, repository, tmp_path_factory):
+    """What each rank has found at the end of each run, by the names of ``CASES``."""
+    folder, runs = tmp_path_factory.mktemp("ranks"), {}
     for case in CASES:
         strategy, kind = case.split("-")
-        arguments = [f"--trainer.strategy={strategy}", "--trainer.devices=2", *(LORA if kind == "lora" else [])]
-        arguments += [f"--model.policy.name_or_path={folder / ('untied' if kind == 'untied' else 'tied')}"]
+        name, arguments = KINDS[kind]
+        arguments = [*arguments, f"--trainer.strategy={strategy}", "--trainer.devices=2"]
+        arguments += [f"--model.policy.name_or_path={models / name}"]
         arguments += ["--data.max_staleness=1"] if case == "ddp-tied" else []  # a thread samples the second batch
         runs[case] = arguments
     command = [sys.executable, *TORCHRUN, str(FOLDER / "ranks_program.py"), str(folder), json.dumps(runs)]
@@ -59,7 +70,7 @@ def test_every_rank_samples_from_the_trained_policy(findings, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_comparison_detects_a_skipped_copy_and_a_skipped_reset(findings, case):
-    """Only the last rank has sampled since the last reset, and so has cached prefixes."""
+    """Without a group only the last rank has sampled since the last reset, and so has cached prefixes."""
     for rank in findings[case]:
         assert rank["no copy"]["gap"] > 1
         assert not any(rank["no copy"]["same"]["200"])
@@ -75,7 +86,15 @@ def test_a_sample_does_not_depend_on_its_rank(findings, case):
     assert all(first[seed] == second[seed] for seed in second)
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied", "lora"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_group_stays_in_step_or_ends_with_an_error(findings, strategy):
+    """One rank stops early; then both sample with different seeds."""
+    for rank in findings[f"{strategy}-group"]:
+        assert rank["stopped"]
+        assert rank["disagreement"].startswith("RuntimeError: The ranks of a tensor parallel group of VLLMEngine")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_copying_shards_holds_no_more_than_the_largest_block_or_parameter(findings, kind):
     """The measurement is too high by some small tensors. The vocabulary of the untied model outweighs its blocks."""
     for rank in findings[f"fsdp2-{kind}"]:
@@ -84,28 +103,33 @@ def test_copying_shards_holds_no_more_than_the_largest_block_or_parameter(findin
         assert memory["gathered"] >= memory["all"] > 2 * memory["largest"]
 
 
-DYING = [
-    *SFT_ON_TWO_RANKS,
-    "--data.engine=dying_vllm.DyingVLLM",
-    "--data.engine.max_model_len=128",
-    "--data.engine.kv_cache_gib=0.25",
-]
+DYING = [*SFT_ON_TWO_RANKS, "--data.engine=dying_vllm.DyingVLLM", "--data.engine.max_model_len=128"]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "launcher", "rank", "message"),
-    [("ddp", [], 1, "terminated with code -9"), ("fsdp2", TORCHRUN, 0, "Signal 9 (SIGKILL) received by PID")],
-    ids=["ddp-lightning", "fsdp2-torchrun"],
-)
-def test_a_rank_killed_while_it_samples_ends_the_run(repository, tmp_path, strategy, launcher, rank, message):
-    """Within a minute, with a message; it leaves no process, so no port, and no shared memory behind."""
-    killed, shared = tmp_path / "killed", Path("/dev/shm")
+ENDS = {
+    "ddp-lightning": ("sampling", "ddp", [], 1, 1, "terminated with code -9"),
+    "fsdp2-torchrun": ("sampling", "fsdp2", TORCHRUN, 0, 1, "Signal 9 (SIGKILL) received by PID"),
+    "group-lightning": ("sampling", "fsdp2", [], 0, 2, "A rank of this run has ended (process "),
+    "start-lightning": ("start", "ddp", [], 0, 1, "A rank of this run has ended (process "),
+}
+"""Moment, strategy, launcher, rank that ends, tensor parallel size, message."""
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_rank_that_ends_alone_ends_the_run(models, repository, tmp_path, case):
+    """Within a minute, with a message; it leaves no process, so no port, and no shared memory behind.
+
+    In the last two cases the launcher ends as well, and a rank of the group waits for the other one in C++.
+    """
+    moment, strategy, launcher, rank, size, message = ENDS[case]
+    ended, shared = tmp_path / "ended", Path("/dev/shm")
     before = set(shared.iterdir())
-    run = [*DYING, f"--trainer.strategy={strategy}", f"--data.engine.rank={rank}"]
-    run += [f"--data.engine.file={killed}", f"--trainer.default_root_dir={tmp_path}"]
+    run = [*DYING, f"--trainer.strategy={strategy}", f"--trainer.default_root_dir={tmp_path}"]
+    run += [f"--data.engine.rank={rank}", f"--data.engine.file={ended}", f"--data.engine.moment={moment}"]
+    run += [f"--data.engine.tensor_parallel_size={size}", f"--model.policy.name_or_path={models / 'even'}"]
     log = tmp_path / "output"
     text = run_until_all_end([sys.executable, *launcher, *run], repository, log, timeout=300, **ENVIRONMENT)
-    assert killed.exists(), text
-    assert time.time() - killed.stat().st_mtime < 70, "a minute, and ten seconds for the processes to end"
+    assert ended.exists(), text
+    assert time.time() - ended.stat().st_mtime < 70, "a minute, and ten seconds for the processes to end"
     assert message in text
     assert set(shared.iterdir()) <= before
