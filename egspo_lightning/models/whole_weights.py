@@ -45,3 +45,12 @@ def compute_device(network: nn.Module) -> torch.device:
     if not isinstance(weight, DTensor) or weight.device_mesh.device_type == "cpu":
         return weight.device
     return torch.device(weight.device_mesh.device_type, torch.accelerator.current_device_index())
+
+
+def compute_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype in which a network computes."""
+    device = compute_device(network)
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    dtype: torch.dtype = next(network.parameters()).dtype
+    return dtype

@@ -12,7 +12,6 @@ Tested with vLLM 0.32 on one and two CPU processes, in float32. Not tested: CUDA
 bfloat16, ``gpu_memory_utilization`` and NCCL.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -20,16 +19,14 @@ from typing import Any, Literal
 
 import torch
 
-from egspo_lightning.errors import UserError, require
-from egspo_lightning.models.whole_weights import compute_device, whole_weights
+from egspo_lightning.errors import UserError
+from egspo_lightning.models.whole_weights import compute_device, compute_dtype, whole_weights
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
 from egspo_lightning.rollout.rank_watch import num_ranks
 from egspo_lightning.rollout.vllm_group import require_group, stream_together
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
+from egspo_lightning.rollout.vllm_requests import require_room, require_temperature, sampling_settings
 from egspo_lightning.types import Count, PositiveFloat, PositiveShare, Sampling
-
-LEAST_TEMPERATURE = 0.01
-"""vLLM raises lower temperatures to this one, and samples greedily below 1e-5."""
 
 
 class VLLMEngine(RolloutEngine):
@@ -98,9 +95,7 @@ class VLLMEngine(RolloutEngine):
             UserError: a request is too long, the temperature too low, or vLLM cannot run the model.
             RuntimeError: the ranks of a tensor parallel group sampled different tokens.
         """
-        if 0 < sampling.temperature < LEAST_TEMPERATURE:
-            allowed = f"0, or at least {LEAST_TEMPERATURE} with VLLMEngine"
-            require(False, "temperature", sampling.temperature, allowed)
+        require_temperature(sampling, "VLLMEngine")
         vllm = self._started(lm)
         if self.tensor_parallel_size == 1:
             yield from self._stream(vllm, lm, sampling, eos_ids, requests)
@@ -113,7 +108,7 @@ class VLLMEngine(RolloutEngine):
     ) -> Iterator[list[tuple[int, Sample]]]:
         """Copy the weights, and sample requests with this rank's engine."""
         device = compute_device(lm)
-        self._require_room(vllm, requests, sampling)
+        require_room("VLLMEngine.max_model_len", vllm.engine.model_config.max_model_len, requests, sampling)
         with apart(device):
             self._renew(vllm, lm, device)
             numbers = self._add(vllm, requests, sampling, eos_ids)
@@ -151,7 +146,7 @@ class VLLMEngine(RolloutEngine):
                 "max_num_seqs": self.max_num_seqs,
                 "gpu_memory_utilization": self.gpu_memory_utilization,
                 "kv_cache_memory_bytes": None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30),
-                "dtype": self.dtype or str(_compute_dtype(lm, device)).removeprefix("torch."),
+                "dtype": self.dtype or str(compute_dtype(lm)).removeprefix("torch."),
                 "enable_sleep_mode": self._sleeps(device),
                 "enforce_eager": self.enforce_eager,
                 "tensor_parallel_size": self.tensor_parallel_size,
@@ -174,13 +169,6 @@ class VLLMEngine(RolloutEngine):
 
     def _sleeps(self, device: torch.device) -> bool:
         return self.enable_sleep and device.type == "cuda"
-
-    def _require_room(self, vllm: Running, requests: Sequence[Request], sampling: Sampling) -> None:
-        """Refuse requests that do not fit: vLLM would cut off their completions."""
-        limit = vllm.engine.model_config.max_model_len
-        needed = max((len(request.prompt_ids) for request in requests), default=0) + sampling.max_completion_length
-        allowed = f"at least {needed}, the longest prompt with max_completion_length = {sampling.max_completion_length}"
-        require(needed <= limit, "VLLMEngine.max_model_len", limit, allowed)
 
     def _renew(self, vllm: Running, lm: Any, device: torch.device) -> None:
         """Copy the policy's current weights into vLLM, and reset its prefix cache."""
@@ -223,34 +211,12 @@ class VLLMEngine(RolloutEngine):
         for number, request in enumerate(requests):
             name, self._num_requests = f"egspo-{self._num_requests}", self._num_requests + 1
             settings = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=-1,
-                seed=stable_seed(request.seed),
-                max_tokens=sampling.max_completion_length,
-                stop_token_ids=list(eos_ids),
-                ignore_eos=True,  # the EOS of the model's config may be another one
-                logprobs=0,  # of the sampled token alone
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+                **sampling_settings(request, sampling, eos_ids), output_kind=RequestOutputKind.FINAL_ONLY
             )
             prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
             vllm.engine.add_request(name, prompt, settings)
             numbers[name] = number
         return numbers
-
-
-def stable_seed(name: str) -> int:
-    """Hash a random stream's name to a number of 63 bits, the same in every process."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-
-
-def _compute_dtype(lm: Any, device: torch.device) -> torch.dtype:
-    """The dtype in which the policy computes."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    dtype: torch.dtype = next(lm.parameters()).dtype
-    return dtype
 
 
 def _sample(output: Any, eos_ids: Sequence[int]) -> Sample:

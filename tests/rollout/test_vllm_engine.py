@@ -17,8 +17,9 @@ from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.rollout import vllm_engine
 from egspo_lightning.rollout.engine import stream_samples
 from egspo_lightning.rollout.transformers_engine import TransformersEngine
-from egspo_lightning.rollout.vllm_engine import VLLMEngine, stable_seed
+from egspo_lightning.rollout.vllm_engine import VLLMEngine
 from egspo_lightning.rollout.vllm_process import Running, launched, start_vllm
+from egspo_lightning.rollout.vllm_requests import stable_seed
 from egspo_lightning.types import Sampling
 
 
