@@ -86,6 +86,7 @@ from egspo_lightning.rollout.engine import RolloutEngine as RolloutEngine
 from egspo_lightning.rollout.engine import Sample as Sample
 from egspo_lightning.rollout.transformers_engine import TransformersEngine as TransformersEngine
 from egspo_lightning.rollout.vllm_engine import VLLMEngine as VLLMEngine
+from egspo_lightning.rollout.vllm_server import VLLMServerEngine as VLLMServerEngine
 from egspo_lightning.training.adaptive_coefficients import EntropyBonus as EntropyBonus
 from egspo_lightning.training.adaptive_coefficients import KLReward as KLReward
 from egspo_lightning.training.fsdp2_strategy import FSDP2Strategy as FSDP2Strategy

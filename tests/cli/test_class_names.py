@@ -50,6 +50,7 @@ CONFIGS = [
         "model.gate": ("QuantileGate", {"top_fraction": 0.5}),
         "model.attenuation": ("ConfidenceAttenuation", {}),
         "model.advantage": ("LeaveOneOut", {}),
+        "data.engine": ("VLLMServerEngine", {"address": "http://127.0.0.1:8001"}),
         "data.reward": ("SoftLengthPenalty", {"buffer": 4}),
         "data.demonstrations": ("GeneratedDemonstrations", {"num_demonstrations": 3}),
         "data.problems": ("GeneratedProblems", {}),
