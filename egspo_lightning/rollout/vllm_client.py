@@ -21,7 +21,7 @@ PAUSE_S = 1.0
 """Time between two tries."""
 CHECK_S = 10.0
 """After so long without a sample the client asks whether the server still answers."""
-ANSWER_S = 30.0
+ANSWER_S = 60.0
 """How long an answer other than a sample may take: a busy server is slow, and one that hangs never answers."""
 GENERATE = "/inference/v1/generate"
 """Takes and returns token ids; the server offers it with --enable-scale-out."""

@@ -35,7 +35,7 @@ MAX_COPIES = 3
 """How often a call copies the weights, if the server loses them in between."""
 LOAD_S = 600.0
 """How long the server may take to load the weights."""
-RESET_S = 10.0
+RESET_S = 30.0
 """How long a copy waits until the server has dropped the requests of an unfinished call."""
 OF_THE_TOKENIZER = ("_token_id", "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
 """Ends of the names of config values on which the weights and the logits do not depend."""
