@@ -3,15 +3,15 @@
 import http.client
 import json
 import queue
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
 
-from egspo_lightning.errors import UserError, require
+from egspo_lightning.errors import UserError
 
 MAX_CONNECTIONS = 256
 """Requests that a rank has in flight; the server queues those that it has no room for."""
@@ -40,16 +40,15 @@ class VLLMClient:
     """
 
     def __init__(self, address: str, start_command: str) -> None:
-        self.address = address.rstrip("/")
-        parts = urlsplit(self.address)
-        is_plain = parts.scheme == "http" and parts.port is not None and not parts.path
-        require(is_plain, "data.engine.address", address, "http://HOST:PORT")
-        if parts.hostname not in LOCAL_HOSTS:
+        parts = re.fullmatch(r"http://(?:\[([^/\]]+)\]|([^/:]+)):(\d{1,5})/?", address)
+        if parts is None:
+            raise UserError(f"data.engine.address must be http://HOST:PORT, got {address}.")
+        self.address, self.host, self.port = address.rstrip("/"), parts[1] or parts[2], int(parts[3])
+        if self.host not in LOCAL_HOSTS:
             raise UserError(
                 f"data.engine.address must be on this node ({', '.join(LOCAL_HOSTS)}), got {address}. The weights go "
                 "to the server through a file in shared memory, which a server on another node cannot read."
             )
-        self.host, self.port = parts.hostname, parts.port
         self.start_command = start_command.format(port=self.port)
 
     def call(

@@ -30,7 +30,7 @@ def test_server_on_another_node_is_refused_with_the_reason(address):
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:8000", "https://127.0.0.1:8000", "http://localhost", "http://[::1]:1/v1"]
+    "address", ["127.0.0.1:8000", "https://127.0.0.1:8000", "http://localhost", "http://[::1]:1/v1", "http://::1:1"]
 )
 def test_address_of_another_form_is_refused(address):
     with pytest.raises(UserError, match=r"data\.engine\.address must be http://HOST:PORT, got"):

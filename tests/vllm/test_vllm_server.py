@@ -198,11 +198,9 @@ def test_a_server_that_does_not_fit_is_refused(engine, program, tiny_model):
         program.sample(engine, lm, requests, SAMPLING)
 
 
-def test_two_ranks_sample_from_one_server(engine, repository, tiny_model, tmp_path):
+def test_two_ranks_sample_from_one_server(engine, program, repository, tiny_model, tmp_path):
     """Under ddp, where a thread samples the second batch, and under fsdp2, with shards."""
-    save = [sys.executable, str(FOLDER / "program.py"), "save", tiny_model, str(tmp_path)]
-    output, code = run_in_group(save, repository)
-    assert code == 0, output
+    program.save(tiny_model, str(tmp_path))
     two = ["--trainer.devices=2", f"--model.policy.name_or_path={tmp_path / 'tied'}"]
     runs = {
         "ddp": [*two, "--trainer.strategy=ddp", "--data.max_staleness=1"],
