@@ -20,6 +20,7 @@ from egspo_lightning.errors import UserError, require
 from egspo_lightning.models.weight_file import weight_file
 from egspo_lightning.models.whole_weights import compute_dtype, whole_weights
 from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
+from egspo_lightning.rollout.rank_watch import gather, num_ranks
 from egspo_lightning.rollout.vllm_client import VLLMClient
 from egspo_lightning.rollout.vllm_requests import require_room, require_temperature, sampling_settings
 from egspo_lightning.types import Sampling
@@ -82,7 +83,7 @@ class VLLMServerEngine(RolloutEngine):
         if self._is_started:
             return
         self._require_same_model(lm, patience=0.0)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if num_ranks() > 1:
             self._group = torch.distributed.new_group(backend="gloo")
         self._is_started = True
 
@@ -255,11 +256,7 @@ class VLLMServerEngine(RolloutEngine):
 
     def _on_any_rank(self, value: bool) -> bool:
         """Whether the value is true on any rank. Collective: no rank copies weights while another one samples."""
-        if self._group is None:
-            return value
-        values = [value] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(values, value, group=self._group)
-        return any(values)
+        return value if self._group is None else any(gather(value, self._group))
 
 
 def _body(request: Request, sampling: Sampling, eos_ids: Sequence[int]) -> dict[str, Any]:
