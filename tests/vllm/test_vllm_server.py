@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; see tests/vllm/requirements.txt"),
 ]
 FOLDER = Path(__file__).parent
-PATHS = ":".join(str(FOLDER.parent / name) for name in ("vllm", "fit", "fixtures"))
+PATHS = ":".join(str(FOLDER.parent / name) for name in ("..", "vllm", "fit", "fixtures"))
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": PATHS}
 LARGEST_GAP = 1e-4
 """Nats, as for VLLMEngine."""
