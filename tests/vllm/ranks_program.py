@@ -68,7 +68,7 @@ class Compare(Callback):
         change(pl_module)
         found["no copy"] = compare(pl_module, engine, everywhere(*place()))
         del engine.copy_weights
-        if engine.tensor_parallel_size > 1:
+        if getattr(engine, "tensor_parallel_size", 1) > 1:
             found |= {"stopped": stopped_early(pl_module, engine), "disagreement": disagreement(pl_module, engine)}
         file = Path(trainer.default_root_dir) / f"{trainer.global_rank}.json"
         file.write_text(json.dumps(found))
