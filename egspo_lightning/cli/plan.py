@@ -5,12 +5,16 @@ from typing import Any
 from egspo_lightning.datamodule import HybridDataModule
 from egspo_lightning.errors import UserError
 from egspo_lightning.module import EGSPOModule
+from egspo_lightning.rollout.engine import ReservingEngine
 from egspo_lightning.rollout.scoring import TOKENS_PER_SCORING_BATCH
 from egspo_lightning.training.memory_plan import Memory, Workload, plan
 from egspo_lightning.training.setup_rules import require_token_budget
+from egspo_lightning.training.strategies import TRAINED_AS
 from egspo_lightning.types import PositiveFloat, PositiveInt, Stage
 
 GIB = 2**30
+UNLISTED = ("update", "host", "engine_stays", "completion_cache")
+"""Quantities that are not parts of a device's memory."""
 
 
 def plan_run(
@@ -37,11 +41,13 @@ def plan_run(
         UserError: num_devices is left out, and the Trainer's flags do not name a number of devices.
     """
     devices = num_devices or _devices(flags)
-    work = workload(model, data, flags, devices)
+    work = workload(model, data, flags, devices, int(device_gib * GIB))
     return report(work, plan(work, devices), devices, device_gib)
 
 
-def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices: int) -> Workload:
+def workload(
+    model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices: int, device_bytes: int = 80 * GIB
+) -> Workload:
     """Workload of one device in a run with these flags."""
     is_bfloat16, is_sharded = flags.precision == "bf16-mixed", _is_sharded(flags.strategy)
     num_parts, max_tokens = int(flags.accumulate_grad_batches), data.max_tokens_per_micro_batch
@@ -73,12 +79,14 @@ def workload(model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices
         looks_ahead=data.max_staleness > 0,
         max_tokens=max_tokens,
         cpu_offload=is_sharded and _is_offloaded(flags.strategy),
+        engine=data.engine if isinstance(data.engine, ReservingEngine) else None,
+        device_bytes=device_bytes,
     )
 
 
 def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) -> str:
     """The plan as a table, and whether it fits."""
-    parts = [(name, size) for name, size in memory._asdict().items() if size and name not in ("update", "host")]
+    parts = [(name, size) for name, size in memory._asdict().items() if size and name not in UNLISTED]
     width = max(len(name) for name, _ in parts)
     rows = [f"  {name.replace('_', ' '):<{width}}  {size / GIB:10.3f}" for name, size in parts]
     phases = [f"  {name:<{width}}  {size / GIB:10.3f}" for name, size in memory.phases.items() if size]
@@ -90,11 +98,21 @@ def report(work: Workload, memory: Memory, num_devices: int, device_gib: float) 
             *rows,
             "Peaks:",
             *phases,
+            *([engine_line(memory, work.length)] if memory.completion_cache else []),
             *([f"In the host's memory, for each device: {memory.host / GIB:.3f} GiB."] if memory.host else []),
             f"The peak of {memory.peak / GIB:.3f} GiB {verdict} in {device_gib:g} GiB. Allocator, kernels and "
             "communication need more on top.",
         ]
     )
+
+
+def engine_line(memory: Memory, length: int) -> str:
+    """How many completions the cache of an engine with a copy of the weights holds."""
+    number = memory.cache // memory.completion_cache
+    if number:
+        return f"The engine's cache holds {number} completions of {length} tokens at a time."
+    fields = "data.engine.gpu_memory_utilization or data.engine.kv_cache_gib"
+    return f"The engine's cache holds no completion of {length} tokens, so it will not start. Raise {fields}."
 
 
 def _devices(flags: Any) -> int:
@@ -108,10 +126,12 @@ def _devices(flags: Any) -> int:
 
 
 def _is_sharded(strategy: Any) -> bool:
-    name = str(getattr(strategy, "class_path", strategy))
+    name = str(getattr(strategy, "class_path", TRAINED_AS.get(str(strategy), strategy)))
     return name in ("fsdp2", "fsdp2_cpu_offload") or name.endswith("FSDP2Strategy")
 
 
 def _is_offloaded(strategy: Any) -> bool:
     arguments = getattr(strategy, "init_args", None)
-    return strategy == "fsdp2_cpu_offload" or bool(getattr(arguments, "cpu_offload", False))
+    return TRAINED_AS.get(str(strategy), strategy) == "fsdp2_cpu_offload" or bool(
+        getattr(arguments, "cpu_offload", False)
+    )

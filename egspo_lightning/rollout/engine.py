@@ -4,6 +4,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
+
 from egspo_lightning.rollout.policy_protocol import RolloutPolicy
 from egspo_lightning.rollout.rollout_records import Prompt
 from egspo_lightning.types import Sampling
@@ -80,6 +82,27 @@ class StartingEngine(Protocol):
 
     def start(self, lm: Any) -> None:
         """Start the engine for a model within the policy's sampling context, unless it runs. Collective."""
+
+
+class Reservation(NamedTuple):
+    """Memory on one device of an engine with weights and a cache of its own, bytes."""
+
+    weights: int
+    """the engine's copy of the weights"""
+    cache: int
+    """room for keys and values"""
+    num_devices: int
+    """number of devices that share a copy, and the keys and values of each completion"""
+    stays: bool
+    """Whether the engine holds both while it does not sample."""
+
+
+@runtime_checkable
+class ReservingEngine(Protocol):
+    """An engine that samples with weights and a cache of its own."""
+
+    def reservation(self, num_parameters: int, dtype: torch.dtype, device_bytes: int) -> Reservation:
+        """The memory that it takes on a device of that size, for a policy that computes in ``dtype``."""
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ import torch
 
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.whole_weights import compute_device, compute_dtype, whole_weights
-from egspo_lightning.rollout.engine import Request, RolloutEngine, Sample
+from egspo_lightning.rollout.engine import Request, Reservation, RolloutEngine, Sample
 from egspo_lightning.rollout.rank_watch import num_ranks
 from egspo_lightning.rollout.vllm_group import require_group, stream_together
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
@@ -65,11 +65,6 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: bool = False,
         tensor_parallel_size: Count = 1,
     ) -> None:
-        if find_spec("vllm") is None:
-            raise UserError(
-                "data.engine VLLMEngine needs vLLM, which is not installed: "
-                'pip install "egspo-lightning[vllm]" on a machine with a GPU, or leave data.engine out.'
-            )
         # int() and float(): vLLM gets plain numbers rather than the parser's subclasses
         self.gpu_memory_utilization, self.max_num_seqs = float(gpu_memory_utilization), int(max_num_seqs)
         self.kv_cache_gib = None if kv_cache_gib is None else float(kv_cache_gib)
@@ -83,7 +78,12 @@ class VLLMEngine(RolloutEngine):
         self._num_requests = 0
 
     def require_run(self, num_ranks: int, num_heads: int | None, max_staleness: int) -> None:
-        """See ``SelectiveEngine``."""
+        """See ``SelectiveEngine``; vLLM must be installed."""
+        if find_spec("vllm") is None:
+            raise UserError(
+                "data.engine VLLMEngine needs vLLM, which is not installed: "
+                'pip install "egspo-lightning[vllm]" on a machine with a GPU, or leave data.engine out.'
+            )
         require_group(self.tensor_parallel_size, num_ranks, num_heads, max_staleness)
 
     def stream(
@@ -135,7 +135,7 @@ class VLLMEngine(RolloutEngine):
         """Start vLLM, unless it runs. Collective.
 
         Raises:
-            UserError: vLLM cannot run the model, or not on these ranks.
+            UserError: vLLM is not installed, or cannot run the model, or not on these ranks.
             RuntimeError: vLLM runs for a model of another config.
         """
         config, device = lm.config.to_json_string(use_diff=False), compute_device(lm)
@@ -158,6 +158,14 @@ class VLLMEngine(RolloutEngine):
             raise RuntimeError(
                 "VLLMEngine was started for a model of another config: close it, or make another engine."
             )
+
+    def reservation(self, num_parameters: int, dtype: torch.dtype, device_bytes: int) -> Reservation:
+        """See ``ReservingEngine``. vLLM's own activations, and CUDA graphs, come out of the cache."""
+        itemsize = (dtype if self.dtype is None else getattr(torch, self.dtype)).itemsize
+        weights = num_parameters * itemsize // self.tensor_parallel_size
+        share = int(self.gpu_memory_utilization * device_bytes)
+        cache = max(share - weights, 0) if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30)
+        return Reservation(weights, cache, self.tensor_parallel_size, stays=not self.enable_sleep)
 
     def _started(self, lm: Any) -> Running:
         """The vLLM instance, which is started by the first call where the run has not done it."""

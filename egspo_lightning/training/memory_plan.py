@@ -15,6 +15,7 @@ from egspo_lightning.models.critic import Critic, CriticConfig
 from egspo_lightning.models.policy import Policy
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.token_stats import token_stats_bytes
+from egspo_lightning.rollout.engine import Reservation, ReservingEngine
 from egspo_lightning.training.fake_passes import FakePasses, tensor_bytes
 from egspo_lightning.training.optimizers import require_shardable
 
@@ -37,6 +38,8 @@ class Workload:
         looks_ahead: Whether a snapshot of the policy samples while it trains.
         max_tokens: Most tokens of a micro-batch; None bounds the number of its rows instead.
         cpu_offload: Whether shards, their gradients and optimizer states are in the host's memory.
+        engine: Samples with weights and a cache of its own; None samples with the policy itself.
+        device_bytes: Memory of the device, of which such an engine takes a share.
     """
 
     policy: PolicyConfig
@@ -56,6 +59,8 @@ class Workload:
     looks_ahead: bool = False
     max_tokens: int | None = None
     cpu_offload: bool = False
+    engine: ReservingEngine | None = None
+    device_bytes: int = 0
 
     @property
     def length(self) -> int:
@@ -89,12 +94,16 @@ class Memory(NamedTuple):
     """a copy of the trained networks, which samples while they train"""
     gradients: int
     """held over an optimizer step"""
+    engine_weights: int
+    """weights of an engine that samples with a copy"""
     cache: int
-    """keys and values of the completions that are decoded"""
+    """keys and values of the completions that are decoded, or room for them in such an engine"""
     logits: int
     """decoding: logits, probabilities and the rest of a sampling step"""
     gathered: int
     """sampling and scoring: whole weights, if they are sharded otherwise"""
+    copied: int
+    """sampling with such an engine, instead: the largest weight, if they are sharded otherwise"""
     activations: int
     """kept by the forward passes of a micro-batch for the backward pass"""
     output_layer: int
@@ -107,6 +116,10 @@ class Memory(NamedTuple):
     """training with sharded weights: two blocks and all outside blocks, and gradients of one block and the rest"""
     host: int = 0
     """in the host's memory for this device, if shards are offloaded"""
+    engine_stays: int = 0
+    """what such an engine holds while it does not sample"""
+    completion_cache: int = 0
+    """keys and values of one completion of the greatest length in such an engine, the part on this device"""
 
     @property
     def held(self) -> int:
@@ -116,11 +129,12 @@ class Memory(NamedTuple):
     @property
     def phases(self) -> dict[str, int]:
         """Peak of each part of an iteration; a snapshot samples and scores during the update."""
-        sampling, scoring = self.cache + self.logits, self.scoring
-        beside = max(sampling, scoring) if self.snapshot else 0
+        sampling, scoring = self.engine_weights + self.cache + self.logits, self.scoring
+        beside = max(sampling, scoring) if self.snapshot else self.engine_stays
+        whole = self.copied if self.engine_weights else self.gathered
         return {
-            "sampling": self.held + self.gathered + sampling,
-            "scoring": self.held + self.gathered + scoring if scoring else 0,
+            "sampling": self.held + whole + sampling,
+            "scoring": self.held + self.gathered + scoring + self.engine_stays if scoring else 0,
             "update": self.held + self.gathered_blocks + self.update + beside,
         }
 
@@ -138,21 +152,35 @@ def plan(work: Workload, num_devices: int) -> Memory:
     """
     policy, critic = _networks(work)
     held = _held(work, policy, critic, num_devices)
+    engine = _reserved(work, policy)
     passes = FakePasses(policy, critic, is_bfloat16=work.is_bfloat16, is_sharded=work.is_sharded)
-    cache, logits = passes.decoding(work.sampled_rows, work.length, work.completion_length)
+    cache, logits = passes.decoding(1 if engine else work.sampled_rows, work.length, work.completion_length)
     scoring = passes.scoring(max(work.scored_tokens // work.length, 1), work.length) if work.scored_tokens else 0
     activations, backward = passes.training(work.passes, accumulates=work.num_parts > 1)
     output_layer = token_stats_bytes(work.trained_tokens, policy.lm.get_output_embeddings().weight)
     before = activations + output_layer + (held["gradients"] if work.num_parts > 1 else 0)
+    sampling = {"engine_weights": 0, "cache": cache, "logits": logits}
+    if engine is not None:
+        sampling = {"engine_weights": engine.weights, "cache": engine.cache, "logits": 0}
+        sampling["completion_cache"] = -(-cache // engine.num_devices)
+        sampling["engine_stays"] = engine.weights + engine.cache if engine.stays else 0
     return Memory(
         **held,
-        cache=cache,
-        logits=logits,
+        **sampling,
         scoring=scoring,
         activations=activations,
         output_layer=output_layer,
         update=max(held["gradients"] + backward, before),
     )
+
+
+def _reserved(work: Workload, policy: Policy) -> Reservation | None:
+    """The memory of an engine with weights and a cache of its own."""
+    if work.engine is None:
+        return None
+    dtype = torch.bfloat16 if work.is_bfloat16 else policy.lm.dtype
+    num_parameters = sum(parameter.numel() for parameter in policy.lm.parameters())
+    return work.engine.reservation(num_parameters, dtype, work.device_bytes)
 
 
 def _networks(work: Workload) -> tuple[Policy, Critic | None]:
@@ -192,6 +220,7 @@ def _held(work: Workload, policy: Policy, critic: Critic | None, num_devices: in
         "host": sum(sharded.values()) - sum(on_device.values()),
         "snapshot": tensor_bytes(trained) if work.looks_ahead else 0,
         "gathered": (all_weights + reference) // halves if work.is_sharded else 0,
+        "copied": _largest(policy) if work.is_sharded and work.engine is not None else 0,
         "gathered_blocks": _gathered_blocks(policy) // halves if work.is_sharded else 0,
     }
 
@@ -202,6 +231,11 @@ def _gathered_blocks(policy: Policy) -> int:
     blocks = [tensor_bytes(module.parameters()) for module in policy.modules() if type(module).__name__ in names]
     root, block = tensor_bytes(policy.parameters()) - sum(blocks), max(blocks, default=0)
     return 2 * root + 3 * block
+
+
+def _largest(policy: Policy) -> int:
+    """Bytes of the largest parameter."""
+    return max(tensor_bytes([parameter]) for parameter in policy.lm.parameters())
 
 
 def _optimizer_bytes(optimizer: Any, parameters: Sequence[nn.Parameter]) -> int:

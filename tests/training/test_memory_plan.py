@@ -18,6 +18,7 @@ from egspo_lightning.models.lora import LoraConfig
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.estimators import GAE
 from egspo_lightning.ops.objective import Objective
+from egspo_lightning.rollout.vllm_engine import VLLMEngine
 from egspo_lightning.training.memory_plan import Workload, plan
 
 PROMPT, COMPLETION = 5, 43  # "3+4=?", and the limit that a random policy always reaches
@@ -142,6 +143,55 @@ def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
     assert (offloaded.held, offloaded.gradients) == (0, 0)
     for phase in ("sampling", "update"):
         assert half.held <= half.phases[phase] - offloaded.phases[phase] <= half.held + half.gradients
+
+
+def test_plan_counts_the_weights_and_the_cache_of_vllm(wide_model):
+    work = Workload(
+        policy=PolicyConfig(wide_model, from_scratch=True),
+        critic=None,
+        holds_reference=False,
+        optimizer=torch.optim.AdamW,
+        is_sharded=True,
+        is_bfloat16=False,
+        prompt_length=PROMPT,
+        completion_length=COMPLETION,
+        sampled_rows=4,
+        scored_tokens=0,
+        update_rows=4,
+        expert_rows=0,
+        sft_rows=0,
+        num_parts=1,
+        engine=VLLMEngine(gpu_memory_utilization=0.5),
+        device_bytes=2**30,
+    )
+    weights = dict(work.policy.build().lm.named_parameters())
+    size = sum(weight.numel() for weight in weights.values())
+    memory = plan(work, 2)
+    assert (memory.engine_weights, memory.cache, memory.logits) == (4 * size, 2**29 - 4 * size, 0)
+    assert memory.copied == 4 * weights["model.embed_tokens.weight"].numel() < memory.gathered
+    assert memory.completion_cache == 4 * (PROMPT + COMPLETION - 1) * 2 * 192 * 4
+    assert memory.phases["sampling"] == memory.held + memory.copied + 2**29
+    assert memory.phases["update"] == plan(replace(work, engine=None), 2).phases["update"]
+    awake = plan(replace(work, engine=VLLMEngine(kv_cache_gib=0.25, dtype="bfloat16", enable_sleep=False)), 2)
+    assert (awake.engine_weights, awake.cache) == (2 * size, 2**28)
+    assert awake.phases["update"] - memory.phases["update"] == 2 * size + 2**28
+    assert plan(replace(work, engine=VLLMEngine(), device_bytes=size), 2).cache == 0
+    halves = plan(replace(work, engine=VLLMEngine(gpu_memory_utilization=0.5, tensor_parallel_size=2)), 2)
+    assert (halves.engine_weights, halves.cache) == (2 * size, 2**29 - 2 * size)
+    assert halves.completion_cache == memory.completion_cache // 2
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_plan_tells_how_many_completions_fit_into_the_cache_of_vllm(repository, monkeypatch, capsys, strategy):
+    """A completion keeps 127 tokens in 2 layers, each with 2 * 96 numbers in float32: 190.5 KiB."""
+    monkeypatch.chdir(repository)
+    arguments = ["plan", "--config=configs/quickstart.yaml", "--num_devices=2", f"--trainer.strategy={strategy}"]
+    main([*arguments, "--data.engine=VLLMEngine", "--data.engine.kv_cache_gib=0.5"])
+    output = capsys.readouterr().out
+    assert "The engine's cache holds 2752 completions of 128 tokens at a time." in output
+    assert "gathered blocks" in output
+    main([*arguments, "--data.engine=VLLMEngine", "--data.engine.kv_cache_gib=0.0001"])
+    assert "holds no completion of 128 tokens, so it will not start. Raise data.engine" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["sft", "egspo"])
