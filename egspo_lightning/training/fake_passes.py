@@ -1,7 +1,7 @@
 """Fake passes: memory of decoding, forward and backward passes, counted with tensors that have shapes and no data."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -86,15 +86,14 @@ class FakePasses:
     def scoring(self, rows: int, length: int) -> int:
         """Peak bytes of a forward pass of all networks without gradient."""
         with self._counting(grad=False) as living:
-            _states = self._forward([torch.zeros(rows, length, dtype=torch.long)])
+            _states = self._forward(torch.zeros(rows, length, dtype=torch.long))
         return living.peak
 
-    def training(self, shapes: Sequence[tuple[int, int]], *, accumulates: bool) -> tuple[int, int]:
-        """Bytes that forward passes keep for the backward pass, and the peak of both without parameters' gradients.
+    def training(self, rows: int, length: int, *, accumulates: bool) -> tuple[int, int]:
+        """Bytes that a forward pass keeps for the backward pass, and the peak of both without parameters' gradients.
 
-        Args:
-            shapes: (rows, tokens of each) of the passes of a micro-batch
-            accumulates: whether gradients of earlier micro-batches are held
+        All rows of a micro-batch share the pass: a second one would hold all gradients once more, until autograd adds
+        those of both. ``accumulates`` says whether gradients of earlier micro-batches are held.
         """
         trained = [p for network in self._networks for p in network.parameters() if p.requires_grad]
         before = 0
@@ -103,14 +102,13 @@ class FakePasses:
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
                 before = living.now
-            states = self._forward([torch.zeros(shape, dtype=torch.long) for shape in shapes])
+            states = self._forward(torch.zeros(rows, length, dtype=torch.long))
             kept = living.now - before
             torch.autograd.backward(states, [torch.zeros_like(state) for state in states])
         return kept, max(living.peak - tensor_bytes(p.grad for p in trained if p.grad is not None), 0)
 
-    def _forward(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        passes = ((network.trunk, i) for network in self._networks for i in ids)
-        return [trunk(input_ids=i, use_cache=False).last_hidden_state for trunk, i in passes]
+    def _forward(self, ids: Tensor) -> list[Tensor]:
+        return [network.trunk(input_ids=ids, use_cache=False).last_hidden_state for network in self._networks]
 
     @contextmanager
     def _counting(self, *, grad: bool) -> Iterator["_LiveBytes"]:

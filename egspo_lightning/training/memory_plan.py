@@ -68,13 +68,14 @@ class Workload:
         return self.prompt_length + self.completion_length
 
     @property
-    def passes(self) -> list[tuple[int, int]]:
-        """(rows, tokens of each) of the passes through the networks, in the larger kind of micro-batch."""
-        rows = max([self.update_rows, self.expert_rows], [self.sft_rows], key=sum)
+    def rows(self) -> tuple[int, int]:
+        """Number of rows, and tokens of each, in the pass of the larger kind of micro-batch: rows share one pass."""
+        number = max(self.update_rows + self.expert_rows, self.sft_rows)
         if self.max_tokens is None:
-            return [(number, self.length) for number in rows if number]
-        full, rest = divmod(min(self.max_tokens, sum(rows) * self.length), self.length)
-        return [(number, length) for number, length in ((full, self.length), (1, rest)) if number and length]
+            return number, self.length
+        tokens = min(self.max_tokens, number * self.length)
+        number = -(-tokens // self.length)
+        return number, -(-tokens // number)
 
     @property
     def trained_tokens(self) -> int:
@@ -156,7 +157,7 @@ def plan(work: Workload, num_devices: int) -> Memory:
     passes = FakePasses(policy, critic, is_bfloat16=work.is_bfloat16, is_sharded=work.is_sharded)
     cache, logits = passes.decoding(1 if engine else work.sampled_rows, work.length, work.completion_length)
     scoring = passes.scoring(max(work.scored_tokens // work.length, 1), work.length) if work.scored_tokens else 0
-    activations, backward = passes.training(work.passes, accumulates=work.num_parts > 1)
+    activations, backward = passes.training(*work.rows, accumulates=work.num_parts > 1)
     output_layer = token_stats_bytes(work.trained_tokens, policy.lm.get_output_embeddings().weight)
     before = activations + output_layer + (held["gradients"] if work.num_parts > 1 else 0)
     sampling = {"engine_weights": 0, "cache": cache, "logits": logits}

@@ -141,6 +141,9 @@ def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
     offloaded = plan(replace(work, cpu_offload=True), 2)
     assert (half.host, offloaded.host) == (0, half.held + half.gradients)
     assert (offloaded.held, offloaded.gradients) == (0, 0)
+    length = PROMPT + COMPLETION
+    assert replace(work, update_rows=3, expert_rows=1, sft_rows=2).rows == (4, length)  # they share one pass
+    assert replace(work, max_tokens=2 * length + 1).rows == (3, -(-(2 * length + 1) // 3))
     for phase in ("sampling", "update"):
         assert half.held <= half.phases[phase] - offloaded.phases[phase] <= half.held + half.gradients
 
