@@ -79,11 +79,16 @@ class Server:
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def kill(self):
+        """Kill the process that answers; vLLM's other processes outlive it, and remove their shared memory when told to
+        end.
+        """
         self.process.kill()
         self.process.wait()
-        deadline = time.monotonic() + 30
+        for each in processes_of(self.process.pid):
+            each.terminate()
+        deadline = time.monotonic() + 60
         while processes_of(self.process.pid) and time.monotonic() < deadline:
-            time.sleep(0.2)  # the engine's process ends by itself, and removes its shared memory
+            time.sleep(0.2)
         for each in processes_of(self.process.pid):
             each.kill()
 
