@@ -96,15 +96,17 @@ def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Ru
 
 
 def _for_cpu(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for a CPU: no compilation, a small cache, and unpacked weights.
+    """Settings for a CPU: no compilation, a small cache, unpacked weights, and whole prompts.
 
-    vLLM would pack weights for oneDNN, and weights copied later would not reach the packed ones.
+    vLLM would pack weights for oneDNN, and weights copied later would not reach the packed ones. If it took a part of a
+    prompt in a step, requests with seeds would end with "CPU Generator does not use offset".
     """
     from vllm import _custom_ops
 
     _custom_ops._supports_onednn = False
     room = settings["kv_cache_memory_bytes"] or CPU_CACHE_GIB * 2**30
-    return {**settings, "enforce_eager": True, "kv_cache_memory_bytes": room}
+    whole = {"enforce_eager": True, "enable_chunked_prefill": False}
+    return {**settings, **whole, "kv_cache_memory_bytes": room}
 
 
 @contextmanager

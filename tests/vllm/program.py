@@ -205,6 +205,7 @@ def isolation(folder: str) -> dict[str, Any]:
     has_group = torch.distributed.is_initialized()
     restarted = [found.token_ids for found in sample(engine, lm, prompts, sampling)]
     stopped = list(engine.stream(lm, prompts, sampling, eos_ids=ends, pad_id=PAD))
+    many = len(sample(engine, lm, make_requests(128), Sampling(2)))  # more tokens than vLLM takes in one step
     engine.close()
     lm.config.eos_token_id = ends[0]  # not among the requested EOS ids
     endless = [found.token_ids for found in sample(engine, lm, prompts, sampling)]
@@ -220,6 +221,7 @@ def isolation(folder: str) -> dict[str, Any]:
         "again": again == together,
         "restarted": restarted == together,
         "random": drawn == expected,
+        "many": many,
         "threads": threads,
         "has_group": has_group,
         "endless": endless == together,

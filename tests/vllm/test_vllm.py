@@ -105,6 +105,7 @@ def test_samples_are_independent_and_no_global_state_is_left_behind(repository, 
     assert found["again"], "an unfinished stream changed later samples"
     assert found["restarted"], "samples differ after close and restart"
     assert found["random"], "sampling used the global random generators"
+    assert found["many"] == 128
     assert found["threads"] == 2
     assert not found["has_group"]
     assert found["endless"], "completions end at the EOS of the model config, which was not requested"
