@@ -92,7 +92,9 @@ class Reservation(NamedTuple):
     cache: int
     """room for keys and values"""
     num_devices: int
-    """number of devices that share a copy, and the keys and values of each completion"""
+    """number of devices that share a copy, and the heads of keys and values"""
+    itemsize: int
+    """bytes of a number in weights and cache"""
     stays: bool
     """Whether the engine holds both while it does not sample."""
 

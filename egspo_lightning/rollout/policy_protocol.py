@@ -40,7 +40,7 @@ class RolloutPolicy(Protocol):
         """Context that gives the causal language model in eval mode, without gradients, in the training precision.
 
         All ranks must enter it equally often; within it they are independent of one another. ``whole=False`` leaves a
-        sharded model in shards, for an engine that copies its weights.
+        sharded model in shards, for an engine that copies its weights, which all ranks do together.
         """
 
     def scoring(self) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Watch over ranks that work together: ends this process where another rank has died and this one waits for it.
+"""Rank watchdog: ends this process where another rank has died and this one waits for it.
 
 A rank that waits for its peer in C++ or on a GPU runs no Python code, so it raises no error and handles no SIGTERM. A
 thread of its own watches the others.
@@ -63,12 +63,26 @@ def _watch(others: Sequence[Any], left: threading.Event, grace_s: float) -> None
             return
     if left.wait(grace_s):
         return
-    print(
+    _end(
         f"A rank of this run has ended (process {ended[0]}) while another one (process {os.getpid()}) needed it for "
-        "sampling with vLLM. The other one ends too.",
-        file=sys.stderr,
-        flush=True,
+        "sampling with vLLM. The other one ends too."
     )
+
+
+@contextmanager
+def deadline(seconds: float, message: str) -> Iterator[None]:
+    """End this process with a message and exit code 1 if the block takes longer, even where it waits in C++."""
+    timer = threading.Timer(seconds, _end, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
 

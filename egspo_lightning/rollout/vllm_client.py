@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ from egspo_lightning.errors import UserError
 
 MAX_CONNECTIONS = 256
 """Requests that a rank has in flight; the server queues those that it has no room for."""
-RECONNECT_S = 20.0
+RECONNECT_S = 40.0
 """How long the client tries to reach a server that went away."""
 PAUSE_S = 1.0
 """Time between two tries."""
@@ -56,7 +56,6 @@ class VLLMClient:
         path: str,
         body: Any = None,
         *,
-        method: str = "POST",
         patience: float | None = None,
         timeout: float | None = None,
     ) -> Any:
@@ -65,7 +64,6 @@ class VLLMClient:
         Args:
             path: of the request
             body: sent as JSON
-            method: of HTTP
             patience: seconds in which it is repeated; ``RECONNECT_S`` by default
             timeout: seconds that one answer may take; ``ANSWER_S`` by default
 
@@ -75,15 +73,19 @@ class VLLMClient:
         connection = self._connection(timeout or ANSWER_S)
         try:
             seconds = RECONNECT_S if patience is None else patience
-            return self._ask(connection, path, body, method, seconds, threading.Event())
+            return self._ask(connection, path, body, seconds, threading.Event())
         finally:
             connection.close()
 
-    def generate(self, bodies: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def generate(self, bodies: Sequence[Any], check: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
         """Yield number and answer of each request to ``GENERATE``, in the order in which they end.
 
         Threads wait for the answers. They are daemons, so that a server that hangs does not keep the process alive. If
         the caller stops early, the connections are closed, and the server drops the requests.
+
+        Args:
+            bodies: sent as JSON
+            check: asks the server something, while no answer comes: a process that hangs closes no connection
 
         Raises:
             UserError: as for ``call``.
@@ -99,7 +101,7 @@ class VLLMClient:
                 except queue.Empty:
                     break
                 try:
-                    answer = self._ask(connection, GENERATE, bodies[number], "POST", RECONNECT_S, stopped)
+                    answer = self._ask(connection, GENERATE, bodies[number], RECONNECT_S, stopped)
                 except Exception as error:  # raised in the caller's thread
                     answer = error
                 done.put((number, answer))
@@ -112,7 +114,7 @@ class VLLMClient:
             for connection in connections:
                 threading.Thread(target=work, args=(connection,), name="vllm-client", daemon=True).start()
             for _ in bodies:
-                number, answer = self._next(done)
+                number, answer = _next(done, check)
                 if isinstance(answer, Exception):
                     raise answer
                 yield number, answer
@@ -120,14 +122,6 @@ class VLLMClient:
             stopped.set()
             for connection in connections:
                 _hang_up(connection)
-
-    def _next(self, done: "queue.SimpleQueue[tuple[int, Any]]") -> tuple[int, Any]:
-        """The next answer. While none comes, ask whether the server is there: a process that hangs closes nothing."""
-        while True:
-            try:
-                return done.get(timeout=CHECK_S)
-            except queue.Empty:
-                self.call("/health", method="GET")
 
     def _connection(self, timeout: float | None) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
@@ -137,14 +131,13 @@ class VLLMClient:
         connection: http.client.HTTPConnection,
         path: str,
         body: Any,
-        method: str,
         patience: float,
         stopped: threading.Event,
     ) -> Any:
         lost_since = None
         while True:
             try:
-                status, answer = _exchange(connection, method, path, body)
+                status, answer = _exchange(connection, path, body)
                 if status == 200:
                     return answer
                 reason = f"{path} answers {status}: {_message(answer)}"
@@ -165,10 +158,19 @@ class VLLMClient:
         return f" Start it on this node, with vLLM 0.32 or later:\n{self.start_command}"
 
 
-def _exchange(connection: http.client.HTTPConnection, method: str, path: str, body: Any) -> tuple[int, Any]:
+def _next(done: "queue.SimpleQueue[tuple[int, Any]]", check: Callable[[], Any]) -> tuple[int, Any]:
+    """The next answer; while none comes, the check is made again and again."""
+    while True:
+        try:
+            return done.get(timeout=CHECK_S)
+        except queue.Empty:
+            check()
+
+
+def _exchange(connection: http.client.HTTPConnection, path: str, body: Any) -> tuple[int, Any]:
     """Send one request; returns the status, and the JSON of the answer or its text."""
     text = None if body is None else json.dumps(body)
-    connection.request(method, path, text, {"Content-Type": "application/json"})
+    connection.request("POST", path, text, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     content = answer.read()
     is_json = (answer.getheader("Content-Type") or "").startswith("application/json")

@@ -165,7 +165,7 @@ class VLLMEngine(RolloutEngine):
         weights = num_parameters * itemsize // self.tensor_parallel_size
         share = int(self.gpu_memory_utilization * device_bytes)
         cache = max(share - weights, 0) if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30)
-        return Reservation(weights, cache, self.tensor_parallel_size, stays=not self.enable_sleep)
+        return Reservation(weights, cache, self.tensor_parallel_size, itemsize, stays=not self.enable_sleep)
 
     def _started(self, lm: Any) -> Running:
         """The vLLM instance, which is started by the first call where the run has not done it."""

@@ -16,8 +16,14 @@ import torch
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.rank_watch import gather, processes_here, watched
+from egspo_lightning.rollout.rank_watch import deadline, gather, processes_here, watched
 
+OUT_OF_STEP_S = 30.0
+"""How long the ranks of a group wait for each other after the last step."""
+OUT_OF_STEP = (
+    "The ranks of a tensor parallel group of VLLMEngine sampled different tokens for the same requests, so their "
+    "engines are out of step. Set data.engine.tensor_parallel_size to 1."
+)
 Batches = Iterator[list[tuple[int, Sample]]]
 
 
@@ -85,12 +91,12 @@ def stream_together(
 
 
 def _require_equal(tokens: dict[int, list[int]], group: Any) -> None:
+    """Compare the tokens of the ranks, which end at the same time; one out of step waits in a step for the others."""
     digest = hashlib.sha256(repr(sorted(tokens.items())).encode()).hexdigest()
-    if len(set(gather(digest, group))) > 1:
-        raise RuntimeError(
-            "The ranks of a tensor parallel group of VLLMEngine sampled different tokens for the same requests, so "
-            "their engines are out of step. Set data.engine.tensor_parallel_size to 1."
-        )
+    with deadline(OUT_OF_STEP_S, OUT_OF_STEP):
+        digests = gather(digest, group)
+    if len(set(digests)) > 1:
+        raise RuntimeError(OUT_OF_STEP)
 
 
 @contextmanager

@@ -89,8 +89,8 @@ def start_vllm(lm: Any, device: torch.device, settings: Mapping[str, Any]) -> Ru
                 distributed_executor_backend="external_launcher" if has_group else None,
                 **(_for_cpu(settings) if device.type == "cpu" else settings),
             )
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:400]
+        except (ValueError, AssertionError) as error:  # vLLM asserts that tensor parallel groups can split the layers
+            reason = " ".join(str(error).split())[:400] or "an assertion of vLLM failed"
             raise UserError(f"data.engine VLLMEngine: vLLM cannot run {type(lm).__name__}: {reason}") from error
     return Running(llm, not has_group)
 

@@ -7,6 +7,7 @@ Tested with vLLM 0.32 on a CPU, in float32, on one rank and on two.
 """
 
 import json
+import socket
 import time
 import uuid
 import warnings
@@ -38,7 +39,7 @@ LOAD_S = 600.0
 """How long the server may take to load the weights."""
 RESET_S = 30.0
 """How long a copy waits until the server has dropped the requests of an unfinished call."""
-OF_THE_TOKENIZER = ("_token_id", "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
+OF_NO_EFFECT = ("_token_id", "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
 """Ends of the names of config values on which the weights and the logits do not depend."""
 
 T = TypeVar("T")
@@ -70,6 +71,7 @@ class VLLMServerEngine(RolloutEngine):
         self._version: str | None = None
         """The version of the last copy; None if the server has not confirmed it."""
         self._num_copies = 0
+        self._rank = 0
         self._is_started = False
         self._group: Any = None
         """Process group of all ranks on the CPU, for this engine alone: a thread may use it while the ranks train."""
@@ -78,17 +80,21 @@ class VLLMServerEngine(RolloutEngine):
         """Check that the server answers and has the same model, unless it has been done. Collective.
 
         Raises:
-            UserError: the server does not answer, was started with other options, or has another model.
+            UserError: the ranks are on several nodes, or the server does not answer, was started with other options, or
+                has another model.
         """
         if self._is_started:
             return
-        self._require_same_model(lm, patience=0.0)
         if num_ranks() > 1:
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group, self._rank = torch.distributed.new_group(backend="gloo"), torch.distributed.get_rank()
+            require_one_node(gather(socket.gethostname(), self._group))
+        self._require_same_model(lm, patience=0.0)
         self._is_started = True
 
     def close(self) -> None:
         """Forget the ranks of this run. The server goes on, and the next run finds it."""
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
         self._is_started, self._group = False, None
 
     def stream(
@@ -104,19 +110,25 @@ class VLLMServerEngine(RolloutEngine):
         self.start(lm)
         numbers = list(range(len(requests)))
         for _ in range(MAX_COPIES):
-            limit = self._together(lambda: self._noticed(self._require_same_model(lm)))
+            limit = self._together(lambda: self._checked_limit(self._require_same_model(lm)))
             require_room("max_model_len of the vLLM server", limit, requests, sampling)
             self.copy_weights(lm)
             version = self._version
             bodies = [_body(requests[number], sampling, eos_ids) for number in numbers]
             lost = []
-            for place, answer in self.client.generate(bodies) if version else ():
+            for place, answer in self.client.generate(bodies, self._state) if version else ():
                 if _version_of(answer) == version:
                     yield [(numbers[place], _sample(answer, eos_ids))]
                 else:
                     lost.append(numbers[place])
             numbers = lost if version else numbers
             self._require_no_other_weights(version)
+            if lost:
+                warnings.warn(
+                    f"{len(lost)} samples of the vLLM server at {self.client.address} did not come from the weights of "
+                    f"copy {self._num_copies} and are drawn again.",
+                    stacklevel=2,
+                )
             if not self._on_any_rank(version is None or bool(numbers)):
                 return
         raise UserError(
@@ -182,7 +194,7 @@ class VLLMServerEngine(RolloutEngine):
         """State of the server's workers, whose model must be the policy's."""
         state = self._state(**limits)
         ours = json.loads(lm.config.to_json_string(use_diff=False))
-        known = [name for name in ours.keys() & state["config"].keys() if not name.endswith(OF_THE_TOKENIZER)]
+        known = [name for name in ours.keys() & state["config"].keys() if not name.endswith(OF_NO_EFFECT)]
         other = {name: ours[name] for name in sorted(known) if ours[name] != state["config"][name]}
         if other or state["architecture"] != type(lm).__name__:
             theirs = {name: state["config"][name] for name in other}
@@ -199,13 +211,12 @@ class VLLMServerEngine(RolloutEngine):
             require(found == value, f"{option} of the vLLM server at {self.client.address}", found, value)
         return state
 
-    def _noticed(self, state: dict[str, Any]) -> int:
+    def _checked_limit(self, state: dict[str, Any]) -> int:
         """Say if the server has lost the weights of the last copy; returns its max_model_len."""
         if self._num_copies and (self._version is None or state["version"] != self._version):
             warnings.warn(
-                f"The vLLM server at {self.client.address} no longer has the weights that it confirmed: it was "
-                "restarted, or another program uses it. It gets the policy's weights again, and samples that did not "
-                "come from them are drawn again.",
+                f"The vLLM server at {self.client.address} no longer has the weights of copy {self._num_copies}, which "
+                "it confirmed: it was restarted, or another program uses it. It gets the policy's weights again.",
                 stacklevel=2,
             )
         limit: int = state["max_model_len"]
@@ -237,7 +248,7 @@ class VLLMServerEngine(RolloutEngine):
 
     @property
     def _is_first(self) -> bool:
-        return self._group is None or torch.distributed.get_rank() == 0
+        return self._rank == 0
 
     def _together(self, call: Callable[[], T]) -> T:
         """Result on all ranks of a call that the first one makes; a UserError is raised on all. Collective."""
@@ -257,6 +268,19 @@ class VLLMServerEngine(RolloutEngine):
     def _on_any_rank(self, value: bool) -> bool:
         """Whether the value is true on any rank. Collective: no rank copies weights while another one samples."""
         return value if self._group is None else any(gather(value, self._group))
+
+
+def require_one_node(nodes: Sequence[str]) -> None:
+    """Refuse ranks on several nodes, of which only one has the server; ``nodes`` are the names by rank.
+
+    Raises:
+        UserError: naming the nodes.
+    """
+    if len(names := sorted(set(nodes))) > 1:
+        raise UserError(
+            f"data.engine VLLMServerEngine: the ranks are on several nodes ({', '.join(names)}), and a server gets the "
+            "weights through the memory of its own node. Use VLLMEngine, or one node."
+        )
 
 
 def _body(request: Request, sampling: Sampling, eos_ids: Sequence[int]) -> dict[str, Any]:

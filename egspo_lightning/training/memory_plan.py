@@ -131,7 +131,7 @@ class Memory(NamedTuple):
     def phases(self) -> dict[str, int]:
         """Peak of each part of an iteration; a snapshot samples and scores during the update."""
         sampling, scoring = self.engine_weights + self.cache + self.logits, self.scoring
-        beside = max(sampling, scoring) if self.snapshot else self.engine_stays
+        beside = max(sampling, scoring + self.engine_stays) if self.snapshot else self.engine_stays
         whole = self.copied if self.engine_weights else self.gathered
         return {
             "sampling": self.held + whole + sampling,
@@ -163,7 +163,7 @@ def plan(work: Workload, num_devices: int) -> Memory:
     sampling = {"engine_weights": 0, "cache": cache, "logits": logits}
     if engine is not None:
         sampling = {"engine_weights": engine.weights, "cache": engine.cache, "logits": 0}
-        sampling["completion_cache"] = -(-cache // engine.num_devices)
+        sampling["completion_cache"] = _completion_cache(cache, engine, work, policy)
         sampling["engine_stays"] = engine.weights + engine.cache if engine.stays else 0
     return Memory(
         **held,
@@ -182,6 +182,17 @@ def _reserved(work: Workload, policy: Policy) -> Reservation | None:
     dtype = torch.bfloat16 if work.is_bfloat16 else policy.lm.dtype
     num_parameters = sum(parameter.numel() for parameter in policy.lm.parameters())
     return work.engine.reservation(num_parameters, dtype, work.device_bytes)
+
+
+def _completion_cache(cache: int, engine: Reservation, work: Workload, policy: Policy) -> int:
+    """Bytes on a device of a completion in the engine's cache, from those in the type in which the policy computes.
+
+    Devices share the heads of keys and values; if there are fewer heads, some devices hold the same one.
+    """
+    config = policy.lm.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    itemsize = 2 if work.is_bfloat16 else policy.lm.dtype.itemsize
+    return -(-cache * engine.itemsize // (itemsize * min(engine.num_devices, heads)))
 
 
 def _networks(work: Workload) -> tuple[Policy, Critic | None]:

@@ -12,7 +12,7 @@ from egspo_lightning.cli.main import run
 from egspo_lightning.errors import UserError
 from egspo_lightning.rollout import vllm_client
 from egspo_lightning.rollout.vllm_client import VLLMClient
-from egspo_lightning.rollout.vllm_server import VLLMServerEngine
+from egspo_lightning.rollout.vllm_server import VLLMServerEngine, require_one_node
 
 
 @pytest.fixture
@@ -35,6 +35,12 @@ def test_server_on_another_node_is_refused_with_the_reason(address):
 def test_address_of_another_form_is_refused(address):
     with pytest.raises(UserError, match=r"data\.engine\.address must be http://HOST:PORT, got"):
         VLLMServerEngine(address)
+
+
+def test_ranks_on_several_nodes_are_refused():
+    require_one_node(["a", "a"])
+    with pytest.raises(UserError, match=r"the ranks are on several nodes \(a, b\)"):
+        require_one_node(["b", "a", "b"])
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
@@ -101,7 +107,7 @@ def free_port():
 def test_client_reconnects_to_a_server_that_comes_back(free_port):
     client = VLLMClient(f"http://127.0.0.1:{free_port}", "")
     serve(free_port, num_errors=1, delay=1.0)
-    found = dict(client.generate([{"number": number} for number in range(3)]))
+    found = dict(client.generate([{"number": number} for number in range(3)], client.call))
     assert found == {number: {"number": number} for number in range(3)}
 
 
@@ -119,4 +125,4 @@ def test_client_notices_a_server_that_hangs(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         client = VLLMClient(f"http://127.0.0.1:{hanging.getsockname()[1]}", "COMMAND")
         with pytest.raises(UserError, match=r"does not answer \(TimeoutError"):
-            list(client.generate([{}, {}]))
+            list(client.generate([{}, {}], lambda: client.call("/x")))

@@ -175,13 +175,19 @@ def test_plan_counts_the_weights_and_the_cache_of_vllm(wide_model):
     assert memory.completion_cache == 4 * (PROMPT + COMPLETION - 1) * 2 * 192 * 4
     assert memory.phases["sampling"] == memory.held + memory.copied + 2**29
     assert memory.phases["update"] == plan(replace(work, engine=None), 2).phases["update"]
+    ahead = replace(work, engine=VLLMEngine(gpu_memory_utilization=0.5, enable_sleep=False), looks_ahead=True)
+    beside = plan(ahead, 2).phases["update"] - memory.phases["update"]
+    assert beside == plan(ahead, 2).snapshot + 2**29  # which is there beside scoring, too
     awake = plan(replace(work, engine=VLLMEngine(kv_cache_gib=0.25, dtype="bfloat16", enable_sleep=False)), 2)
     assert (awake.engine_weights, awake.cache) == (2 * size, 2**28)
+    assert awake.completion_cache == memory.completion_cache // 2
     assert awake.phases["update"] - memory.phases["update"] == 2 * size + 2**28
     assert plan(replace(work, engine=VLLMEngine(), device_bytes=size), 2).cache == 0
     halves = plan(replace(work, engine=VLLMEngine(gpu_memory_utilization=0.5, tensor_parallel_size=2)), 2)
     assert (halves.engine_weights, halves.cache) == (2 * size, 2**29 - 2 * size)
     assert halves.completion_cache == memory.completion_cache // 2
+    crowded = plan(replace(work, engine=VLLMEngine(tensor_parallel_size=12)), 2)
+    assert crowded.completion_cache == memory.completion_cache // 3  # there are three heads
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
