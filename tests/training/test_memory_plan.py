@@ -113,11 +113,12 @@ def test_plan_command_reads_fit_config_and_reports_whether_it_fits(repository, m
     assert "In the host's memory, for each device: 0.002 GiB" in capsys.readouterr().out  # 16 bytes a weight / 2
 
 
-def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
-    work = Workload(
-        policy=PolicyConfig(wide_model, from_scratch=True),
+def sharded(model: str) -> Workload:
+    """A small workload on several devices."""
+    return Workload(
+        policy=PolicyConfig(model, from_scratch=True),
         critic=None,
-        holds_reference=True,
+        holds_reference=False,
         optimizer=torch.optim.AdamW,
         is_sharded=True,
         is_bfloat16=False,
@@ -130,6 +131,10 @@ def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
         sft_rows=0,
         num_parts=1,
     )
+
+
+def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
+    work = replace(sharded(wide_model), holds_reference=True)
     whole, half = plan(replace(work, is_sharded=False), 2), plan(work, 2)
     size = 4 * sum(p.numel() for p in PolicyConfig(wide_model, from_scratch=True).build().parameters())
     assert whole.weights == whole.reference == whole.gradients == size
@@ -149,24 +154,7 @@ def test_plan_divides_sharded_memory_and_counts_gathered_weights(wide_model):
 
 
 def test_plan_counts_the_weights_and_the_cache_of_vllm(wide_model):
-    work = Workload(
-        policy=PolicyConfig(wide_model, from_scratch=True),
-        critic=None,
-        holds_reference=False,
-        optimizer=torch.optim.AdamW,
-        is_sharded=True,
-        is_bfloat16=False,
-        prompt_length=PROMPT,
-        completion_length=COMPLETION,
-        sampled_rows=4,
-        scored_tokens=0,
-        update_rows=4,
-        expert_rows=0,
-        sft_rows=0,
-        num_parts=1,
-        engine=VLLMEngine(gpu_memory_utilization=0.5),
-        device_bytes=2**30,
-    )
+    work = replace(sharded(wide_model), engine=VLLMEngine(gpu_memory_utilization=0.5), device_bytes=2**30)
     weights = dict(work.policy.build().lm.named_parameters())
     size = sum(weight.numel() for weight in weights.values())
     memory = plan(work, 2)
