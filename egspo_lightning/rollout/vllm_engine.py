@@ -12,7 +12,9 @@ Tested with vLLM 0.32 on one and two CPU processes, in float32. Not tested: CUDA
 bfloat16, ``gpu_memory_utilization`` and NCCL.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -22,7 +24,7 @@ import torch
 from egspo_lightning.errors import UserError
 from egspo_lightning.models.whole_weights import compute_device, compute_dtype, whole_weights
 from egspo_lightning.rollout.engine import Request, Reservation, RolloutEngine, Sample
-from egspo_lightning.rollout.rank_watch import num_ranks
+from egspo_lightning.rollout.rank_watch import num_ranks, processes_here, watched
 from egspo_lightning.rollout.vllm_group import require_group, stream_together
 from egspo_lightning.rollout.vllm_process import Running, apart, start_vllm
 from egspo_lightning.rollout.vllm_requests import require_room, require_temperature, sampling_settings
@@ -75,6 +77,8 @@ class VLLMEngine(RolloutEngine):
         self.running: Running | None = None
         """The vLLM instance, once it has started."""
         self._config = ""
+        self._processes: list[int] = []
+        """Process ids of the ranks on this machine."""
         self._num_requests = 0
 
     def require_run(self, num_ranks: int, num_heads: int | None, max_staleness: int) -> None:
@@ -98,7 +102,10 @@ class VLLMEngine(RolloutEngine):
         require_temperature(sampling, "VLLMEngine")
         vllm = self._started(lm)
         if self.tensor_parallel_size == 1:
-            yield from self._stream(vllm, lm, sampling, eos_ids, requests)
+            # A thread that samples ahead may be left behind at the end of the run, when other ranks have ended.
+            is_main = threading.current_thread() is threading.main_thread()
+            with watched(self._processes) if is_main else nullcontext():
+                yield from self._stream(vllm, lm, sampling, eos_ids, requests)
         else:
             stream = partial(self._stream, vllm, lm, sampling, eos_ids)
             yield from stream_together(requests, stream, vllm.group, lambda: self.running is vllm)
@@ -152,6 +159,7 @@ class VLLMEngine(RolloutEngine):
                 "tensor_parallel_size": self.tensor_parallel_size,
             }
             self.running, self._config = start_vllm(lm, device, settings), config
+            self._processes = processes_here() if num_ranks() > 1 else []
             if self._sleeps(device):
                 self.running.llm.sleep(level=2)
         if config != self._config:

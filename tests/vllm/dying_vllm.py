@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from egspo_lightning.types import Sampling
 LAST_STEP = 5
 SECONDS_OF_START = 1.0
 """vLLM takes several seconds more."""
+SECONDS_OF_STEP = 1.0
+"""The other ranks would sample for longer than a minute."""
 
 
 class DyingVLLM(VLLMEngine):
@@ -40,8 +43,11 @@ class DyingVLLM(VLLMEngine):
     ) -> Iterator[list[tuple[int, Sample]]]:
         """See ``RolloutEngine``."""
         self.num_calls += 1
-        if self.moment == "sampling" and self.is_here and self.num_calls == 2:
-            self.end_after_steps()
+        if self.moment == "sampling" and self.num_calls == 2:
+            if self.is_here:
+                self.end_after_steps()
+            elif self.tensor_parallel_size == 1:
+                self.slow_down()
         yield from super().stream(lm, requests, sampling, eos_ids=eos_ids, pad_id=pad_id)
 
     def end_after_steps(self) -> None:
@@ -57,6 +63,12 @@ class DyingVLLM(VLLMEngine):
             return step()
 
         engine.step = counting
+
+    def slow_down(self) -> None:
+        """Make each of vLLM's steps take as long as those of a large model with many completions."""
+        assert self.running is not None
+        engine, step = self.running.engine, self.running.engine.step
+        engine.step = lambda: (time.sleep(SECONDS_OF_STEP), step())[1]
 
     @property
     def is_here(self) -> bool:

@@ -1,6 +1,7 @@
 """VLLMEngine on two ranks, which communicate through gloo: each has an engine of its own, or both share one."""
 
 import json
+import re
 import sys
 import time
 from importlib.util import find_spec
@@ -107,19 +108,20 @@ DYING = [*SFT_ON_TWO_RANKS, "--data.engine=dying_vllm.DyingVLLM", "--data.engine
 
 
 ENDS = {
-    "ddp-lightning": ("sampling", "ddp", [], 1, 1, "terminated with code -9"),
-    "fsdp2-torchrun": ("sampling", "fsdp2", TORCHRUN, 0, 1, "Signal 9 (SIGKILL) received by PID"),
-    "group-lightning": ("sampling", "fsdp2", [], 0, 2, "A rank of this run has ended (process "),
-    "start-lightning": ("start", "ddp", [], 0, 1, "A rank of this run has ended (process "),
+    "ddp-lightning": ("sampling", "ddp", [], 1, 1, r"terminated with code -9|A rank of this run has ended \(process "),
+    "first-lightning": ("sampling", "ddp", [], 0, 1, r"A rank of this run has ended \(process "),
+    "fsdp2-torchrun": ("sampling", "fsdp2", TORCHRUN, 0, 1, r"Signal 9 \(SIGKILL\) received by PID"),
+    "group-lightning": ("sampling", "fsdp2", [], 0, 2, r"A rank of this run has ended \(process "),
+    "start-lightning": ("start", "ddp", [], 0, 1, r"A rank of this run has ended \(process |\nerror: .*Error: "),
 }
-"""Moment, strategy, launcher, rank that ends, tensor parallel size, message."""
+"""Moment, strategy, launcher, rank that ends, tensor parallel size, pattern of the message."""
 
 
 @pytest.mark.parametrize("case", ENDS)
 def test_a_rank_that_ends_alone_ends_the_run(models, repository, tmp_path, case):
     """Within a minute, with a message; it leaves no process, so no port, and no shared memory behind.
 
-    In the last two cases the launcher ends as well, and a rank of the group waits for the other one in C++.
+    Under Lightning the launcher ends with the first rank, and a rank of a group waits for the other one in C++.
     """
     moment, strategy, launcher, rank, size, message = ENDS[case]
     ended, shared = tmp_path / "ended", Path("/dev/shm")
@@ -131,5 +133,5 @@ def test_a_rank_that_ends_alone_ends_the_run(models, repository, tmp_path, case)
     text = run_until_all_end([sys.executable, *launcher, *run], repository, log, timeout=300, **ENVIRONMENT)
     assert ended.exists(), text
     assert time.time() - ended.stat().st_mtime < 70, "a minute, and ten seconds for the processes to end"
-    assert message in text
+    assert re.search(message, text), text
     assert set(shared.iterdir()) <= before
