@@ -18,6 +18,8 @@ def stream(requests):
     time.sleep(seconds)  # a further step, in which the rank waits for the other one
 requests = ["first", "second"][: 2 - rank]
 print(list(vllm_group.stream_together(requests, stream, torch.distributed.group.WORLD, lambda: True)))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 """A rank with two requests, or with one, whose last step takes some time."""
 
@@ -39,8 +41,9 @@ def run_ranks(repository, tmp_path, *seconds):
 
 
 def test_each_rank_gets_the_samples_of_its_own_requests(repository, tmp_path):
-    (first, _, first_code), (second, _, second_code) = run_ranks(repository, tmp_path, "0", "0")
-    assert (first_code, second_code) == (0, 0)
+    ranks = run_ranks(repository, tmp_path, "0", "0")
+    assert [code for *_, code in ranks] == [0, 0], ranks
+    first, second = (output for output, *_ in ranks)
     assert [first.count("Sample("), second.count("Sample(")] == [2, 1]
     assert "(0, Sample(token_ids=[2]" in second
 
