@@ -49,7 +49,8 @@ def workload(
     model: EGSPOModule, data: HybridDataModule, flags: Any, num_devices: int, device_bytes: int = 80 * GIB
 ) -> Workload:
     """Workload of one device in a run with these flags."""
-    is_bfloat16, is_sharded = flags.precision == "bf16-mixed", _is_sharded(flags.strategy)
+    strategy = TRAINED_AS.get(str(flags.strategy), flags.strategy)
+    is_bfloat16, is_sharded = flags.precision == "bf16-mixed", _is_sharded(strategy)
     num_parts, max_tokens = int(flags.accumulate_grad_batches), data.max_tokens_per_micro_batch
     require_token_budget(data, num_parts, is_mixed=model.mixes_expert_data)
     completions, length = data.num_problems * data.num_generations, data.max_prompt_length + data.max_completion_length
@@ -78,7 +79,7 @@ def workload(
         num_parts=num_parts,
         looks_ahead=data.max_staleness > 0,
         max_tokens=max_tokens,
-        cpu_offload=is_sharded and _is_offloaded(flags.strategy),
+        cpu_offload=is_sharded and _is_offloaded(strategy),
         engine=data.engine if isinstance(data.engine, ReservingEngine) else None,
         device_bytes=device_bytes,
     )
@@ -126,12 +127,10 @@ def _devices(flags: Any) -> int:
 
 
 def _is_sharded(strategy: Any) -> bool:
-    name = str(getattr(strategy, "class_path", TRAINED_AS.get(str(strategy), strategy)))
+    name = str(getattr(strategy, "class_path", strategy))
     return name in ("fsdp2", "fsdp2_cpu_offload") or name.endswith("FSDP2Strategy")
 
 
 def _is_offloaded(strategy: Any) -> bool:
     arguments = getattr(strategy, "init_args", None)
-    return TRAINED_AS.get(str(strategy), strategy) == "fsdp2_cpu_offload" or bool(
-        getattr(arguments, "cpu_offload", False)
-    )
+    return strategy == "fsdp2_cpu_offload" or bool(getattr(arguments, "cpu_offload", False))

@@ -27,7 +27,7 @@ class WeightReceiver:
     """Version of the weights that were loaded last; None since the server's start."""
 
     def egspo_state(self) -> dict[str, Any]:
-        """What the trainer compares with its own model, and the version of the weights."""
+        """Facts of the server's model, which the trainer compares with its own, and the version of the weights."""
         model = self.model_config
         return {
             "config": json.loads(model.hf_config.to_json_string(use_diff=False)),

@@ -64,7 +64,7 @@ class FakePasses:
     def _decoding(self, rows: int, length: int, completion_length: int) -> tuple[int, int]:
         lm = self._policy.lm
         config = lm.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = num_key_value_heads(config)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dtype = torch.bfloat16 if self._is_bfloat16 else lm.dtype
         self._policy.eval()  # as in a run: with gradient checkpointing, train mode has no cache
@@ -115,6 +115,12 @@ class FakePasses:
         autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if self._is_bfloat16 else nullcontext()
         with self._mode, _LiveBytes(self._networks) as living, torch.set_grad_enabled(grad), autocast:
             yield living
+
+
+def num_key_value_heads(config: Any) -> int:
+    """Number of heads of keys and values in the text config of a model."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

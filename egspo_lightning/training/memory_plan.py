@@ -16,7 +16,7 @@ from egspo_lightning.models.policy import Policy
 from egspo_lightning.models.policy_config import PolicyConfig
 from egspo_lightning.ops.token_stats import token_stats_bytes
 from egspo_lightning.rollout.engine import Reservation, ReservingEngine
-from egspo_lightning.training.fake_passes import FakePasses, tensor_bytes
+from egspo_lightning.training.fake_passes import FakePasses, num_key_value_heads, tensor_bytes
 from egspo_lightning.training.optimizers import require_shardable
 
 
@@ -179,9 +179,8 @@ def _reserved(work: Workload, policy: Policy) -> Reservation | None:
     """The memory of an engine with weights and a cache of its own."""
     if work.engine is None:
         return None
-    dtype = torch.bfloat16 if work.is_bfloat16 else policy.lm.dtype
     num_parameters = sum(parameter.numel() for parameter in policy.lm.parameters())
-    return work.engine.reservation(num_parameters, dtype, work.device_bytes)
+    return work.engine.reservation(num_parameters, _compute_dtype(work, policy), work.device_bytes)
 
 
 def _completion_cache(cache: int, engine: Reservation, work: Workload, policy: Policy) -> int:
@@ -189,10 +188,13 @@ def _completion_cache(cache: int, engine: Reservation, work: Workload, policy: P
 
     Devices share the heads of keys and values; if there are fewer heads, some devices hold the same one.
     """
-    config = policy.lm.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    itemsize = 2 if work.is_bfloat16 else policy.lm.dtype.itemsize
-    return -(-cache * engine.itemsize // (itemsize * min(engine.num_devices, heads)))
+    num_parts = min(engine.num_devices, num_key_value_heads(policy.lm.config.get_text_config()))
+    return -(-cache * engine.itemsize // (_compute_dtype(work, policy).itemsize * num_parts))
+
+
+def _compute_dtype(work: Workload, policy: Policy) -> torch.dtype:
+    dtype: torch.dtype = torch.bfloat16 if work.is_bfloat16 else policy.lm.dtype
+    return dtype
 
 
 def _networks(work: Workload) -> tuple[Policy, Critic | None]:
