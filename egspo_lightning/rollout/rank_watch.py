@@ -33,10 +33,10 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     return found
 
 
-def processes_here(group: Any = None) -> list[int]:
-    """Process ids of the ranks of a process group that run on this machine. Collective."""
+def processes_here() -> list[int]:
+    """Process ids of the ranks that run on this machine. Collective."""
     machine = socket.gethostname()
-    return [process for other, process in gather((machine, os.getpid()), group) if other == machine]
+    return [process for other, process in gather((machine, os.getpid())) if other == machine]
 
 
 @contextmanager

@@ -101,14 +101,14 @@ class VLLMEngine(RolloutEngine):
         """
         require_temperature(sampling, "VLLMEngine")
         vllm = self._started(lm)
-        if self.tensor_parallel_size == 1:
-            # A thread that samples ahead may be left behind at the end of the run, when other ranks have ended.
-            is_main = threading.current_thread() is threading.main_thread()
-            with watched(self._processes) if is_main else nullcontext():
-                yield from self._stream(vllm, lm, sampling, eos_ids, requests)
-        else:
-            stream = partial(self._stream, vllm, lm, sampling, eos_ids)
-            yield from stream_together(requests, stream, vllm.group, lambda: self.running is vllm)
+        stream = partial(self._stream, vllm, lm, sampling, eos_ids)
+        # A thread that samples ahead may be left behind at the end of the run, when other ranks have ended.
+        is_main = threading.current_thread() is threading.main_thread()
+        with watched(self._processes) if is_main else nullcontext():
+            if self.tensor_parallel_size == 1:
+                yield from stream(requests)
+            else:
+                yield from stream_together(requests, stream, vllm.group, lambda: self.running is vllm)
 
     def _stream(
         self, vllm: Running, lm: Any, sampling: Sampling, eos_ids: Sequence[int], requests: Sequence[Request]

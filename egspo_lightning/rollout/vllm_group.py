@@ -16,7 +16,7 @@ import torch
 
 from egspo_lightning.errors import UserError, require
 from egspo_lightning.rollout.engine import Request, Sample
-from egspo_lightning.rollout.rank_watch import deadline, gather, processes_here, watched
+from egspo_lightning.rollout.rank_watch import deadline, gather
 
 OUT_OF_STEP_S = 30.0
 """How long the ranks of a group wait for each other after the last step."""
@@ -56,7 +56,8 @@ def stream_together(
 ) -> Batches:
     """Sample the requests of all ranks of a group, and yield this rank's samples. Collective.
 
-    A rank whose consumer stops early makes the remaining steps, which the others wait for.
+    A rank whose consumer stops early makes the remaining steps, which the others wait for. A rank that waits for a dead
+    one must be watched (``rank_watch.watched``).
 
     Args:
         requests: this rank's requests, perhaps none
@@ -76,18 +77,17 @@ def stream_together(
         return [(number - first, sample) for number, sample in batch if 0 <= number - first < len(requests)]
 
     batches = stream([request for share in shares for request in share])
-    with watched(processes_here(group)):
-        try:
+    try:
+        for batch in batches:
+            if mine := own(batch):
+                yield mine
+    except GeneratorExit:
+        if is_open():
             for batch in batches:
-                if mine := own(batch):
-                    yield mine
-        except GeneratorExit:
-            if is_open():
-                for batch in batches:
-                    own(batch)
-                _require_equal(tokens, group)
-            raise
-        _require_equal(tokens, group)
+                own(batch)
+            _require_equal(tokens, group)
+        raise
+    _require_equal(tokens, group)
 
 
 def _require_equal(tokens: dict[int, list[int]], group: Any) -> None:

@@ -10,6 +10,7 @@ import sys, time
 import torch
 from egspo_lightning.rollout import vllm_group
 from egspo_lightning.rollout.engine import Sample
+from egspo_lightning.rollout.rank_watch import processes_here, watched
 rank, store, seconds = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
 vllm_group.OUT_OF_STEP_S = 2.0
@@ -17,7 +18,8 @@ def stream(requests):
     yield [(number, Sample([number], False, [0.0])) for number in range(len(requests))]
     time.sleep(seconds)  # a further step, in which the rank waits for the other one
 requests = ["first", "second"][: 2 - rank]
-print(list(vllm_group.stream_together(requests, stream, torch.distributed.group.WORLD, lambda: True)))
+with watched(processes_here()):
+    print(list(vllm_group.stream_together(requests, stream, torch.distributed.group.WORLD, lambda: True)))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
